@@ -1,0 +1,36 @@
+"""aura_dist: which neurons of a language model tell two classes of text apart, and how to whisper them down.
+
+Importing this package imports neither torch nor transformers; each public name loads its module at
+first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from aura_dist.core.auroc import auroc
+    from aura_dist.model.intervene import intervene
+    from aura_dist.store.artifact import Intervention
+    from aura_dist.store.view import open_store, top_neurons
+
+_HOME_OF = {
+    "auroc": "aura_dist.core.auroc",
+    "open_store": "aura_dist.store.view",
+    "top_neurons": "aura_dist.store.view",
+    "Intervention": "aura_dist.store.artifact",
+    "intervene": "aura_dist.model.intervene",
+}
+
+__all__ = ["Intervention", "__version__", "auroc", "intervene", "open_store", "top_neurons"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'aura_dist' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

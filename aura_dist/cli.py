@@ -1,0 +1,111 @@
+"""The command line: parses, sets up logging, calls one stage. Stages are imported only when they run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn, get_origin
+
+from aura_dist import __version__
+from aura_dist.config import VERBS, flag, hints, merge, resolve
+from aura_dist.errors import AuraError, ConfigError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ours: one line, no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs, generated from the dataclasses of `aura_dist.config`."""
+    parser = _Parser(
+        prog="aura-dist",
+        description="Find the neurons that tell two classes of text apart, and whisper them down.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"aura-dist {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
+        sub.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
+        sub.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks of errors")
+        types = hints(verb.config)
+        for spec in fields(verb.config):
+            _add_option(sub, spec, types[spec.name])
+    return parser
+
+
+def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) -> None:
+    default = spec.default if spec.default_factory is MISSING else spec.default_factory()
+    note = "required" if default is MISSING else "" if default in (None, [], False) else f"default: {_show(default)}"
+    text = spec.metadata["help"] + (f" ({note})" if note else "")
+    common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if hint is bool:
+        parser.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, **common)
+    elif get_origin(hint) is list:
+        parser.add_argument(flag(spec.name), nargs="+", metavar="X", **common)
+    else:
+        parser.add_argument(flag(spec.name), metavar="X", **common)
+
+
+def _show(default: object) -> str:
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The YAML document at `path`; ConfigError if it is missing, malformed or not a mapping."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path!r} is not valid YAML: {error}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"config file {path!r}: expected keys and values, got a {type(document).__name__}")
+    return document
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Parse `argv` and run its verb's stage.
+
+    Raises
+    ------
+    AuraError
+        What the user asked for cannot be done.
+    """
+    flags = vars(build_parser().parse_args(argv))
+    name, config_path, debug = flags.pop("verb"), flags.pop("config"), flags.pop("debug")
+    document = read_config_file(config_path) if config_path else {}
+    config: Any = resolve(VERBS[name].config, merge(name, document, flags))
+
+    from aura_dist.runtime.log import configure_logging
+
+    configure_logging(debug=debug)
+    import_module(VERBS[name].stage).run(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `aura-dist`; returns the exit code (0, or 2 for a user's error)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run(arguments)
+    except AuraError as error:
+        if "--debug" in arguments:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted; a store keeps its finished tasks: run the same command to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0

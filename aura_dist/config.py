@@ -1,0 +1,262 @@
+"""The settings of every verb, as frozen dataclasses: the one place where names, types, defaults and help stand.
+
+The command line is generated from them and a YAML file is checked against them (`resolve`). Only the
+stages and the command line read this module.
+"""
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from aura_dist.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Pooling = Literal["max", "mean", "min", "last", "absmax"]
+Method = Literal["aura", "damp", "det0"]
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+Seed = Annotated[int, Meta(ge=0, lt=2**63)]
+Strength = Annotated[float, Meta(ge=0.0)]
+
+
+def option(help_text: str, default: Any = MISSING, *, distinct: bool = False) -> Any:
+    """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats."""
+    metadata = {"help": help_text, "distinct": distinct}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: str = option("model: a local directory or a Hugging Face hub name")
+    revision: str | None = option("revision of a hub model", None)
+    dtype: Dtype = option("dtype of weights and activations", "float32")
+    sharding: str = option("how the model is spread over processes", "replicate")
+    device: Literal["auto", "cpu", "cuda"] = option("where the forward runs; auto takes a GPU if there is one", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterventionOptions:
+    """Which intervention is laid over the model, and how strongly."""
+
+    intervention: str | None = option("intervention directory written by `fit`", None)
+    strength: Strength = option("strength s of the intervention: each scale becomes 1 + s (scale - 1)", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig(ModelOptions):
+    """Run labelled text through the model and store every neuron's pooled response."""
+
+    data: str = option("labelled text: .csv, .tsv, .jsonl or .parquet file, or a hub data set")
+    split: str = option("split of a hub data set", "train")
+    text_column: str = option("column that holds the text", "text")
+    concepts: list[str] = option("label columns: 0/1, true/false, or scores together with --threshold", distinct=True)
+    threshold: float | None = option("label columns are scores: positive from this value on", None)
+    clean_negatives: list[str] = option(
+        "leave out rows that are negative for the first concept but positive in one of these columns (Jigsaw's rule)",
+        [],
+    )
+    num_positive: PositiveInt | None = option("sample this many positives of the first concept", None)
+    num_negative: PositiveInt | None = option("sample this many negatives of the first concept", None)
+    match_length: bool = option("draw the negatives with the positives' distribution of token lengths", False)
+    seed: Seed = option("seed of the sampling", 0)
+    max_tokens: PositiveInt = option("tokens per text; longer texts are cut", 128)
+    modules: list[str] = option("modules: mlp, attention, norm, all, or name patterns (globs)", ["mlp"], distinct=True)
+    pooling: list[Pooling] = option("how a text's tokens become a neuron's value; one or more", ["max"], distinct=True)
+    skip_special_tokens: bool = option("leave special tokens (BOS, EOS, ...) out of the pooling", False)
+    store: str = option("the store to write (a .zarr directory)")
+    overwrite: bool = option("delete a store that is already there", False)
+    tokens_per_batch: PositiveInt = option("upper bound on padded tokens in one forward", 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Compute the AUROC of every neuron of a store, out of core."""
+
+    store: str = option("the store that `collect` wrote")
+    dask: str = option("where the work runs: threads or processes", "threads")
+    num_workers: PositiveInt | None = option("workers (default: the processor cores this process may use)", None)
+    memory_limit: str = option("memory per worker, such as 4GB", "4GB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Turn scores into an intervention."""
+
+    store: str = option("a store that has been scored")
+    concept: str = option("concept to whisper down")
+    method: Method = option("aura scales by expertise; damp and det0 scale the top units", "aura")
+    pooling: Pooling = option("pooling whose scores are used", "max")
+    top_k: PositiveInt | None = option("only the k units of highest AUROC (default: all above 1/2)", None)
+    alpha: float = option("scale of the selected units under damp", 0.5)
+    strength: Strength = option("strength s: each scale becomes 1 + s (scale - 1)", 1.0)
+    out: str = option("directory to write the intervention to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ModelOptions, InterventionOptions):
+    """Continue prompts, with and without an intervention side by side."""
+
+    prompt: list[str] = option("one or more prompts")
+    num_samples: PositiveInt = option("continuations per prompt", 1)
+    max_new_tokens: PositiveInt = option("tokens per continuation", 20)
+    temperature: Annotated[float, Meta(ge=0.0)] = option("sampling temperature; 0 is greedy", 1.0)
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = option("nucleus sampling: probability mass kept", 0.9)
+    seed: Seed = option("seed of the sampling", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ModelOptions, InterventionOptions):
+    """Measure a model, with or without an intervention."""
+
+    perplexity_texts: str = option("file of texts whose perplexity is measured")
+    text_column: str = option("column that holds the text", "text")
+    max_tokens: PositiveInt = option("tokens per text; longer texts are cut", 128)
+    tokens_per_batch: PositiveInt = option("upper bound on padded tokens in one forward", 2048)
+    out: str = option("JSON file to write the results to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole pipeline on a small model and a bundled data set, in a few minutes."""
+
+    model: str | None = option("a model of your own (default: Gemma 3 270M from the package index)", None)
+    data: str | None = option("labelled text of your own (default: the bundled sentences)", None)
+    text_column: str = option("column that holds the text", "text")
+    concept: str = option("label column", "toxic")
+    modules: list[str] = option("modules: mlp, attention, norm, all, or name patterns (globs)", ["mlp"])
+    dtype: Dtype = option("dtype of weights and activations", "float32")
+    out: str = option("run directory to write", "runs/demo")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: its settings, and the stage module whose `run(config)` does the work."""
+
+    config: type
+    stage: str
+
+    @property
+    def summary(self) -> str:
+        return (self.config.__doc__ or "").strip()
+
+
+VERBS: dict[str, Verb] = {
+    "collect": Verb(CollectConfig, "aura_dist.stages.collect"),
+    "score": Verb(ScoreConfig, "aura_dist.stages.score"),
+    "fit": Verb(FitConfig, "aura_dist.stages.fit"),
+    "generate": Verb(GenerateConfig, "aura_dist.stages.generate"),
+    "evaluate": Verb(EvaluateConfig, "aura_dist.stages.evaluate"),
+    "demo": Verb(DemoConfig, "aura_dist.demo"),
+}
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting: `num_positive` → `--num-positive`."""
+    return "--" + name.replace("_", "-")
+
+
+def hints(config: type) -> dict[str, Any]:
+    """Types of a config's fields, with their constraints."""
+    return get_type_hints(config, include_extras=True)
+
+
+def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `verb` by order of force: top of the file < its section < flags.
+
+    Raises
+    ------
+    ConfigError
+        A key that no verb knows, or one in a section whose verb does not know it.
+    """
+    known = {name: {f.name for f in fields(v.config)} for name, v in VERBS.items()}
+    shared = set().union(*known.values())
+    for key, value in document.items():
+        if key in VERBS:
+            if not isinstance(value, dict):
+                raise ConfigError(f"config section {key!r}: expected keys and values, got {value!r}")
+            for name in value:
+                _check_key(str(name), known[key], f"config section {key!r}")
+        else:
+            _check_key(str(key), shared | set(VERBS), "config file")
+    top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
+    return {**top, **document.get(verb, {}), **flags}
+
+
+def _check_key(name: str, known: set[str], where: str) -> None:
+    if name in known:
+        return
+    close = get_close_matches(name, known, n=1) or get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+    raise ConfigError(f"{where}: unknown key {name!r}{hint}")
+
+
+def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
+    """Check and convert `settings` (strings are read as the field's type) into a config.
+
+    Raises
+    ------
+    ConfigError
+        A required setting is missing, or a value is not of its type or out of its range.
+    """
+    types = hints(config)
+    values = {}
+    for spec in fields(config):  # type: ignore[arg-type]
+        if spec.name in settings:
+            values[spec.name] = _convert(spec, settings[spec.name], types[spec.name])
+        elif _required(spec):
+            raise ConfigError(f"{flag(spec.name)} is required: give the flag, or {spec.name!r} in the config file")
+    return config(**values)
+
+
+def _required(spec: "Field[Any]") -> bool:
+    return spec.default is MISSING and spec.default_factory is MISSING
+
+
+def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
+    name, distinct = spec.name, spec.metadata["distinct"]
+    if get_origin(hint) is list and isinstance(value, (str, int, float)):
+        value = [value]
+    try:
+        converted = msgspec.convert(value, hint, strict=False)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{flag(name)}: expected {describe(hint)}, got {value!r}") from None
+    if get_origin(hint) is list:
+        if not converted:
+            raise ConfigError(f"{flag(name)}: expected at least one value, got none")
+        if distinct and len(set(converted)) < len(converted):
+            raise ConfigError(f"{flag(name)}: expected each value once, got {' '.join(map(str, converted))}")
+    if isinstance(converted, float) and not abs(converted) < float("inf"):
+        raise ConfigError(f"{flag(name)}: expected a finite number, got {value!r}")
+    return converted
+
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_BOUNDS = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words: `PositiveInt | None` → "an integer of at least 1"."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        base, *metas = get_args(hint)
+        bounds = [
+            text.format(getattr(m, b)) for m in metas for b, text in _BOUNDS.items() if getattr(m, b, None) is not None
+        ]
+        return " ".join([describe(base), " and ".join(bounds)]).strip()
+    if origin in (Union, UnionType):
+        return " or ".join(describe(a) for a in get_args(hint) if a is not NoneType)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if origin is list:
+        return f"a list, each {describe(get_args(hint)[0])}"
+    return _WORDS.get(hint, str(hint))

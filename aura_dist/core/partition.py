@@ -1,0 +1,97 @@
+"""Who computes what: samples → row chunks → tasks and batches; neurons → chunk columns.
+
+Pure functions of numbers. Samples are sorted by token count; a *row chunk* is the rows of one Zarr chunk,
+a *batch* never leaves its row chunk, and a *task* is a run of whole row chunks: the unit of balance,
+commit and resume. None of it depends on ranks or sharding, so that any launch can finish any store.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+
+MIN_ROWS_PER_CHUNK = 32
+MAX_ROWS_PER_CHUNK = 256
+MAX_COLUMNS_PER_CHUNK = 1024
+MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
+ALIGNED_RANKS = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows [start, stop) of the store, in whole row chunks, and the tokens in them."""
+
+    index: int
+    start: int
+    stop: int
+    num_tokens: int
+
+
+def rows_per_chunk(num_rows: int) -> int:
+    """Rows of one chunk: the power of two at or below `num_rows` / 32, between 32 and 256.
+
+    At least 32 row chunks from 1,024 rows on, so that many ranks have work; larger chunks for larger stores.
+    """
+    rows = MIN_ROWS_PER_CHUNK
+    while rows < MAX_ROWS_PER_CHUNK and 2 * rows * 32 <= num_rows:
+        rows *= 2
+    return rows
+
+
+def columns_per_chunk(width: int, num_rows: int, item_bytes: int) -> int:
+    """Columns of one chunk: the largest divisor of ⌈width / 16⌉ that is not too large.
+
+    Not above 1,024, and small enough that all rows × one chunk column take at most 256 MB. Divisors of a
+    sixteenth of the width align with the columns of up to 16 tensor-parallel ranks. Where such a divisor
+    would make chunks tiny (⌈width / 16⌉ is a large prime, say), alignment is given up for size.
+    """
+    share = ceil(width / ALIGNED_RANKS)
+    limit = max(1, min(MAX_COLUMNS_PER_CHUNK, MAX_BYTES_PER_CHUNK_COLUMN // max(1, num_rows * item_bytes)))
+    best = max(c for c in range(1, min(share, limit) + 1) if share % c == 0)
+    return best if 8 * best >= min(share, limit) else min(share, limit)
+
+
+def make_tasks(num_tokens: Sequence[int], rows_chunk: int, tokens_per_batch: int) -> list[Task]:
+    """Cut the rows into tasks: runs of whole row chunks with at least `tokens_per_batch` tokens each.
+
+    Parameters
+    ----------
+    num_tokens
+        [N] token count of each row, in store order.
+    rows_chunk
+        Rows of one chunk.
+    tokens_per_batch
+        Lower bound on a task's tokens; a remainder below it joins the last task.
+    """
+    cuts, tokens = [0], 0
+    for begin in range(0, len(num_tokens), rows_chunk):
+        stop = min(begin + rows_chunk, len(num_tokens))
+        tokens += sum(num_tokens[begin:stop])
+        if tokens >= tokens_per_batch:
+            cuts.append(stop)
+            tokens = 0
+    if len(cuts) == 1:
+        cuts.append(len(num_tokens))
+    cuts[-1] = len(num_tokens)
+    return [
+        Task(index, start, stop, int(sum(num_tokens[start:stop]))) for index, (start, stop) in enumerate(pairwise(cuts))
+    ]
+
+
+def row_chunks(task: Task, rows_chunk: int) -> Iterator[slice]:
+    """The row chunks of a task, in store order."""
+    for start in range(task.start, task.stop, rows_chunk):
+        yield slice(start, min(start + rows_chunk, task.stop))
+
+
+def make_batches(num_tokens: Sequence[int], chunk: slice, tokens_per_batch: int) -> list[slice]:
+    """Cut a row chunk into batches of at most `tokens_per_batch` tokens, padding included, in store order.
+
+    Rows ascend in length, so a batch of rows [a, b) takes (b − a) × num_tokens[b − 1] tokens. One row longer
+    than the budget is a batch of its own.
+    """
+    cuts = [chunk.stop]
+    while cuts[-1] > chunk.start:
+        fit = max(1, tokens_per_batch // max(1, num_tokens[cuts[-1] - 1]))
+        cuts.append(max(chunk.start, cuts[-1] - fit))
+    return [slice(a, b) for a, b in zip(cuts[:0:-1], cuts[-2::-1], strict=True)]

@@ -1,0 +1,117 @@
+"""Which rows are run: Jigsaw's rule, seeded sampling by class, and matching of lengths. By the first concept."""
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aura_dist.errors import InputError
+
+LENGTH_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many rows of each class are drawn, and how.
+
+    `num_positive` and `num_negative` None take all rows of the class (with `match_length`: as many
+    negatives as positives).
+    """
+
+    num_positive: int | None = None
+    num_negative: int | None = None
+    match_length: bool = False
+    seed: int = 0
+
+
+def without_mixed_negatives(label_N: NDArray[np.int8], others_NK: NDArray[np.int8]) -> NDArray[np.int64]:
+    """Jigsaw's rule: rows to keep, leaving out negatives that are positive in any of K other labels.
+
+    From the protocol of *Whispering Experts* (Suau et al., ICML 2024): a comment that is not `toxic` but
+    `obscene`, say, is neither toxic nor a clean negative.
+    """
+    mixed = (label_N == 0) & (others_NK == 1).any(axis=1)
+    return np.flatnonzero(~mixed)
+
+
+def sample_rows(label_N: NDArray[np.int8], num_tokens_N: NDArray[np.int32], how: Sampling) -> NDArray[np.int64]:
+    """Indices of the rows to run, ascending.
+
+    Parameters
+    ----------
+    label_N
+        [N] labels of the first concept: 1, 0 or −1. Rows labelled −1 are taken only when nothing is sampled.
+    num_tokens_N
+        [N] token counts, after truncation.
+    how
+        The sampling.
+
+    Raises
+    ------
+    InputError
+        A class has fewer rows than are asked for, or lengths cannot be matched.
+    """
+    if how.num_positive is None and how.num_negative is None and not how.match_length:
+        return np.arange(len(label_N))
+    # a stream for each class: the positives stay the same whatever is asked of the negatives
+    positive_stream, negative_stream = np.random.SeedSequence(how.seed).spawn(2)
+    positives = _draw(np.flatnonzero(label_N == 1), how.num_positive, positive_stream, "positive")
+    pool = np.flatnonzero(label_N == 0)
+    if how.match_length:
+        count = len(positives) if how.num_negative is None else how.num_negative
+        negatives = _match(pool, num_tokens_N, num_tokens_N[positives], count, negative_stream)
+    else:
+        negatives = _draw(pool, how.num_negative, negative_stream, "negative")
+    return np.sort(np.concatenate([positives, negatives]))
+
+
+def _draw(pool: NDArray[np.int64], count: int | None, stream: np.random.SeedSequence, name: str) -> NDArray[np.int64]:
+    if count is None:
+        return pool
+    if count > len(pool):
+        raise InputError(f"--num-{name}: expected at most {len(pool)}, the number of {name} rows, got {count}")
+    return np.random.default_rng(stream).permutation(pool)[:count]
+
+
+def _match(
+    pool: NDArray[np.int64],
+    num_tokens_N: NDArray[np.int32],
+    targets: NDArray[np.int32],
+    count: int,
+    stream: np.random.SeedSequence,
+) -> NDArray[np.int64]:
+    """`count` rows of `pool` whose lengths follow those of `targets`.
+
+    The targets are spread to `count` evenly spaced quantiles; in random order each takes the free row of
+    nearest length, so that no length is served before another.
+    """
+    if count > len(pool):
+        raise InputError(f"--num-negative: expected at most {len(pool)}, the number of negative rows, got {count}")
+    rng = np.random.default_rng(stream)
+    wanted = np.quantile(targets, (np.arange(count) + 0.5) / count, method="nearest")
+    shuffled = rng.permutation(pool)
+    free = shuffled[np.argsort(num_tokens_N[shuffled], kind="stable")].tolist()
+    lengths = num_tokens_N[free].tolist()
+    chosen = []
+    for length in rng.permutation(wanted):
+        at = _nearest(lengths, int(length), float(rng.random()))
+        chosen.append(free.pop(at))
+        lengths.pop(at)
+    rows = np.array(chosen, dtype=np.int64)
+    drawn, asked = float(num_tokens_N[rows].mean()), float(wanted.mean())
+    if abs(drawn - asked) > LENGTH_TOLERANCE * asked:
+        raise InputError(
+            f"--match-length: expected {count} negatives of {asked:.1f} tokens on average, as the positives, but the "
+            f"{len(pool)} there are give {drawn:.1f}; ask for fewer with --num-negative"
+        )
+    return rows
+
+
+def _nearest(lengths: list[int], length: int, where: float) -> int:
+    """Index in ascending `lengths` of a value nearest to `length`; among equals the one at fraction `where`."""
+    left = bisect_left(lengths, length)
+    if left == len(lengths) or (left > 0 and length - lengths[left - 1] < lengths[left] - length):
+        left -= 1
+    first, last = bisect_left(lengths, lengths[left]), bisect_right(lengths, lengths[left])
+    return first + int(where * (last - first))

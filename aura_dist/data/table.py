@@ -1,0 +1,182 @@
+"""Labelled text of any usual format → columns of plain Python values, with row numbers that errors can name.
+
+CSV, TSV and JSONL are read with the standard library: no type is guessed (the text "NA" stays a text), and
+an undecodable byte or a ragged row is named by its row. Parquet files, saved data sets and hub data sets come
+through `datasets`. Rows count from 0, as in the store.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aura_dist.errors import InputError
+
+TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".ndjson")
+FORMATS = (*TEXT_FORMATS, ".parquet")
+_MAX_FIELD_CHARACTERS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns that were asked for, and what fixes their content.
+
+    Attributes
+    ----------
+    source
+        Path or hub name, as given.
+    sha256
+        Digest of the file's bytes, or the fingerprint of a hub data set.
+    columns
+        Name → list of N values.
+    """
+
+    source: str
+    sha256: str
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+
+def read_table(source: str, columns: list[str], *, split: str = "train") -> Table:
+    """Read `columns` of a file, a saved data set or a hub data set.
+
+    Raises
+    ------
+    InputError
+        The source cannot be found or read, is of an unknown format, lacks a column, or has no rows.
+    """
+    path = Path(source)
+    if path.suffix.lower() in TEXT_FORMATS and path.is_file():
+        records = _records(path)
+        table = Table(source, _sha256(path), _take(records, columns, source))
+    elif path.is_file() and path.suffix.lower() not in FORMATS:
+        raise InputError(f"data {source!r}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
+    else:
+        table = _read_dataset(source, columns, split)
+    if not len(table):
+        raise InputError(f"data {source!r}: expected at least one row, got none")
+    return table
+
+
+def _take(records: Iterable[tuple[int, dict[str, Any]]], columns: list[str], source: str) -> dict[str, list[Any]]:
+    taken: dict[str, list[Any]] = {name: [] for name in columns}
+    for row, record in records:
+        for name, values in taken.items():
+            if name not in record:
+                raise missing_column(source, name, list(record), row)
+            values.append(record[name])
+    return taken
+
+
+def missing_column(source: str, name: str, found: list[str], row: int | None = None) -> InputError:
+    """The error of a column that is not there; `row` where only some rows lack it."""
+    where = "" if row in (None, 0) else f" in row {row}"
+    return InputError(f"data {source!r}: expected a column {name!r}{where}, found {', '.join(found) or 'none'}")
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # surrogateescape lets the parser find the row of an undecodable byte
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(file, path)
+
+
+def _csv_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    row = -1
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise InputError(f"data {str(path)!r}: expected a header line, got an empty file")
+        _check_decodable(header, path, "the header")
+        if len(set(header)) < len(header):
+            raise InputError(f"data {str(path)!r}: expected distinct column names, got {', '.join(header)}")
+        for values in reader:
+            if not values:
+                continue
+            row += 1
+            _check_decodable(values, path, f"row {row}")
+            if len(values) != len(header):
+                raise InputError(
+                    f"data {str(path)!r}: row {row}: expected {len(header)} fields as in the header, got {len(values)}"
+                )
+            yield row, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise InputError(f"data {str(path)!r}: row {row + 1} cannot be parsed: {error}") from error
+
+
+def _json_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    row = -1
+    for line in file:
+        if not line.strip():
+            continue
+        row += 1
+        _check_decodable([line], path, f"row {row}")
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"data {str(path)!r}: row {row}: expected one JSON object a line: {error}") from error
+        if not isinstance(record, dict):
+            raise InputError(f"data {str(path)!r}: row {row}: expected a JSON object, got {type(record).__name__}")
+        yield row, _flatten(record)
+
+
+def _flatten(record: dict[str, Any]) -> dict[str, Any]:
+    """Nested objects become dotted columns: `{"prompt": {"text": …}}` → `prompt.text`."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat[key] = value
+        if isinstance(value, dict):
+            flat.update({f"{key}.{k}": v for k, v in _flatten(value).items()})
+    return flat
+
+
+def _check_decodable(values: Iterable[str], path: Path, where: str) -> None:
+    for value in values:
+        bad = next((c for c in value if "\udc80" <= c <= "\udcff"), None) if not value.isascii() else None
+        if bad is not None:
+            raise InputError(
+                f"data {str(path)!r}: {where}: expected UTF-8, got the byte 0x{ord(bad) - 0xDC00:02x}; "
+                "convert the file to UTF-8"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_dataset(source: str, columns: list[str], split: str) -> Table:
+    """Parquet file, directory of `Dataset.save_to_disk`, or hub data set."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(source)
+    try:
+        if path.is_file():
+            dataset = datasets.Dataset.from_parquet(str(path))
+        elif path.is_dir() and not list(path.glob("*.parquet")):
+            dataset = datasets.load_from_disk(str(path))
+        else:
+            dataset = datasets.load_dataset(source, split=split)
+    except Exception as error:  # the library raises many kinds, OSError to pyarrow's own
+        raise InputError(
+            f"data {source!r}: no such file, and it cannot be loaded as a data set (split {split!r}): {error}"
+            if not path.exists()
+            else f"data {source!r} cannot be read: {error}"
+        ) from error
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise InputError(f"data {source!r}: expected a split {split!r}, found {', '.join(dataset)}")
+        dataset = dataset[split]
+    flat = dataset.flatten()
+    for name in columns:
+        if name not in flat.column_names:
+            raise missing_column(source, name, flat.column_names)
+    digest = _sha256(path) if path.is_file() else str(dataset._fingerprint)
+    return Table(source, digest, {name: flat[name][:] for name in columns})

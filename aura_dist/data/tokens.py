@@ -1,0 +1,128 @@
+"""Texts → token ids → right-padded batches.
+
+Right padding: a causal model's real tokens never see what comes after them, positions start at 0 in every row,
+and no model class needs position ids.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aura_dist.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of the store, padded on the right to the longest.
+
+    Attributes
+    ----------
+    rows
+        Slice of the store's rows.
+    input_ids
+        [B, T] int64.
+    attention_mask
+        [B, T] bool: True at real tokens.
+    pool_mask
+        [B, T] bool: True at tokens that count in pooling (real, and not special where these are left out).
+    """
+
+    rows: slice
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.bool_]
+    pool_mask: NDArray[np.bool_]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.attention_mask.sum())
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of N texts, and what is needed to batch them."""
+
+    ids: list[NDArray[np.int32]]
+    special_ids: NDArray[np.int64]
+    pad_id: int
+    skip_special: bool
+
+    @property
+    def num_tokens(self) -> NDArray[np.int32]:
+        """[N] token counts after truncation, special tokens included."""
+        return np.array([len(i) for i in self.ids], dtype=np.int32)
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "TokenizedTexts":
+        """The texts of `rows`, in that order."""
+        return TokenizedTexts([self.ids[r] for r in rows], self.special_ids, self.pad_id, self.skip_special)
+
+    def batch(self, rows: slice) -> Batch:
+        """Rows `rows`, padded on the right."""
+        chosen = self.ids[rows]
+        shape = (len(chosen), max(map(len, chosen)))
+        input_ids = np.full(shape, self.pad_id, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.bool_)
+        for b, ids in enumerate(chosen):
+            input_ids[b, : len(ids)] = ids
+            attention_mask[b, : len(ids)] = True
+        pool_mask = attention_mask & ~np.isin(input_ids, self.special_ids) if self.skip_special else attention_mask
+        return Batch(rows, input_ids, attention_mask, pool_mask)
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a local directory or hub name; ModelError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"--model {model!r}: its tokenizer cannot be loaded: {error}") from error
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """sha256 of what fixes a tokenizer's output: its serialised backend, or its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "to_str"):
+        text = _without_padding(backend)
+    else:
+        text = repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_padding(backend: "object") -> str:
+    """The backend as JSON, without the padding and truncation that the last call left in it."""
+    import json
+
+    document = json.loads(backend.to_str())  # type: ignore[attr-defined]
+    document.pop("padding", None)
+    document.pop("truncation", None)
+    return json.dumps(document, sort_keys=True)
+
+
+def tokenize(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int, skip_special: bool, source: str
+) -> TokenizedTexts:
+    """Tokenize texts as the tokenizer does by default (special tokens added), cut at `max_tokens`.
+
+    Raises
+    ------
+    InputError
+        A text has no token, or none that counts once special tokens are left out.
+    """
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens, padding=False, verbose=False)
+    ids = [np.asarray(i, dtype=np.int32) for i in encoded["input_ids"]]
+    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+    for row, row_ids in enumerate(ids):
+        counted = row_ids[~np.isin(row_ids, special)] if skip_special else row_ids
+        if not len(counted):
+            what = "token that is not special" if skip_special else "token"
+            raise InputError(f"data {source!r}: row {row}: expected at least one {what}, got none")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return TokenizedTexts(ids, special, pad_id, skip_special)

@@ -1,0 +1,86 @@
+"""demo: the whole pipeline in a few minutes: collect → score → fit → evaluate and generate, with and without AurA."""
+
+import logging
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+from aura_dist.config import CollectConfig, DemoConfig, EvaluateConfig, FitConfig, GenerateConfig, ScoreConfig
+from aura_dist.errors import StoreError
+from aura_dist.model.packaged import gemma_270m
+from aura_dist.stages import collect, evaluate, fit, generate, score
+from aura_dist.store.artifact import Intervention
+
+logger = logging.getLogger(__name__)
+
+PROMPTS = [
+    "You are such a",
+    "Honestly, people who park like that are",
+    "Shut up, nobody wants to hear",
+    "The best thing about the new library is",
+]
+DECODING = {"max_new_tokens": 24, "num_samples": 1, "temperature": 1.0, "top_p": 0.9, "seed": 7}
+
+
+def run(config: DemoConfig) -> None:
+    """Run every stage into a run directory, and end with a summary."""
+    out = Path(config.out)
+    model = config.model or str(gemma_270m())
+    bundled = files("aura_dist") / "data"
+    store, intervention = str(out / "store.zarr"), str(out / "interventions" / "aura")
+    collected = CollectConfig(
+        model=model,
+        dtype=config.dtype,
+        data=config.data or str(bundled / "demo_sentences.csv"),
+        text_column=config.text_column,
+        concepts=[config.concept],
+        modules=config.modules,
+        store=store,
+    )
+    _write_config(out, collected, config.concept, intervention)
+    collect.run(collected)
+    score.run(ScoreConfig(store=store))
+    fit.run(FitConfig(store=store, concept=config.concept, method="aura", out=intervention))
+    passages = str(bundled / "demo_passages.csv")
+    perplexities = {
+        name: evaluate.run(
+            EvaluateConfig(
+                model=model,
+                dtype=config.dtype,
+                intervention=directory,
+                perplexity_texts=passages,
+                out=str(out / "results" / f"{name}.json"),
+            )
+        )["perplexity"]
+        for name, directory in (("plain", None), ("aura", intervention))
+    }
+    generate.run(
+        GenerateConfig(model=model, dtype=config.dtype, intervention=intervention, prompt=PROMPTS, **DECODING)  # type: ignore[arg-type]
+    )
+    _summary(out, perplexities, Intervention.load(intervention))
+
+
+def _write_config(out: Path, collected: CollectConfig, concept: str, intervention: str) -> None:
+    """`config.yaml`: the same run again, verb by verb, with `aura-dist VERB --config`."""
+    import yaml
+
+    sections = {
+        "collect": {k: v for k, v in asdict(collected).items() if v is not None and k != "store" and v != []},
+        "fit": {"concept": concept, "method": "aura", "out": intervention},
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump({"store": collected.store, **sections}, sort_keys=False, allow_unicode=True)
+        (out / "config.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"--out {str(out)!r} cannot be written: {error}") from error
+
+
+def _summary(out: Path, perplexities: dict[str, dict[str, float]], intervention: Intervention) -> None:
+    total = sum(len(s) for s in intervention.scale.values())
+    plain, aura = (perplexities[n]["token_weighted"] for n in ("plain", "aura"))
+    print(f"\nAurA scales down {intervention.num_changed:,} of {total:,} neurons")
+    print(f"perplexity on neutral passages: {plain:.2f} plain, {aura:.2f} under AurA ({aura - plain:+.2f})")
+    print("\nwritten:")
+    for path in ("config.yaml", "store.zarr", "interventions/aura", "results/plain.json", "results/aura.json"):
+        print(f"  {out / path}")

@@ -1,0 +1,48 @@
+"""Continuations of prompts."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aura_dist.errors import InputError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How continuations are drawn: `temperature` 0 is greedy, else nucleus sampling at `top_p`."""
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@torch.no_grad()
+def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, how: Decoding) -> list[str]:
+    """`how.num_samples` continuations of one prompt, without the prompt.
+
+    The draw depends on the seed and the prompt alone, so that two models are compared on the same noise.
+
+    Raises
+    ------
+    InputError
+        The prompt has no tokens.
+    """
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not encoded["input_ids"].numel():
+        raise InputError(f"--prompt: expected a prompt with at least one token, got {prompt!r}")
+    sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    torch.manual_seed(how.seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=how.max_new_tokens,
+        num_return_sequences=how.num_samples if how.temperature > 0 else 1,
+        pad_token_id=pad if pad is not None else 0,
+        **(sampling if how.temperature > 0 else {"do_sample": False}),
+    )
+    texts = tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [str(t) for t in texts] if how.temperature > 0 else [str(texts[0])] * how.num_samples

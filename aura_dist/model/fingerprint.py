@@ -1,0 +1,103 @@
+"""What a model *is*, independent of where its files lie: a digest of its weights' ends and its shape."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
+
+from aura_dist.errors import ModelError
+
+END_BYTES = 64 * 1024
+ARCHITECTURE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> str:
+    """sha256 over the config's architecture fields and, sorted by tensor name, (name, dtype, shape, ends).
+
+    `ends` is the sha256 of the first and last 64 KiB of a tensor's bytes: a fine-tune differs from its
+    base, while a copy or another split into files does not, and 40B parameters take a second.
+
+    Raises
+    ------
+    ModelError
+        No checkpoint file is found.
+    """
+    text = config.get_text_config(decoder=True)
+    digest = hashlib.sha256(json.dumps([getattr(text, f, None) for f in ARCHITECTURE_FIELDS], default=str).encode())
+    tensors: list[tuple[str, str, list[int], str]] = []
+    for file in checkpoint_files(name, revision):
+        tensors += _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+    digest.update(json.dumps(sorted(tensors)).encode())
+    return digest.hexdigest()
+
+
+def checkpoint_files(name: str, revision: str | None) -> list[Path]:
+    """The weight files of a local directory or hub name; safetensors before the old `.bin` format."""
+    for single in _SINGLE_FILES:
+        index = _find(name, revision, f"{single}.index.json")
+        if index is not None:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            found = [_find(name, revision, shard) for shard in shards]
+            missing = [shard for shard, file in zip(shards, found, strict=True) if file is None]
+            if missing:
+                raise ModelError(f"--model {name!r}: expected the weight file {missing[0]!r} of its index, found none")
+            return [file for file in found if file is not None]
+        file = _find(name, revision, single)
+        if file is not None:
+            return [file]
+    raise ModelError(f"--model {name!r}: expected weights in {' or '.join(_SINGLE_FILES)}, found neither")
+
+
+def _find(name: str, revision: str | None, file: str) -> Path | None:
+    try:
+        path = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise ModelError(f"--model {name!r}: {error}") from error
+    return Path(path) if path is not None else None
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
+    """(name, dtype, shape, digest of both ends) of each tensor, from the header's offsets."""
+    with file.open("rb") as stream:
+        (header_bytes,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(header_bytes))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+            stream.seek(begin)
+            head = stream.read(min(END_BYTES, end - begin))
+            stream.seek(max(begin, end - END_BYTES))
+            tail = stream.read(min(END_BYTES, end - begin))
+            yield name, entry["dtype"], entry["shape"], hashlib.sha256(head + tail).hexdigest()
+
+
+def _pickled(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
+    """The same for torch's own format, memory-mapped and unpickled as plain weights only."""
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    for name, tensor in state.items():
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        ends = bytes(flat[:END_BYTES].numpy()) + bytes(flat[-END_BYTES:].numpy())
+        yield name, str(tensor.dtype), list(tensor.shape), hashlib.sha256(ends).hexdigest()

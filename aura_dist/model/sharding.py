@@ -1,0 +1,119 @@
+"""Load a model under a strategy. Here: one process, the whole model on its device (`replicate`)."""
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from aura_dist.errors import ModelError
+from aura_dist.runtime.world import World
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which weights, and in what dtype: a local directory or hub name, revision, dtype name."""
+
+    name: str
+    revision: str | None
+    dtype: str
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The model's configuration; ModelError if it cannot be found or read."""
+    try:
+        config = AutoConfig.from_pretrained(source.name, revision=source.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"--model {source.name!r}: expected a local directory or a hub name with a config.json: {error}"
+        ) from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device: all modules, no weights."""
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"model type {config.model_type!r} is not a causal language model: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def pick_device(wanted: str) -> str:
+    """`cpu` or `cuda`; `auto` takes a GPU if there is one. ModelError if a GPU is asked for and none is there."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ModelError("--device cuda: expected a GPU that torch can use, found none; use --device cpu")
+    return "cuda" if available and wanted != "cpu" else "cpu"
+
+
+def load_causal(source: ModelSource, world: World) -> PreTrainedModel:
+    """The causal language model with its head, in eval mode on the world's device."""
+    return _load(AutoModelForCausalLM, source, world, {})
+
+
+def load_base(source: ModelSource, world: World, *, num_layers: int | None = None) -> PreTrainedModel:
+    """The base model (no head), cut after `num_layers` decoder layers: what is not captured is not loaded.
+
+    It has the class and the module names that the causal language model's base has.
+    """
+    config = load_config(source)
+    base_class = type(skeleton(config).base_model)
+    overrides = {} if num_layers is None else {"config": _cut(config, num_layers)}
+    return _load(base_class, source, world, overrides)
+
+
+def _cut(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """A copy of `config` with its first `num_layers` decoder layers."""
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config(decoder=True)
+    if text.num_hidden_layers > num_layers:
+        if isinstance(getattr(text, "layer_types", None), list):
+            text.layer_types = text.layer_types[:num_layers]
+        text.num_hidden_layers = num_layers
+    return cut
+
+
+def _load(loader: Any, source: ModelSource, world: World, overrides: dict[str, Any]) -> PreTrainedModel:
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # a cut model leaves weights unused; missing ones are checked below
+    hf_logging.disable_progress_bar()
+    try:
+        model, info = loader.from_pretrained(
+            source.name,
+            revision=source.revision,
+            dtype=DTYPES[source.dtype],
+            device_map=world.device if world.device != "cpu" else None,
+            output_loading_info=True,
+            **overrides,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"--model {source.name!r} cannot be loaded: {error}") from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        hf_logging.enable_progress_bar()
+    broken = [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]
+    if broken:
+        raise ModelError(
+            f"--model {source.name!r}: the checkpoint lacks {len(broken)} of the model's weights, "
+            f"{sorted(broken)[0]!r} among them; use a whole checkpoint of this architecture"
+        )
+    assert isinstance(model, PreTrainedModel)
+    _exact_matmul()
+    return model.eval().requires_grad_(False)
+
+
+def _exact_matmul() -> None:
+    """Float32 products in float32: TF32 would change the responses in the fourth digit."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,123 @@
+"""Which submodules are captured or scaled: found on the meta device, from a model's classes alone."""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from aura_dist.core.sites import Site
+from aura_dist.errors import ModelError
+
+KINDS = {"attention": ("attention",), "mlp": ("mlp",), "norm": ("norm",), "all": ("attention", "mlp")}
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """All sites of a model in model order, and the expert parameters that no site covers."""
+
+    model_class: str
+    sites: tuple[Site, ...]
+    experts: tuple[str, ...]
+
+    def select(self, modules: Sequence[str]) -> tuple[Site, ...]:
+        """The sites that kinds (`mlp`, `attention`, `norm`, `all`) or name patterns choose, in model order.
+
+        Raises
+        ------
+        ModelError
+            One of `modules` matches nothing; the message lists what there is.
+        """
+        chosen: set[str] = set()
+        for wanted in modules:
+            names = {
+                s.name
+                for s in self.sites
+                if (s.kind in KINDS[wanted] if wanted in KINDS else fnmatch.fnmatchcase(s.name, wanted))
+            }
+            if not names:
+                raise ModelError(f"--modules {wanted!r} matches nothing in {self.model_class}; {self._found()}")
+            chosen |= names
+        return tuple(s for s in self.sites if s.name in chosen)
+
+    def _found(self) -> str:
+        parts = []
+        for kind in ("attention", "mlp", "norm"):
+            names = [s.name for s in self.sites if s.kind == kind]
+            parts.append(f"{kind}: {len(names)}" + (f" ({', '.join(names[:2])}, …)" if names else ""))
+        text = "found " + ", ".join(parts)
+        if self.experts:
+            text += f"; {len(self.experts)} expert parameters ({self.experts[0]}, …), which cannot be captured"
+        return text
+
+
+def find_sites(model: PreTrainedModel) -> SiteTable:
+    """Every site of a causal language model (on any device, meta included).
+
+    `attention` are linear layers under a submodule whose class name contains "Attention"; `mlp` the
+    decoder layers' other linear layers; `norm` the decoder layers' norms outside attention (those inside
+    work on heads). Linear layers are `nn.Linear` and `Conv1D` and their subclasses.
+    """
+    layers_name = decoder_layers_name(model)
+    layers = model.get_submodule(layers_name)
+    assert isinstance(layers, nn.ModuleList)
+    sites, experts = [], []
+    for index, layer in enumerate(layers):
+        prefix = f"{layers_name}.{index}"
+        sites += [Site(name, kind, index, width) for name, kind, width in _sites_of_layer(layer, prefix)]
+        experts += [f"{prefix}.{name}" for name, p in layer.named_parameters() if p.ndim == 3]
+    return SiteTable(type(model).__name__, tuple(sites), tuple(experts))
+
+
+def _sites_of_layer(layer: nn.Module, prefix: str) -> Iterator[tuple[str, str, int]]:
+    """(name, kind, width) of a decoder layer's linear layers and norms."""
+    in_attention: set[str] = set()
+    for name, module in layer.named_modules():
+        parent = name.rpartition(".")[0]
+        inside = parent in in_attention
+        if inside or "Attention" in type(module).__name__:
+            in_attention.add(name)
+        width = _width(module)
+        if width is None:
+            continue
+        linear = isinstance(module, (nn.Linear, Conv1D))
+        if linear:
+            yield f"{prefix}.{name}", "attention" if inside else "mlp", width
+        elif not inside:
+            yield f"{prefix}.{name}", "norm", width
+
+
+def _width(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, Conv1D):
+        return int(module.nf)
+    weight = getattr(module, "weight", None)
+    if "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.ndim == 1:
+        return int(weight.shape[0])
+    return None
+
+
+def decoder_layers_name(model: PreTrainedModel) -> str:
+    """Name of the list of decoder layers: the longest `ModuleList` of the classes transformers never splits.
+
+    Raises
+    ------
+    ModelError
+        The model has no such list.
+    """
+    whole = set(model._no_split_modules or ())
+    lists: dict[str, nn.ModuleList] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and {type(m).__name__ for m in module} <= whole
+    }
+    decoders = {n: m for n, m in lists.items() if "vision" not in n and "encoder" not in n.split(".")} or lists
+    if not decoders:
+        raise ModelError(
+            f"{type(model).__name__}: expected a list of decoder layers, of class "
+            f"{' or '.join(sorted(whole)) or 'unnamed'}, found none; this architecture is not supported"
+        )
+    return max(decoders, key=lambda name: len(decoders[name]))

@@ -1,0 +1,56 @@
+"""A model ready for use: causal language model, tokenizer, and the intervention that is to lie over it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aura_dist.data.tokens import load_tokenizer
+from aura_dist.errors import ModelError
+from aura_dist.model.fingerprint import fingerprint
+from aura_dist.model.intervene import check_fits, intervene
+from aura_dist.model.sharding import ModelSource, load_causal, load_config, skeleton
+from aura_dist.model.sites import find_sites
+from aura_dist.runtime.world import World
+from aura_dist.store.artifact import Intervention
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What `load_for_use` gives; `fingerprint` is that of the weights on disk."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    intervention: Intervention | None
+
+    def intervened(self, strength: float) -> AbstractContextManager[Any]:
+        """Context in which the intervention lies over the model; nothing happens without one."""
+        return intervene(self.model, self.intervention, strength) if self.intervention else nullcontext(self.model)
+
+
+def load_for_use(source: ModelSource, world: World, intervention_dir: str | None) -> LoadedModel:
+    """Load model, tokenizer and intervention; what does not fit is refused before the weights are read.
+
+    Raises
+    ------
+    ModelError
+        The model cannot be loaded, or the intervention was made for another one.
+    StoreError
+        There is no intervention at `intervention_dir`.
+    """
+    config = load_config(source)
+    found = fingerprint(source.name, source.revision, config)
+    intervention = None
+    if intervention_dir is not None:
+        intervention = Intervention.load(intervention_dir)
+        check_fits(find_sites(skeleton(config)), intervention)
+        made_for = intervention.meta.get("model", {})
+        if made_for.get("fingerprint", found) != found:
+            raise ModelError(
+                f"--intervention {intervention_dir!r} was made for {made_for.get('name')!r} (fingerprint "
+                f"{made_for['fingerprint'][:12]}), but --model {source.name!r} has {found[:12]}; fit one for this model"
+            )
+    tokenizer = load_tokenizer(source.name, source.revision)
+    return LoadedModel(load_causal(source, world), tokenizer, found, intervention)

@@ -1,0 +1,103 @@
+"""The intervention as a file: `intervention.safetensors` (`<site>.scale`, `<site>.shift`) and `intervention.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from aura_dist.core.affine import compose, count_changed
+from aura_dist.errors import StoreError
+
+WEIGHTS_FILE = "intervention.safetensors"
+META_FILE = "intervention.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One elementwise affine map z ← scale ⊙ z + shift per site.
+
+    Attributes
+    ----------
+    scale
+        Site → [D] float32.
+    shift
+        Site → [D] float32; a site without one is not shifted.
+    meta
+        Method, parameters, concept, model fingerprint, store digest.
+
+    `b @ a` is `b` after `a`, as one intervention.
+    """
+
+    scale: Mapping[str, NDArray[np.float32]]
+    shift: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites, in the order of `scale`, then those that are only shifted."""
+        return list({**self.scale, **self.shift})
+
+    @property
+    def num_changed(self) -> int:
+        """Number of neurons that are not left as they are."""
+        return count_changed(self.scale, self.shift)
+
+    def map_of(self, site: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """(scale, shift or None) of a site."""
+        shift = self.shift.get(site)
+        scale = self.scale.get(site)
+        if scale is None:
+            scale = np.ones(0 if shift is None else shift.shape[0], dtype=np.float32)
+        return scale, shift
+
+    def __matmul__(self, inner: "Intervention") -> "Intervention":
+        scale: dict[str, NDArray[np.float32]] = {}
+        shift: dict[str, NDArray[np.float32]] = {}
+        for site in {**dict.fromkeys(inner.sites), **dict.fromkeys(self.sites)}:
+            if site not in inner.sites or site not in self.sites:
+                maps = (self if site in self.sites else inner).map_of(site)
+            else:
+                maps = compose(self.map_of(site), inner.map_of(site))
+            scale[site] = maps[0]
+            if maps[1] is not None:
+                shift[site] = maps[1]
+        return Intervention(scale, shift, {"composed": [dict(self.meta), dict(inner.meta)]})
+
+    def save(self, directory: str | Path) -> None:
+        """Write both files; StoreError if the directory cannot be written."""
+        place = Path(directory)
+        tensors = {f"{s}.scale": np.asarray(v, dtype=np.float32) for s, v in self.scale.items()}
+        tensors |= {f"{s}.shift": np.asarray(v, dtype=np.float32) for s, v in self.shift.items()}
+        meta = {"format_version": FORMAT_VERSION, "sites": self.sites, **self.meta}
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, place / WEIGHTS_FILE)
+            (place / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"intervention {str(place)!r} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Intervention":
+        """Read both files; StoreError if one is missing or damaged."""
+        place = Path(directory)
+        try:
+            meta = json.loads((place / META_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(place / WEIGHTS_FILE)
+            order = meta.pop("sites")
+            meta.pop("format_version")
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise StoreError(
+                f"intervention {str(place)!r}: expected {META_FILE} and {WEIGHTS_FILE} as `fit` writes them: {error}"
+            ) from error
+        return cls(
+            {s: tensors[f"{s}.scale"] for s in order if f"{s}.scale" in tensors},
+            {s: tensors[f"{s}.shift"] for s in order if f"{s}.shift" in tensors},
+            meta,
+        )

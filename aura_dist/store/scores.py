@@ -1,0 +1,151 @@
+"""Scores of a store: arrays made once, filled one chunk column at a time, each by one task.
+
+```
+scores/<site>/<pooling>/auroc    [concept, neuron] float64, chunked as the activations' columns
+scores/<site>/<pooling>/scored   [chunk column] uint8, one chunk each: written after the column's scores
+```
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from aura_dist.core.auroc import auroc_by_concept
+from aura_dist.errors import StoreError
+from aura_dist.store.record import unfinished
+from aura_dist.store.schema import (
+    StoreSpec,
+    activation_path,
+    codecs,
+    get_array,
+    open_group,
+    read_array,
+    tasks_of,
+    zarr_settings,
+)
+
+STATISTICS = ("auroc",)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One chunk column of one site and pooling: what one task scores."""
+
+    site: str
+    pooling: str
+    index: int
+    start: int
+    stop: int
+
+
+def score_path(site: str, pooling: str, name: str) -> str:
+    return f"scores/{site}/{pooling}/{name}"
+
+
+def check_finished(path: str, group: zarr.Group, spec: StoreSpec) -> None:
+    """StoreError with the number of missing rows, if collection has not finished."""
+    left = set(unfinished(group))
+    if left:
+        tokens = read_array(group, "samples/num_tokens")
+        rows = sum(t.stop - t.start for t in tasks_of(tokens, spec.tokens_per_batch) if t.index in left)
+        raise StoreError(
+            f"--store {path!r}: {rows} of {len(tokens)} rows are missing; run the same `collect` to finish it"
+        )
+
+
+def prepare(group: zarr.Group, spec: StoreSpec) -> list[Column]:
+    """Make the score arrays that are not there yet; the chunk columns that are not scored yet."""
+    columns = []
+    with zarr_settings():
+        for site in spec.sites:
+            for pooling in spec.poolings:
+                width = get_array(group, activation_path(site.name, pooling)).chunks[1]
+                marker = score_path(site.name, pooling, "scored")
+                if marker not in group:
+                    _make_arrays(group, len(spec.concepts), site.name, pooling, site.width, width)
+                scored = read_array(group, marker)
+                columns += [
+                    Column(site.name, pooling, int(i), int(i) * width, min((int(i) + 1) * width, site.width))
+                    for i in np.flatnonzero(scored == 0)
+                ]
+    return columns
+
+
+def _make_arrays(group: zarr.Group, concepts: int, site: str, pooling: str, width: int, chunk: int) -> None:
+    for statistic in STATISTICS:
+        group.create_array(
+            score_path(site, pooling, statistic),
+            shape=(concepts, width),
+            chunks=(concepts, chunk),
+            dtype="float64",
+            fill_value=np.nan,
+            compressors=codecs(),
+            dimension_names=("concept", "neuron"),
+            config={"write_empty_chunks": True},
+        )
+    # the marker comes last: where it stands, the statistics' arrays stand
+    group.create_array(
+        score_path(site, pooling, "scored"),
+        shape=(ceil(width / chunk),),
+        chunks=(1,),
+        dtype="uint8",
+        fill_value=0,
+        dimension_names=("chunk_column",),
+    )
+
+
+def score_column(path: str, column: Column) -> int:
+    """Read, score and write one chunk column; the number of neurons in it without a score.
+
+    Raises
+    ------
+    StoreError
+        A chunk is missing or damaged; nothing is written.
+    """
+    group, labels_CN = _opened(path)
+    values_NM = read_columns(group, column.site, column.pooling, slice(column.start, column.stop))
+    auroc_CM = auroc_by_concept(values_NM, labels_CN)
+    with zarr_settings():
+        get_array(group, score_path(column.site, column.pooling, "auroc"))[:, column.start : column.stop] = auroc_CM
+        get_array(group, score_path(column.site, column.pooling, "scored"))[column.index] = 1
+    return int(np.isnan(auroc_CM).any(axis=0).sum())
+
+
+def read_columns(group: zarr.Group, site: str, pooling: str, columns: slice) -> NDArray[Any]:
+    """[N, M] responses of some neurons; StoreError that names the array if a chunk is missing or damaged."""
+    name = activation_path(site, pooling)
+    with zarr_settings():
+        array = get_array(group, name)
+        _check_chunks_present(group, array, name, columns)
+        try:
+            return np.asarray(array[:, columns])
+        except Exception as error:  # the codec pipeline raises its own kinds
+            raise StoreError(
+                f"--store {group.store_path}: {name} is damaged: {error}; delete and collect again"
+            ) from error
+
+
+def _check_chunks_present(group: zarr.Group, array: "zarr.Array[Any]", name: str, columns: slice) -> None:
+    """A missing chunk reads as fill values without a word: look for the files first."""
+    root = getattr(group.store, "root", None)
+    if root is None:
+        return
+    rows, width = array.chunks
+    for r in range(ceil(array.shape[0] / rows)):
+        for c in range(columns.start // width, ceil(columns.stop / width)):
+            file = root / group.path / name / "c" / str(r) / str(c)
+            if not file.is_file():
+                raise StoreError(f"the chunk {str(file)!r} is missing; delete the store and collect again")
+
+
+@lru_cache(maxsize=1)
+def _opened(path: str) -> tuple[zarr.Group, NDArray[np.int8]]:
+    """A worker's handle on the store, and the labels as [C, N]."""
+    group = open_group(path)
+    labels_NC = read_array(group, "samples/label")
+    return group, np.ascontiguousarray(labels_NC.T)

@@ -1,0 +1,96 @@
+"""Tiny random models of the real classes, saved as a user would find them: config, safetensors, tokenizer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from aura_dist.data.table import read_table
+
+DEMO_SENTENCES = Path(__file__).parents[1] / "aura_dist" / "data" / "demo_sentences.csv"
+VOCAB = 384
+COMMON: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+LLAMA_LIKE: dict[str, Any] = {
+    **COMMON,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+# name → a configuration; widths that 16 does not divide are among them
+TINY_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "gpt2": lambda: hf.GPT2Config(**COMMON, n_embd=48, n_layer=3, n_head=4, n_positions=256),
+    "falcon-rotary": lambda: hf.FalconConfig(
+        **COMMON, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, multi_query=True, parallel_attn=True,
+        alibi=False, bias=False,
+    ),
+    "falcon-alibi": lambda: hf.FalconConfig(
+        **COMMON, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, multi_query=True, parallel_attn=False,
+        alibi=True, bias=True,
+    ),
+    "falcon-40b-style": lambda: hf.FalconConfig(
+        **COMMON, hidden_size=64, num_hidden_layers=3, num_attention_heads=8, num_kv_heads=2,
+        new_decoder_architecture=True, alibi=False, bias=False,
+    ),
+    "mpt": lambda: hf.MptConfig(**COMMON, d_model=48, n_layers=3, n_heads=4, max_seq_len=256, expansion_ratio=2),
+    "llama": lambda: hf.LlamaConfig(**LLAMA_LIKE),
+    "mistral": lambda: hf.MistralConfig(**LLAMA_LIKE, sliding_window=32),
+    "gemma3": lambda: hf.Gemma3TextConfig(**LLAMA_LIKE, head_dim=12, sliding_window=32, sliding_window_pattern=2),
+    "opt": lambda: hf.OPTConfig(
+        **COMMON, hidden_size=48, word_embed_proj_dim=48, ffn_dim=80, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=256,
+    ),
+    "bloom": lambda: hf.BloomConfig(**COMMON, hidden_size=48, n_layer=3, n_head=4),
+    "qwen3": lambda: hf.Qwen3Config(**LLAMA_LIKE, head_dim=12),
+    "phi3": lambda: hf.Phi3Config(**LLAMA_LIKE),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(
+        **LLAMA_LIKE, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+    ),
+}  # fmt: skip
+
+
+def tiny_causal(name: str, seed: int = 0) -> hf.PreTrainedModel:
+    """A random model whose outputs are of order 1, so that errors show."""
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(TINY_CONFIGS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            elif "bias" in name or parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def save_tiny(name: str, directory: Path, *, seed: int = 0, special_bos: bool = True, **save: Any) -> Path:
+    """Save a tiny model and a tokenizer trained on the bundled sentences; returns the directory."""
+    tiny_causal(name, seed).save_pretrained(directory, **save)
+    tiny_tokenizer(special_bos=special_bos).save_pretrained(directory)
+    return directory
+
+
+def tiny_tokenizer(*, special_bos: bool = True) -> hf.PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCAB` entries that puts `<bos>` in front, like Llama's and Gemma's."""
+    from tokenizers.decoders import ByteLevel
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<bos>", "<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(read_table(str(DEMO_SENTENCES), ["text"]).columns["text"], trainer)
+    if special_bos:
+        tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
