@@ -15,6 +15,8 @@ MAX_ROWS_PER_CHUNK = 256
 MAX_COLUMNS_PER_CHUNK = 1024
 MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
 ALIGNED_RANKS = 16
+# what a forward costs beside its tokens: launches, and the weights read once
+BATCH_OVERHEAD_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,17 @@ def row_chunks(task: Task, rows_chunk: int) -> Iterator[slice]:
 def make_batches(num_tokens: Sequence[int], chunk: slice, tokens_per_batch: int) -> list[slice]:
     """Cut a row chunk into batches of at most `tokens_per_batch` tokens, padding included, in store order.
 
-    Rows ascend in length, so a batch of rows [a, b) takes (b − a) × num_tokens[b − 1] tokens. One row longer
-    than the budget is a batch of its own.
+    Rows ascend in length, so a batch of rows [a, b) takes (b − a) × num_tokens[b − 1] tokens. Of all such cuts
+    the one is taken that costs least, a batch costing its tokens and `BATCH_OVERHEAD_TOKENS` more (exact, by
+    dynamic programming). One row longer than the budget is a batch of its own.
     """
-    cuts = [chunk.stop]
-    while cuts[-1] > chunk.start:
-        fit = max(1, tokens_per_batch // max(1, num_tokens[cuts[-1] - 1]))
-        cuts.append(max(chunk.start, cuts[-1] - fit))
-    return [slice(a, b) for a, b in zip(cuts[:0:-1], cuts[-2::-1], strict=True)]
+    start, stop = chunk.start, chunk.stop
+    least, cut = {start: 0}, {}
+    for b in range(start + 1, stop + 1):
+        length = num_tokens[b - 1]
+        first = max(start, b - max(1, tokens_per_batch // max(1, length)))
+        least[b], cut[b] = min((least[a] + (b - a) * length + BATCH_OVERHEAD_TOKENS, a) for a in range(first, b))
+    cuts = [stop]
+    while cuts[-1] > start:
+        cuts.append(cut[cuts[-1]])
+    return [slice(a, b) for a, b in pairwise(reversed(cuts))]

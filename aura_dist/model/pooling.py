@@ -3,7 +3,10 @@
 B texts of a batch, T tokens, D neurons.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,27 +18,23 @@ from torch import Tensor
 class TokenMask:
     """Which tokens of a batch count, prepared once for all sites.
 
-    Most columns of a length-sorted batch count in every row: these, [start, stop), are reduced in place;
+    Most positions of a length-sorted batch count in every row: these, the *dense* run, are reduced in place;
     only the few ragged ones are copied and masked.
 
     Attributes
     ----------
-    start, stop
+    dense
         Longest run of token positions that count in every row.
-    ragged_R
-        Other positions at which some row counts.
-    mask_BR1
-        Whether they count, bool.
+    ragged
+        Runs of other positions at which some row counts, each with its mask [B, positions, 1], bool.
     last_B
         Position of each row's last counted token.
     count_B1
         Counted tokens of each row, float32.
     """
 
-    start: int
-    stop: int
-    ragged_R: Tensor
-    mask_BR1: Tensor
+    dense: slice
+    ragged: tuple[tuple[slice, Tensor], ...]
     last_B: Tensor
     count_B1: Tensor
 
@@ -43,25 +42,22 @@ class TokenMask:
     def build(cls, mask_BT: NDArray[np.bool_], device: str | torch.device) -> "TokenMask":
         """From a mask of shape [B, T] on the host, at least one True a row."""
         assert mask_BT.any(axis=1).all(), "every row needs a token that counts"
-        start, stop = _longest_run(np.asarray(mask_BT.all(axis=0)))
-        ragged = np.asarray(mask_BT.any(axis=0))
-        ragged[start:stop] = False
-        at = np.flatnonzero(ragged)
-        last = mask_BT.shape[1] - 1 - mask_BT[:, ::-1].argmax(axis=1)
+        dense = max(_runs(np.asarray(mask_BT.all(axis=0))), key=lambda run: run.stop - run.start, default=slice(0, 0))
+        some_T = np.array(mask_BT.any(axis=0))
+        some_T[dense] = False
+        last_B = mask_BT.shape[1] - 1 - mask_BT[:, ::-1].argmax(axis=1)
         return cls(
-            start,
-            stop,
-            torch.from_numpy(at).to(device),
-            torch.from_numpy(mask_BT[:, at][:, :, None]).to(device),
-            torch.from_numpy(last).to(device),
+            dense,
+            tuple((run, torch.from_numpy(mask_BT[:, run, None]).to(device)) for run in _runs(some_T)),
+            torch.from_numpy(last_B).to(device),
             torch.from_numpy(mask_BT.sum(axis=1, dtype=np.float32)[:, None]).to(device),
         )
 
     def max(self, acts_BTD: Tensor) -> Tensor:
-        return self._extreme(acts_BTD, "max")
+        return self._reduce(acts_BTD, torch.amax, torch.maximum, float("-inf"))
 
     def min(self, acts_BTD: Tensor) -> Tensor:
-        return self._extreme(acts_BTD, "min")
+        return self._reduce(acts_BTD, torch.amin, torch.minimum, float("inf"))
 
     def absmax(self, acts_BTD: Tensor) -> Tensor:
         """Largest absolute value."""
@@ -71,34 +67,25 @@ class TokenMask:
         return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), self.last_B]
 
     def mean(self, acts_BTD: Tensor) -> Tensor:
-        """Mean, summed in float32."""
-        total_BD = acts_BTD[:, self.start : self.stop].sum(dim=1, dtype=torch.float32)
-        if len(self.ragged_R):
-            ragged_BRD = acts_BTD[:, self.ragged_R].masked_fill(~self.mask_BR1, 0)
-            total_BD = total_BD + ragged_BRD.sum(dim=1, dtype=torch.float32)
-        return total_BD / self.count_B1
+        """Mean, summed in float32 at least."""
+        wide = torch.promote_types(acts_BTD.dtype, torch.float32)
+        return self._reduce(acts_BTD, partial(torch.sum, dtype=wide), torch.add, 0.0) / self.count_B1
 
-    def _extreme(self, acts_BTD: Tensor, which: str) -> Tensor:
-        reduce, combine, neutral = _EXTREMES[which]
-        parts = []
-        if self.stop > self.start:
-            parts.append(reduce(acts_BTD[:, self.start : self.stop], dim=1))
-        if len(self.ragged_R):
-            parts.append(reduce(acts_BTD[:, self.ragged_R].masked_fill(~self.mask_BR1, neutral), dim=1))
-        return parts[0] if len(parts) == 1 else combine(*parts)
-
-
-_EXTREMES = {
-    "max": (torch.amax, torch.maximum, float("-inf")),
-    "min": (torch.amin, torch.minimum, float("inf")),
-}
+    def _reduce(
+        self,
+        acts_BTD: Tensor,
+        reduce: Callable[..., Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
+        neutral: float,
+    ) -> Tensor:
+        """Reduce the counted tokens to [B, D]; tokens that do not count are taken as `neutral`."""
+        parts = [reduce(acts_BTD[:, self.dense], dim=1)] if self.dense.stop > self.dense.start else []
+        for run, mask_BR1 in self.ragged:
+            parts.append(reduce(acts_BTD[:, run].masked_fill(~mask_BR1, neutral), dim=1))
+        return functools.reduce(combine, parts)
 
 
-def _longest_run(flags_T: NDArray[np.bool_]) -> tuple[int, int]:
-    """[start, stop) of the longest run of True; (0, 0) if there is none."""
+def _runs(flags_T: NDArray[np.bool_]) -> list[slice]:
+    """Runs of True, in order."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flags_T, [False])).astype(np.int8)))
-    starts, stops = edges[::2], edges[1::2]
-    if not len(starts):
-        return 0, 0
-    longest = int(np.argmax(stops - starts))
-    return int(starts[longest]), int(stops[longest])
+    return [slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

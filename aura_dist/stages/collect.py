@@ -7,11 +7,13 @@ buffer → background writer → task committed.
 
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from aura_dist.config import CollectConfig
 from aura_dist.core.partition import Task, make_batches, row_chunks, rows_per_chunk
@@ -24,8 +26,9 @@ from aura_dist.model.capture import Capture, row_buffer
 from aura_dist.model.fingerprint import fingerprint
 from aura_dist.model.sharding import ModelSource, load_base, load_config, pick_device, skeleton
 from aura_dist.model.sites import find_sites
+from aura_dist.runtime.memory import keep_freed_memory
 from aura_dist.runtime.progress import Progress
-from aura_dist.runtime.world import World, world_from_environment
+from aura_dist.runtime.world import world_from_environment
 from aura_dist.store.record import check_same, unfinished
 from aura_dist.store.schema import Samples, StoreSpec, create_store, exists, open_group, tasks_of
 from aura_dist.store.writer import ChunkWriter
@@ -49,8 +52,10 @@ def run(config: CollectConfig) -> None:
     if not tasks:
         logger.info("%s is finished: %d rows; --overwrite collects anew", config.store, len(samples))
         return
+    source = ModelSource(config.model, config.revision, config.dtype)
+    model = load_base(source, world, num_layers=1 + max(s.layer for s in spec.sites))
     with ChunkWriter(group, spec, lambda: row_buffer(spec, rows_per_chunk(len(samples)), world.device)) as writer:
-        _collect(config, world, spec, tokens, tasks, writer)
+        stream(model, spec, tokens, tasks, writer)
     for name, count in sorted(writer.nonfinite.items()):
         logger.warning("%s: %d responses are NaN or infinite", name, count)
     logger.info("wrote %s: %d rows, %d modules", config.store, len(samples), len(spec.sites))
@@ -141,11 +146,15 @@ def _provenance(config: CollectConfig) -> dict[str, Any]:
     }
 
 
-def _collect(
-    config: CollectConfig, world: World, spec: StoreSpec, tokens: TokenizedTexts, tasks: list[Task], writer: ChunkWriter
+def stream(
+    model: PreTrainedModel, spec: StoreSpec, tokens: TokenizedTexts, tasks: Sequence[Task], writer: ChunkWriter
 ) -> None:
-    source = ModelSource(config.model, config.revision, config.dtype)
-    model = load_base(source, world, num_layers=1 + max(s.layer for s in spec.sites))
+    """Run `tasks` through a base model, longest first, and hand their pooled responses to the writer.
+
+    `tokens` are in store order; a task is committed once all its rows are handed over.
+    """
+    if model.device.type == "cpu":
+        keep_freed_memory()
     num_tokens = tokens.num_tokens.tolist()
     rows = rows_per_chunk(len(num_tokens))
     progress = Progress("collect", sum(t.stop - t.start for t in tasks), sum(t.num_tokens for t in tasks))

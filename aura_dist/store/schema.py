@@ -9,7 +9,10 @@ STORE.zarr                             attributes: see `StoreSpec`; `created`, w
 ```
 """
 
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from aura_dist.core.sites import Site
 from aura_dist.errors import StoreError
 
 SCHEMA_VERSION = 1
-CODEC_PIPELINE = "zarrs.ZarrsCodecPipeline"
+CODEC_SETTINGS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.chunk_concurrent_maximum": 1}
+_OPENING = threading.RLock()
 # poolings that return one of the layer's own outputs: exact in the layer's own dtype
 SELECTING_POOLINGS = frozenset({"max", "min", "last", "absmax"})
 
@@ -122,11 +126,18 @@ def activation_path(site: str, pooling: str) -> str:
     return f"activations/{site}/{pooling}"
 
 
-def zarr_settings() -> Any:
-    """Context in which arrays are opened: the Rust codec pipeline, 2–3 times faster than zarr-python's own."""
+@contextmanager
+def fast_codecs() -> Iterator[None]:
+    """Context in which arrays are opened: they keep the Rust codec pipeline, many times faster than Python's.
+
+    One thread a call: the chunks of a call lie in one directory, where making files in parallel only waits;
+    parallelism comes from writing many arrays and from Dask. The setting is zarr's own and global, so opening
+    takes a lock: no thread sees another's half-set context.
+    """
     import zarrs  # noqa: F401  (registers the pipeline)
 
-    return zarr.config.set({"codec_pipeline.path": CODEC_PIPELINE})
+    with _OPENING, zarr.config.set(CODEC_SETTINGS):
+        yield
 
 
 def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mapping[str, Any]) -> None:
@@ -148,7 +159,7 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
     """
     num_rows, rows = len(samples), rows_per_chunk(len(samples))
     try:
-        with zarr_settings():
+        with fast_codecs():
             root = zarr.open_group(path, mode="w", zarr_format=3)
             root.attrs.update({"schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance})
             _add(root, "samples/row", samples.row, ("sample",))
@@ -182,7 +193,8 @@ def codecs() -> tuple[BloscCodec, Crc32cCodec]:
 
 def get_array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
     """An array of the store by its path."""
-    array = group[name]
+    with fast_codecs():
+        array = group[name]
     assert isinstance(array, zarr.Array)
     return array
 
@@ -231,7 +243,7 @@ def exists(path: str) -> bool:
 def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
     """The store's root group; StoreError if it is missing, half-made or of another schema."""
     try:
-        with zarr_settings():
+        with fast_codecs():
             group = zarr.open_group(path, mode="r+" if _writable(path) else "r")
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"--store {path!r}: expected a store that `collect` wrote, found none: {error}") from error
@@ -247,6 +259,4 @@ def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
 
 
 def _writable(path: str) -> bool:
-    import os
-
     return os.access(path, os.W_OK)

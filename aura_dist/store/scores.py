@@ -26,7 +26,6 @@ from aura_dist.store.schema import (
     open_group,
     read_array,
     tasks_of,
-    zarr_settings,
 )
 
 STATISTICS = ("auroc",)
@@ -61,18 +60,17 @@ def check_finished(path: str, group: zarr.Group, spec: StoreSpec) -> None:
 def prepare(group: zarr.Group, spec: StoreSpec) -> list[Column]:
     """Make the score arrays that are not there yet; the chunk columns that are not scored yet."""
     columns = []
-    with zarr_settings():
-        for site in spec.sites:
-            for pooling in spec.poolings:
-                width = get_array(group, activation_path(site.name, pooling)).chunks[1]
-                marker = score_path(site.name, pooling, "scored")
-                if marker not in group:
-                    _make_arrays(group, len(spec.concepts), site.name, pooling, site.width, width)
-                scored = read_array(group, marker)
-                columns += [
-                    Column(site.name, pooling, int(i), int(i) * width, min((int(i) + 1) * width, site.width))
-                    for i in np.flatnonzero(scored == 0)
-                ]
+    for site in spec.sites:
+        for pooling in spec.poolings:
+            width = get_array(group, activation_path(site.name, pooling)).chunks[1]
+            marker = score_path(site.name, pooling, "scored")
+            if marker not in group:
+                _make_arrays(group, len(spec.concepts), site.name, pooling, site.width, width)
+            scored = read_array(group, marker)
+            columns += [
+                Column(site.name, pooling, int(i), int(i) * width, min((int(i) + 1) * width, site.width))
+                for i in np.flatnonzero(scored == 0)
+            ]
     return columns
 
 
@@ -110,24 +108,20 @@ def score_column(path: str, column: Column) -> int:
     group, labels_CN = _opened(path)
     values_NM = read_columns(group, column.site, column.pooling, slice(column.start, column.stop))
     auroc_CM = auroc_by_concept(values_NM, labels_CN)
-    with zarr_settings():
-        get_array(group, score_path(column.site, column.pooling, "auroc"))[:, column.start : column.stop] = auroc_CM
-        get_array(group, score_path(column.site, column.pooling, "scored"))[column.index] = 1
+    get_array(group, score_path(column.site, column.pooling, "auroc"))[:, column.start : column.stop] = auroc_CM
+    get_array(group, score_path(column.site, column.pooling, "scored"))[column.index] = 1
     return int(np.isnan(auroc_CM).any(axis=0).sum())
 
 
 def read_columns(group: zarr.Group, site: str, pooling: str, columns: slice) -> NDArray[Any]:
     """[N, M] responses of some neurons; StoreError that names the array if a chunk is missing or damaged."""
     name = activation_path(site, pooling)
-    with zarr_settings():
-        array = get_array(group, name)
-        _check_chunks_present(group, array, name, columns)
-        try:
-            return np.asarray(array[:, columns])
-        except Exception as error:  # the codec pipeline raises its own kinds
-            raise StoreError(
-                f"--store {group.store_path}: {name} is damaged: {error}; delete and collect again"
-            ) from error
+    array = get_array(group, name)
+    _check_chunks_present(group, array, name, columns)
+    try:
+        return np.asarray(array[:, columns])
+    except Exception as error:  # the codec pipeline raises its own kinds
+        raise StoreError(f"{group.store_path}/{name} is damaged: {error}; delete and collect again") from error
 
 
 def _check_chunks_present(group: zarr.Group, array: "zarr.Array[Any]", name: str, columns: slice) -> None:

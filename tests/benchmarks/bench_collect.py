@@ -1,0 +1,127 @@
+"""Collection against the bare forward and against a naive capture loop, side by side in one run.
+
+    python tests/benchmarks/bench_collect.py --model MODEL_DIR --data jigsaw_toxicity.csv [--rows 200] [--dtype float32]
+
+Loading, tokenization and a warm-up forward are left out. `bare` runs the same batches through the base model;
+`collect` adds pooling, encoding, writing and commit; `naive` takes batches of 16 in file order, padded on the
+left, through the full language model, and saves one file per sentence and module.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from aura_dist.config import CollectConfig
+from aura_dist.core.partition import make_batches, row_chunks, rows_per_chunk
+from aura_dist.data.tokens import TokenizedTexts, load_tokenizer
+from aura_dist.model.capture import row_buffer
+from aura_dist.model.sharding import DTYPES, ModelSource, load_base
+from aura_dist.runtime.memory import keep_freed_memory
+from aura_dist.runtime.world import World
+from aura_dist.stages.collect import load_samples, make_spec, stream
+from aura_dist.store.schema import StoreSpec, create_store, open_group, tasks_of
+from aura_dist.store.writer import ChunkWriter
+
+NAIVE_BATCH = 16
+
+
+def bare(model, spec: StoreSpec, tokens: TokenizedTexts) -> float:
+    num_tokens = tokens.num_tokens.tolist()
+    start = time.perf_counter()
+    with torch.no_grad():
+        for task in tasks_of(tokens.num_tokens, spec.tokens_per_batch):
+            for chunk in row_chunks(task, rows_per_chunk(len(num_tokens))):
+                for rows in make_batches(num_tokens, chunk, spec.tokens_per_batch):
+                    batch = tokens.batch(rows)
+                    model(
+                        input_ids=torch.from_numpy(batch.input_ids),
+                        attention_mask=torch.from_numpy(batch.attention_mask).long(),
+                        use_cache=False,
+                    )
+    return time.perf_counter() - start
+
+
+def collect(model, spec: StoreSpec, samples, tokens: TokenizedTexts, path: str) -> float:
+    create_store(path, spec, samples, {})
+    group = open_group(path)
+    start = time.perf_counter()
+    with ChunkWriter(group, spec, lambda: row_buffer(spec, rows_per_chunk(len(samples)), "cpu")) as writer:
+        stream(model, spec, tokens, tasks_of(samples.num_tokens, spec.tokens_per_batch), writer)
+    return time.perf_counter() - start
+
+
+def naive(config: CollectConfig, spec: StoreSpec, texts: list[str]) -> float:
+    """What one would write in an afternoon."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(config.model)
+    tokenizer.padding_side = "left"
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=DTYPES[config.dtype]).eval()
+    captured: dict[str, torch.Tensor] = {}
+
+    def hook(name):
+        return lambda module, args, output: captured.__setitem__(name, output.detach())
+
+    for site in spec.sites:
+        model.get_submodule(site.name).register_forward_hook(hook(site.name))
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        start = time.perf_counter()
+        for first in range(0, len(texts), NAIVE_BATCH):
+            encoded = tokenizer(
+                texts[first : first + NAIVE_BATCH], return_tensors="pt", padding=True, truncation=True, max_length=128
+            )
+            model(**encoded)
+            mask = encoded["attention_mask"].bool()[:, :, None]
+            for name, acts in captured.items():
+                pooled = acts.masked_fill(~mask, float("-inf")).amax(dim=1)
+                for b, row in enumerate(pooled):
+                    torch.save(row.clone(), Path(scratch) / f"{first + b}.{name}.pt")
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--skip-naive", action="store_true")
+    args = parser.parse_args()
+    config = CollectConfig(
+        model=args.model, dtype=args.dtype, data=args.data, concepts=["toxic"], num_positive=args.rows // 2,
+        num_negative=args.rows // 2, store="unused",
+    )  # fmt: skip
+    samples, tokens, identity = load_samples(config)
+    spec = make_spec(config, identity, int(samples.num_tokens.max()))
+    model = load_base(ModelSource(args.model, None, args.dtype), World())
+    keep_freed_memory()  # for all: it speeds up the bare forward as well
+    bare(model, spec, tokens.take(range(32)))
+    ours, base = [], []
+    # stores are deleted at the end: ext4 is slow at making files just after it removed many
+    scratch = tempfile.TemporaryDirectory()
+    for repeat in range(args.repeats):
+        base.append(bare(model, spec, tokens))
+        ours.append(collect(model, spec, samples, tokens, f"{scratch.name}/{repeat}.zarr"))
+        print(f"run {repeat}: bare {base[-1]:.2f} s, collect {ours[-1]:.2f} s, {ours[-1] / base[-1]:.3f}x", flush=True)
+    num_tokens = int(samples.num_tokens.sum())
+    mine = statistics.median(ours)
+    ratios = sorted(o / b for o, b in zip(ours, base, strict=True))
+    print(f"{args.dtype}, {len(samples)} rows, {num_tokens} tokens, {torch.get_num_threads()} threads")
+    print(f"collect / bare: median {statistics.median(ratios):.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}")
+    print(f"best collect / best bare: {min(ours) / min(base):.3f}")
+    print(f"collect: {num_tokens / mine:,.0f} tokens/s")
+    if not args.skip_naive:
+        from aura_dist.data.table import read_table
+
+        texts = read_table(args.data, ["text"]).columns["text"]
+        slow = naive(config, spec, [texts[r] for r in sorted(samples.row)])
+        print(f"naive {slow:.2f} s: {slow / mine:.1f}x collect")
+
+
+if __name__ == "__main__":
+    main()
