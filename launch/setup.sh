@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Makes .venv at the top of the checkout and installs aura_dist with the extras named, pinned by constraints.txt.
+# Usage: bash launch/setup.sh EXTRA[,EXTRA…]        (demo.sh and test.sh call it; a second call costs a second)
+#
+# Needs Python 3.11 or newer ($PYTHON, else the first python3.x found). On Debian and Ubuntu the package that makes
+# virtual environments is installed if it is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=${1:?usage: bash launch/setup.sh EXTRA[,EXTRA…]}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: expected Python 3.11 or newer, found $(python3 --version 2>&1 || echo none); name one with PYTHON=…" >&2
+  exit 2
+}
+
+install_venv_package() {
+  local version as_root=""
+  version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  [ "$(id -u)" = 0 ] || as_root=sudo
+  if ! command -v apt-get >/dev/null; then
+    echo "error: $1 cannot make virtual environments; install its venv package and run this again" >&2
+    exit 2
+  fi
+  $as_root apt-get update -qq
+  $as_root apt-get install -y -qq "python$version-venv" >/dev/null || $as_root apt-get install -y -qq python3-venv >/dev/null
+}
+
+python=$(find_python)
+# a moved checkout or another interpreter makes the old environment useless
+if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || install_venv_package "$python"
+  rm -rf .venv
+  "$python" -m venv .venv
+fi
+
+wanted=$(echo "$PWD $extras" | cat - pyproject.toml launch/constraints.txt | sha256sum | cut -c1-16)
+stamp=.venv/installed-$extras
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  echo "installing aura_dist[$extras] into .venv (a few minutes at the first time)" >&2
+  # torch first: DeepSpeed's set-up looks for it. No operator is compiled now (DS_BUILD_OPS=0).
+  .venv/bin/python -m pip install -q --disable-pip-version-check -c launch/constraints.txt torch numpy setuptools wheel
+  DS_BUILD_OPS=0 .venv/bin/python -m pip install -q --disable-pip-version-check -c launch/constraints.txt -e ".[$extras]"
+  echo "$wanted" > "$stamp"
+fi

