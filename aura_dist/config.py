@@ -21,7 +21,7 @@ Pooling = Literal["max", "mean", "min", "last", "absmax"]
 Method = Literal["aura", "damp", "det0"]
 
 PositiveInt = Annotated[int, Meta(ge=1)]
-Seed = Annotated[int, Meta(ge=0, lt=2**63)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Strength = Annotated[float, Meta(ge=0.0)]
 
 

@@ -6,9 +6,11 @@ scores/<site>/<pooling>/scored   [chunk column] uint8, one chunk each: written a
 ```
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,27 +116,39 @@ def score_column(path: str, column: Column) -> int:
 
 
 def read_columns(group: zarr.Group, site: str, pooling: str, columns: slice) -> NDArray[Any]:
-    """[N, M] responses of some neurons; StoreError that names the array if a chunk is missing or damaged."""
+    """[N, M] responses of some neurons; StoreError with a chunk's path if it is missing or damaged."""
     name = activation_path(site, pooling)
     array = get_array(group, name)
-    _check_chunks_present(group, array, name, columns)
+    for chunk, _ in _chunks_of(array, columns):
+        # a missing chunk would read as fill values without a word
+        if not _chunk_file(group, name, chunk).is_file():
+            raise StoreError(f"the chunk {str(_chunk_file(group, name, chunk))!r} is missing; {_AGAIN}")
     try:
         return np.asarray(array[:, columns])
-    except Exception as error:  # the codec pipeline raises its own kinds
-        raise StoreError(f"{group.store_path}/{name} is damaged: {error}; delete and collect again") from error
+    except Exception:  # the codec pipeline raises its own kinds: find the chunk
+        for chunk, region in _chunks_of(array, columns):
+            try:
+                array[region]
+            except Exception as error:
+                file = _chunk_file(group, name, chunk)
+                raise StoreError(f"the chunk {str(file)!r} is damaged: {error}; {_AGAIN}") from error
+        raise
 
 
-def _check_chunks_present(group: zarr.Group, array: "zarr.Array[Any]", name: str, columns: slice) -> None:
-    """A missing chunk reads as fill values without a word: look for the files first."""
-    root = getattr(group.store, "root", None)
-    if root is None:
-        return
+_AGAIN = "collect again with --overwrite"
+
+
+def _chunks_of(array: "zarr.Array[Any]", columns: slice) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
+    """Index and region of every chunk that holds some of `columns`."""
     rows, width = array.chunks
     for r in range(ceil(array.shape[0] / rows)):
         for c in range(columns.start // width, ceil(columns.stop / width)):
-            file = root / group.path / name / "c" / str(r) / str(c)
-            if not file.is_file():
-                raise StoreError(f"the chunk {str(file)!r} is missing; delete the store and collect again")
+            yield (r, c), (slice(r * rows, (r + 1) * rows), slice(c * width, (c + 1) * width))
+
+
+def _chunk_file(group: zarr.Group, name: str, chunk: tuple[int, int]) -> Path:
+    root = getattr(group.store, "root", "")
+    return Path(root) / group.path / name / "c" / str(chunk[0]) / str(chunk[1])
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,157 @@
+"""What is written stays written: interruption, resume, failing writes, damaged chunks, flat memory."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers as hf
+
+import aura_dist
+from aura_dist.cli import main
+from aura_dist.model.capture import Capture
+from aura_dist.store import writer as writer_module
+from tests.memory import peak_of
+from tests.models import LLAMA_LIKE, tiny_tokenizer
+
+FLAT = 1.05
+
+
+def arguments(model, data, store, *more):
+    return [
+        "collect", "--model", str(model), "--data", str(data), "--concepts", "toxic", "--store", str(store),
+        "--tokens-per-batch", "128", "--pooling", "max", "mean", *more,
+    ]  # fmt: skip
+
+
+def chunk_files(store: Path) -> dict[str, bytes]:
+    """Every chunk of responses, samples and progress by its path."""
+    return {str(f.relative_to(store)): f.read_bytes() for f in sorted(store.glob("*/**/c/**/*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_dir, sentences_csv, tmp_path_factory):
+    """An uninterrupted store of all 480 sentences."""
+    store = tmp_path_factory.mktemp("whole") / "store.zarr"
+    assert main(arguments(tiny_dir("llama"), sentences_csv, store)) == 0
+    return store
+
+
+@pytest.mark.parametrize("batches", [1, 7, 30])
+def test_resumed_equals_uninterrupted_bit_for_bit(batches, whole, tiny_dir, sentences_csv, tmp_path, monkeypatch):
+    store = tmp_path / "store.zarr"
+    command = arguments(tiny_dir("llama"), sentences_csv, store)
+    run, count = Capture.run, 0
+
+    def interrupted(self, *args):
+        nonlocal count
+        count += 1
+        if count > batches:
+            raise KeyboardInterrupt
+        run(self, *args)
+
+    monkeypatch.setattr(Capture, "run", interrupted)
+    assert main(command) == 130
+    monkeypatch.setattr(Capture, "run", run)
+    assert main(["score", "--store", str(store)]) == 2, "an unfinished store is not scored"
+    assert main(command) == 0
+    assert chunk_files(store) == chunk_files(whole)
+
+
+def test_finished_store_is_left_alone(whole, tiny_dir, sentences_csv, monkeypatch):
+    before = {f: f.stat().st_mtime_ns for f in whole.rglob("*") if f.is_file()}
+    monkeypatch.setattr("aura_dist.stages.collect.load_base", None)
+    assert main(arguments(tiny_dir("llama"), sentences_csv, whole)) == 0
+    assert {f: f.stat().st_mtime_ns for f in whole.rglob("*") if f.is_file()} == before
+
+
+def test_store_that_was_never_finished_being_made_is_made_anew(whole, tiny_dir, sentences_csv, tmp_path):
+    store = tmp_path / "store.zarr"
+    shutil.copytree(whole, store)
+    metadata = store / "zarr.json"
+    metadata.write_text(metadata.read_text().replace('"created": true', '"created": false'))
+    assert main(["score", "--store", str(store)]) == 2
+    assert main(arguments(tiny_dir("llama"), sentences_csv, store)) == 0
+    assert chunk_files(store) == chunk_files(whole)
+
+
+def test_failing_write_stops_the_run_with_its_error(whole, tiny_dir, sentences_csv, tmp_path, monkeypatch, capsys):
+    store = tmp_path / "store.zarr"
+    command = arguments(tiny_dir("llama"), sentences_csv, store)
+    write = writer_module.ChunkWriter._write
+
+    async def full_disk(self, rows, buffer):
+        if rows.start < 320:
+            raise OSError(28, "No space left on device")
+        await write(self, rows, buffer)
+
+    monkeypatch.setattr(writer_module.ChunkWriter, "_write", full_disk)
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "No space left on device" in error
+    monkeypatch.setattr(writer_module.ChunkWriter, "_write", write)
+    assert main(command) == 0
+    assert chunk_files(store) == chunk_files(whole)
+
+
+def test_missing_chunk_is_named_and_nothing_written_for_it(whole, tmp_path, capsys):
+    store = tmp_path / "store.zarr"
+    shutil.copytree(whole, store)
+    chunk = store / "activations" / "model.layers.1.mlp.up_proj" / "max" / "c" / "2" / "3"
+    chunk.unlink()
+    assert main(["score", "--store", str(store)]) == 2
+    assert str(chunk) in capsys.readouterr().err
+    scores = store / "scores" / "model.layers.1.mlp.up_proj" / "max" / "auroc" / "c" / "0" / "3"
+    assert not scores.exists()
+
+
+def test_flipped_bit_is_an_error_that_names_the_chunk(whole, tmp_path, capsys):
+    store = tmp_path / "store.zarr"
+    shutil.copytree(whole, store)
+    chunk = store / "activations" / "model.layers.1.mlp.up_proj" / "max" / "c" / "2" / "3"
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    assert main(["score", "--store", str(store)]) == 2
+    assert str(chunk) in capsys.readouterr().err
+
+
+def test_responses_that_are_not_finite_are_counted_and_named(tiny_dir, sentences_csv, tmp_path, caplog):
+    model = hf.AutoModelForCausalLM.from_pretrained(tiny_dir("gpt2"))
+    model.transformer.h[2].mlp.c_fc.bias.data[5] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    store = tmp_path / "store.zarr"
+    assert main(arguments(tmp_path / "model", sentences_csv, store, "--num-positive", "8", "--num-negative", "8")) == 0
+    counted = aura_dist.open_store(store).attrs["nonfinite"]
+    assert counted["activations/transformer.h.2.mlp.c_fc/max"] == 16
+    assert counted["activations/transformer.h.2.mlp.c_proj/max"] == 16 * 48, "what follows an infinity is not finite"
+    assert not any("h.1." in name for name in counted)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    """A model whose pooled responses outweigh it: 133 KB a row."""
+    directory = tmp_path_factory.mktemp("wide")
+    config = hf.LlamaConfig(**{**LLAMA_LIKE, "intermediate_size": 4096, "num_hidden_layers": 4, "hidden_size": 16})
+    hf.LlamaForCausalLM(config).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_memory_of_collect_does_not_grow_with_the_rows(wide_model, tmp_path):
+    rng = np.random.default_rng(0)
+    peaks = {}
+    for rows in (500, 2000):
+        data = tmp_path / f"{rows}.csv"
+        with data.open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["text", "toxic"])
+            table.writerows(["word " * rng.integers(4, 40), i % 2] for i in range(rows))
+        command = ["--model", str(wide_model), "--data", str(data), "--concepts", "toxic"]
+        peaks[rows] = peak_of(
+            ["collect", *command, "--tokens-per-batch", "1024", "--store", str(tmp_path / f"{rows}.zarr")]
+        )
+    assert peaks[2000] <= FLAT * peaks[500], peaks
