@@ -90,8 +90,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     config: Any = resolve(VERBS[name].config, merge(name, document, flags))
 
     from aura_dist.runtime.log import configure_logging
+    from aura_dist.runtime.memory import keep_memory_flat
 
     configure_logging(debug=debug)
+    keep_memory_flat()
     import_module(VERBS[name].stage).run(config)
 
 

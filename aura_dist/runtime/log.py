@@ -12,3 +12,5 @@ def configure_logging(*, debug: bool = False, rank: int = 0) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
+    # said once a process on every machine without a GPU; which device is used is our own message's matter
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())

@@ -26,7 +26,6 @@ from aura_dist.model.capture import Capture, row_buffer
 from aura_dist.model.fingerprint import fingerprint
 from aura_dist.model.sharding import ModelSource, load_base, load_config, pick_device, skeleton
 from aura_dist.model.sites import find_sites
-from aura_dist.runtime.memory import keep_freed_memory
 from aura_dist.runtime.progress import Progress
 from aura_dist.runtime.world import world_from_environment
 from aura_dist.store.record import check_same, unfinished
@@ -153,8 +152,6 @@ def stream(
 
     `tokens` are in store order; a task is committed once all its rows are handed over.
     """
-    if model.device.type == "cpu":
-        keep_freed_memory()
     num_tokens = tokens.num_tokens.tolist()
     rows = rows_per_chunk(len(num_tokens))
     progress = Progress("collect", sum(t.stop - t.start for t in tasks), sum(t.num_tokens for t in tasks))

@@ -7,7 +7,7 @@ from aura_dist.runtime.cluster import dask_client
 from aura_dist.runtime.progress import Progress
 from aura_dist.store.describe import by_layer, confounding_warning, top_table
 from aura_dist.store.schema import StoreSpec, open_group
-from aura_dist.store.scores import Column, check_finished, prepare, score_column
+from aura_dist.store.scores import Column, check_finished, compile_kernels, forget_handles, prepare, score_column
 from aura_dist.store.view import score_table, top_neurons
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,9 @@ def run(config: ScoreConfig) -> None:
     spec = StoreSpec.from_attributes(group.attrs)
     check_finished(config.store, group, spec)
     columns = prepare(group, spec)
+    forget_handles()
     if columns:
+        compile_kernels()
         unscored = _score(config, columns)
         if unscored:
             logger.warning("%d neurons have NaN responses and so no score", unscored)

@@ -107,22 +107,22 @@ def score_column(path: str, column: Column) -> int:
     StoreError
         A chunk is missing or damaged; nothing is written.
     """
-    group, labels_CN = _opened(path)
-    values_NM = read_columns(group, column.site, column.pooling, slice(column.start, column.stop))
+    labels_CN = _labels(path)
+    values_NM = read_columns(path, column.site, column.pooling, slice(column.start, column.stop))
     auroc_CM = auroc_by_concept(values_NM, labels_CN)
-    get_array(group, score_path(column.site, column.pooling, "auroc"))[:, column.start : column.stop] = auroc_CM
-    get_array(group, score_path(column.site, column.pooling, "scored"))[column.index] = 1
+    _opened_array(path, score_path(column.site, column.pooling, "auroc"))[:, column.start : column.stop] = auroc_CM
+    _opened_array(path, score_path(column.site, column.pooling, "scored"))[column.index] = 1
     return int(np.isnan(auroc_CM).any(axis=0).sum())
 
 
-def read_columns(group: zarr.Group, site: str, pooling: str, columns: slice) -> NDArray[Any]:
+def read_columns(path: str, site: str, pooling: str, columns: slice) -> NDArray[Any]:
     """[N, M] responses of some neurons; StoreError with a chunk's path if it is missing or damaged."""
     name = activation_path(site, pooling)
-    array = get_array(group, name)
+    array = _opened_array(path, name)
     for chunk, _ in _chunks_of(array, columns):
         # a missing chunk would read as fill values without a word
-        if not _chunk_file(group, name, chunk).is_file():
-            raise StoreError(f"the chunk {str(_chunk_file(group, name, chunk))!r} is missing; {_AGAIN}")
+        if not _chunk_file(path, name, chunk).is_file():
+            raise StoreError(f"the chunk {str(_chunk_file(path, name, chunk))!r} is missing; {_AGAIN}")
     try:
         return np.asarray(array[:, columns])
     except Exception:  # the codec pipeline raises its own kinds: find the chunk
@@ -130,7 +130,7 @@ def read_columns(group: zarr.Group, site: str, pooling: str, columns: slice) -> 
             try:
                 array[region]
             except Exception as error:
-                file = _chunk_file(group, name, chunk)
+                file = _chunk_file(path, name, chunk)
                 raise StoreError(f"the chunk {str(file)!r} is damaged: {error}; {_AGAIN}") from error
         raise
 
@@ -146,14 +146,34 @@ def _chunks_of(array: "zarr.Array[Any]", columns: slice) -> Iterator[tuple[tuple
             yield (r, c), (slice(r * rows, (r + 1) * rows), slice(c * width, (c + 1) * width))
 
 
-def _chunk_file(group: zarr.Group, name: str, chunk: tuple[int, int]) -> Path:
-    root = getattr(group.store, "root", "")
-    return Path(root) / group.path / name / "c" / str(chunk[0]) / str(chunk[1])
+def _chunk_file(path: str, name: str, chunk: tuple[int, int]) -> Path:
+    return Path(path) / name / "c" / str(chunk[0]) / str(chunk[1])
 
 
 @lru_cache(maxsize=1)
-def _opened(path: str) -> tuple[zarr.Group, NDArray[np.int8]]:
-    """A worker's handle on the store, and the labels as [C, N]."""
-    group = open_group(path)
-    labels_NC = read_array(group, "samples/label")
-    return group, np.ascontiguousarray(labels_NC.T)
+def _opened_group(path: str) -> zarr.Group:
+    return open_group(path)
+
+
+@lru_cache(maxsize=256)
+def _opened_array(path: str, name: str) -> "zarr.Array[Any]":
+    """A worker's handle on an array: opening costs more than scoring a column."""
+    return get_array(_opened_group(path), name)
+
+
+@lru_cache(maxsize=1)
+def _labels(path: str) -> NDArray[np.int8]:
+    """[C, N] labels of a store."""
+    return np.ascontiguousarray(read_array(_opened_group(path), "samples/label").T)
+
+
+def forget_handles() -> None:
+    """Drop what workers in this process hold open: the store may be made anew at the same path."""
+    for cached in (_opened_group, _opened_array, _labels):
+        cached.cache_clear()
+
+
+def compile_kernels() -> None:
+    """Compile the kernel now (or read it from numba's cache), rather than within the first column."""
+    labels_CN = np.array([[1, 0]], dtype=np.int8)
+    auroc_by_concept(np.array([[0.1], [0.2]], dtype=np.float32), labels_CN)

@@ -20,7 +20,7 @@ from aura_dist.core.partition import make_batches, row_chunks, rows_per_chunk
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer
 from aura_dist.model.capture import row_buffer
 from aura_dist.model.sharding import DTYPES, ModelSource, load_base
-from aura_dist.runtime.memory import keep_freed_memory
+from aura_dist.runtime.memory import keep_memory_flat
 from aura_dist.runtime.world import World
 from aura_dist.stages.collect import load_samples, make_spec, stream
 from aura_dist.store.schema import StoreSpec, create_store, open_group, tasks_of
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip-naive", action="store_true")
     args = parser.parse_args()
+    keep_memory_flat()  # for all alike
     config = CollectConfig(
         model=args.model, dtype=args.dtype, data=args.data, concepts=["toxic"], num_positive=args.rows // 2,
         num_negative=args.rows // 2, store="unused",
@@ -99,7 +100,6 @@ def main() -> None:
     samples, tokens, identity = load_samples(config)
     spec = make_spec(config, identity, int(samples.num_tokens.max()))
     model = load_base(ModelSource(args.model, None, args.dtype), World())
-    keep_freed_memory()  # for all: it speeds up the bare forward as well
     bare(model, spec, tokens.take(range(32)))
     ours, base = [], []
     # stores are deleted at the end: ext4 is slow at making files just after it removed many
