@@ -19,6 +19,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_settings(kind: str, memory_limit: str) -> int:
+    """The memory limit in bytes; ConfigError as `dask_client` raises it, before any worker is started."""
+    if kind not in KINDS:
+        raise ConfigError(f"--dask: expected one of {', '.join(KINDS)}, got {kind!r}")
+    from dask.utils import parse_bytes
+
+    try:
+        return int(parse_bytes(memory_limit))
+    except ValueError as error:
+        raise ConfigError(f"--memory-limit: expected a size such as 4GB, got {memory_limit!r}") from error
+
+
 @contextmanager
 def dask_client(kind: str, num_workers: int | None, memory_limit: str) -> "Iterator[Client]":
     """A client of a local cluster: `threads` share this process, `processes` have one thread each.
@@ -37,15 +49,7 @@ def dask_client(kind: str, num_workers: int | None, memory_limit: str) -> "Itera
     ConfigError
         `kind` is neither, or `memory_limit` is not a size.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"--dask: expected one of {', '.join(KINDS)}, got {kind!r}")
-    from dask.utils import parse_bytes
-
-    try:
-        limit = parse_bytes(memory_limit)
-    except ValueError as error:
-        raise ConfigError(f"--memory-limit: expected a size such as 4GB, got {memory_limit!r}") from error
-
+    limit = check_settings(kind, memory_limit)
     from distributed import Client, LocalCluster
 
     count = num_workers or available_cores()

@@ -42,7 +42,8 @@ def run(config: CollectConfig) -> None:
     world = world_from_environment(config.sharding, pick_device(config.device))
     samples, tokens, identity = load_samples(config)
     spec = make_spec(config, identity, int(samples.num_tokens.max()))
-    if config.overwrite or not exists(config.store):
+    begun = exists(config.store)  # refuses what is not a store, also under --overwrite
+    if config.overwrite or not begun:
         create_store(config.store, spec, samples, _provenance(config))
     group = open_group(config.store)
     check_same(config.store, group, spec, samples)

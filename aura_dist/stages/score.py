@@ -3,7 +3,7 @@
 import logging
 
 from aura_dist.config import ScoreConfig
-from aura_dist.runtime.cluster import dask_client
+from aura_dist.runtime.cluster import check_settings, dask_client
 from aura_dist.runtime.progress import Progress
 from aura_dist.store.describe import by_layer, confounding_warning, top_table
 from aura_dist.store.schema import StoreSpec, open_group
@@ -17,6 +17,7 @@ NUM_SHOWN = 10
 
 def run(config: ScoreConfig) -> None:
     """Score what is not scored yet, then show each concept's distribution and best neurons."""
+    check_settings(config.dask, config.memory_limit)
     group = open_group(config.store)
     spec = StoreSpec.from_attributes(group.attrs)
     check_finished(config.store, group, spec)

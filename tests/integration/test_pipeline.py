@@ -163,7 +163,8 @@ def test_config_file_serves_every_verb(tiny_dir, sentences_csv, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {tiny_dir('gpt2')}\nstore: {tmp_path / 'store.zarr'}\nconcept: toxic\n"
-        f"collect:\n  data: {sentences_csv}\n  concepts: [toxic]\n  modules: all\n  num_positive: 10\n  num_negative: 10\n"
+        f"collect:\n  data: {sentences_csv}\n  concepts: [toxic]\n  modules: all\n"
+        "  num_positive: 10\n  num_negative: 10\n"
         f"fit:\n  method: det0\n  top_k: 3\n  out: {tmp_path / 'det0'}\n"
     )
     for verb in ("collect", "score", "fit"):

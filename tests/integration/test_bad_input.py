@@ -1,0 +1,215 @@
+"""Everything a user can get wrong: exit code 2, one line that says what was expected and what came."""
+
+import re
+import shutil
+
+import pytest
+
+from aura_dist.cli import main
+
+DATA_FAULTS = {
+    "no-such-file.csv": (None, "no such file"),
+    "missing-column.csv": ("texts,toxic\nhello,1\nyou,0\n", "expected a column 'text', found texts, toxic"),
+    "missing-concept.csv": ("text,toxicity\nhello,1\nyou,0\n", "expected a column 'toxic', found text, toxicity"),
+    "empty-text.csv": ("text,toxic\nhello,1\n  ,0\n", "row 1: expected a text in 'text', got an empty one"),
+    "number.jsonl": ('{"text": "a", "toxic": 1}\n{"text": 5, "toxic": 0}\n', "row 1: expected a text in 'text', got 5"),
+    "one-class.csv": ("text,toxic\na,1\nb,1\n", "concept 'toxic': expected rows of both classes, got 2 positive and 0"),
+    "not-binary.csv": ("text,toxic\na,1\nb,0\nc,0.7\n", "row 2: expected 0, 1, true or false in 'toxic', got '0.7'"),
+    "bytes.csv": (b"text,toxic\na,1\nb\xff,0\n", "row 1: expected UTF-8, got the byte 0xff"),
+    "no-rows.csv": ("text,toxic\n", "expected at least one row, got none"),
+    "empty.csv": ("", "expected a header line, got an empty file"),
+    "ragged.csv": ("text,toxic\na,1\nb\n", "row 1: expected 2 fields as in the header, got 1"),
+    "broken.jsonl": ('{"text": "a", "toxic": 1}\n{"text"\n', "row 1: expected one JSON object a line"),
+    "list.jsonl": ("[1]\n", "row 0: expected a JSON object, got list"),
+    "table.xlsx": ("", "expected a file ending in"),
+}
+
+
+@pytest.fixture
+def refused(capsys):
+    """`refused(arguments, pattern)`: the command ends as promised."""
+
+    def check(arguments, pattern):
+        code = main([str(a) for a in arguments])
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert "Traceback" not in error
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert lines == error.splitlines()[-1:], error
+        assert re.search(pattern, lines[0]), lines[0]
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_dir, sentences_csv, tmp_path_factory):
+    """A scored store of Llama, an intervention beside it."""
+    out = tmp_path_factory.mktemp("scored")
+    assert main(collect(tiny_dir("llama"), sentences_csv, out / "store.zarr")) == 0
+    assert main(["score", "--store", str(out / "store.zarr")]) == 0
+    assert main(["fit", "--store", str(out / "store.zarr"), "--concept", "toxic", "--out", str(out / "aura")]) == 0
+    return out
+
+
+def collect(model, data, store, *more):
+    sampling = ["--num-positive", "20", "--num-negative", "20"]
+    return [
+        "collect", "--model", str(model), "--data", str(data), "--concepts", "toxic", "--store", str(store),
+        *sampling, *map(str, more),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA_FAULTS)
+def test_data_is_checked_before_the_model_is_looked_at(name, refused, tmp_path):
+    content, message = DATA_FAULTS[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(collect("no-such-model", tmp_path / name, tmp_path / "store.zarr"), re.escape(message))
+    assert not (tmp_path / "store.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num-positive", 1000], "--num-positive: expected at most 240, the number of positive rows, got 1000"),
+        (["--match-length", "--num-negative", 1000], "--num-negative: expected at most 240"),
+        (
+            ["--modules", "mlp", "*.mpl.*"],
+            r"--modules '\*\.mpl\.\*' matches nothing in LlamaForCausalLM; found attention: 12",
+        ),
+        (["--max-tokens", 8, "--model", "no/model"], "--model 'no/model'"),
+        (["--sharding", "pipeline"], "--sharding: expected one of replicate, got 'pipeline'"),
+        (["--device", "tpu"], "--device: expected one of auto, cpu, cuda, got 'tpu'"),
+        (["--threshold", "high"], "--threshold: expected a number, got 'high'"),
+        (["--clean-negatives", "obscene"], "expected a column 'obscene', found text, toxic"),
+    ],
+)
+def test_settings_of_collect(more, message, refused, tiny_dir, sentences_csv, tmp_path):
+    refused(collect(tiny_dir("llama"), sentences_csv, tmp_path / "store.zarr", *more), message)
+
+
+def test_more_processes_than_this_version_runs(refused, tiny_dir, sentences_csv, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(collect(tiny_dir("llama"), sentences_csv, tmp_path / "store.zarr"), "WORLD_SIZE=2")
+
+
+def test_texts_longer_than_the_models_positions(refused, tiny_dir, tmp_path):
+    data = tmp_path / "long.csv"
+    data.write_text(f"text,toxic\n{'word ' * 400},1\nshort,0\n")
+    command = ["--data", data, "--concepts", "toxic", "--max-tokens", 400, "--store", tmp_path / "store.zarr"]
+    refused(
+        ["collect", "--model", tiny_dir("gpt2"), *command], "--max-tokens: expected at most 256, the model's positions"
+    )
+
+
+def test_unwritable_store(refused, tiny_dir, sentences_csv, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(collect(tiny_dir("llama"), sentences_csv, tmp_path / "file" / "store.zarr"), "cannot be written")
+
+
+def test_directory_of_something_else_is_not_touched(refused, tiny_dir, sentences_csv, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    command = collect(tiny_dir("llama"), sentences_csv, tmp_path, "--overwrite")
+    refused(command, "expected a store or nothing, found something else")
+    refused(command[:-1], "expected a store or nothing, found something else")
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-tokens", 7], "another max_tokens: expected 128, got 7"),
+        (["--dtype", "bfloat16"], "another dtype: expected float32, got bfloat16"),
+        (["--pooling", "max", "mean"], "another poolings"),
+        (["--modules", "attention"], "another sites"),
+        (["--seed", 1], "another data sampling seed: expected 0, got 1"),
+        (["--num-positive", 19], "another data sampling num_positive: expected 20, got 19"),
+        (["--skip-special-tokens"], "another skip_special_tokens: expected False, got True"),
+        (["--tokens-per-batch", 64], "another tokens_per_batch: expected 4096, got 64"),
+    ],
+)
+def test_store_begun_under_other_settings(more, message, refused, scored, tiny_dir, sentences_csv):
+    refused(collect(tiny_dir("llama"), sentences_csv, scored / "store.zarr", *more), message)
+    assert main(["score", "--store", str(scored / "store.zarr")]) == 0, "the store is as good as before"
+
+
+def test_store_of_another_model(refused, scored, tiny_dir, sentences_csv):
+    command = collect(tiny_dir("mistral"), sentences_csv, scored / "store.zarr")
+    refused(command, "was collected under another model class: expected LlamaForCausalLM, got MistralForCausalLM")
+
+
+def test_store_of_other_data(refused, scored, tiny_dir, sentences_csv, tmp_path):
+    other = tmp_path / "other.csv"
+    shutil.copy(sentences_csv, other)
+    with other.open("a") as file:
+        file.write("one more,1\n")
+    refused(collect(tiny_dir("llama"), other, scored / "store.zarr"), "another data sha256")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("score --store {}/nothing.zarr", "expected a store that `collect` wrote, found none"),
+        ("score --store {}/store.zarr --dask slurmy", "--dask: expected one of threads, processes, got 'slurmy'"),
+        ("score --store {}/store.zarr --memory-limit lots", "--memory-limit: expected a size such as 4GB"),
+        ("fit --store {}/store.zarr --concept rude --out {}/x", "--concept: expected one of toxic, got 'rude'"),
+        (
+            "fit --store {}/store.zarr --concept toxic --pooling mean --out {}/x",
+            "--pooling: expected one of max, got 'mean'; collect with `--pooling max mean`",
+        ),
+        (
+            "fit --store {}/store.zarr --concept toxic --top-k 99999 --out {}/x",
+            "--top-k: expected at most 624, the number of scored neurons, got 99999",
+        ),
+        ("fit --store {}/store.zarr --concept toxic --method magic --out {}/x", "--method: expected one of"),
+        ("fit --store {}/store.zarr --concept toxic --out {}/store.zarr/zarr.json/x", "cannot be written"),
+    ],
+)
+def test_settings_of_score_and_fit(arguments, message, refused, scored):
+    refused(arguments.replace("{}", str(scored)).split(), re.escape(message))
+
+
+def test_store_that_is_not_scored(refused, scored, tmp_path):
+    store = tmp_path / "store.zarr"
+    shutil.copytree(scored / "store.zarr", store)
+    shutil.rmtree(store / "scores")
+    refused(["fit", "--store", store, "--concept", "toxic", "--out", tmp_path / "x"], "run `aura-dist score` first")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("gpt2", "does not fit GPT2LMHeadModel: it has no module 'model.layers.0"),
+        ("phi3", "does not fit Phi3ForCausalLM"),
+    ],
+)
+def test_intervention_for_another_architecture(model, message, refused, scored, tiny_dir):
+    arguments = ["--intervention", scored / "aura", "--prompt", "Hello"]
+    refused(["generate", "--model", tiny_dir(model), *arguments], message)
+
+
+def test_intervention_for_other_weights(refused, scored, tmp_path):
+    from tests.models import save_tiny
+
+    other = save_tiny("llama", tmp_path / "other", seed=1)
+    arguments = ["--intervention", scored / "aura", "--prompt", "Hello"]
+    refused(["generate", "--model", other, *arguments], "was made for .*but --model .* fit one for this model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["generate", "--prompt", "a", "--intervention", "nowhere"],
+            "intervention 'nowhere': expected intervention.json",
+        ),
+        (["generate"], "--prompt is required"),
+        (["generate", "--prompt", "a", "--top-p", "0"], "--top-p: expected a number above 0.0"),
+        (["evaluate", "--perplexity-texts", "nowhere.csv", "--out", "x"], "no such file"),
+        (["evaluate", "--perplexity-texts", "{}", "--text-column", "body", "--out", "x"], "expected a column 'body'"),
+        (["evaluate", "--perplexity-texts", "{}", "--out", "{}/x.json"], "cannot be written"),
+    ],
+)
+def test_settings_of_generate_and_evaluate(arguments, message, refused, tiny_dir, sentences_csv):
+    words = [a.replace("{}", sentences_csv) for a in arguments]
+    refused([words[0], "--model", tiny_dir("llama"), *words[1:]], re.escape(message))
