@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
@@ -64,7 +65,8 @@ def read_config_file(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        document, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -73,7 +75,21 @@ def read_config_file(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"config file {path!r}: expected keys and values, got a {type(document).__name__}")
+    _check_distinct(path, tree)
     return document
+
+
+def _check_distinct(path: str, tree: Any) -> None:
+    """ConfigError for a key that stands twice in one place: YAML would take the last without a word."""
+    seen: set[str] = set()
+    for key, value in tree.value:
+        if key.value in seen:
+            raise ConfigError(
+                f"config file {path!r}, line {key.start_mark.line + 1}: expected each key once, got {key.value!r} again"
+            )
+        seen.add(key.value)
+        if value.id == "mapping":
+            _check_distinct(path, value)
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -104,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(arguments)
     except AuraError as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

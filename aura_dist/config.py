@@ -27,7 +27,7 @@ Strength = Annotated[float, Meta(ge=0.0)]
 
 def option(help_text: str, default: Any = MISSING, *, distinct: bool = False) -> Any:
     """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats."""
-    metadata = {"help": help_text, "distinct": distinct}
+    metadata = {"help": help_text, "distinct": distinct, "may_be_empty": default == []}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -182,14 +182,14 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
     shared = set().union(*known.values())
     for key, value in document.items():
         if key in VERBS:
-            if not isinstance(value, dict):
+            if not isinstance(value, dict | None):
                 raise ConfigError(f"config section {key!r}: expected keys and values, got {value!r}")
-            for name in value:
+            for name in value or {}:
                 _check_key(str(name), known[key], f"config section {key!r}")
         else:
             _check_key(str(key), shared | set(VERBS), "config file")
     top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
-    return {**top, **document.get(verb, {}), **flags}
+    return {**top, **(document.get(verb) or {}), **flags}
 
 
 def _check_key(name: str, known: set[str], where: str) -> None:
@@ -231,7 +231,7 @@ def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     except msgspec.ValidationError:
         raise ConfigError(f"{flag(name)}: expected {describe(hint)}, got {value!r}") from None
     if get_origin(hint) is list:
-        if not converted:
+        if not converted and not spec.metadata["may_be_empty"]:
             raise ConfigError(f"{flag(name)}: expected at least one value, got none")
         if distinct and len(set(converted)) < len(converted):
             raise ConfigError(f"{flag(name)}: expected each value once, got {' '.join(map(str, converted))}")

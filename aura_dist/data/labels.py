@@ -9,7 +9,11 @@ from aura_dist.data.table import Table
 from aura_dist.errors import InputError
 
 NOT_LABELLED = -1
-_BINARY = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "true": 1, "false": 0, "-1": NOT_LABELLED, "": NOT_LABELLED}
+_BINARY = {
+    **dict.fromkeys(("1", "1.0", "true"), 1),
+    **dict.fromkeys(("0", "0.0", "false"), 0),
+    **dict.fromkeys(("-1", "-1.0", ""), NOT_LABELLED),
+}
 
 
 def check_texts(table: Table, column: str) -> list[str]:
@@ -38,7 +42,7 @@ def parse_labels(table: Table, columns: list[str], threshold: float | None = Non
         N rows.
     columns
         C label columns. Values: 0/1 or true/false; a number where `threshold` is given, positive from there
-        on. An empty value, null or −1 means *not labelled*.
+        on. An empty value or null, and −1 in a binary column, means *not labelled*.
     threshold
         Cut of the scores, or None for binary columns.
 

@@ -52,8 +52,12 @@ def read_table(source: str, columns: list[str], *, split: str = "train") -> Tabl
     """
     path = Path(source)
     if path.suffix.lower() in TEXT_FORMATS and path.is_file():
-        records = _records(path)
-        table = Table(source, _sha256(path), _take(records, columns, source))
+        try:
+            table = Table(source, _sha256(path), _take(_records(path), columns, source))
+        except OSError as error:
+            raise InputError(f"data {source!r} cannot be read: {error}") from error
+    elif path.suffix.lower() in FORMATS and not path.exists():
+        raise InputError(f"data {source!r}: no such file")
     elif path.is_file() and path.suffix.lower() not in FORMATS:
         raise InputError(f"data {source!r}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
     else:
@@ -90,7 +94,7 @@ def _csv_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, 
     reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     row = -1
     try:
-        header = next(reader, None)
+        header = next(filter(None, reader), None)
         if header is None:
             raise InputError(f"data {str(path)!r}: expected a header line, got an empty file")
         _check_decodable(header, path, "the header")
@@ -119,7 +123,7 @@ def _json_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str,
         _check_decodable([line], path, f"row {row}")
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"data {str(path)!r}: row {row}: expected one JSON object a line: {error}") from error
         if not isinstance(record, dict):
             raise InputError(f"data {str(path)!r}: row {row}: expected a JSON object, got {type(record).__name__}")
@@ -151,6 +155,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _from_parquet(path: Path) -> Any:
+    """The file as a `datasets.Dataset`; a file without rows too, which `Dataset.from_parquet` cannot read."""
+    import datasets
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    metadata = parquet.read_metadata(path)
+    if metadata.num_rows == 0:
+        return datasets.Dataset.from_dict({name: [] for name in metadata.schema.to_arrow_schema().names})
+    return datasets.Dataset.from_parquet(str(path))
+
+
 def _read_dataset(source: str, columns: list[str], split: str) -> Table:
     """Parquet file, directory of `Dataset.save_to_disk`, or hub data set."""
     import datasets
@@ -159,7 +174,7 @@ def _read_dataset(source: str, columns: list[str], split: str) -> Table:
     path = Path(source)
     try:
         if path.is_file():
-            dataset = datasets.Dataset.from_parquet(str(path))
+            dataset = _from_parquet(path)
         elif path.is_dir() and not list(path.glob("*.parquet")):
             dataset = datasets.load_from_disk(str(path))
         else:

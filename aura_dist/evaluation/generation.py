@@ -1,9 +1,11 @@
 """Continuations of prompts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.errors import InputError
 
@@ -33,16 +35,28 @@ def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not encoded["input_ids"].numel():
         raise InputError(f"--prompt: expected a prompt with at least one token, got {prompt!r}")
-    sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
     torch.manual_seed(how.seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        max_new_tokens=how.max_new_tokens,
-        num_return_sequences=how.num_samples if how.temperature > 0 else 1,
-        pad_token_id=pad if pad is not None else 0,
-        **(sampling if how.temperature > 0 else {"do_sample": False}),
-    )
+    with _own_settings(model, tokenizer, how):
+        output = model.generate(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])
     texts = tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     return [str(t) for t in texts] if how.temperature > 0 else [str(texts[0])] * how.num_samples
+
+
+@contextmanager
+def _own_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Decoding) -> Iterator[None]:
+    """Put `how` in the place of the checkpoint's generation settings: its penalties and cuts are not ours."""
+    given = model.generation_config
+    sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    model.generation_config = GenerationConfig(
+        max_new_tokens=how.max_new_tokens,
+        num_return_sequences=how.num_samples if how.temperature > 0 else 1,
+        pad_token_id=pad,
+        bos_token_id=given.bos_token_id,
+        eos_token_id=given.eos_token_id,
+        **(sampling if how.temperature > 0 else {"do_sample": False}),
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = given

@@ -25,12 +25,15 @@ class Perplexity:
         Mean over texts of exp(the text's mean negative log-likelihood), as *Whispering Experts* reports it.
     num_texts, num_tokens
         Texts with at least one predicted token, and predicted tokens.
+    num_left_out
+        Texts of one token, which predict nothing.
     """
 
     token_weighted: float
     mean_over_sentences: float
     num_texts: int
     num_tokens: int
+    num_left_out: int
 
 
 @torch.no_grad()
@@ -57,10 +60,10 @@ def _batch_sums(model: PreTrainedModel, batch: Batch) -> NDArray[np.float64]:
     mask_BT = torch.from_numpy(batch.attention_mask).to(model.device)
     logits = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
     sums = []
-    for b in range(len(ids_BT)):  # a row at a time: float32 copies of one text's logits only
-        rows = logits[b, :-1].float()
-        likelihood = rows.gather(1, ids_BT[b, 1:, None])[:, 0] - rows.logsumexp(dim=-1)
-        sums.append(-(likelihood * mask_BT[b, 1:]).sum(dtype=torch.float64))
+    for b, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
+        rows = logits[b, : length - 1].float()  # a row at a time: float32 copies of one text's logits only
+        likelihood = rows.gather(1, ids_BT[b, 1:length, None])[:, 0] - rows.logsumexp(dim=-1)
+        sums.append(-likelihood.sum(dtype=torch.float64))
     return torch.stack(sums).cpu().numpy()
 
 
@@ -76,4 +79,5 @@ def perplexity(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_batch:
         mean_over_sentences=float(np.exp(means).mean()),
         num_texts=int(some.sum()),
         num_tokens=int(counts[some].sum()),
+        num_left_out=int((~some).sum()),
     )

@@ -36,32 +36,42 @@ def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> st
     Raises
     ------
     ModelError
-        No checkpoint file is found.
+        No checkpoint file is found, or one is damaged.
     """
     text = config.get_text_config(decoder=True)
     digest = hashlib.sha256(json.dumps([getattr(text, f, None) for f in ARCHITECTURE_FIELDS], default=str).encode())
     tensors: list[tuple[str, str, list[int], str]] = []
     for file in checkpoint_files(name, revision):
-        tensors += _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        try:
+            tensors += _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        except Exception as error:  # a damaged file fails in as many ways as there are formats
+            raise ModelError(f"weight file {str(file)!r} is damaged: {error}; get the checkpoint anew") from error
     digest.update(json.dumps(sorted(tensors)).encode())
     return digest.hexdigest()
 
 
 def checkpoint_files(name: str, revision: str | None) -> list[Path]:
     """The weight files of a local directory or hub name; safetensors before the old `.bin` format."""
-    for single in _SINGLE_FILES:
+    for single in _SINGLE_FILES:  # in the order in which transformers looks, so that these are what it loads
+        file = _find(name, revision, single)
+        if file is not None:
+            return [file]
         index = _find(name, revision, f"{single}.index.json")
         if index is not None:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = _shards(index)
             found = [_find(name, revision, shard) for shard in shards]
             missing = [shard for shard, file in zip(shards, found, strict=True) if file is None]
             if missing:
                 raise ModelError(f"--model {name!r}: expected the weight file {missing[0]!r} of its index, found none")
             return [file for file in found if file is not None]
-        file = _find(name, revision, single)
-        if file is not None:
-            return [file]
     raise ModelError(f"--model {name!r}: expected weights in {' or '.join(_SINGLE_FILES)}, found neither")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"weight index {str(index)!r} is damaged: {error}; get the checkpoint anew") from error
 
 
 def _find(name: str, revision: str | None, file: str) -> Path | None:

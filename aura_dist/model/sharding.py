@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -97,7 +98,7 @@ def _load(loader: Any, source: ModelSource, world: World, overrides: dict[str, A
             output_loading_info=True,
             **overrides,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"--model {source.name!r} cannot be loaded: {error}") from error
     finally:
         hf_logging.set_verbosity(verbosity)

@@ -77,7 +77,7 @@ def _sites_of_layer(layer: nn.Module, prefix: str) -> Iterator[tuple[str, str, i
     for name, module in layer.named_modules():
         parent = name.rpartition(".")[0]
         inside = parent in in_attention
-        if inside or "Attention" in type(module).__name__:
+        if inside or (name and "Attention" in type(module).__name__):  # not the layer: JambaAttentionDecoderLayer
             in_attention.add(name)
         width = _width(module)
         if width is None:
@@ -103,21 +103,33 @@ def _width(module: nn.Module) -> int | None:
 def decoder_layers_name(model: PreTrainedModel) -> str:
     """Name of the list of decoder layers: the longest `ModuleList` of the classes transformers never splits.
 
+    Where a model names no such classes, it is the longest list of modules of one class that hold linear layers.
+
     Raises
     ------
     ModelError
-        The model has no such list.
+        The model has no such list, or several that cannot be told apart.
     """
     whole = set(model._no_split_modules or ())
     lists: dict[str, nn.ModuleList] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and {type(m).__name__ for m in module} <= whole
+        if isinstance(module, nn.ModuleList) and len(module) and _are_layers(module, whole)
     }
-    decoders = {n: m for n, m in lists.items() if "vision" not in n and "encoder" not in n.split(".")} or lists
-    if not decoders:
+    lists = {n: m for n, m in lists.items() if "vision" not in n}
+    decoders = {n: m for n, m in lists.items() if "encoder" not in n.split(".")} or lists
+    longest = [n for n, m in decoders.items() if len(m) == max(map(len, decoders.values()))]
+    if not longest or (not whole and len(longest) > 1):
         raise ModelError(
-            f"{type(model).__name__}: expected a list of decoder layers, of class "
-            f"{' or '.join(sorted(whole)) or 'unnamed'}, found none; this architecture is not supported"
+            f"{type(model).__name__}: expected one list of decoder layers, of class "
+            f"{' or '.join(sorted(whole)) or 'unnamed'}, found {' and '.join(longest) or 'none'}; "
+            "this architecture is not supported"
         )
-    return max(decoders, key=lambda name: len(decoders[name]))
+    return longest[0]
+
+
+def _are_layers(modules: nn.ModuleList, whole: set[str]) -> bool:
+    classes = {type(m).__name__ for m in modules}
+    if whole:
+        return classes <= whole
+    return len(classes) == 1 and any(isinstance(m, (nn.Linear, Conv1D)) for m in modules[0].modules())

@@ -1,6 +1,7 @@
 """The intervention as a file: `intervention.safetensors` (`<site>.scale`, `<site>.shift`) and `intervention.json`."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,15 +72,24 @@ class Intervention:
         return Intervention(scale, shift, {"composed": [dict(self.meta), dict(inner.meta)]})
 
     def save(self, directory: str | Path) -> None:
-        """Write both files; StoreError if the directory cannot be written."""
+        """Write both files; StoreError if the directory cannot be written.
+
+        Both are written aside first. While they take their places the description is missing, so that an
+        interruption never leaves the files of two interventions to be read as one.
+        """
         place = Path(directory)
         tensors = {f"{s}.scale": np.asarray(v, dtype=np.float32) for s, v in self.scale.items()}
         tensors |= {f"{s}.shift": np.asarray(v, dtype=np.float32) for s, v in self.shift.items()}
-        meta = {"format_version": FORMAT_VERSION, "sites": self.sites, **self.meta}
+        meta = {**self.meta, "format_version": FORMAT_VERSION, "sites": self.sites}
         try:
             place.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, place / WEIGHTS_FILE)
-            (place / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            with tempfile.TemporaryDirectory(dir=place, prefix=".writing-") as scratch:
+                made = Path(scratch)
+                save_file(tensors, made / WEIGHTS_FILE)
+                (made / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+                (place / META_FILE).unlink(missing_ok=True)
+                (made / WEIGHTS_FILE).replace(place / WEIGHTS_FILE)
+                (made / META_FILE).replace(place / META_FILE)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"intervention {str(place)!r} cannot be written: {error}") from error
 
@@ -90,12 +100,19 @@ class Intervention:
         try:
             meta = json.loads((place / META_FILE).read_text(encoding="utf-8"))
             tensors = load_file(place / WEIGHTS_FILE)
-            order = meta.pop("sites")
-            meta.pop("format_version")
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            order = list(meta.pop("sites"))
+            version = meta.pop("format_version")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise StoreError(
                 f"intervention {str(place)!r}: expected {META_FILE} and {WEIGHTS_FILE} as `fit` writes them: {error}"
             ) from error
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"intervention {str(place)!r}: expected format version {FORMAT_VERSION}, got {version}; "
+                "read it with the version of aura_dist that wrote it"
+            )
+        if {name.rpartition(".")[0] for name in tensors} != set(order):
+            raise StoreError(f"intervention {str(place)!r}: {WEIGHTS_FILE} and {META_FILE} name different modules")
         return cls(
             {s: tensors[f"{s}.scale"] for s in order if f"{s}.scale" in tensors},
             {s: tensors[f"{s}.shift"] for s in order if f"{s}.shift" in tensors},

@@ -1,6 +1,7 @@
 """Settings: types, order of force, strict keys."""
 
-from dataclasses import fields
+from dataclasses import MISSING, asdict, fields
+from typing import get_origin
 
 import pytest
 
@@ -11,6 +12,7 @@ from aura_dist.config import (
     FitConfig,
     GenerateConfig,
     describe,
+    flag,
     hints,
     merge,
     resolve,
@@ -41,12 +43,24 @@ def test_top_keys_of_other_verbs_are_allowed_and_not_taken():
         ({"max-tokens": 4}, "unknown key 'max-tokens'; did you mean 'max_tokens'"),
         ({"collect": {"top_k": 3}}, "section 'collect': unknown key 'top_k'"),
         ({"collect": 3}, "section 'collect': expected keys and values, got 3"),
+        ({"collect": ["model"]}, r"section 'collect': expected keys and values, got \['model'\]"),
+        ({"collect": {"max-tokens": 3}}, "section 'collect': unknown key 'max-tokens'; did you mean 'max_tokens'"),
+        ({"score": {"model": "m"}}, "section 'score': unknown key 'model'"),
+        ({"colect": {"model": "m"}}, "unknown key 'colect'; did you mean 'collect'"),
+        ({"config": "other.yaml"}, "unknown key 'config'"),
+        ({3: 4}, "unknown key '3'"),
         ({"fit": {"concept": "a"}, "zzz": 1}, "unknown key 'zzz'; known keys: "),
     ],
 )
 def test_unknown_keys_are_errors(document, message):
     with pytest.raises(ConfigError, match=message):
         merge("collect", document, {})
+
+
+def test_sections_of_other_verbs_are_checked_and_not_taken():
+    document = {"score": {"num_workers": 3}, "fit": None, "store": "s"}
+    assert merge("score", document, {}) == {"num_workers": 3, "store": "s"}
+    assert merge("fit", document, {"store": "flag"}) == {"store": "flag"}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +78,21 @@ def test_unknown_keys_are_errors(document, message):
         ({"pooling": ["median"]}, "--pooling: expected a list, each one of max, mean, min, last, absmax"),
         ({"model": 3}, "--model: expected a text, got 3"),
         ({"seed": "-1"}, "--seed: expected an integer of at least 0"),
+        ({"seed": 2**63}, "--seed: expected .* of at most 9223372036854775807, got 9223372036854775808"),
+        ({"seed": True}, "--seed: expected an integer .*, got True"),
+        ({"seed": None}, "--seed: expected an integer .*, got None"),
+        ({"num_positive": 2.5}, r"--num-positive: expected an integer of at least 1, got 2\.5"),
+        ({"threshold": float("inf")}, "--threshold: expected a finite number, got inf"),
+        ({"match_length": 2}, "--match-length: expected true or false, got 2"),
+        ({"concepts": None}, "--concepts: expected a list, each a text, got None"),
+        ({"concepts": {"a": 1}}, "--concepts: expected a list, each a text, got {'a': 1}"),
+        ({"concepts": [1]}, r"--concepts: expected a list, each a text, got \[1\]"),
+        ({"modules": []}, "--modules: expected at least one value, got none"),
+        ({"modules": ["mlp", "mlp"]}, "--modules: expected each value once, got mlp mlp"),
+        ({"pooling": ["max", "mean", "max"]}, "--pooling: expected each value once, got max mean max"),
+        ({"dtype": ["float32"]}, "--dtype: expected one of float32"),
+        ({"revision": 3}, "--revision: expected a text, got 3"),
+        ({"store": ["a"]}, r"--store: expected a text, got \['a'\]"),
     ],
 )
 def test_values_are_checked(settings, message):
@@ -78,7 +107,68 @@ def test_strings_of_the_command_line_become_their_types():
 
 
 def test_one_value_serves_as_a_list():
-    assert collect(concepts="toxic", modules="all").modules == ["all"]
+    config = collect(concepts="toxic", modules="all", pooling="mean")
+    assert (config.concepts, config.modules, config.pooling) == (["toxic"], ["all"], ["mean"])
+
+
+def test_null_and_an_empty_list_are_the_defaults_where_these_are_empty():
+    assert collect(num_positive=None, revision=None, clean_negatives=[]) == collect()
+
+
+def test_largest_seed_is_taken():
+    assert collect(seed=str(2**63 - 1)).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_resolved_config_resolves_to_itself(verb):
+    config = VERBS[verb].config
+    required = {"model": "m", "data": "d", "concepts": ["a"], "concept": "a", "store": "s", "out": "o", "prompt": ["p"]}
+    required["perplexity_texts"] = "t"
+    resolved = resolve(config, {k: v for k, v in required.items() if k in hints(config)})
+    assert resolve(config, merge(verb, {verb: asdict(resolved)}, {})) == resolved
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_setting_refuses_what_is_not_of_its_type(verb):
+    """By its flag, with the type in words and the value that came."""
+    config = VERBS[verb].config
+    for name, hint in hints(config).items():
+        with pytest.raises(ConfigError) as raised:
+            resolve(
+                config, {f.name: {"wrong": 1} for f in fields(config) if f.name == name} | required_of(config, name)
+            )
+        assert str(raised.value) == f"{flag(name)}: expected {describe(hint)}, got {{'wrong': 1}}"
+
+
+def required_of(config, name):
+    """Values for the required settings other than `name`."""
+    lists = {n for n, hint in hints(config).items() if get_origin(hint) is list}
+    needed = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
+    return {n: ["a"] if n in lists else "a" for n in needed if n != name}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_required_setting_is_asked_for(verb):
+    config = VERBS[verb].config
+    for name in required_of(config, None):
+        with pytest.raises(ConfigError, match=f"^{flag(name)} is required: give the flag, or '{name}' in the config"):
+            resolve(config, required_of(config, name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 0}, "--top-p: expected a number above 0.0 and of at most 1.0, got 0"),
+        ({"top_p": "1.01"}, "--top-p: expected a number above 0.0 and of at most 1.0, got '1.01'"),
+        ({"top_p": "nan"}, "--top-p: expected .*, got 'nan'"),
+        ({"temperature": -1}, "--temperature: expected a number of at least 0.0, got -1"),
+        ({"num_samples": 0}, "--num-samples: expected an integer of at least 1, got 0"),
+        ({"strength": "nan"}, "--strength: expected .*, got 'nan'"),
+    ],
+)
+def test_bounds_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(GenerateConfig, {"model": "m", "prompt": ["a"], **settings})
 
 
 def test_required_settings_are_named():

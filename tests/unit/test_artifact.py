@@ -1,0 +1,159 @@
+"""The intervention as files: what is read is what was written, whole, or an error."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from aura_dist.errors import StoreError
+from aura_dist.store import artifact
+from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE, Intervention
+
+
+def example(seed=0):
+    rng = np.random.default_rng(seed)
+    scale = {f"model.layers.{i}.mlp": rng.random(4 + i).astype(np.float32) for i in (2, 10, 0)}
+    shift = {"model.layers.10.mlp": rng.random(14).astype(np.float32), "only.shifted": np.ones(3, np.float32)}
+    return Intervention(scale, shift, {"method": "aura", "seed": seed, "model": {"name": "m"}})
+
+
+def assert_same(a, b):
+    assert a.sites == b.sites
+    assert dict(a.meta) == dict(b.meta)
+    for first, second in ((a.scale, b.scale), (a.shift, b.shift)):
+        assert list(first) == list(second)
+        for site, values in first.items():
+            assert values.dtype == second[site].dtype == np.float32
+            np.testing.assert_array_equal(values, second[site])
+
+
+def test_round_trip_keeps_values_and_order(tmp_path):
+    example().save(tmp_path / "deep" / "aura")
+    loaded = Intervention.load(tmp_path / "deep" / "aura")
+    assert_same(loaded, example())
+    assert loaded.sites == ["model.layers.2.mlp", "model.layers.10.mlp", "model.layers.0.mlp", "only.shifted"]
+    assert {p.name for p in (tmp_path / "deep" / "aura").iterdir()} == {WEIGHTS_FILE, META_FILE}
+
+
+def test_names_in_the_files(tmp_path):
+    example().save(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    assert {"model.layers.2.mlp.scale", "model.layers.10.mlp.shift", "only.shifted.shift"} <= set(tensors)
+    assert {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}
+    assert json.loads((tmp_path / META_FILE).read_text())["method"] == "aura"
+
+
+def test_views_and_other_dtypes_are_written_by_value(tmp_path):
+    values = np.arange(12, dtype=np.float64)
+    given = {"reversed": values[::-1], "strided": values[::3], "column": values.reshape(4, 3)[:, 1]}
+    Intervention(given).save(tmp_path)
+    for site, scale in Intervention.load(tmp_path).scale.items():
+        np.testing.assert_array_equal(scale, given[site].astype(np.float32))
+
+
+def test_meta_cannot_displace_the_sites(tmp_path):
+    Intervention({"a": np.ones(2, np.float32)}, meta={"sites": ["b"], "format_version": 9}).save(tmp_path)
+    assert Intervention.load(tmp_path).sites == ["a"]
+
+
+def spoil_json(place: Path, **changes):
+    meta = json.loads((place / META_FILE).read_text())
+    (place / META_FILE).write_text(json.dumps({**meta, **changes}))
+
+
+DAMAGE = {
+    "no directory": lambda p: [f.unlink() for f in p.iterdir()] and p.rmdir(),
+    "no weights": lambda p: (p / WEIGHTS_FILE).unlink(),
+    "no description": lambda p: (p / META_FILE).unlink(),
+    "cut weights": lambda p: (p / WEIGHTS_FILE).write_bytes((p / WEIGHTS_FILE).read_bytes()[:-5]),
+    "empty weights": lambda p: (p / WEIGHTS_FILE).write_bytes(b""),
+    "cut description": lambda p: (p / META_FILE).write_text((p / META_FILE).read_text()[:-9]),
+    "description is a list": lambda p: (p / META_FILE).write_text("[]"),
+    "description is a number": lambda p: (p / META_FILE).write_text("3"),
+    "description without sites": lambda p: (p / META_FILE).write_text('{"format_version": 1}'),
+    "description in another encoding": lambda p: (p / META_FILE).write_bytes(b"\xff\xfe{"),
+    "later format": lambda p: spoil_json(p, format_version=2),
+    "a site more in the description": lambda p: spoil_json(p, sites=[*example().sites, "another"]),
+    "a site less in the description": lambda p: spoil_json(p, sites=example().sites[1:]),
+    "sites is a number": lambda p: spoil_json(p, sites=3),
+    "other weights": lambda p: save_file({"x.scale": np.ones(2, np.float32)}, p / WEIGHTS_FILE),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_missing_or_damaged_files_are_errors(damage, tmp_path):
+    place = tmp_path / "aura"
+    example().save(place)
+    DAMAGE[damage](place)
+    with pytest.raises(StoreError, match="aura"):
+        Intervention.load(place)
+
+
+def test_unwritable_directory_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("here already")
+    with pytest.raises(StoreError, match="cannot be written"):
+        example().save(tmp_path / "file")
+
+
+def test_overwriting_replaces_all(tmp_path):
+    example(0).save(tmp_path)
+    smaller = Intervention({"other": np.zeros(2, np.float32)}, meta={"method": "det0"})
+    smaller.save(tmp_path)
+    assert_same(Intervention.load(tmp_path), smaller)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_failing_half_way_never_mixes_two(step, tmp_path, monkeypatch):
+    """Fails at the step-th thing that save does to files; what is then read is the old, the new, or an error."""
+    example(0).save(tmp_path)
+    done = 0
+
+    def failing(function):
+        def call(*args, **kwargs):
+            nonlocal done
+            done += 1
+            if done == step + 1:
+                raise OSError("no space left on device")
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "save_file", failing(save_file))
+        for method in ("write_text", "unlink", "replace", "rename"):
+            patch.setattr(Path, method, failing(getattr(Path, method)))
+        try:
+            example(1).save(tmp_path)
+            failed = False
+        except StoreError:
+            failed = True
+    assert failed == (step < 5)
+    assert not [p for p in tmp_path.iterdir() if p.name not in {WEIGHTS_FILE, META_FILE}]
+    try:
+        found = Intervention.load(tmp_path)
+    except StoreError:
+        return
+    assert_same(found, example(found.meta["seed"]))
+    assert found.meta["seed"] == (0 if failed else 1)
+
+
+def test_composition_covers_the_sites_of_both():
+    a = Intervention({"x": np.array([0.5, 2], np.float32)}, {"x": np.array([1, 0], np.float32)})
+    b = Intervention({"x": np.array([3, 4], np.float32), "y": np.array([0], np.float32)})
+    both = b @ a
+    assert both.sites == ["x", "y"]
+    assert both.scale["x"].tolist() == [1.5, 8]
+    assert both.shift["x"].tolist() == [3, 0]
+    assert both.scale["y"].tolist() == [0]
+    assert "y" not in both.shift
+
+
+def test_a_site_that_is_only_shifted_composes_as_scale_one():
+    a = Intervention({}, {"x": np.array([1, 2], np.float32)})
+    b = Intervention({"x": np.array([0.5, 0.5], np.float32)})
+    assert (b @ a).shift["x"].tolist() == [0.5, 1]
+    assert (a @ b).shift["x"].tolist() == [1, 2]
+    assert (b @ a).scale["x"].tolist() == [0.5, 0.5]
+    assert a.num_changed == 2
