@@ -66,30 +66,34 @@ def read_config_file(path: str) -> dict[str, Any]:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        document, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+        tree: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path!r} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"config file {path!r}: expected verbs and their settings, got deeper nesting") from error
     if document is None:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"config file {path!r}: expected keys and values, got a {type(document).__name__}")
     _check_distinct(path, tree)
+    for key, section in tree.value:
+        if key.value in VERBS and section.id == "mapping":
+            _check_distinct(path, section)
     return document
 
 
 def _check_distinct(path: str, tree: Any) -> None:
     """ConfigError for a key that stands twice in one place: YAML would take the last without a word."""
     seen: set[str] = set()
-    for key, value in tree.value:
+    for key, _ in tree.value:
         if key.value in seen:
             raise ConfigError(
                 f"config file {path!r}, line {key.start_mark.line + 1}: expected each key once, got {key.value!r} again"
             )
         seen.add(key.value)
-        if value.id == "mapping":
-            _check_distinct(path, value)
 
 
 def run(argv: Sequence[str] | None = None) -> None:

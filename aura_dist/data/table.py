@@ -50,21 +50,24 @@ def read_table(source: str, columns: list[str], *, split: str = "train") -> Tabl
     InputError
         The source cannot be found or read, is of an unknown format, lacks a column, or has no rows.
     """
-    path = Path(source)
-    if path.suffix.lower() in TEXT_FORMATS and path.is_file():
-        try:
-            table = Table(source, _sha256(path), _take(_records(path), columns, source))
-        except OSError as error:
-            raise InputError(f"data {source!r} cannot be read: {error}") from error
-    elif path.suffix.lower() in FORMATS and not path.exists():
-        raise InputError(f"data {source!r}: no such file")
-    elif path.is_file() and path.suffix.lower() not in FORMATS:
-        raise InputError(f"data {source!r}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
-    else:
-        table = _read_dataset(source, columns, split)
+    try:
+        table = _read(source, columns, split)
+    except OSError as error:
+        raise InputError(f"data {source!r} cannot be read: {error}") from error
     if not len(table):
         raise InputError(f"data {source!r}: expected at least one row, got none")
     return table
+
+
+def _read(source: str, columns: list[str], split: str) -> Table:
+    path = Path(source)
+    if path.suffix.lower() in TEXT_FORMATS and path.is_file():
+        return Table(source, _sha256(path), _take(_records(path), columns, source))
+    if path.suffix.lower() in FORMATS and not path.exists():
+        raise InputError(f"data {source!r}: no such file")
+    if path.is_file() and path.suffix.lower() not in FORMATS:
+        raise InputError(f"data {source!r}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
+    return _read_dataset(source, columns, split)
 
 
 def _take(records: Iterable[tuple[int, dict[str, Any]]], columns: list[str], source: str) -> dict[str, list[Any]]:

@@ -116,7 +116,8 @@ def tokenize(
     InputError
         A text has no token, or none that counts once special tokens are left out.
     """
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens, padding=False, verbose=False)
+    limit = min(max_tokens, np.iinfo(np.int32).max)  # the tokenizer's own integer is finite
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit, padding=False, verbose=False)
     ids = [np.asarray(i, dtype=np.int32) for i in encoded["input_ids"]]
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
     for row, row_ids in enumerate(ids):

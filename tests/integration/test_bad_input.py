@@ -160,6 +160,7 @@ def test_directory_of_something_else_is_not_touched(refused, tiny_dir, sentences
         (["--pooling", "max", "mean"], "another poolings"),
         (["--threshold", 0.5], "another data threshold: expected None, got 0.5"),
         (["--clean-negatives", "toxic"], "another data clean_negatives"),
+        (["--text-column", "toxic"], "another data text_column: expected text, got toxic"),
         (["--match-length"], "another data sampling match_length: expected False, got True"),
         (["--modules", "attention"], "another sites"),
         (["--seed", 1], "another data sampling seed: expected 0, got 1"),

@@ -163,6 +163,7 @@ def test_wrong_words_are_errors(arguments, message, capsys):
         (b"store: a\nstore: b", "line 2: expected each key once, got 'store' again"),
         (b"store: a\nscore:\n  dask: threads\nfit:\n  dask: threads", "section 'fit': unknown key 'dask'"),
         (b"score:\n  store: a\n  dask: threads\n  store: b", "line 4: expected each key once, got 'store' again"),
+        (b"score: " + b"[" * 5000, "expected verbs and their settings, got deeper nesting"),
         (b"score:\n  store: a\nscore:\n  dask: threads", "line 3: expected each key once, got 'score' again"),
     ],
 )
@@ -174,6 +175,12 @@ def test_broken_config_files_are_errors(text, message, tmp_path, capsys):
     assert error.startswith("error: config ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_settings_that_hold_themselves_are_errors(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("score: &a {store: *a}")
+    assert main(["score", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("error: --store: expected a text, got {")
 
 
 def test_directory_is_no_config_file(tmp_path, capsys):

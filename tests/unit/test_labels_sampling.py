@@ -201,6 +201,20 @@ def test_matching_draws_among_rows_of_one_length_at_random():
     assert (times > 0).sum() > 90
 
 
+@pytest.mark.parametrize(("below", "above", "row"), [(99, 104, 1), (97, 102, 2), (100, 101, 1), (99, 100, 2)])
+def test_nearest_length_is_taken(below, above, row):
+    label, num_tokens = np.array([1, 0, 0], dtype=np.int8), np.array([100, below, above], dtype=np.int32)
+    assert sample_rows(label, num_tokens, Sampling(match_length=True)).tolist() == [0, row]
+
+
+def test_no_length_is_matched_before_another():
+    label = np.array([1, 1, 0, 0, 0], dtype=np.int8)
+    num_tokens = np.array([100, 102, 97, 101, 105], dtype=np.int32)
+    # whichever of 100 and 102 comes first takes the row of 101
+    drawn = {tuple(sample_rows(label, num_tokens, Sampling(match_length=True, seed=s))[2:]) for s in range(20)}
+    assert drawn == {(2, 3), (3, 4)}
+
+
 @pytest.mark.parametrize("others", [4, 80])
 def test_lengths_that_cannot_be_matched(others):
     label = np.array([1] * 20 + [0] * 30, dtype=np.int8)

@@ -12,7 +12,21 @@ from pyarrow import parquet
 from aura_dist.data.table import read_table
 from aura_dist.errors import InputError
 
-AWKWARD = ["NA", "null", "nan", "None", "", " 1.0", "0x10", "true", "naïve 日本 🙂", 'say "so"', "two\nlines", "a,b\tc"]
+AWKWARD = [
+    "NA",
+    "null",
+    "nan",
+    "None",
+    "",
+    " 1.0",
+    "0x10",
+    "true",
+    "naïve 日本 🙂",
+    'say "so"',
+    "two\nlines",
+    "dos\r\nlines",
+    "a,b\tc",
+]
 
 
 @pytest.fixture
@@ -117,6 +131,12 @@ def test_faults_are_named(name, content, message, written):
 def test_file_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"data '{name}': no such file"):
+        read_table(name, ["text"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".csv", "x" * 300 + ".parquet"])
+def test_name_that_no_file_can_have(name):
+    with pytest.raises(InputError, match=r"^data 'x+.* cannot be read: .*too long"):
         read_table(name, ["text"])
 
 

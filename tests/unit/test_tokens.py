@@ -79,6 +79,11 @@ def test_texts_are_cut(length, tokenizer):
     assert [c.tolist() for c in cut.ids] == [w[:length].tolist() for w in whole.ids]
 
 
+def test_no_limit_is_too_large(tokenizer):
+    whole, cut = tokens_of(TEXTS, tokenizer), tokens_of(TEXTS, tokenizer, 10**30)
+    assert [c.tolist() for c in cut.ids] == [w.tolist() for w in whole.ids]
+
+
 def test_take_reorders(tokenizer):
     tokens = tokens_of(TEXTS, tokenizer, skip_special=True)
     taken = tokens.take([2, 0])
