@@ -22,7 +22,9 @@ Method = Literal["aura", "damp", "det0"]
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Strength = Annotated[float, Meta(ge=0.0)]
+Strength = Annotated[float, Meta(ge=0.0, le=1000.0)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Temperature = Annotated[float, Meta(ge=0.0)]
 
 
 def option(help_text: str, default: Any = MISSING, *, distinct: bool = False) -> Any:
@@ -97,7 +99,7 @@ class FitConfig:
     method: Method = option("aura scales by expertise; damp and det0 scale the top units", "aura")
     pooling: Pooling = option("pooling whose scores are used", "max")
     top_k: PositiveInt | None = option("only the k units of highest AUROC (default: all above 1/2)", None)
-    alpha: float = option("scale of the selected units under damp", 0.5)
+    alpha: Share = option("scale of the selected units under damp", 0.5)
     strength: Strength = option("strength s: each scale becomes 1 + s (scale - 1)", 1.0)
     out: str = option("directory to write the intervention to")
 
@@ -109,7 +111,7 @@ class GenerateConfig(ModelOptions, InterventionOptions):
     prompt: list[str] = option("one or more prompts")
     num_samples: PositiveInt = option("continuations per prompt", 1)
     max_new_tokens: PositiveInt = option("tokens per continuation", 20)
-    temperature: Annotated[float, Meta(ge=0.0)] = option("sampling temperature; 0 is greedy", 1.0)
+    temperature: Temperature = option("sampling temperature; 0 is greedy", 1.0)
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = option("nucleus sampling: probability mass kept", 0.9)
     seed: Seed = option("seed of the sampling", 0)
 

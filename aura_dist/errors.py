@@ -8,6 +8,12 @@ class AuraError(Exception):
     """
 
 
+def brief(error: BaseException, limit: int = 300) -> str:
+    """The first lines of a library's error, for our own: some list every model there is."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
 class ConfigError(AuraError, ValueError):
     """A flag or a key of the configuration file is unknown, missing or out of range."""
 

@@ -54,11 +54,29 @@ TINY_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     ),
 }  # fmt: skip
 
+# name → what is found in few models: latent attention and residuals scaled by the number of layers; linear
+# attention beside the usual; a router that is a linear layer; recurrent layers
+ODD_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "minicpm3": lambda: hf.MiniCPM3Config(
+        **{**LLAMA_LIKE, "num_key_value_heads": 4}, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=12,
+    ),
+    "qwen3-next": lambda: hf.Qwen3NextConfig(
+        **LLAMA_LIKE, head_dim=12, layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=12,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=32,
+    ),
+    "phimoe": lambda: hf.PhimoeConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2),
+    "recurrent-gemma": lambda: hf.RecurrentGemmaConfig(
+        **LLAMA_LIKE, head_dim=12, lru_width=48, attention_window_size=32,
+    ),
+}  # fmt: skip
+
 
 def tiny_causal(name: str, seed: int = 0) -> hf.PreTrainedModel:
     """A random model whose outputs are of order 1, so that errors show."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(TINY_CONFIGS[name]())
+    model = hf.AutoModelForCausalLM.from_config((TINY_CONFIGS | ODD_CONFIGS)[name]())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

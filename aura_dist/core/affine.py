@@ -72,11 +72,19 @@ def fit_scales(method: str, auroc: Scores, *, top_k: int | None = None, alpha: f
         Restrict to the k neurons of highest AUROC.
     alpha
         Scale of the experts under `damp`.
+
+    Raises
+    ------
+    InputError
+        The method is none of these, or `top_k` is too large.
     """
     experts = top_units(auroc, top_k)
     if method == "aura":
         return {s: np.where(experts[s], aura_scale(v), np.float32(1)) for s, v in auroc.items()}
-    factor = np.float32(0.0 if method == "det0" else alpha)
+    factors = {"det0": 0.0, "damp": alpha}
+    if method not in factors:
+        raise InputError(f"--method: expected one of aura, {', '.join(factors)}, got {method!r}")
+    factor = np.float32(factors[method])
     return {s: np.where(experts[s], factor, np.float32(1)) for s in auroc}
 
 

@@ -1,6 +1,6 @@
 """Which rows are run: Jigsaw's rule, seeded sampling by class, and matching of lengths. By the first concept."""
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +84,7 @@ def _match(
     """`count` rows of `pool` whose lengths follow those of `targets`.
 
     The targets are spread to `count` evenly spaced quantiles; in random order each takes the free row of
-    nearest length, so that no length is served before another.
+    nearest length, so that no length is served before another. Rows of one length are taken at random.
     """
     if count > len(pool):
         raise InputError(f"--num-negative: expected at most {len(pool)}, the number of negative rows, got {count}")
@@ -95,7 +95,7 @@ def _match(
     lengths = num_tokens_N[free].tolist()
     chosen = []
     for length in rng.permutation(wanted):
-        at = _nearest(lengths, int(length), float(rng.random()))
+        at = _nearest(lengths, int(length))
         chosen.append(free.pop(at))
         lengths.pop(at)
     rows = np.array(chosen, dtype=np.int64)
@@ -108,10 +108,9 @@ def _match(
     return rows
 
 
-def _nearest(lengths: list[int], length: int, where: float) -> int:
-    """Index in ascending `lengths` of a value nearest to `length`; among equals the one at fraction `where`."""
-    left = bisect_left(lengths, length)
-    if left == len(lengths) or (left > 0 and length - lengths[left - 1] < lengths[left] - length):
-        left -= 1
-    first, last = bisect_left(lengths, lengths[left]), bisect_right(lengths, lengths[left])
-    return first + int(where * (last - first))
+def _nearest(lengths: list[int], length: int) -> int:
+    """Index in ascending `lengths` of a value nearest to `length`."""
+    at = bisect_left(lengths, length)
+    if at == len(lengths) or (at > 0 and length - lengths[at - 1] < lengths[at] - length):
+        at -= 1
+    return at

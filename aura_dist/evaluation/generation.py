@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.errors import InputError
+from aura_dist.model.sharding import check_positions
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not encoded["input_ids"].numel():
         raise InputError(f"--prompt: expected a prompt with at least one token, got {prompt!r}")
+    check_positions(
+        model.config, encoded["input_ids"].shape[1] + how.max_new_tokens, "--max-new-tokens with the prompt"
+    )
     torch.manual_seed(how.seed)
     with _own_settings(model, tokenizer, how):
         output = model.generate(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])

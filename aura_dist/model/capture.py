@@ -115,11 +115,10 @@ class Capture:
 
 
 def _as_batch(output: object, shape: tuple[int, int], site: Site) -> Tensor:
-    """A site's output as [B, T, D]; some models (OPT) flatten batch and token for a while."""
-    if isinstance(output, Tensor):
-        if output.shape == (*shape, site.width):
-            return output
-        if output.shape == (shape[0] * shape[1], site.width):
-            return output.view(*shape, site.width)
+    """A site's output as [B, T, D]; some models flatten batch and token for a while, or add a dim of heads."""
+    num_rows, num_tokens = shape
+    same = (*shape, site.width), (num_rows * num_tokens, site.width), (num_rows, 1, num_tokens, site.width)
+    if isinstance(output, Tensor) and output.shape in same:
+        return output.reshape(*shape, site.width)
     got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise ModelError(f"module {site.name!r}: expected an output of shape {(*shape, site.width)}, got {got}")

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from aura_dist.errors import ModelError
+from aura_dist.errors import ConfigError, ModelError, brief
+from aura_dist.model.sites import decoder_layers_name
 from aura_dist.runtime.world import World
 
 logger = logging.getLogger(__name__)
@@ -31,12 +33,21 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """The model's configuration; ModelError if it cannot be found or read."""
     try:
         config = AutoConfig.from_pretrained(source.name, revision=source.revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken config.json fails in as many ways as it has fields
         raise ModelError(
-            f"--model {source.name!r}: expected a local directory or a hub name with a config.json: {error}"
+            f"--model {source.name!r}: expected a local directory or a hub name with a config.json: {brief(error)}"
         ) from error
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def check_positions(config: PretrainedConfig, num_tokens: int, flag: str) -> None:
+    """ConfigError if texts of `num_tokens` tokens are longer than what the model has positions for."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and num_tokens > positions:
+        raise ConfigError(
+            f"{flag}: expected at most {positions}, the model's positions, got texts of {num_tokens} tokens"
+        )
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -45,7 +56,9 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         try:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         except (ValueError, KeyError) as error:
-            raise ModelError(f"model type {config.model_type!r} is not a causal language model: {error}") from error
+            raise ModelError(
+                f"model type {config.model_type!r} is not a causal language model: {brief(error)}"
+            ) from error
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -60,7 +73,7 @@ def pick_device(wanted: str) -> str:
 
 def load_causal(source: ModelSource, world: World) -> PreTrainedModel:
     """The causal language model with its head, in eval mode on the world's device."""
-    return _load(AutoModelForCausalLM, source, world, {})
+    return _load(AutoModelForCausalLM, source, world)
 
 
 def load_base(source: ModelSource, world: World, *, num_layers: int | None = None) -> PreTrainedModel:
@@ -68,24 +81,34 @@ def load_base(source: ModelSource, world: World, *, num_layers: int | None = Non
 
     It has the class and the module names that the causal language model's base has.
     """
-    config = load_config(source)
-    base_class = type(skeleton(config).base_model)
-    overrides = {} if num_layers is None else {"config": _cut(config, num_layers)}
-    return _load(base_class, source, world, overrides)
+    whole = skeleton(load_config(source))
+    base_class = type(whole.base_model)
+    if num_layers is None:
+        return _load(base_class, source, world)
+    model = _load(_first_layers(whole, num_layers), source, world)
+    model.__class__ = base_class
+    return model
 
 
-def _cut(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """A copy of `config` with its first `num_layers` decoder layers."""
-    cut = copy.deepcopy(config)
-    text = cut.get_text_config(decoder=True)
-    if text.num_hidden_layers > num_layers:
-        if isinstance(getattr(text, "layer_types", None), list):
-            text.layer_types = text.layer_types[:num_layers]
-        text.num_hidden_layers = num_layers
-    return cut
+def _first_layers(whole: PreTrainedModel, num_layers: int) -> type[PreTrainedModel]:
+    """The class of the base model, made without the decoder layers from `num_layers` on.
+
+    The configuration stays whole, as a layer may depend on how many there are: MiniCPM scales its residuals by
+    their number, and the last layers of Gemma 3n take keys from those before, counted from the end.
+    """
+    base_class = type(whole.base_model)
+    name = decoder_layers_name(whole).removeprefix(f"{whole.base_model_prefix}.")
+
+    def init(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        base_class.__init__(self, config)
+        layers = self.get_submodule(name)
+        assert isinstance(layers, nn.ModuleList)
+        del layers[num_layers:]
+
+    return type(base_class.__name__, (base_class,), {"__init__": init, "__module__": base_class.__module__})
 
 
-def _load(loader: Any, source: ModelSource, world: World, overrides: dict[str, Any]) -> PreTrainedModel:
+def _load(loader: Any, source: ModelSource, world: World) -> PreTrainedModel:
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # a cut model leaves weights unused; missing ones are checked below
     hf_logging.disable_progress_bar()
@@ -96,10 +119,9 @@ def _load(loader: Any, source: ModelSource, world: World, overrides: dict[str, A
             dtype=DTYPES[source.dtype],
             device_map=world.device if world.device != "cpu" else None,
             output_loading_info=True,
-            **overrides,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"--model {source.name!r} cannot be loaded: {error}") from error
+        raise ModelError(f"--model {source.name!r} cannot be loaded: {brief(error)}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
         hf_logging.enable_progress_bar()

@@ -56,9 +56,10 @@ class SiteTable:
 def find_sites(model: PreTrainedModel) -> SiteTable:
     """Every site of a causal language model (on any device, meta included).
 
-    `attention` are linear layers under a submodule whose class name contains "Attention"; `mlp` the
-    decoder layers' other linear layers; `norm` the decoder layers' norms outside attention (those inside
-    work on heads). Linear layers are `nn.Linear` and `Conv1D` and their subclasses.
+    `attention` are linear layers under a submodule whose class name contains "Attention" or whose own name
+    contains "attn" (linear attention); `mlp` the decoder layers' other linear layers; `norm` the decoder
+    layers' norms outside attention (those inside work on heads). Linear layers are `nn.Linear` and `Conv1D`
+    and their subclasses, routers left out: they give more than one output.
     """
     layers_name = decoder_layers_name(model)
     layers = model.get_submodule(layers_name)
@@ -67,7 +68,7 @@ def find_sites(model: PreTrainedModel) -> SiteTable:
     for index, layer in enumerate(layers):
         prefix = f"{layers_name}.{index}"
         sites += [Site(name, kind, index, width) for name, kind, width in _sites_of_layer(layer, prefix)]
-        experts += [f"{prefix}.{name}" for name, p in layer.named_parameters() if p.ndim == 3]
+        experts += [f"{prefix}.{name}" for name in _experts_of_layer(layer)]
     return SiteTable(type(model).__name__, tuple(sites), tuple(experts))
 
 
@@ -77,7 +78,7 @@ def _sites_of_layer(layer: nn.Module, prefix: str) -> Iterator[tuple[str, str, i
     for name, module in layer.named_modules():
         parent = name.rpartition(".")[0]
         inside = parent in in_attention
-        if inside or (name and "Attention" in type(module).__name__):  # not the layer: JambaAttentionDecoderLayer
+        if inside or _is_attention(name, module):
             in_attention.add(name)
         width = _width(module)
         if width is None:
@@ -89,7 +90,22 @@ def _sites_of_layer(layer: nn.Module, prefix: str) -> Iterator[tuple[str, str, i
             yield f"{prefix}.{name}", "norm", width
 
 
+def _is_attention(name: str, module: nn.Module) -> bool:
+    kind = type(module).__name__
+    if not name or kind.endswith("DecoderLayer"):  # a whole layer: JambaAttentionDecoderLayer
+        return False
+    return "Attention" in kind or ("attn" in name.rpartition(".")[2] and any(True for _ in module.children()))
+
+
+def _experts_of_layer(layer: nn.Module) -> Iterator[str]:
+    """Names of 3-D parameters, convolutions left out."""
+    convolutions = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Conv1d)}
+    return (name for name, p in layer.named_parameters() if p.ndim == 3 and name not in convolutions)
+
+
 def _width(module: nn.Module) -> int | None:
+    if "Router" in type(module).__name__:
+        return None
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, Conv1D):

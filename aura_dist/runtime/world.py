@@ -51,7 +51,7 @@ def world_from_environment(sharding: str, device: str) -> World:
     """
     if sharding not in SHARDINGS:
         raise ConfigError(f"--sharding: expected one of {', '.join(SHARDINGS)}, got {sharding!r}")
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size != 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
         raise ConfigError(f"this version runs one process; the launch has WORLD_SIZE={size}: start it without torchrun")
     return World(device=device)

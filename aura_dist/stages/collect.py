@@ -21,15 +21,15 @@ from aura_dist.data.labels import check_classes, check_texts, parse_labels
 from aura_dist.data.sampling import Sampling, sample_rows, without_mixed_negatives
 from aura_dist.data.table import Table, read_table
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
-from aura_dist.errors import ConfigError
 from aura_dist.model.capture import Capture, row_buffer
 from aura_dist.model.fingerprint import fingerprint
-from aura_dist.model.sharding import ModelSource, load_base, load_config, pick_device, skeleton
+from aura_dist.model.sharding import ModelSource, check_positions, load_base, load_config, pick_device, skeleton
 from aura_dist.model.sites import find_sites
 from aura_dist.runtime.progress import Progress
 from aura_dist.runtime.world import world_from_environment
+from aura_dist.store.access import exists, open_group
 from aura_dist.store.record import check_same, unfinished
-from aura_dist.store.schema import Samples, StoreSpec, create_store, exists, open_group, tasks_of
+from aura_dist.store.schema import Samples, StoreSpec, create_store, tasks_of
 from aura_dist.store.writer import ChunkWriter
 
 logger = logging.getLogger(__name__)
@@ -110,9 +110,7 @@ def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> 
     """What the store will hold; reads the model's configuration and the ends of its weights, not the weights."""
     source = ModelSource(config.model, config.revision, config.dtype)
     model_config = load_config(source)
-    positions = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ConfigError(f"--max-tokens: expected at most {positions}, the model's positions, got texts of {longest}")
+    check_positions(model_config, longest, "--max-tokens")
     table = find_sites(skeleton(model_config))
     sites = table.select(config.modules)
     if table.experts:

@@ -13,7 +13,7 @@ from aura_dist.data.table import read_table
 from aura_dist.data.tokens import tokenize
 from aura_dist.errors import StoreError
 from aura_dist.evaluation.perplexity import perplexity
-from aura_dist.model.sharding import ModelSource, pick_device
+from aura_dist.model.sharding import ModelSource, check_positions, pick_device
 from aura_dist.model.use import load_for_use
 from aura_dist.runtime.world import world_from_environment
 
@@ -30,6 +30,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     tokens = tokenize(
         texts, loaded.tokenizer, max_tokens=config.max_tokens, skip_special=False, source=config.perplexity_texts
     )
+    check_positions(loaded.model.config, int(tokens.num_tokens.max()), "--max-tokens")
     with loaded.intervened(config.strength):
         measured = perplexity(loaded.model, tokens, config.tokens_per_batch)
     results = {

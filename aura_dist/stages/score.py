@@ -5,8 +5,9 @@ import logging
 from aura_dist.config import ScoreConfig
 from aura_dist.runtime.cluster import check_settings, dask_client
 from aura_dist.runtime.progress import Progress
+from aura_dist.store.access import open_group
 from aura_dist.store.describe import by_layer, confounding_warning, top_table
-from aura_dist.store.schema import StoreSpec, open_group
+from aura_dist.store.schema import StoreSpec
 from aura_dist.store.scores import Column, check_finished, compile_kernels, forget_handles, prepare, score_column
 from aura_dist.store.view import score_table, top_neurons
 

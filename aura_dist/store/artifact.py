@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from aura_dist.core.affine import compose, count_changed
-from aura_dist.errors import StoreError
+from aura_dist.errors import InputError, StoreError
 
 WEIGHTS_FILE = "intervention.safetensors"
 META_FILE = "intervention.json"
@@ -33,7 +33,7 @@ class Intervention:
     meta
         Method, parameters, concept, model fingerprint, store digest.
 
-    `b @ a` is `b` after `a`, as one intervention.
+    `b @ a` is `b` after `a`, as one intervention; InputError if they were made for different models.
     """
 
     scale: Mapping[str, NDArray[np.float32]]
@@ -59,6 +59,10 @@ class Intervention:
         return scale, shift
 
     def __matmul__(self, inner: "Intervention") -> "Intervention":
+        models = [m for m in (inner.meta.get("model"), self.meta.get("model")) if m]
+        if len({m.get("fingerprint") for m in models}) > 1:
+            names = " and ".join(repr(m.get("name")) for m in models)
+            raise InputError(f"expected two interventions of one model, got those of {names}")
         scale: dict[str, NDArray[np.float32]] = {}
         shift: dict[str, NDArray[np.float32]] = {}
         for site in {**dict.fromkeys(inner.sites), **dict.fromkeys(self.sites)}:
@@ -69,7 +73,10 @@ class Intervention:
             scale[site] = maps[0]
             if maps[1] is not None:
                 shift[site] = maps[1]
-        return Intervention(scale, shift, {"composed": [dict(self.meta), dict(inner.meta)]})
+        meta: dict[str, Any] = {"composed": [dict(self.meta), dict(inner.meta)]}
+        if models:
+            meta["model"] = models[0]  # so that the whole is refused where the parts would be
+        return Intervention(scale, shift, meta)
 
     def save(self, directory: str | Path) -> None:
         """Write both files; StoreError if the directory cannot be written.

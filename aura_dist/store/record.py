@@ -7,7 +7,8 @@ import numpy as np
 import zarr
 
 from aura_dist.errors import StoreError
-from aura_dist.store.schema import Samples, StoreSpec, get_array, read_array
+from aura_dist.store.access import get_array, read_array
+from aura_dist.store.schema import Samples, StoreSpec
 
 DONE = "progress/done"
 

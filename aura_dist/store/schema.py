@@ -9,12 +9,8 @@ STORE.zarr                             attributes: see `StoreSpec`; `created`, w
 ```
 """
 
-import os
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +21,8 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.core.sites import Site
 from aura_dist.errors import StoreError
+from aura_dist.store.access import FORMAT, SCHEMA_VERSION, fast_codecs
 
-SCHEMA_VERSION = 1
-CODEC_SETTINGS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.chunk_concurrent_maximum": 1}
-_OPENING = threading.RLock()
 # poolings that return one of the layer's own outputs: exact in the layer's own dtype
 SELECTING_POOLINGS = frozenset({"max", "min", "last", "absmax"})
 
@@ -126,20 +120,6 @@ def activation_path(site: str, pooling: str) -> str:
     return f"activations/{site}/{pooling}"
 
 
-@contextmanager
-def fast_codecs() -> Iterator[None]:
-    """Context in which arrays are opened: they keep the Rust codec pipeline, many times faster than Python's.
-
-    One thread a call: the chunks of a call lie in one directory, where making files in parallel only waits;
-    parallelism comes from writing many arrays and from Dask. The setting is zarr's own and global, so opening
-    takes a lock: no thread sees another's half-set context.
-    """
-    import zarrs  # noqa: F401  (registers the pipeline)
-
-    with _OPENING, zarr.config.set(CODEC_SETTINGS):
-        yield
-
-
 def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mapping[str, Any]) -> None:
     """Make an empty store; the attribute `created` is written last, so that a half-made one is recognised.
 
@@ -160,8 +140,8 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
     num_rows, rows = len(samples), rows_per_chunk(len(samples))
     try:
         with fast_codecs():
-            root = zarr.open_group(path, mode="w", zarr_format=3)
-            root.attrs.update({"schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance})
+            attributes = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance}
+            root = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
             _add(root, "samples/row", samples.row, ("sample",))
             _add(root, "samples/num_tokens", samples.num_tokens, ("sample",))
             _add(root, "samples/label", samples.label, ("sample", "concept"))
@@ -191,19 +171,6 @@ def codecs() -> tuple[BloscCodec, Crc32cCodec]:
     return BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()
 
 
-def get_array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
-    """An array of the store by its path."""
-    with fast_codecs():
-        array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array
-
-
-def read_array(group: zarr.Group, name: str) -> NDArray[Any]:
-    """All of an array of the store."""
-    return np.asarray(get_array(group, name)[...])
-
-
 def _add(
     group: zarr.Group,
     name: str,
@@ -222,41 +189,3 @@ def _add(
         config={"write_empty_chunks": True},
     )
     array[...] = values
-
-
-def exists(path: str) -> bool:
-    """Whether a store stands at `path` (a half-made one does not count).
-
-    Raises
-    ------
-    StoreError
-        Something else stands there.
-    """
-    place = Path(path)
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        return False
-    if not (place / "zarr.json").is_file():
-        raise StoreError(f"--store {path!r}: expected a store or nothing, found something else; choose another path")
-    return open_group(path, must_be_created=False).attrs.get("created") is True
-
-
-def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
-    """The store's root group; StoreError if it is missing, half-made or of another schema."""
-    try:
-        with fast_codecs():
-            group = zarr.open_group(path, mode="r+" if _writable(path) else "r")
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"--store {path!r}: expected a store that `collect` wrote, found none: {error}") from error
-    if must_be_created and group.attrs.get("created") is not True:
-        raise StoreError(f"--store {path!r} was never finished being made; run `collect` again")
-    version = group.attrs.get("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise StoreError(
-            f"--store {path!r}: expected schema version {SCHEMA_VERSION}, got {version}; "
-            "read it with the version of aura_dist that wrote it"
-        )
-    return group
-
-
-def _writable(path: str) -> bool:
-    return os.access(path, os.W_OK)

@@ -19,16 +19,9 @@ from numpy.typing import NDArray
 
 from aura_dist.core.auroc import auroc_by_concept
 from aura_dist.errors import StoreError
+from aura_dist.store.access import get_array, open_group, read_array
 from aura_dist.store.record import unfinished
-from aura_dist.store.schema import (
-    StoreSpec,
-    activation_path,
-    codecs,
-    get_array,
-    open_group,
-    read_array,
-    tasks_of,
-)
+from aura_dist.store.schema import StoreSpec, activation_path, codecs, tasks_of
 
 STATISTICS = ("auroc",)
 

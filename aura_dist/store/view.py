@@ -11,7 +11,8 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.errors import InputError, StoreError
-from aura_dist.store.schema import StoreSpec, activation_path, get_array, open_group, read_array
+from aura_dist.store.access import get_array, open_group, read_array
+from aura_dist.store.schema import StoreSpec, activation_path
 from aura_dist.store.scores import STATISTICS, score_path
 
 

@@ -18,8 +18,9 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.errors import StoreError
+from aura_dist.store.access import get_array
 from aura_dist.store.record import commit
-from aura_dist.store.schema import StoreSpec, activation_path, get_array
+from aura_dist.store.schema import StoreSpec, activation_path
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from aura_dist.model.sharding import DTYPES, ModelSource, load_base
 from aura_dist.runtime.memory import keep_memory_flat
 from aura_dist.runtime.world import World
 from aura_dist.stages.collect import load_samples, make_spec, stream
-from aura_dist.store.schema import StoreSpec, create_store, open_group, tasks_of
+from aura_dist.store.access import open_group
+from aura_dist.store.schema import StoreSpec, create_store, tasks_of
 from aura_dist.store.writer import ChunkWriter
 
 NAIVE_BATCH = 16

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aura_dist.errors import StoreError
+from aura_dist.errors import InputError, StoreError
 from aura_dist.store import artifact
 from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE, Intervention
 
@@ -157,3 +157,15 @@ def test_a_site_that_is_only_shifted_composes_as_scale_one():
     assert (a @ b).shift["x"].tolist() == [1, 2]
     assert (b @ a).scale["x"].tolist() == [0.5, 0.5]
     assert a.num_changed == 2
+
+
+def test_composition_is_of_one_model_and_stays_so():
+    ones = {"x": np.ones(2, np.float32)}
+    a, b, other = (Intervention(ones, meta={"model": {"name": n, "fingerprint": n[0]}}) for n in ("m1", "m2", "other"))
+    assert (b @ a).meta["model"]["fingerprint"] == "m"
+    assert (Intervention(ones) @ a).meta["model"] == a.meta["model"]
+    assert "model" not in (Intervention(ones) @ Intervention(ones)).meta
+    with pytest.raises(InputError, match="got those of 'm1' and 'other'"):
+        other @ a
+    with pytest.raises(InputError, match="one model"):
+        other @ (b @ a)

@@ -119,3 +119,16 @@ def test_missing_files_are_errors(llama, tmp_path):
     (tmp_path / "split" / lost).unlink()
     with pytest.raises(ModelError, match=f"expected the weight file '{lost}'"):
         of(tmp_path / "split")
+
+
+def test_the_same_bytes_in_another_dtype_or_shape_differ(llama, tmp_path):
+    zeros = {
+        "a": torch.zeros(6, dtype=torch.float16),
+        "b": torch.zeros(6, dtype=torch.bfloat16),
+        "c": torch.zeros(2, 3),
+    }
+    zeros["c"] = zeros["c"].to(torch.float16)
+    for name, tensor in zeros.items():
+        shutil.copytree(llama, tmp_path / name)
+        save_file({"w": tensor}, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    assert len({of(tmp_path / name) for name in zeros}) == 3

@@ -215,6 +215,15 @@ def test_no_length_is_matched_before_another():
     assert drawn == {(2, 3), (3, 4)}
 
 
+@pytest.mark.parametrize(("length", "taken"), [(1000, 1001), (995, 993), (940, 960), (1050, 1030)])
+def test_matching_takes_the_nearest_length(length, taken):
+    there = np.repeat([960, 993, 1001, 1030], 25).astype(np.int32)
+    label = np.array([1] * 10 + [0] * 100, dtype=np.int8)
+    num_tokens = np.concatenate([np.full(10, length, dtype=np.int32), np.random.default_rng(0).permutation(there)])
+    rows = sample_rows(label, num_tokens, Sampling(None, 20, match_length=True))
+    assert set(num_tokens[rows[label[rows] == 0]]) == {taken}
+
+
 @pytest.mark.parametrize("others", [4, 80])
 def test_lengths_that_cannot_be_matched(others):
     label = np.array([1] * 20 + [0] * 30, dtype=np.int8)

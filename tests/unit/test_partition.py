@@ -64,6 +64,7 @@ def test_row_chunks_are_those_of_the_grid(num_tokens, rows, budget):
 def test_remainder_joins_the_last_task():
     assert make_tasks([10] * 5, 1, 20) == [Task(0, 0, 2, 20), Task(1, 2, 5, 30)]
     assert make_tasks([10] * 5, 1, 1000) == [Task(0, 0, 5, 50)]
+    assert make_tasks([10, 9, 10], 1, 10) == [Task(0, 0, 1, 10), Task(1, 1, 3, 19)]
 
 
 @settings(deadline=None)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
 
 from aura_dist.errors import ModelError
 from aura_dist.model.sharding import ModelSource, load_base, load_causal, load_config, pick_device, skeleton
+from aura_dist.model.sites import decoder_layers_name
 from aura_dist.runtime.world import World
 from tests.models import TINY_CONFIGS, tiny_causal
 
@@ -137,3 +138,30 @@ def test_absent_gpu_is_an_error(monkeypatch):
     with pytest.raises(ModelError, match="expected a GPU"):
         pick_device("cuda")
     assert pick_device("auto") == pick_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("name", ["gemma3", "falcon-alibi", "opt", "bloom", "minicpm3", "recurrent-gemma"])
+@torch.no_grad()
+def test_cut_model_computes_what_the_whole_one_does(name, tiny_dir):
+    """Two of three layers, on a text beyond the sliding window: each layer keeps its own kind of attention."""
+    base, causal = (
+        load_base(source(tiny_dir(name)), World(), num_layers=2),
+        load_causal(source(tiny_dir(name)), World()),
+    )
+    layer = f"{decoder_layers_name(causal)}.1"
+    outputs = []
+    for model, within in ((base, layer.partition(".")[2]), (causal, layer)):
+        model.get_submodule(within).register_forward_hook(lambda _m, _a, out: outputs.append(out))
+        model(input_ids=torch.arange(3, 83)[None])
+    ours, theirs = (out[0] if isinstance(out, tuple) else out for out in outputs)
+    assert torch.equal(ours, theirs)
+
+
+def test_cut_model_has_its_own_class_and_the_whole_configuration(tiny_dir):
+    whole, cut = (load_base(source(tiny_dir("gpt2")), World(), num_layers=n) for n in (None, 1))
+    assert type(cut) is type(whole)
+    assert cut.config.num_hidden_layers == 3
+    assert [len(m.h) for m in (whole, cut)] == [3, 1]
+    kept, everything = cut.state_dict(), whole.state_dict()
+    assert set(everything) - set(kept) == {n for n in everything if n.startswith(("h.1.", "h.2."))}
+    assert all(torch.equal(kept[n], everything[n]) for n in kept)

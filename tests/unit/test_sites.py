@@ -8,7 +8,7 @@ from aura_dist.errors import ModelError
 from aura_dist.model.sharding import ModelSource, load_base, skeleton
 from aura_dist.model.sites import find_sites
 from aura_dist.runtime.world import World
-from tests.models import LLAMA_LIKE, TINY_CONFIGS
+from tests.models import LLAMA_LIKE, ODD_CONFIGS, TINY_CONFIGS
 
 SPLIT_ATTENTION = "self_attn.q_proj 48, self_attn.k_proj 24, self_attn.v_proj 24, self_attn.o_proj 48"
 GATED_MLP = "mlp.gate_proj 80, mlp.up_proj 80, mlp.down_proj 48"
@@ -147,3 +147,44 @@ def test_lists_that_cannot_be_told_apart_are_refused():
     config = hf.XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4)
     with pytest.raises(ModelError, match=r"found transformer\.attentions and transformer\.ffns"):
         find_sites(skeleton(config))
+
+
+def test_vision_layers_are_not_taken_where_a_model_names_none():
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 2}
+    config = hf.GitConfig(
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        vocab_size=64, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=3, num_attention_heads=2,
+    )  # fmt: skip
+    model = skeleton(config)
+    assert not model._no_split_modules
+    sites = find_sites(model).sites
+    assert {s.layer for s in sites} == {0, 1, 2}
+    assert not any("vision" in s.name for s in sites)
+
+
+def kinds_of(name, layer=0):
+    """Kind → last parts of the names in a layer."""
+    sites = [s for s in find_sites(skeleton(ODD_CONFIGS[name]())).sites if s.layer == layer]
+    return {kind: {s.name.rpartition(".")[2] for s in sites if s.kind == kind} for kind in ("attention", "mlp", "norm")}
+
+
+def test_linear_attention_is_attention():
+    assert kinds_of("qwen3-next", 0) == {
+        "attention": {"in_proj_qkvz", "in_proj_ba", "out_proj"},
+        "mlp": {"gate_proj", "up_proj", "down_proj", "shared_expert_gate"},
+        "norm": {"input_layernorm", "post_attention_layernorm"},
+    }
+    assert kinds_of("qwen3-next", 1)["attention"] == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_router_is_no_site():
+    table = find_sites(skeleton(ODD_CONFIGS["phimoe"]()))
+    assert not any("router" in s.name for s in table.sites)
+    assert {s.kind for s in table.sites} == {"attention", "norm"}
+
+
+def test_convolution_is_no_expert():
+    table = find_sites(skeleton(ODD_CONFIGS["qwen3-next"]()))
+    assert any(p.ndim == 3 for n, p in skeleton(ODD_CONFIGS["qwen3-next"]()).named_parameters() if "conv1d" in n)
+    assert {e.rpartition(".")[2] for e in table.experts} == {"gate_up_proj", "down_proj"}
