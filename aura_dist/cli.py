@@ -1,6 +1,7 @@
 """The command line: parses, sets up logging, calls one stage. Stages are imported only when they run."""
 
 import argparse
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
 from aura_dist.config import VERBS, flag, hints, merge, resolve
-from aura_dist.errors import AuraError, ConfigError
+from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -118,10 +119,19 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `aura-dist`; returns the exit code (0, or 2 for a user's error)."""
+    """Entry point of `aura-dist`; returns the exit code.
+
+    0, 2 for a user's error, and 128 + the signal's number where a signal ended the work in an orderly way.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         run(arguments)
+    except RunInterruptedError as error:
+        print("stopped:", error, file=sys.stderr)
+        return 128 + error.signal_number
+    except PeerError as error:
+        logging.getLogger("aura_dist").info("ended, as another rank failed: %s", error)
+        return EXIT_USER_ERROR
     except AuraError as error:
         if "--debug" in arguments:
             traceback.print_exc()

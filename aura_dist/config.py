@@ -42,7 +42,14 @@ class ModelOptions:
     model: str = option("model: a local directory or a Hugging Face hub name")
     revision: str | None = option("revision of a hub model", None)
     dtype: Dtype = option("dtype of weights and activations", "float32")
-    sharding: str = option("how the model is spread over processes", "replicate")
+    sharding: str = option(
+        "how the model is spread over processes: replicate, fsdp[=K], tensor[=K], fsdp=N,tensor=K, zero3, dispatch",
+        "replicate",
+    )
+    offload: str = option("zero3: where weights lie between uses: none, cpu or nvme:PATH", "none")
+    max_memory: list[str] = option("dispatch: largest memory of devices, such as 0=70GiB cpu=200GiB", [])
+    offload_folder: str | None = option("dispatch: directory for the weights that go to disk", None)
+    tensor_plan: str | None = option("tensor: YAML file of module names and styles", None)
     device: Literal["auto", "cpu", "cuda"] = option("where the forward runs; auto takes a GPU if there is one", "auto")
 
 

@@ -28,3 +28,21 @@ class ModelError(AuraError):
 
 class StoreError(AuraError):
     """A store or an artifact is missing, damaged, unfinished, or of something else."""
+
+
+class PeerError(AuraError):
+    """Another rank of the launch has failed; it says why itself, and this rank ends without a word of its own."""
+
+
+class RunInterruptedError(AuraError):
+    """A signal ended the work between two batches; everything committed is kept.
+
+    Attributes
+    ----------
+    signal_number
+        SIGTERM, SIGINT or SIGUSR1.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aura_dist.core.affine import with_strength
+from aura_dist.core.sites import Site
 from aura_dist.errors import ModelError
-from aura_dist.model.sites import SiteTable, find_sites
+from aura_dist.model.sites import SiteTable, find_sites, own_names
+from aura_dist.model.tensor_plan import seen_columns
 from aura_dist.store.artifact import Intervention
 
 
@@ -37,25 +39,37 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     ModelError
         The intervention has a site that the model lacks, or one of another width.
     """
-    check_fits(find_sites(model), intervention, own_names=_own_name(model))
+    check_fits(find_sites(model), intervention, own_name=own_names(model))
     with ExitStack() as hooks:
         for site in intervention.sites:
             scale, shift = with_strength(*intervention.map_of(site), strength)
             if (scale == 1).all() and (shift is None or not shift.any()):
                 continue
-            module = model.get_submodule(_own_name(model)(site))
+            module = model.get_submodule(own_names(model)(site))
+            columns = _seen(model, site, len(scale))
+            scale, shift = scale[columns], None if shift is None else shift[columns]
             hooks.callback(module.register_forward_hook(_affine_hook(scale, shift)).remove)
         yield model
 
 
+def _seen(model: PreTrainedModel, site: str, width: int) -> NDArray[np.intp]:
+    """The columns of a site's output that its hook gets on this rank: all, or its own under tensor parallelism."""
+    num_ranks = getattr(model, "_tp_size", None) or 1
+    if num_ranks == 1:
+        return np.arange(width)
+    rank = model._device_mesh["tp"].get_local_rank()
+    mine = seen_columns(model.tp_plan, own_names(model)(site), Site(site, "", 0, width), num_ranks)[rank]
+    return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in mine)])
+
+
 def check_fits(
-    table: SiteTable, intervention: Intervention, own_names: Callable[[str], str] = lambda name: name
+    table: SiteTable, intervention: Intervention, own_name: Callable[[str], str] = lambda name: name
 ) -> None:
     """ModelError unless every site of `intervention` is one of `table`'s, with the same width."""
     widths = {s.name: s.width for s in table.sites}
     for site in intervention.sites:
         scale, shift = intervention.map_of(site)
-        width = widths.get(own_names(site))
+        width = widths.get(own_name(site))
         if width is None:
             raise ModelError(f"the intervention does not fit {table.model_class}: it has no module {site!r}")
         for values in (scale, shift):
@@ -64,13 +78,6 @@ def check_fits(
                     f"the intervention does not fit {table.model_class}: expected {width} neurons at {site!r}, "
                     f"got {values.shape[0]}"
                 )
-
-
-def _own_name(model: PreTrainedModel) -> Callable[[str], str]:
-    """Names in the causal language model → names in `model`, which may be its base."""
-    prefix = f"{model.base_model_prefix}."
-    is_base = model.base_model is model
-    return lambda site: site.removeprefix(prefix) if is_base else site
 
 
 def _affine_hook(scale: NDArray[np.float32], shift: NDArray[np.float32] | None) -> Callable[..., Tensor]:

@@ -1,22 +1,28 @@
-"""Load a model under a strategy. Here: one process, the whole model on its device (`replicate`)."""
+"""Load a model under a strategy: one interface over transformers (FSDP2, tensor parallelism), DeepSpeed, accelerate."""
 
 import copy
-import logging
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
+from aura_dist.core.columns import ColumnPlan, plan_columns, whole_site
+from aura_dist.core.sites import Site
 from aura_dist.errors import ConfigError, ModelError, brief
-from aura_dist.model.sites import decoder_layers_name
+from aura_dist.model.sites import decoder_layers_name, own_names
+from aura_dist.model.tensor_plan import seen_columns, tensor_plan
+from aura_dist.model.zero3 import check_offload, load_zero3
 from aura_dist.runtime.world import World
 
-logger = logging.getLogger(__name__)
-
+_SIZE = r"\d+(\.\d+)?([KMGT]i?B)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,12 +77,67 @@ def pick_device(wanted: str) -> str:
     return "cuda" if available and wanted != "cpu" else "cpu"
 
 
-def load_causal(source: ModelSource, world: World) -> PreTrainedModel:
-    """The causal language model with its head, in eval mode on the world's device."""
-    return _load(AutoModelForCausalLM, source, world)
+@dataclass(frozen=True)
+class ShardingOptions:
+    """What the strategies can be told beside their layout.
+
+    Attributes
+    ----------
+    offload
+        `zero3`: where weights lie between uses, `none`, `cpu` or `nvme:PATH`.
+    max_memory
+        `dispatch`: device → largest memory, as `{"0": "70GiB", "cpu": "200GiB"}`; None takes what is free.
+    offload_folder
+        `dispatch`: directory for the weights that go to disk.
+    tensor_plan
+        `tensor`: YAML file of module names and styles.
+    """
+
+    offload: str = "none"
+    max_memory: Mapping[str, str] | None = None
+    offload_folder: str | None = None
+    tensor_plan: str | None = None
 
 
-def load_base(source: ModelSource, world: World, *, num_layers: int | None = None) -> PreTrainedModel:
+class _Flags(Protocol):
+    """The settings that are read for the strategies; `aura_dist.config.ModelOptions` has them."""
+
+    @property
+    def offload(self) -> str: ...
+    @property
+    def max_memory(self) -> list[str]: ...
+    @property
+    def offload_folder(self) -> str | None: ...
+    @property
+    def tensor_plan(self) -> str | None: ...
+
+
+def sharding_options(flags: _Flags) -> ShardingOptions:
+    """The options as flags give them; ConfigError for one of another form.
+
+    `--offload cpu`, `--max-memory 0=70GiB cpu=200GiB`, `--offload-folder PATH`, `--tensor-plan FILE`.
+    """
+    check_offload(flags.offload)
+    limits = {}
+    for limit in flags.max_memory:
+        device, _, size = limit.partition("=")
+        if not (device.isdecimal() or device in ("cpu", "disk")) or not re.fullmatch(_SIZE, size):
+            raise ConfigError(f"--max-memory: expected devices and sizes such as 0=70GiB cpu=200GiB, got {limit!r}")
+        limits[device] = size
+    return ShardingOptions(flags.offload, limits or None, flags.offload_folder, flags.tensor_plan)
+
+
+PLAIN = ShardingOptions()
+
+
+def load_causal(source: ModelSource, world: World, options: ShardingOptions = PLAIN) -> PreTrainedModel:
+    """The causal language model with its head, in eval mode, under the world's strategy."""
+    return _load(type(skeleton(load_config(source))), source, world, options)
+
+
+def load_base(
+    source: ModelSource, world: World, options: ShardingOptions = PLAIN, *, num_layers: int | None = None
+) -> PreTrainedModel:
     """The base model (no head), cut after `num_layers` decoder layers: what is not captured is not loaded.
 
     It has the class and the module names that the causal language model's base has.
@@ -84,9 +145,10 @@ def load_base(source: ModelSource, world: World, *, num_layers: int | None = Non
     whole = skeleton(load_config(source))
     base_class = type(whole.base_model)
     if num_layers is None:
-        return _load(base_class, source, world)
-    model = _load(_first_layers(whole, num_layers), source, world)
-    model.__class__ = base_class
+        return _load(base_class, source, world, options)
+    model = _load(_first_layers(whole, num_layers), source, world, options)
+    if base_class in type(model).__bases__:  # FSDP2 puts a class of its own in front
+        model.__class__ = base_class
     return model
 
 
@@ -108,7 +170,58 @@ def _first_layers(whole: PreTrainedModel, num_layers: int) -> type[PreTrainedMod
     return type(base_class.__name__, (base_class,), {"__init__": init, "__module__": base_class.__module__})
 
 
-def _load(loader: Any, source: ModelSource, world: World) -> PreTrainedModel:
+def _load(
+    loader: type[PreTrainedModel], source: ModelSource, world: World, options: ShardingOptions
+) -> PreTrainedModel:
+    layout = world.layout
+    if layout.strategy == "zero3":
+        dtype = DTYPES[source.dtype]
+        return _ready(load_zero3(lambda: _from_pretrained(loader, source, {}), dtype, options.offload))
+    if layout.strategy == "dispatch":
+        return _ready(_from_pretrained(loader, source, _dispatched(options)))
+    if layout.replica_size == 1:
+        placed = {} if world.device == "cpu" else {"device_map": world.device}
+        return _ready(_from_pretrained(loader, source, placed))
+    _check_device(world)
+    whole = _on_meta(loader, source)
+    plan = tensor_plan(whole, layout.tensor, options.tensor_plan) if layout.tensor > 1 else {}
+    layers = decoder_layers_name(whole)
+    split = DistributedConfig(
+        tp_size=layout.tensor,
+        tp_plan=plan or None,
+        fsdp_size=layout.fsdp,
+        fsdp_plan={f"{layers}.*": "free_full_weight"} if layout.fsdp > 1 else None,
+    )
+    model = _from_pretrained(loader, source, {"distributed_config": split})
+    if layout.fsdp > 1:
+        for layer in model.get_submodule(layers).children():
+            assert isinstance(layer, FSDPModule), "each decoder layer is gathered on its own"
+    return _ready(model)
+
+
+def _on_meta(loader: type[PreTrainedModel], source: ModelSource) -> PreTrainedModel:
+    """What `loader` will load, without weights."""
+    config = load_config(source)
+    with torch.device("meta"):
+        return loader(config if isinstance(config, loader.config_class) else config.get_text_config(decoder=True))
+
+
+def _dispatched(options: ShardingOptions) -> dict[str, Any]:
+    """accelerate's placement: the layers over the GPUs in order, then host memory, then disk."""
+    given = options.max_memory
+    limits = None if given is None else {int(k) if k.isdecimal() else k: v for k, v in given.items()}
+    return {"device_map": "auto", "max_memory": limits, "offload_folder": options.offload_folder}
+
+
+def _check_device(world: World) -> None:
+    if world.device == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            f"--device cpu: expected cuda, as --sharding {world.layout.strategy} runs where the GPUs are; "
+            "hide them with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+
+
+def _from_pretrained(loader: type[PreTrainedModel], source: ModelSource, placement: dict[str, Any]) -> PreTrainedModel:
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # a cut model leaves weights unused; missing ones are checked below
     hf_logging.disable_progress_bar()
@@ -117,8 +230,8 @@ def _load(loader: Any, source: ModelSource, world: World) -> PreTrainedModel:
             source.name,
             revision=source.revision,
             dtype=DTYPES[source.dtype],
-            device_map=world.device if world.device != "cpu" else None,
             output_loading_info=True,
+            **placement,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"--model {source.name!r} cannot be loaded: {brief(error)}") from error
@@ -132,11 +245,37 @@ def _load(loader: Any, source: ModelSource, world: World) -> PreTrainedModel:
             f"{sorted(broken)[0]!r} among them; use a whole checkpoint of this architecture"
         )
     assert isinstance(model, PreTrainedModel)
-    _exact_matmul()
+    return model
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """Eval mode, no gradients, and float32 products in float32: TF32 would change the fourth digit."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     return model.eval().requires_grad_(False)
 
 
-def _exact_matmul() -> None:
-    """Float32 products in float32: TF32 would change the responses in the fourth digit."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+def column_plans(
+    model: PreTrainedModel, sites: Sequence[Site], chunks: Mapping[str, int], world: World
+) -> dict[str, ColumnPlan]:
+    """What this rank sees and writes of each site.
+
+    Parameters
+    ----------
+    model
+        As `load_base` or `load_causal` gave it.
+    sites
+        What is captured.
+    chunks
+        Site → columns of one chunk of the store.
+    world
+        This process's place.
+    """
+    num_ranks = world.layout.tensor
+    if num_ranks == 1:
+        return {site.name: whole_site(site.width) for site in sites}
+    own_name, plans = own_names(model), {}
+    for site in sites:
+        seen = seen_columns(model.tp_plan, own_name(site.name), site, num_ranks)
+        plans[site.name] = plan_columns(site.width, chunks[site.name], seen)[world.column_rank]
+    return plans

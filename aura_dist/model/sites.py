@@ -1,7 +1,7 @@
 """Which submodules are captured or scaled: found on the meta device, from a model's classes alone."""
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -149,3 +149,10 @@ def _are_layers(modules: nn.ModuleList, whole: set[str]) -> bool:
     if whole:
         return classes <= whole
     return len(classes) == 1 and any(isinstance(m, (nn.Linear, Conv1D)) for m in modules[0].modules())
+
+
+def own_names(model: PreTrainedModel) -> Callable[[str], str]:
+    """Names in the causal language model → names in `model`, which may be its base."""
+    prefix = f"{model.base_model_prefix}."
+    is_base = model.base_model is model
+    return lambda site: site.removeprefix(prefix) if is_base else site

@@ -10,7 +10,7 @@ from aura_dist.data.tokens import load_tokenizer
 from aura_dist.errors import ModelError
 from aura_dist.model.fingerprint import fingerprint
 from aura_dist.model.intervene import check_fits, intervene
-from aura_dist.model.sharding import ModelSource, load_causal, load_config, skeleton
+from aura_dist.model.sharding import PLAIN, ModelSource, ShardingOptions, load_causal, load_config, skeleton
 from aura_dist.model.sites import find_sites
 from aura_dist.runtime.world import World
 from aura_dist.store.artifact import Intervention
@@ -30,7 +30,9 @@ class LoadedModel:
         return intervene(self.model, self.intervention, strength) if self.intervention else nullcontext(self.model)
 
 
-def load_for_use(source: ModelSource, world: World, intervention_dir: str | None) -> LoadedModel:
+def load_for_use(
+    source: ModelSource, world: World, intervention_dir: str | None, options: ShardingOptions = PLAIN
+) -> LoadedModel:
     """Load model, tokenizer and intervention; what does not fit is refused before the weights are read.
 
     Raises
@@ -53,4 +55,4 @@ def load_for_use(source: ModelSource, world: World, intervention_dir: str | None
                 f"{made_for['fingerprint'][:12]}), but --model {source.name!r} has {found[:12]}; fit one for this model"
             )
     tokenizer = load_tokenizer(source.name, source.revision)
-    return LoadedModel(load_causal(source, world), tokenizer, found, intervention)
+    return LoadedModel(load_causal(source, world, options), tokenizer, found, intervention)

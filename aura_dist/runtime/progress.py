@@ -33,8 +33,12 @@ class Progress:
     _last: float = 0.0
 
     def advance(self, units: int, cost: int) -> None:
-        self.units += units
-        self.cost += cost
+        """Count what was done since the last call."""
+        self.reach(self.units + units, self.cost + cost)
+
+    def reach(self, units: int, cost: int) -> None:
+        """Count what was done since the start."""
+        self.units, self.cost = units, cost
         if self.elapsed_seconds - self._last >= self.interval_seconds:
             self._last = self.elapsed_seconds
             left = (self.total_cost - self.cost) / max(self.cost, 1) * self.elapsed_seconds

@@ -1,8 +1,8 @@
 """collect: labelled text → model → pooled responses of every neuron in a store.
 
-Data flow: table → labels, token ids → sampled rows sorted by length (checked before any weight is read) →
-store made, or compared and gone on with → tasks, longest first → batches → hooks pool on the device → row
-buffer → background writer → task committed.
+Data flow: table → labels, token ids → sampled rows sorted by length (checked before any weight is read) → rank 0
+makes the store, or compares it and goes on with it, and lists the tasks that are left → every row worker claims
+tasks, longest first → batches → hooks pool on the device → row buffer → background writer → task committed.
 """
 
 import logging
@@ -13,24 +13,33 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from aura_dist.config import CollectConfig
-from aura_dist.core.partition import Task, make_batches, row_chunks, rows_per_chunk
+from aura_dist.core.partition import Task
 from aura_dist.data.labels import check_classes, check_texts, parse_labels
 from aura_dist.data.sampling import Sampling, sample_rows, without_mixed_negatives
 from aura_dist.data.table import Table, read_table
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
-from aura_dist.model.capture import Capture, row_buffer
+from aura_dist.errors import StoreError
 from aura_dist.model.fingerprint import fingerprint
-from aura_dist.model.sharding import ModelSource, check_positions, load_base, load_config, pick_device, skeleton
+from aura_dist.model.sharding import (
+    ModelSource,
+    check_positions,
+    column_plans,
+    load_base,
+    load_config,
+    pick_device,
+    sharding_options,
+    skeleton,
+)
 from aura_dist.model.sites import find_sites
-from aura_dist.runtime.progress import Progress
-from aura_dist.runtime.world import world_from_environment
+from aura_dist.model.stream import Run, stream
+from aura_dist.runtime.log import configure_rank
+from aura_dist.runtime.signals import StopFlag
+from aura_dist.runtime.team import Team, start_team
 from aura_dist.store.access import exists, open_group
-from aura_dist.store.record import check_same, unfinished
-from aura_dist.store.schema import Samples, StoreSpec, create_store, tasks_of
-from aura_dist.store.writer import ChunkWriter
+from aura_dist.store.record import check_same, nonfinite_responses, unfinished
+from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,26 +48,52 @@ PACKAGES = ("aura_dist", "torch", "transformers", "zarr", "zarrs", "numpy")
 
 def run(config: CollectConfig) -> None:
     """Collect, or go on with a store that was begun; a finished store is left as it is."""
-    world = world_from_environment(config.sharding, pick_device(config.device))
-    samples, tokens, identity = load_samples(config)
-    spec = make_spec(config, identity, int(samples.num_tokens.max()))
+    with start_team(config.sharding, pick_device(config.device)) as team, StopFlag() as stop:
+        configure_rank(team.world.global_rank, team.world.layout.world_size)
+        samples, tokens, identity = load_samples(config)
+        spec = make_spec(config, identity, int(samples.num_tokens.max()))
+        left = set(team.from_first("left", lambda: prepare_store(config, spec, samples)))
+        tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
+        if not tasks:
+            logger.info("%s is finished: %d rows; --overwrite collects anew", config.store, len(samples))
+            return
+        collect_tasks(config, spec, tokens, tasks, team, stop)
+    if team.world.is_first:
+        report(config.store, samples, spec)
+
+
+def prepare_store(config: CollectConfig, spec: StoreSpec, samples: Samples) -> list[int]:
+    """Make the store, or compare one that was begun; the tasks that are left. For one process of a launch."""
     begun = exists(config.store)  # refuses what is not a store, also under --overwrite
     if config.overwrite or not begun:
         create_store(config.store, spec, samples, _provenance(config))
     group = open_group(config.store)
     check_same(config.store, group, spec, samples)
-    left = set(unfinished(group))
-    tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
-    if not tasks:
-        logger.info("%s is finished: %d rows; --overwrite collects anew", config.store, len(samples))
-        return
+    return unfinished(group)
+
+
+def collect_tasks(
+    config: CollectConfig, spec: StoreSpec, tokens: TokenizedTexts, tasks: Sequence[Task], team: Team, stop: StopFlag
+) -> None:
+    """Load the model as the ranks hold it together, and run this rank's share of `tasks` into the store."""
     source = ModelSource(config.model, config.revision, config.dtype)
-    model = load_base(source, world, num_layers=1 + max(s.layer for s in spec.sites))
-    with ChunkWriter(group, spec, lambda: row_buffer(spec, rows_per_chunk(len(samples)), world.device)) as writer:
-        stream(model, spec, tokens, tasks, writer)
-    for name, count in sorted(writer.nonfinite.items()):
+    model = load_base(source, team.world, sharding_options(config), num_layers=1 + max(s.layer for s in spec.sites))
+    group = open_group(config.store)
+    plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
+    run = Run(spec, tokens, plans, team, stop)
+    with stop.deferred(), run.writer(group) as writer:
+        stream(model, run, tasks, writer)
+
+
+def report(store: str, samples: Samples, spec: StoreSpec) -> None:
+    """Say what was written; StoreError if some of it is still missing."""
+    group = open_group(store)
+    missing = unfinished(group)
+    if missing:
+        raise StoreError(f"--store {store!r}: {len(missing)} tasks are missing; run the same command again")
+    for name, count in nonfinite_responses(group).items():
         logger.warning("%s: %d responses are NaN or infinite", name, count)
-    logger.info("wrote %s: %d rows, %d modules", config.store, len(samples), len(spec.sites))
+    logger.info("wrote %s: %d rows, %d modules", store, len(samples), len(spec.sites))
 
 
 def load_samples(config: CollectConfig) -> tuple[Samples, TokenizedTexts, dict[str, Any]]:
@@ -142,26 +177,3 @@ def _provenance(config: CollectConfig) -> dict[str, Any]:
         "config": asdict(config),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
-
-
-def stream(
-    model: PreTrainedModel, spec: StoreSpec, tokens: TokenizedTexts, tasks: Sequence[Task], writer: ChunkWriter
-) -> None:
-    """Run `tasks` through a base model, longest first, and hand their pooled responses to the writer.
-
-    `tokens` are in store order; a task is committed once all its rows are handed over.
-    """
-    num_tokens = tokens.num_tokens.tolist()
-    rows = rows_per_chunk(len(num_tokens))
-    progress = Progress("collect", sum(t.stop - t.start for t in tasks), sum(t.num_tokens for t in tasks))
-    with Capture(model, spec.sites, model.base_model_prefix, spec.poolings) as capture:
-        for task in sorted(tasks, key=lambda t: (-t.num_tokens, t.index)):
-            for chunk in row_chunks(task, rows):
-                buffer = writer.free_buffer()
-                for batch_rows in make_batches(num_tokens, chunk, spec.tokens_per_batch):
-                    capture.run(tokens.batch(batch_rows), buffer, batch_rows.start - chunk.start)
-                    progress.advance(batch_rows.stop - batch_rows.start, sum(num_tokens[batch_rows]))
-                capture.wait()
-                writer.write(chunk.start, chunk.stop, buffer)
-            writer.commit(task.index)
-    progress.finish()

@@ -13,20 +13,29 @@ from aura_dist.data.table import read_table
 from aura_dist.data.tokens import tokenize
 from aura_dist.errors import StoreError
 from aura_dist.evaluation.perplexity import perplexity
-from aura_dist.model.sharding import ModelSource, check_positions, pick_device
+from aura_dist.model.sharding import ModelSource, check_positions, pick_device, sharding_options
 from aura_dist.model.use import load_for_use
-from aura_dist.runtime.world import world_from_environment
+from aura_dist.runtime.log import configure_rank
+from aura_dist.runtime.team import start_team
+from aura_dist.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, write `config.out`, and return what was written."""
-    world = world_from_environment(config.sharding, pick_device(config.device))
+    with start_team(config.sharding, pick_device(config.device)) as team:
+        configure_rank(team.world.global_rank, team.world.layout.world_size)
+        return _evaluate(config, team.world)
+
+
+def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
+    """On every rank alike, as a sharded forward needs them all; rank 0 writes and prints."""
     table = read_table(config.perplexity_texts, [config.text_column])
     texts = check_texts(table, config.text_column)
     _check_writable(config.out)
-    loaded = load_for_use(ModelSource(config.model, config.revision, config.dtype), world, config.intervention)
+    source = ModelSource(config.model, config.revision, config.dtype)
+    loaded = load_for_use(source, world, config.intervention, sharding_options(config))
     tokens = tokenize(
         texts, loaded.tokenizer, max_tokens=config.max_tokens, skip_special=False, source=config.perplexity_texts
     )
@@ -41,6 +50,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "texts_sha256": table.sha256,
         "perplexity": asdict(measured),
     }
+    if not world.is_first:
+        return results
     Path(config.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(
         f"perplexity {measured.token_weighted:.3f} (token-weighted), {measured.mean_over_sentences:.3f} "

@@ -15,7 +15,7 @@ from aura_dist.errors import StoreError
 
 # written with the group itself: what has it, even half-made, is ours to replace; nothing else is
 FORMAT = "aura_dist"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CODEC_SETTINGS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.chunk_concurrent_maximum": 1}
 _OPENING = threading.RLock()
 

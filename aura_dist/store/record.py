@@ -8,9 +8,7 @@ import zarr
 
 from aura_dist.errors import StoreError
 from aura_dist.store.access import get_array, read_array
-from aura_dist.store.schema import Samples, StoreSpec
-
-DONE = "progress/done"
+from aura_dist.store.schema import DONE, NONFINITE, Samples, StoreSpec, activation_path
 
 # names for people: a moved file or a renamed directory is still the same data and model
 _NOT_COMPARED = {"name", "revision", "path"}
@@ -54,6 +52,32 @@ def unfinished(group: zarr.Group) -> list[int]:
     return [int(i) for i in np.flatnonzero(read_array(group, DONE) == 0)]
 
 
-def commit(group: zarr.Group, task: int) -> None:
-    """Mark `task` as finished; called only when all its chunks are written."""
+def commit(group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
+    """Mark `task` as finished; called only when all its chunks are written, by all who write some of them.
+
+    Parameters
+    ----------
+    group
+        The store.
+    task
+        Index of the task.
+    nonfinite
+        Path of a responses' array → how many of the task's are NaN or infinite, where there are any.
+    """
+    if nonfinite:
+        counts = np.array([nonfinite.get(name, 0) for name in response_names(group)], dtype=np.int64)
+        get_array(group, NONFINITE)[task] = counts
     get_array(group, DONE)[task] = 1
+
+
+def nonfinite_responses(group: zarr.Group) -> dict[str, int]:
+    """Path of a responses' array → its NaN and infinite responses in finished tasks, where there are any."""
+    done = read_array(group, DONE) == 1
+    totals = read_array(group, NONFINITE)[done].sum(axis=0)
+    return {name: int(n) for name, n in zip(response_names(group), totals, strict=True) if n}
+
+
+def response_names(group: zarr.Group) -> list[str]:
+    """Paths of the responses' arrays, in model order, then in that of the poolings."""
+    spec = StoreSpec.from_attributes(group.attrs)
+    return [activation_path(site.name, pooling) for site in spec.sites for pooling in spec.poolings]

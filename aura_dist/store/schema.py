@@ -5,6 +5,7 @@ STORE.zarr                             attributes: see `StoreSpec`; `created`, w
   samples/{row, num_tokens, label}     [sample], [sample], [sample, concept]
   activations/<site>/<pooling>         [sample, neuron]
   progress/done                        [task] uint8, one chunk each
+  progress/nonfinite                   [task, response array] int64, one chunk a task: NaN and infinite responses
   scores/<site>/<pooling>/<statistic>  [concept, neuron]   (see `scores.py`)
 ```
 """
@@ -21,7 +22,9 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.core.sites import Site
 from aura_dist.errors import StoreError
-from aura_dist.store.access import FORMAT, SCHEMA_VERSION, fast_codecs
+from aura_dist.store.access import FORMAT, SCHEMA_VERSION, fast_codecs, get_array
+
+DONE, NONFINITE = "progress/done", "progress/nonfinite"
 
 # poolings that return one of the layer's own outputs: exact in the layer's own dtype
 SELECTING_POOLINGS = frozenset({"max", "min", "last", "absmax"})
@@ -120,6 +123,11 @@ def activation_path(site: str, pooling: str) -> str:
     return f"activations/{site}/{pooling}"
 
 
+def chunk_widths(group: zarr.Group, spec: StoreSpec) -> dict[str, int]:
+    """Site → columns of one chunk."""
+    return {s.name: get_array(group, activation_path(s.name, spec.poolings[0])).chunks[1] for s in spec.sites}
+
+
 def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mapping[str, Any]) -> None:
     """Make an empty store; the attribute `created` is written last, so that a half-made one is recognised.
 
@@ -146,21 +154,16 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
             _add(root, "samples/num_tokens", samples.num_tokens, ("sample",))
             _add(root, "samples/label", samples.label, ("sample", "concept"))
             done = np.zeros(len(tasks_of(samples.num_tokens, spec.tokens_per_batch)), dtype=np.uint8)
-            _add(root, "progress/done", done, ("task",), chunks=(1,))
+            _add(root, DONE, done, ("task",), chunks=(1,))
+            num_arrays = len(spec.sites) * len(spec.poolings)
+            _empty(root, NONFINITE, (len(done), num_arrays), (1, num_arrays), np.int64, ("task", "array"), 0)
             for site in spec.sites:
                 for pooling in spec.poolings:
                     dtype = np.dtype(stored_dtype(pooling, spec.dtype))
-                    root.create_array(
-                        activation_path(site.name, pooling),
-                        shape=(num_rows, site.width),
-                        chunks=(rows, columns_per_chunk(site.width, num_rows, dtype.itemsize)),
-                        dtype=dtype,
-                        fill_value=np.nan,
-                        serializer=BytesCodec(),
-                        compressors=codecs(),
-                        dimension_names=("sample", "neuron"),
-                        config={"write_empty_chunks": True},
-                    )
+                    shape = num_rows, site.width
+                    chunks = rows, columns_per_chunk(site.width, num_rows, dtype.itemsize)
+                    name = activation_path(site.name, pooling)
+                    _empty(root, name, shape, chunks, dtype, ("sample", "neuron"), np.nan)
             root.attrs["created"] = True
     except OSError as error:
         raise StoreError(f"--store {path!r} cannot be written: {error}") from error
@@ -178,14 +181,26 @@ def _add(
     dimensions: tuple[str, ...],
     chunks: tuple[int, ...] | None = None,
 ) -> None:
-    array = group.create_array(
+    _empty(group, name, values.shape, chunks or values.shape, values.dtype, dimensions, 0)[...] = values
+
+
+def _empty(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: Any,
+    dimensions: tuple[str, ...],
+    fill_value: float,
+) -> "zarr.Array[Any]":
+    return group.create_array(
         name,
-        shape=values.shape,
-        chunks=chunks or values.shape,
-        dtype=values.dtype,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        fill_value=fill_value,
         serializer=BytesCodec(),
         compressors=codecs(),
         dimension_names=dimensions,
         config={"write_empty_chunks": True},
     )
-    array[...] = values

@@ -1,74 +1,101 @@
 """The background writer: one thread that encodes and writes whole chunks, fed by a fixed set of row buffers.
 
-The forward takes a free buffer, fills one row chunk of every site, and hands it over; the writer gives it back
-once it is written. The number of buffers bounds the memory: a slow disk makes the forward wait, never grow.
+The forward takes a free buffer, fills one row chunk of its columns of every site, and hands it over; the writer gives
+it back once it is written. The number of buffers bounds the memory: a slow disk makes the forward wait, never grow.
 """
 
 import asyncio
-import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from aura_dist.core.columns import Interval
 from aura_dist.errors import StoreError
 from aura_dist.store.access import get_array
-from aura_dist.store.record import commit
-from aura_dist.store.schema import StoreSpec, activation_path
-
-logger = logging.getLogger(__name__)
+from aura_dist.store.schema import activation_path
 
 NUM_BUFFERS = 3
 _POLL_SECONDS = 0.1
 
-# (site, pooling) → [rows of a chunk, width]
+# (site, pooling) → [rows of a chunk, columns that are written here]
 RowBuffer = dict[tuple[str, str], NDArray[Any]]
+Commit = Callable[[int, Mapping[str, int]], None]
 
 
 class ChunkWriter:
     """Writes row chunks and commits tasks, in the order they are handed over.
 
+    Parameters
+    ----------
+    group
+        The store.
+    owned
+        Site → intervals of its columns that are written here, whole chunks; they lie side by side in the buffers.
+    make_buffer
+        Makes a row buffer.
+    commit
+        Called with a task's index and its NaN and infinite responses by array, once all that was handed over before
+        is written.
+
     Use as a context manager: leaving it waits until all is written. The first failure stops the writer
     and is raised, as a StoreError, from the next call.
     """
 
-    def __init__(self, group: zarr.Group, spec: StoreSpec, make_buffer: Callable[[], RowBuffer]) -> None:
+    def __init__(
+        self,
+        group: zarr.Group,
+        owned: Mapping[str, Sequence[Interval]],
+        make_buffer: Callable[[], RowBuffer],
+        commit: Commit,
+    ) -> None:
         self._group = group
-        self._arrays = {
-            (s.name, p): get_array(group, activation_path(s.name, p)) for s in spec.sites for p in spec.poolings
-        }
+        self._owned = owned
+        self._commit = commit
         self._free: queue.Queue[RowBuffer] = queue.Queue()
         for _ in range(NUM_BUFFERS):
-            self._free.put(make_buffer())
-        self._work: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+            self._free.put(buffer := make_buffer())
+        self._arrays = {key: get_array(group, activation_path(*key)) for key in buffer}
+        self._work: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
         self._failure: BaseException | None = None
-        self.nonfinite: Counter[str] = Counter(cast(dict[str, int], group.attrs.get("nonfinite", {})))
+        self._nonfinite: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="chunk-writer", daemon=True)
         self._thread.start()
 
     def free_buffer(self) -> RowBuffer:
         """A buffer to fill; waits for one. Raises StoreError if the writer has failed."""
         while True:
-            self._raise_failure()
+            self.check()
             try:
                 return self._free.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 continue
 
-    def write(self, start: int, stop: int, buffer: RowBuffer) -> None:
-        """Hand over rows [start, stop) of every site, a whole row chunk; the buffer is the writer's from here on."""
-        self._raise_failure()
-        self._work.put(("rows", (start, stop, buffer)))
+    def write(self, start: int, stop: int, buffer: RowBuffer, wait: Callable[[], None]) -> None:
+        """Hand over rows [start, stop) of every site, a whole row chunk; the buffer is the writer's from here on.
+
+        `wait` blocks until the buffer holds its values: copies from a GPU may still be under way.
+        """
+        self.check()
+        self._work.put((start, stop, buffer, wait))
 
     def commit(self, task: int) -> None:
         """Mark `task` as finished once everything handed over before is written."""
-        self._work.put(("commit", task))
+        self._work.put((task,))
+
+    def check(self) -> None:
+        """Raise the StoreError with which the writer has failed, if it has."""
+        if self._failure is not None:
+            raise StoreError(
+                f"--store {self._group.store_path}: writing failed: {self._failure}; "
+                "mend that and run the same command again: finished tasks are kept"
+            ) from self._failure
 
     def _run(self) -> None:
         with asyncio.Runner() as runner:
@@ -76,42 +103,35 @@ class ChunkWriter:
                 if self._failure is not None:
                     continue
                 try:
-                    self._do(runner, *item)
+                    self._do(runner, item)
                 except BaseException as error:  # whatever it is, the run must stop with it
                     self._failure = error
 
-    def _do(self, runner: asyncio.Runner, what: str, item: Any) -> None:
-        if what == "commit":
-            commit(self._group, item)
+    def _do(self, runner: asyncio.Runner, item: tuple[Any, ...]) -> None:
+        if len(item) == 1:
+            self._commit(item[0], dict(self._nonfinite))
+            self._nonfinite.clear()
             return
-        start, stop, buffer = item
-        found = Counter[str]()
-        for (site, pooling), values in buffer.items():
+        start, stop, buffer, wait = item
+        wait()
+        for key, values in buffer.items():
             rows = values[: stop - start]
             bad = rows.size - int(np.count_nonzero(np.isfinite(rows)))
             if bad:
-                found[activation_path(site, pooling)] += bad
+                self._nonfinite[activation_path(*key)] += bad
         runner.run(self._write(slice(start, stop), buffer))
-        if found:
-            self.nonfinite.update(found)
-            self._group.attrs["nonfinite"] = dict(self.nonfinite)
         self._free.put(buffer)
 
     async def _write(self, rows: slice, buffer: RowBuffer) -> None:
         """All sites at once: one turn of the event loop instead of one for each array."""
-        await asyncio.gather(
-            *(
-                self._arrays[key].async_array.setitem((rows, slice(None)), values[: rows.stop - rows.start])
-                for key, values in buffer.items()
-            )
-        )
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise StoreError(
-                f"--store {self._group.store_path}: writing failed: {self._failure}; "
-                "mend that and run the same command again: finished tasks are kept"
-            ) from self._failure
+        writes = []
+        for key, values in buffer.items():
+            place = 0
+            for start, stop in self._owned[key[0]]:
+                part = values[: rows.stop - rows.start, place : place + stop - start]
+                writes.append(self._arrays[key].async_array.setitem((rows, slice(start, stop)), part))
+                place += stop - start
+        await asyncio.gather(*writes)
 
     def __enter__(self) -> "ChunkWriter":
         return self
@@ -122,4 +142,4 @@ class ChunkWriter:
         self._work.put(None)
         self._thread.join()
         if error is None:
-            self._raise_failure()
+            self.check()

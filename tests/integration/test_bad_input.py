@@ -91,7 +91,7 @@ def test_data_is_checked_before_the_model_is_looked_at(name, refused, tmp_path):
             r"--modules '\*\.mpl\.\*' matches nothing in LlamaForCausalLM; found attention: 12",
         ),
         (["--max-tokens", 8, "--model", "no/model"], "--model 'no/model'"),
-        (["--sharding", "pipeline"], "--sharding: expected one of replicate, got 'pipeline'"),
+        (["--sharding", "pipeline"], "--sharding: expected one of replicate, .*got 'pipeline'"),
         (["--device", "tpu"], "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         (["--threshold", "high"], "--threshold: expected a number, got 'high'"),
         (["--pooling", "median"], r"--pooling: expected a list, each one of max, .*, got \['median'\]"),

@@ -1,0 +1,62 @@
+"""Signals that ask for an orderly end."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from aura_dist.errors import RunInterruptedError
+
+# SIGUSR1 is what Slurm jobs ask for as the warning before their time is up (`--signal=USR1@120`)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Context in which SIGTERM, SIGINT and SIGUSR1 raise RunInterruptedError, or, under `deferred`, set a flag.
+
+    A second SIGINT raises KeyboardInterrupt at once. Must be entered in the main thread.
+
+    Attributes
+    ----------
+    received
+        Number of the signal received, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a signal only sets `received`: the work looks at it between two batches."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        if not self._deferred:
+            raise interruption(number)
+
+    def __enter__(self) -> "StopFlag":
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def interruption(number: int) -> RunInterruptedError:
+    """The error of a run that signal `number` ended."""
+    name = signal.Signals(number).name
+    return RunInterruptedError(f"{name} received; finished tasks are kept: run the same command to go on", number)

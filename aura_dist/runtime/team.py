@@ -1,0 +1,295 @@
+"""`Team`: how the processes of a launch speak to each other.
+
+Two ways, both of small messages only. Every rank reads and writes a key-value store (torch's, hosted by the launcher
+or by rank 0; in memory for a single process): tasks are claimed and committed there, and failures and signals are
+told to all. Ranks of one replica, which run the same collectives, also agree step by step through a gloo group.
+"""
+
+import itertools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from aura_dist.errors import ConfigError, PeerError, RunInterruptedError, brief
+from aura_dist.runtime.world import Place, World, place_from_environment, world_from
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05
+BEAT_SECONDS = 1.0
+# a rank whose beat stands still for so long is taken for dead
+DEAD_SECONDS = 60.0
+# after another rank has failed, a rank that hangs in a collective ends itself
+GRACE_SECONDS = 12.0
+TIMEOUT = timedelta(minutes=30)
+EXIT_FAILED = 2
+_TEAMS = itertools.count()
+
+
+class Team:
+    """The processes of a launch, as one of them sees them.
+
+    Attributes
+    ----------
+    world
+        This process's place.
+    stop_signal
+        Number of a signal that another rank was stopped by, or None.
+    """
+
+    def __init__(self, world: World, store: Store, control: Any = None, columns: Any = None) -> None:
+        self.world = world
+        self.stop_signal: int | None = None
+        self._store = store
+        self._control = control
+        self._columns = columns
+        self._failure: str | None = None
+        self._leaving = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="team-watcher", daemon=True)
+        if world.layout.world_size > 1:
+            self._watcher.start()
+
+    # what all ranks share through the store
+
+    def from_first(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives on rank 0 (anything JSON holds), on every rank; the others wait for it."""
+        if self.world.is_first:
+            value = make()
+            self._store.set(f"value/{key}", json.dumps(value))
+            return value
+        self._wait(lambda: self._store.check([f"value/{key}"]))
+        return json.loads(self._store.get(f"value/{key}"))
+
+    def count(self, key: str) -> int:
+        """Add one to a counter; how often that was done before."""
+        return int(self._store.add(f"count/{key}", 1)) - 1
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a sum over all ranks; the sum."""
+        return int(self._store.add(f"sum/{key}", amount))
+
+    def note(self, key: str, value: Mapping[str, int]) -> None:
+        """Leave a few numbers for the other ranks."""
+        self._store.set(f"note/{key}", json.dumps(dict(value)))
+
+    def noted(self, key: str) -> dict[str, int]:
+        """What was left under `key`; empty where nothing was."""
+        return dict(json.loads(self._store.get(f"note/{key}"))) if self._store.check([f"note/{key}"]) else {}
+
+    def check(self) -> None:
+        """PeerError if another rank has failed."""
+        if self._failure is not None:
+            raise PeerError(self._failure)
+
+    # what the ranks of a replica share, step by step
+
+    def share(self, *numbers: int) -> list[list[int]]:
+        """The numbers of every rank of the replica, in rank order; all of them must call this together."""
+        if self._control is None:
+            return [list(numbers)]
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        everyone = [torch.empty_like(mine) for _ in range(self.world.layout.replica_size)]
+        dist.all_gather(everyone, mine, group=self._control)
+        return [values.tolist() for values in everyone]
+
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
+        """Send host tensors to other column ranks of the row worker, and fill those that come from them."""
+        first = self.world.rank - self.world.column_rank
+        requests = [dist.isend(t, first + peer, group=self._columns) for peer, t in sorted(sends.items())]
+        requests += [dist.irecv(t, first + peer, group=self._columns) for peer, t in sorted(receives.items())]
+        for request in requests:
+            assert request is not None
+            request.wait()
+
+    # the end
+
+    def finish(self) -> None:
+        """Leave; rank 0, which may host the store, stays until all others have left."""
+        size = self.world.layout.world_size
+        if size == 1:
+            return
+        self._store.add("departed", 1)
+        if self.world.is_first:
+            self._wait(lambda: self._store.add("departed", 0) == size)
+
+    def leave_stopped(self) -> None:
+        """Leave after a signal; rank 0 waits for the others, but not long."""
+        self._store.add("departed", 1)
+        end = time.monotonic() + GRACE_SECONDS
+        while self.world.is_first and time.monotonic() < end:
+            if self._store.add("departed", 0) == self.world.layout.world_size:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def announce_failure(self, error: BaseException) -> None:
+        """Tell all ranks why this one ends; the first to fail is the one whose reason stands."""
+        if self.world.layout.world_size == 1 or isinstance(error, PeerError):
+            return
+        key = "stopped" if isinstance(error, RunInterruptedError) else "failure"
+        reason = (
+            str(error.signal_number) if isinstance(error, RunInterruptedError) else str(error) or type(error).__name__
+        )
+        try:
+            self._store.compare_set(key, "", f"{self.world.global_rank} {reason}")
+            if key == "stopped":
+                self.leave_stopped()
+            elif self.world.is_first:
+                time.sleep(2 * BEAT_SECONDS)  # the store may end with this process: let the others read it
+        except RuntimeError:
+            logger.debug("the launch's store is gone")
+
+    def close(self) -> None:
+        """Stop beating and watching."""
+        self._leaving.set()
+        try:
+            self._store.set(f"closed/{self.world.global_rank}", "1")
+        except RuntimeError:
+            logger.debug("the launch's store is gone")
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        while not done():
+            self.check()
+            time.sleep(POLL_SECONDS)
+
+    def _watch(self) -> None:
+        """Beat, and look for failed, stopped and dead ranks, until the team is closed."""
+        beats = dict.fromkeys(self._watched(), (0, time.monotonic()))
+        while not self._leaving.wait(BEAT_SECONDS):
+            try:
+                self._store.add(f"beat/{self.world.global_rank}", 1)
+                self._look(beats)
+            except RuntimeError as error:  # the host of the store is gone
+                self._failure = f"the launch's store cannot be reached any more: {error}"
+            if self._failure is not None and not self._leaving.wait(GRACE_SECONDS):
+                logger.error("stopped, as another rank failed: %s", self._failure)
+                os._exit(EXIT_FAILED)
+
+    def _watched(self) -> list[int]:
+        """Ranks whose death this one would wait for: those of its replica, and for rank 0 all."""
+        size, first = self.world.layout.replica_size, self.world.replica * self.world.layout.replica_size
+        ranks = range(self.world.layout.world_size) if self.world.is_first else range(first, first + size)
+        return [rank for rank in ranks if rank != self.world.global_rank]
+
+    def _look(self, beats: dict[int, tuple[int, float]]) -> None:
+        if self._store.check(["failure"]):
+            failed, _, reason = self._store.get("failure").decode().partition(" ")
+            if int(failed) != self.world.global_rank:
+                self._failure = f"rank {failed}: {reason}"
+        if self._store.check(["stopped"]):
+            self.stop_signal = int(self._store.get("stopped").decode().split()[1])
+        now = time.monotonic()
+        for rank, (beat, since) in beats.items():
+            current = self._store.add(f"beat/{rank}", 0)
+            if current != beat:
+                beats[rank] = (current, now)
+            elif now - since > DEAD_SECONDS and not self._store.check([f"closed/{rank}"]):
+                self._failure = f"rank {rank} has given no sign of life for {DEAD_SECONDS:.0f} s"
+
+
+@contextmanager
+def start_team(sharding: str, device: str) -> Iterator[Team]:
+    """The team of this launch, from the launcher's variables; meets the other ranks on entry.
+
+    Parameters
+    ----------
+    sharding
+        As `--sharding`.
+    device
+        `cpu` or `cuda`.
+
+    Raises
+    ------
+    ConfigError
+        The sharding does not fit the launch, or the other ranks cannot be met.
+    PeerError
+        Another rank failed; that rank tells why.
+    """
+    place = place_from_environment()
+    world = world_from(place, sharding, _device_of(place, device))
+    store = _meet(place)
+    team = Team(world, store, *_join_replica(world, store))
+    try:
+        yield team
+        team.finish()
+    except BaseException as error:
+        team.announce_failure(error)
+        if isinstance(error, RuntimeError) and place.world_size > 1:
+            _blame_peer(team, error)
+        raise
+    finally:
+        team.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _blame_peer(team: Team, error: RuntimeError) -> None:
+    """What broke because another rank failed is that rank's error, once its reason is known."""
+    end = time.monotonic() + 3 * BEAT_SECONDS
+    while team._failure is None and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    reason = team._failure
+    if reason is None and isinstance(error, dist.DistError):
+        reason = f"contact was lost: {brief(error)}"
+    if reason is not None:
+        raise PeerError(reason) from error
+
+
+def _device_of(place: Place, device: str) -> str:
+    if device != "cuda" or place.world_size == 1:
+        return device
+    index = place.local_rank % torch.cuda.device_count()  # a launcher may show each rank one GPU only
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
+def _meet(place: Place) -> Store:
+    if place.world_size == 1:
+        return HashStore()
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"rank {place.global_rank} cannot meet the other {place.world_size - 1}: {error}; start with torchrun or "
+            "srun, or set MASTER_ADDR and MASTER_PORT to a host and a free port of rank 0"
+        ) from error
+    return PrefixStore(f"aura_dist/{next(_TEAMS)}", store)  # a process may be in one team after another
+
+
+def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
+    """Process groups for host tensors: of the replica, and of the row worker; None where it is one rank."""
+    layout = world.layout
+    if layout.replica_size == 1 and layout.strategy != "zero3":
+        return None, None
+    backend = "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"replica/{world.replica}", store),
+        rank=world.rank,
+        world_size=layout.replica_size,
+        timeout=TIMEOUT,
+    )
+    if layout.replica_size == 1:
+        return None, None
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    columns = None
+    for first in range(0, layout.replica_size, layout.tensor):
+        group = dist.new_group(range(first, first + layout.tensor), backend="gloo", timeout=TIMEOUT)
+        if first == world.rank - world.column_rank:
+            columns = group
+    return control, columns
+
+
+def alone(sharding: str = "replicate", device: str = "cpu") -> Team:
+    """The team of one process."""
+    return Team(world_from(Place(), sharding, device), HashStore())

@@ -1,0 +1,98 @@
+"""Every strategy on every architecture gives the store that one process gives. One launch a strategy."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import aura_dist
+from aura_dist.config import CollectConfig
+from aura_dist.stages import collect
+from tests.distributed.launch import REPOSITORY, run_ranks
+
+pytestmark = pytest.mark.timeout(420)
+
+TOLERANCE = 1e-5
+MODELS = (
+    "llama", "falcon-rotary", "falcon-alibi", "falcon-40b-style", "mpt", "gpt2", "opt", "bloom", "gemma3", "mistral",
+    "qwen3", "phi3",
+)  # fmt: skip
+OPTIONS = {
+    "num_positive": 40, "num_negative": 40, "tokens_per_batch": 256, "modules": ["all", "norm"],
+    "pooling": ["max", "mean"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One row of the table of what is supported."""
+
+    title: str
+    num_ranks: int
+    sharding: str
+    options: tuple[tuple[str, object], ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+LAUNCHES = (
+    Launch("replicate", 2, "replicate"),
+    Launch("fsdp", 2, "fsdp"),
+    Launch("fsdp=2 (2 replicas)", 4, "fsdp=2"),
+    Launch("tensor", 2, "tensor", refused=("gpt2",)),
+    Launch("tensor=2 (2 replicas)", 4, "tensor=2", refused=("gpt2",)),
+    Launch("tensor=3", 3, "tensor=3", refused=("gpt2",)),
+    Launch("fsdp=2,tensor=2", 4, "fsdp=2,tensor=2", refused=("gpt2",)),
+    Launch("zero3", 2, "zero3"),
+    Launch("zero3, offload to the CPU", 2, "zero3", (("offload", "cpu"),)),
+    Launch("dispatch, partly on disk", 1, "dispatch", (("max_memory", ["cpu=150KB"]),)),
+)
+
+
+@pytest.fixture(scope="module")
+def plain_stores(tiny_dir, sentences_csv, tmp_path_factory):
+    """Model → store of one process."""
+    out = tmp_path_factory.mktemp("plain")
+    for name in MODELS:
+        collect.run(
+            CollectConfig(
+                model=str(tiny_dir(name)), data=sentences_csv, concepts=["toxic"], store=str(out / name), **OPTIONS
+            )
+        )
+    return out
+
+
+def assert_same(ours: Path, plain: Path, name: str) -> None:
+    store, expected = aura_dist.open_store(ours), aura_dist.open_store(plain)
+    np.testing.assert_array_equal(store["samples"]["row"], expected["samples"]["row"])
+    assert list(store["activations"]) == list(expected["activations"])
+    for site in expected["activations"]:
+        for pooling in ("max", "mean"):
+            theirs = expected["activations"][site][pooling].values
+            difference = np.abs(store["activations"][site][pooling].values - theirs).max() / np.abs(theirs).max()
+            assert difference < TOLERANCE, f"{name}: {site}, {pooling}: {difference:.1e}"
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.title)
+def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain_stores, tmp_path):
+    options = {**OPTIONS, **dict(launch.options)}
+    if launch.sharding == "dispatch":
+        options["offload_folder"] = str(tmp_path / "offloaded")
+    plan = {
+        "sharding": launch.sharding,
+        "options": options,
+        "data": sentences_csv,
+        "runs": {str(tiny_dir(name)): str(tmp_path / name) for name in MODELS},
+        "report": str(tmp_path / "refused.json"),
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    script = str(REPOSITORY / "tests" / "distributed" / "loop.py")
+    run_ranks(launch.num_ranks, [script, str(tmp_path / "plan.json")], timeout_seconds=400)
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert {Path(model).name.split("-", 1)[1].rstrip("0123456789") for model in refused} == set(launch.refused), refused
+    for error in refused.values():
+        assert "use --sharding fsdp" in error
+    for name in MODELS:
+        if name not in launch.refused:
+            assert_same(tmp_path / name, plain_stores / name, name)
