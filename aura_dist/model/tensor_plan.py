@@ -108,13 +108,15 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
     prefix = "" if base is model else f"{model.base_model_prefix}."
     if file is not None:
         plan = own | {_own_name(model, name): style for name, style in read_plan(file).items()}
-    elif any(style in _SPLIT_OUTPUTS for style in base.tp_plan.values()):
+    elif any(not style.startswith("embedding") for style in base.tp_plan.values()):
         plan = own | _whole_heads(own, model, num_ranks)
     elif model.config.model_type in PLANS:
         plan = own | {f"{prefix}{name}": style for name, style in PLANS[model.config.model_type].items()}
     else:
+        transposed = any(_is_transposed(module) for module in model.modules())
+        why = "its Conv1D layers lie transposed and cannot be split" if transposed else "write one with --tensor-plan"
         raise ModelError(
-            f"{type(model).__name__}: there is no plan for --sharding tensor; write one with --tensor-plan, or use "
+            f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use "
             f"--sharding {' or '.join(_OTHERS)}"
         )
     _check(plan, model)

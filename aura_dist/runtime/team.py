@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -152,6 +153,8 @@ class Team:
     def close(self) -> None:
         """Stop beating and watching."""
         self._leaving.set()
+        if self._watcher.is_alive():  # within a call of the store's at the interpreter's end it would abort
+            self._watcher.join()
         try:
             self._store.set(f"closed/{self.world.global_rank}", "1")
         except RuntimeError:
@@ -229,8 +232,9 @@ def start_team(sharding: str, device: str) -> Iterator[Team]:
         raise
     finally:
         team.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        # with NCCL an end in the middle of a collective would wait for ranks that are gone
+        if dist.is_initialized() and (sys.exc_info()[0] is None or world.device == "cpu"):
+            dist.destroy_process_group()
 
 
 def _blame_peer(team: Team, error: RuntimeError) -> None:

@@ -22,9 +22,8 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     refused = {}
     for model, store in plan["runs"].items():
-        config = CollectConfig(
-            model=model, data=plan["data"], concepts=["toxic"], store=store, sharding=plan["sharding"], **plan["options"]
-        )
+        settings = {"data": plan["data"], "concepts": ["toxic"], "sharding": plan["sharding"], **plan["options"]}
+        config = CollectConfig(model=model, store=store, **settings)
         try:
             collect.run(config)
         except AuraError as error:

@@ -15,12 +15,9 @@ from tests.distributed.launch import REPOSITORY, run_ranks
 pytestmark = pytest.mark.timeout(420)
 
 TOLERANCE = 1e-5
-MODELS = (
-    "llama", "falcon-rotary", "falcon-alibi", "falcon-40b-style", "mpt", "gpt2", "opt", "bloom", "gemma3", "mistral",
-    "qwen3", "phi3",
-)  # fmt: skip
+MODELS = ("llama", "falcon-rotary", "falcon-40b-style", "mpt", "gpt2", "opt", "bloom", "gemma3", "mistral")
 OPTIONS = {
-    "num_positive": 40, "num_negative": 40, "tokens_per_batch": 256, "modules": ["all", "norm"],
+    "num_positive": 30, "num_negative": 30, "tokens_per_batch": 256, "modules": ["all", "norm"],
     "pooling": ["max", "mean"],
 }  # fmt: skip
 
