@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from aura_dist.core.columns import Interval, split_columns
 from aura_dist.core.sites import Site
 from aura_dist.errors import ConfigError, ModelError
+from aura_dist.model.sites import own_names
 
 Plan = dict[str, str]
 
@@ -23,7 +24,7 @@ _GATHER, _SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
 _SPLIT_OUTPUTS = {"colwise": 1, "packed_colwise": 2}
 _WHOLE_OUTPUTS = {_GATHER, "colwise_rep", "rowwise", _SPLIT_INPUT, "rowwise_rep", "packed_rowwise", "replicate"}
 _WHOLE_OUTPUTS |= {"replicated_with_grad_allreduce", "mla_kv_a_proj", "all_reduce", "local_params"}
-_OTHERS = ("fsdp", "zero3", "dispatch", "replicate")
+_OTHERS_WORDS = "--sharding fsdp, zero3, dispatch or replicate"
 
 
 def _fused(layers: str, attention: tuple[str, str], mlp: tuple[str, str], embedding: str) -> Plan:
@@ -106,26 +107,36 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
     own = dict(model.tp_plan)
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
+    modules = {generic(name): module for name, module in model.named_modules()}
     if file is not None:
-        plan = own | {_own_name(model, name): style for name, style in read_plan(file).items()}
+        plan = own | _users_plan(file, model)
     elif any(not style.startswith("embedding") for style in base.tp_plan.values()):
         plan = own | _whole_heads(own, model, num_ranks)
     elif model.config.model_type in PLANS:
         plan = own | {f"{prefix}{name}": style for name, style in PLANS[model.config.model_type].items()}
     else:
-        transposed = any(_is_transposed(module) for module in model.modules())
+        transposed = any(_is_transposed(module) for module in modules.values())
         why = "its Conv1D layers lie transposed and cannot be split" if transposed else "write one with --tensor-plan"
         raise ModelError(
-            f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use "
-            f"--sharding {' or '.join(_OTHERS)}"
+            f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use {_OTHERS_WORDS}"
         )
-    _check(plan, model)
+    for name, style in plan.items():
+        if style != "replicate" and _is_transposed(modules.get(name)):
+            raise ModelError(
+                f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose weight lies transposed and "
+                f"cannot be split; use {_OTHERS_WORDS}"
+            )
     return plan
 
 
-def _own_name(model: PreTrainedModel, name: str) -> str:
-    is_base = model.base_model is model
-    return name.removeprefix(f"{model.base_model_prefix}.") if is_base else name
+def _users_plan(file: str, model: PreTrainedModel) -> Plan:
+    """A user's plan with names as in `model`; ModelError for one that it does not have."""
+    plan = {own_names(model)(name): style for name, style in read_plan(file).items()}
+    known = {generic(name) for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    for name in plan:
+        if name not in known:
+            raise ModelError(f"--tensor-plan {file!r}: {type(model).__name__} has no module {name!r}")
+    return plan
 
 
 def _whole_heads(plan: Mapping[str, str], model: PreTrainedModel, num_ranks: int) -> Plan:
@@ -138,21 +149,7 @@ def _whole_heads(plan: Mapping[str, str], model: PreTrainedModel, num_ranks: int
     return {n: replaced[s] for n, s in plan.items() if "attn" in n and s in replaced}
 
 
-def _check(plan: Plan, model: PreTrainedModel) -> None:
-    modules = {generic(name): module for name, module in model.named_modules()}
-    parameters = {generic(name) for name, _ in model.named_parameters()}
-    for name, style in plan.items():
-        if name not in modules and name not in parameters:
-            raise ModelError(f"--sharding tensor: {type(model).__name__} has no module {name!r}, which the plan names")
-        module = modules.get(name)
-        if style != "replicate" and module is not None and _is_transposed(module):
-            raise ModelError(
-                f"--sharding tensor: {name!r} of {type(model).__name__} is a {type(module).__name__}, whose weight "
-                f"lies transposed and cannot be split; use --sharding {' or '.join(_OTHERS)}"
-            )
-
-
-def _is_transposed(module: nn.Module) -> bool:
+def _is_transposed(module: nn.Module | None) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
@@ -171,5 +168,5 @@ def seen_columns(plan: Mapping[str, str], own_name: str, site: Site, num_ranks: 
         return split_columns(site.width, num_ranks, _SPLIT_OUTPUTS[style])
     raise ModelError(
         f"--sharding tensor: module {site.name!r} is split as {style!r}, which is not by columns; leave it out of "
-        f"--modules, or use --sharding {' or '.join(_OTHERS)}"
+        f"--modules, or use {_OTHERS_WORDS}"
     )

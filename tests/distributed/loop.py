@@ -1,35 +1,91 @@
-"""Every rank of a launch runs this: collect each model under one strategy, and say which it refused.
+"""Every rank of a launch runs this: collect each model under one strategy, and note what happened.
 
     torchrun --nproc-per-node N tests/distributed/loop.py PLAN.json
 
-The plan: `sharding`, `options` (further settings of collect), `runs` (model directory → store), `data`, `report`.
+The plan: `sharding`, `options` (further settings of collect), `runs` (model directory → store), `data`, `notes` (a
+directory: rank 0 notes the models that were refused, every rank the chunks it wrote and how many parameters were
+whole at once).
 """
 
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from aura_dist.config import CollectConfig
 from aura_dist.errors import AuraError
 from aura_dist.stages import collect
+from aura_dist.store.writer import ChunkWriter, RowBuffer
+
+
+def record_writes(written: Counter[str]) -> None:
+    """Count how often each chunk is written from here, and that it is written whole."""
+    write = ChunkWriter._write
+
+    async def recorded(self: ChunkWriter, rows: slice, buffer: RowBuffer) -> None:
+        for key in buffer:
+            array = self._arrays[key]
+            assert rows.start % array.chunks[0] == 0
+            assert rows.stop % array.chunks[0] == 0 or rows.stop == array.shape[0]
+            for start, stop in self._owned[key[0]]:
+                assert start % array.chunks[1] == 0
+                assert stop % array.chunks[1] == 0 or stop == array.shape[1]
+                for column in range(start, stop, array.chunks[1]):
+                    written[f"{array.name} {rows.start} {column}"] += 1
+        await write(self, rows, buffer)
+
+    ChunkWriter._write = recorded
+
+
+def num_whole(model: nn.Module) -> int:
+    """Parameters that are gathered now, under FSDP2 or ZeRO 3."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None and group.is_unsharded:
+                total += sum(p._orig_size.numel() for p in group.fsdp_params)
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
+            total += parameter.ds_numel
+    return total
+
+
+def measure_whole(most: list[int]) -> None:
+    """Note the most parameters that are gathered at once, looking whenever a linear layer has run."""
+    load = collect.load_base
+
+    def measured(*args, **kwargs):
+        model = load(*args, **kwargs)
+        for module in model.modules():
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+                module.register_forward_hook(lambda *_: most.__setitem__(0, max(most[0], num_whole(model))))
+        return model
+
+    collect.load_base = measured
 
 
 def main() -> None:
     torch.set_num_threads(1)
     plan = json.loads(Path(sys.argv[1]).read_text())
-    refused = {}
+    refused, whole, written, most = {}, {}, Counter[str](), [0]
+    record_writes(written)
+    measure_whole(most)
     for model, store in plan["runs"].items():
         settings = {"data": plan["data"], "concepts": ["toxic"], "sharding": plan["sharding"], **plan["options"]}
-        config = CollectConfig(model=model, store=store, **settings)
+        most[0] = 0
         try:
-            collect.run(config)
+            collect.run(CollectConfig(model=model, store=store, **settings))
         except AuraError as error:
             refused[model] = f"{type(error).__name__}: {error}"
-    if os.environ.get("RANK", "0") == "0":
-        Path(plan["report"]).write_text(json.dumps(refused))
+        whole[model] = most[0]
+    notes, rank = Path(plan["notes"]), os.environ.get("RANK", "0")
+    (notes / f"rank-{rank}.json").write_text(json.dumps({"refused": refused, "whole": whole, "written": written}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every strategy on every architecture gives the store that one process gives. One launch a strategy."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 
 import aura_dist
 from aura_dist.config import CollectConfig
+from aura_dist.model.sharding import skeleton
+from aura_dist.model.sites import decoder_layers_name
 from aura_dist.stages import collect
 from tests.distributed.launch import REPOSITORY, run_ranks
+from tests.models import TINY_CONFIGS
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -76,20 +80,42 @@ def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain
     options = {**OPTIONS, **dict(launch.options)}
     if launch.sharding == "dispatch":
         options["offload_folder"] = str(tmp_path / "offloaded")
+    directories = {name: str(tiny_dir(name)) for name in MODELS}
     plan = {
         "sharding": launch.sharding,
         "options": options,
         "data": sentences_csv,
-        "runs": {str(tiny_dir(name)): str(tmp_path / name) for name in MODELS},
-        "report": str(tmp_path / "refused.json"),
+        "runs": {directory: str(tmp_path / name) for name, directory in directories.items()},
+        "notes": str(tmp_path),
     }
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     script = str(REPOSITORY / "tests" / "distributed" / "loop.py")
     run_ranks(launch.num_ranks, [script, str(tmp_path / "plan.json")], timeout_seconds=400)
-    refused = json.loads((tmp_path / "refused.json").read_text())
-    assert {Path(model).name.split("-", 1)[1].rstrip("0123456789") for model in refused} == set(launch.refused), refused
-    for error in refused.values():
+    notes = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(launch.num_ranks)]
+    assert set(notes[0]["refused"]) == {directories[name] for name in launch.refused}, notes[0]["refused"]
+    for error in notes[0]["refused"].values():
         assert "use --sharding fsdp" in error
+    written = Counter[str]()
+    for rank in notes:
+        written.update(rank["written"])
+    assert set(written.values()) == {1}, "every chunk is written once, by one rank"
     for name in MODELS:
         if name not in launch.refused:
             assert_same(tmp_path / name, plain_stores / name, name)
+        if launch.sharding in ("fsdp", "fsdp=2", "zero3"):
+            assert 0 < max(rank["whole"][directories[name]] for rank in notes) <= largest_whole(name), name
+
+
+def largest_whole(name: str) -> int:
+    """Parameters of a model outside its layers (embeddings, the last norm), and of two layers."""
+    base = skeleton(TINY_CONFIGS[name]()).base_model
+    layers = base.get_submodule(decoder_layers_name(base))
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    return sum(p.numel() for p in base.parameters()) - sum(sizes) + 2 * max(sizes)
+
+
+def test_table_of_the_readme_says_what_is_tested():
+    text = (REPOSITORY / "README.md").read_text()
+    for launch in LAUNCHES:
+        cells = ["–" if name in launch.refused else "✓" for name in MODELS]
+        assert f"| `{launch.title}` | {launch.num_ranks} | {' | '.join(cells)} |" in text

@@ -107,12 +107,14 @@ def test_settings_of_collect(more, message, refused, tiny_dir, sentences_csv, tm
     refused(collect(tiny_dir("llama"), sentences_csv, tmp_path / "store.zarr", *more), message)
 
 
-def test_more_processes_than_this_version_runs(refused, tiny_dir, sentences_csv, tmp_path, monkeypatch):
+def test_launch_that_cannot_be(refused, tiny_dir, sentences_csv, tmp_path, monkeypatch):
     command = collect(tiny_dir("llama"), sentences_csv, tmp_path / "store.zarr")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(command, "WORLD_SIZE=2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "many")
-    refused(command, "WORLD_SIZE=many")
+    refused(command, "WORLD_SIZE: expected a number, .* got 'many'")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    refused([*command, "--sharding", "fsdp=2,tensor=2"], "fsdp 2 × tensor 2 = 4 ranks a replica to divide the 6")
+    refused([*command, "--sharding", "dispatch"], "dispatch: expected one process")
 
 
 def test_texts_longer_than_the_models_positions(refused, tiny_dir, tmp_path):
@@ -284,7 +286,7 @@ def test_store_of_a_later_version(refused, scored, tiny_dir, sentences_csv, tmp_
     shutil.copytree(scored / "store.zarr", store)
     zarr.open_group(store, mode="r+").attrs["schema_version"] = 99
     for command in (collect(tiny_dir("llama"), sentences_csv, store), ["score", "--store", store]):
-        refused(command, "expected schema version 1, got 99")
+        refused(command, "expected schema version 2, got 99")
 
 
 def test_store_that_is_not_scored(refused, scored, tmp_path):

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import transformers as hf
 
-import aura_dist
 from aura_dist.cli import main
 from aura_dist.model.capture import Capture
 from aura_dist.store import writer as writer_module
+from aura_dist.store.access import open_group
+from aura_dist.store.record import nonfinite_responses
 from tests.memory import peak_of
 from tests.models import LLAMA_LIKE, tiny_tokenizer
 
@@ -123,7 +124,7 @@ def test_responses_that_are_not_finite_are_counted_and_named(tiny_dir, sentences
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     store = tmp_path / "store.zarr"
     assert main(arguments(tmp_path / "model", sentences_csv, store, "--num-positive", "8", "--num-negative", "8")) == 0
-    counted = aura_dist.open_store(store).attrs["nonfinite"]
+    counted = nonfinite_responses(open_group(str(store)))
     assert counted["activations/transformer.h.2.mlp.c_fc/max"] == 16
     assert counted["activations/transformer.h.2.mlp.c_proj/max"] == 16 * 48, "what follows an infinity is not finite"
     assert not any("h.1." in name for name in counted)
