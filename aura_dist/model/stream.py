@@ -126,7 +126,9 @@ def stream(model: PreTrainedModel, run: Run, tasks: Sequence[Task], writer: Chun
                     capture.skip(run.tokens.batch(slice(0, 1)))
             if mine is not None:
                 writer.commit(mine.index)
+    team.meet("streamed")
     if team.world.is_first:
+        progress.reach(team.add("rows", 0), team.add("tokens", 0))
         progress.finish()
 
 

@@ -93,6 +93,12 @@ class Team:
         if self._failure is not None:
             raise PeerError(self._failure)
 
+    def meet(self, key: str) -> None:
+        """Rank 0 waits until all ranks have come here; the others do not wait."""
+        self._store.add(key, 1)
+        if self.world.is_first:
+            self._wait(lambda: self._store.add(key, 0) == self.world.layout.world_size)
+
     # what the ranks of a replica share, step by step
 
     def share(self, *numbers: int) -> list[list[int]]:
@@ -117,12 +123,7 @@ class Team:
 
     def finish(self) -> None:
         """Leave; rank 0, which may host the store, stays until all others have left."""
-        size = self.world.layout.world_size
-        if size == 1:
-            return
-        self._store.add("departed", 1)
-        if self.world.is_first:
-            self._wait(lambda: self._store.add("departed", 0) == size)
+        self.meet("departed")
 
     def leave_stopped(self) -> None:
         """Leave after a signal; rank 0 waits for the others, but not long."""

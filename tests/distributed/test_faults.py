@@ -101,6 +101,7 @@ def launched(command, own=False):
         if any(p.poll() is None for p in launch.processes):
             launch.kill()
             launch.wait(10)
+        launch.output.close()
 
 
 def wait_until_working(launch: Launch, store: Path, num_tasks: int = 1) -> None:
