@@ -34,6 +34,10 @@ class PeerError(AuraError):
     """Another rank of the launch has failed; it says why itself, and this rank ends without a word of its own."""
 
 
+class LostRankError(AuraError):
+    """Another rank of the launch has died or cannot be reached."""
+
+
 class RunInterruptedError(AuraError):
     """A signal ended the work between two batches; everything committed is kept.
 

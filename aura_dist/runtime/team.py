@@ -5,25 +5,21 @@ or by rank 0; in memory for a single process): tasks are claimed and committed t
 told to all. Ranks of one replica, which run the same collectives, also agree step by step through a gloo group.
 """
 
-import itertools
 import json
 import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
-from aura_dist.errors import ConfigError, PeerError, RunInterruptedError, brief
-from aura_dist.runtime.world import Place, World, place_from_environment, world_from
+from aura_dist.errors import AuraError, LostRankError, PeerError, RunInterruptedError, brief
+from aura_dist.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +29,8 @@ BEAT_SECONDS = 1.0
 DEAD_SECONDS = 60.0
 # after another rank has failed, a rank that hangs in a collective ends itself
 GRACE_SECONDS = 12.0
-TIMEOUT = timedelta(minutes=30)
 EXIT_FAILED = 2
-_TEAMS = itertools.count()
+_GO_ON = "see what that rank said; finished tasks are kept: run the same command to go on"
 
 
 class Team:
@@ -55,7 +50,7 @@ class Team:
         self._store = store
         self._control = control
         self._columns = columns
-        self._failure: str | None = None
+        self._failure: AuraError | None = None
         self._leaving = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="team-watcher", daemon=True)
         if world.layout.world_size > 1:
@@ -89,9 +84,9 @@ class Team:
         return dict(json.loads(self._store.get(f"note/{key}"))) if self._store.check([f"note/{key}"]) else {}
 
     def check(self) -> None:
-        """PeerError if another rank has failed."""
+        """PeerError if another rank has failed, LostRankError if one is gone."""
         if self._failure is not None:
-            raise PeerError(self._failure)
+            raise self._failure
 
     def meet(self, key: str) -> None:
         """Rank 0 waits until all ranks have come here; the others do not wait."""
@@ -125,8 +120,27 @@ class Team:
         """Leave; rank 0, which may host the store, stays until all others have left."""
         self.meet("departed")
 
-    def leave_stopped(self) -> None:
-        """Leave after a signal; rank 0 waits for the others, but not long."""
+    def ended_by(self, error: BaseException) -> BaseException:
+        """What this rank ends with, after `error` has ended its work; tells the others.
+
+        Of several ranks that fail, one tells why: the first. What broke because another rank ended is that rank's.
+        """
+        if self.world.layout.world_size == 1:
+            return error
+        try:
+            if isinstance(error, RunInterruptedError):
+                self._store.compare_set("stopped", "", f"{self.world.global_rank} {error.signal_number}")
+                self._leave_stopped()
+                return error
+            if isinstance(error, RuntimeError):
+                error = self._cause_of(error)
+            return error if isinstance(error, (PeerError, LostRankError)) else self._tell(error)
+        except RuntimeError:
+            logger.debug("the launch's store is gone")
+            return error
+
+    def _leave_stopped(self) -> None:
+        """Rank 0 waits for the others, but not long."""
         self._store.add("departed", 1)
         end = time.monotonic() + GRACE_SECONDS
         while self.world.is_first and time.monotonic() < end:
@@ -134,22 +148,23 @@ class Team:
                 return
             time.sleep(POLL_SECONDS)
 
-    def announce_failure(self, error: BaseException) -> None:
-        """Tell all ranks why this one ends; the first to fail is the one whose reason stands."""
-        if self.world.layout.world_size == 1 or isinstance(error, PeerError):
-            return
-        key = "stopped" if isinstance(error, RunInterruptedError) else "failure"
-        reason = (
-            str(error.signal_number) if isinstance(error, RunInterruptedError) else str(error) or type(error).__name__
-        )
-        try:
-            self._store.compare_set(key, "", f"{self.world.global_rank} {reason}")
-            if key == "stopped":
-                self.leave_stopped()
-            elif self.world.is_first:
-                time.sleep(2 * BEAT_SECONDS)  # the store may end with this process: let the others read it
-        except RuntimeError:
-            logger.debug("the launch's store is gone")
+    def _cause_of(self, error: RuntimeError) -> BaseException:
+        """The failure of another rank, if that is why `error` came: its reason may take a moment to arrive."""
+        end = time.monotonic() + 3 * BEAT_SECONDS
+        while self._failure is None and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        if self._failure is not None:
+            return self._failure
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            return LostRankError(f"another rank is gone: {brief(error, 120)}; {_GO_ON}")
+        return error
+
+    def _tell(self, error: BaseException) -> BaseException:
+        mine = f"{self.world.global_rank} {str(error) or type(error).__name__}"
+        stands = self._store.compare_set("failure", "", mine).decode()
+        if self.world.is_first:
+            time.sleep(2 * BEAT_SECONDS)  # the store may end with this process: let the others read it
+        return error if stands == mine else PeerError("rank " + stands.replace(" ", ": ", 1))
 
     def close(self) -> None:
         """Stop beating and watching."""
@@ -174,7 +189,9 @@ class Team:
                 self._store.add(f"beat/{self.world.global_rank}", 1)
                 self._look(beats)
             except RuntimeError as error:  # the host of the store is gone
-                self._failure = f"the launch's store cannot be reached any more: {error}"
+                self._failure = LostRankError(
+                    f"the launch's store cannot be reached any more: {brief(error)}; {_GO_ON}"
+                )
             if self._failure is not None and not self._leaving.wait(GRACE_SECONDS):
                 logger.error("stopped, as another rank failed: %s", self._failure)
                 os._exit(EXIT_FAILED)
@@ -189,7 +206,7 @@ class Team:
         if self._store.check(["failure"]):
             failed, _, reason = self._store.get("failure").decode().partition(" ")
             if int(failed) != self.world.global_rank:
-                self._failure = f"rank {failed}: {reason}"
+                self._failure = PeerError(f"rank {failed}: {reason}")
         if self._store.check(["stopped"]):
             self.stop_signal = int(self._store.get("stopped").decode().split()[1])
         now = time.monotonic()
@@ -198,103 +215,4 @@ class Team:
             if current != beat:
                 beats[rank] = (current, now)
             elif now - since > DEAD_SECONDS and not self._store.check([f"closed/{rank}"]):
-                self._failure = f"rank {rank} has given no sign of life for {DEAD_SECONDS:.0f} s"
-
-
-@contextmanager
-def start_team(sharding: str, device: str) -> Iterator[Team]:
-    """The team of this launch, from the launcher's variables; meets the other ranks on entry.
-
-    Parameters
-    ----------
-    sharding
-        As `--sharding`.
-    device
-        `cpu` or `cuda`.
-
-    Raises
-    ------
-    ConfigError
-        The sharding does not fit the launch, or the other ranks cannot be met.
-    PeerError
-        Another rank failed; that rank tells why.
-    """
-    place = place_from_environment()
-    world = world_from(place, sharding, _device_of(place, device))
-    store = _meet(place)
-    team = Team(world, store, *_join_replica(world, store))
-    try:
-        yield team
-        team.finish()
-    except BaseException as error:
-        team.announce_failure(error)
-        if isinstance(error, RuntimeError) and place.world_size > 1:
-            _blame_peer(team, error)
-        raise
-    finally:
-        team.close()
-        # with NCCL an end in the middle of a collective would wait for ranks that are gone
-        if dist.is_initialized() and (sys.exc_info()[0] is None or world.device == "cpu"):
-            dist.destroy_process_group()
-
-
-def _blame_peer(team: Team, error: RuntimeError) -> None:
-    """What broke because another rank failed is that rank's error, once its reason is known."""
-    end = time.monotonic() + 3 * BEAT_SECONDS
-    while team._failure is None and time.monotonic() < end:
-        time.sleep(POLL_SECONDS)
-    reason = team._failure
-    if reason is None and isinstance(error, dist.DistError):
-        reason = f"contact was lost: {brief(error)}"
-    if reason is not None:
-        raise PeerError(reason) from error
-
-
-def _device_of(place: Place, device: str) -> str:
-    if device != "cuda" or place.world_size == 1:
-        return device
-    index = place.local_rank % torch.cuda.device_count()  # a launcher may show each rank one GPU only
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
-
-
-def _meet(place: Place) -> Store:
-    if place.world_size == 1:
-        return HashStore()
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"rank {place.global_rank} cannot meet the other {place.world_size - 1}: {error}; start with torchrun or "
-            "srun, or set MASTER_ADDR and MASTER_PORT to a host and a free port of rank 0"
-        ) from error
-    return PrefixStore(f"aura_dist/{next(_TEAMS)}", store)  # a process may be in one team after another
-
-
-def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
-    """Process groups for host tensors: of the replica, and of the row worker; None where it is one rank."""
-    layout = world.layout
-    if layout.replica_size == 1 and layout.strategy != "zero3":
-        return None, None
-    backend = "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend,
-        store=PrefixStore(f"replica/{world.replica}", store),
-        rank=world.rank,
-        world_size=layout.replica_size,
-        timeout=TIMEOUT,
-    )
-    if layout.replica_size == 1:
-        return None, None
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    columns = None
-    for first in range(0, layout.replica_size, layout.tensor):
-        group = dist.new_group(range(first, first + layout.tensor), backend="gloo", timeout=TIMEOUT)
-        if first == world.rank - world.column_rank:
-            columns = group
-    return control, columns
-
-
-def alone(sharding: str = "replicate", device: str = "cpu") -> Team:
-    """The team of one process."""
-    return Team(world_from(Place(), sharding, device), HashStore())
+                self._failure = LostRankError(f"rank {rank} gave no sign of life for {DEAD_SECONDS:.0f} s; {_GO_ON}")

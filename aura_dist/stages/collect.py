@@ -34,9 +34,10 @@ from aura_dist.model.sharding import (
 )
 from aura_dist.model.sites import find_sites
 from aura_dist.model.stream import Run, stream
+from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
 from aura_dist.runtime.signals import StopFlag
-from aura_dist.runtime.team import Team, start_team
+from aura_dist.runtime.team import Team
 from aura_dist.store.access import exists, open_group
 from aura_dist.store.record import check_same, nonfinite_responses, unfinished
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of

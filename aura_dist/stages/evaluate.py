@@ -15,8 +15,8 @@ from aura_dist.errors import StoreError
 from aura_dist.evaluation.perplexity import perplexity
 from aura_dist.model.sharding import ModelSource, check_positions, pick_device, sharding_options
 from aura_dist.model.use import load_for_use
+from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
-from aura_dist.runtime.team import start_team
 from aura_dist.runtime.world import World
 
 logger = logging.getLogger(__name__)

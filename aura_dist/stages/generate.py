@@ -5,8 +5,8 @@ from aura_dist.errors import ConfigError
 from aura_dist.evaluation.generation import Decoding, continuations
 from aura_dist.model.sharding import ModelSource, pick_device, sharding_options
 from aura_dist.model.use import load_for_use
+from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
-from aura_dist.runtime.team import start_team
 from aura_dist.runtime.world import World
 
 # below it float32 logits overflow

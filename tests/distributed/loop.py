@@ -1,7 +1,5 @@
 """Every rank of a launch runs this: collect each model under one strategy, and note what happened.
 
-    torchrun --nproc-per-node N tests/distributed/loop.py PLAN.json
-
 The plan: `sharding`, `options` (further settings of collect), `runs` (model directory → store), `data`, `notes` (a
 directory: rank 0 notes the models that were refused, every rank the chunks it wrote and how many parameters were
 whole at once).
@@ -9,11 +7,10 @@ whole at once).
 
 import json
 import os
-import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -70,9 +67,9 @@ def measure_whole(most: list[int]) -> None:
     collect.load_base = measured
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    plan = json.loads(Path(sys.argv[1]).read_text())
+def run_plan(arguments: Sequence[str]) -> int:
+    """Run the plan in the file that is named."""
+    plan = json.loads(Path(arguments[0]).read_text())
     refused, whole, written, most = {}, {}, Counter[str](), [0]
     record_writes(written)
     measure_whole(most)
@@ -87,6 +84,4 @@ def main() -> None:
     notes, rank = Path(plan["notes"]), os.environ.get("RANK", "0")
     (notes / f"rank-{rank}.json").write_text(json.dumps({"refused": refused, "whole": whole, "written": written}))
 
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -4,19 +4,14 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from aura_dist.cli import main
-from tests.distributed.launch import environment, run_ranks, torchrun
+from tests.distributed.launch import Launch, Torchrun, launched, run_ranks
 from tests.integration.test_store_faults import chunk_files
 
 pytestmark = pytest.mark.timeout(300)
@@ -43,73 +38,12 @@ def arguments(model, data, store, *more):
     ]
 
 
-class Launch:
-    """`aura-dist collect` on several ranks, under torchrun or each on its own."""
-
-    def __init__(self, command: list[str], own: bool = False) -> None:
-        env = environment()
-        if own:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(NUM_RANKS)}
-            envs = [{**env, **meeting, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(NUM_RANKS)]
-            commands = [[sys.executable, "-m", "aura_dist", *command]] * NUM_RANKS
-        else:
-            envs, commands = [env], [torchrun(NUM_RANKS, "-m", "aura_dist", *command)]
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as the ranks)
-        self.processes = [
-            subprocess.Popen(c, env=e, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
-            for c, e in zip(commands, envs, strict=True)
-        ]
-        self._own = own
-
-    def ranks(self) -> list[psutil.Process]:
-        if self._own:
-            return [psutil.Process(p.pid) for p in self.processes]
-        return psutil.Process(self.processes[0].pid).children()
-
-    def wait(self, seconds: float) -> list[int]:
-        """Exit codes; fails if one is still running."""
-        end = time.monotonic() + seconds
-        codes = []
-        for process in self.processes:
-            try:
-                codes.append(process.wait(max(0.1, end - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                self.kill()
-                raise AssertionError(f"still running after {seconds} s:\n{self.text()}") from None
-        return codes
-
-    def kill(self) -> None:
-        for process in self.processes:
-            for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                member.kill()
-
-    def text(self) -> str:
-        self.output.flush()
-        self.output.seek(0)
-        return self.output.read()
-
-
-@contextmanager
-def launched(command, own=False):
-    launch = Launch(command, own)
-    try:
-        yield launch
-    finally:
-        if any(p.poll() is None for p in launch.processes):
-            launch.kill()
-            launch.wait(10)
-        launch.output.close()
-
-
 def wait_until_working(launch: Launch, store: Path, num_tasks: int = 1) -> None:
     """Until some tasks are finished."""
     end = time.monotonic() + 120
     while sum(f.read_bytes() != b"" for f in store.glob("activations/*/max/c/*/0")) < num_tasks:
         assert time.monotonic() < end, launch.text()
-        assert all(p.poll() is None for p in launch.processes), launch.text()
+        assert launch.is_running(), launch.text()
         time.sleep(0.01)
 
 
@@ -122,7 +56,7 @@ def whole(tiny_dir, sentences_csv, tmp_path_factory):
         path = out / sharding
         if not path.exists():
             command = arguments(tiny_dir("llama"), sentences_csv, path, "--sharding", sharding)
-            run_ranks(NUM_RANKS, ["-m", "aura_dist", *command])
+            run_ranks(NUM_RANKS, command)
         return path
 
     return store
@@ -132,14 +66,14 @@ def kill_and_resume(sharding, seed, model, data, store, expected):
     """Kill one rank or all at a random moment; the same command completes the store, bit for bit."""
     chance = random.Random(seed)
     command = arguments(model, data, store, "--sharding", sharding)
-    with launched(command) as launch:
+    with launched(Launch(NUM_RANKS, command)) as launch:
         wait_until_working(launch, store)
         time.sleep(chance.uniform(0, 1.5))
         ranks = launch.ranks()
         for rank in ranks if chance.random() < 0.5 else ranks[chance.randrange(len(ranks)) :][:1]:
             rank.kill()
         launch.wait(60)
-    run_ranks(NUM_RANKS, ["-m", "aura_dist", *command])
+    run_ranks(NUM_RANKS, command)
     assert chunk_files(store) == chunk_files(expected)
 
 
@@ -162,10 +96,10 @@ def test_another_strategy_finishes_a_store(first, second, whole, tiny_dir, sente
 
     store = tmp_path / "store"
     command = arguments(tiny_dir("llama"), sentences_csv, store)
-    with launched([*command, "--sharding", first]) as launch:
+    with launched(Launch(NUM_RANKS, [*command, "--sharding", first])) as launch:
         wait_until_working(launch, store)
         launch.kill()
-    run_ranks(NUM_RANKS, ["-m", "aura_dist", *command, "--sharding", second])
+    run_ranks(NUM_RANKS, [*command, "--sharding", second])
     assert_same(store, whole("replicate"), f"{first}, then {second}")
 
 
@@ -184,10 +118,10 @@ def test_one_process_and_two_finish_each_others_stores(whole, tiny_dir, sentence
     with monkeypatch.context() as patch:
         patch.setattr(Capture, "run", interrupted)
         assert main(command) == 130
-    run_ranks(NUM_RANKS, ["-m", "aura_dist", *command])
+    run_ranks(NUM_RANKS, command)
     assert_same(store, whole("replicate"), "one, then two")
     store, command = tmp_path / "begun-by-two", arguments(tiny_dir("llama"), sentences_csv, tmp_path / "begun-by-two")
-    with launched(command) as launch:
+    with launched(Launch(NUM_RANKS, command)) as launch:
         wait_until_working(launch, store)
         launch.kill()
     assert main(command) == 0
@@ -198,35 +132,38 @@ def test_one_process_and_two_finish_each_others_stores(whole, tiny_dir, sentence
 def test_signal_to_one_rank_ends_all_together(number, whole, tiny_dir, sentences_csv, tmp_path):
     store = tmp_path / "store"
     command = arguments(tiny_dir("llama"), sentences_csv, store, "--sharding", "fsdp")
-    with launched(command, own=True) as launch:
+    with launched(Launch(NUM_RANKS, command)) as launch:
         wait_until_working(launch, store)
         launch.ranks()[1].send_signal(number)
         assert launch.wait(20) == [128 + number] * NUM_RANKS, launch.text()
         assert f"stopped: {number.name} received; finished tasks are kept: run the same command" in launch.text()
-    run_ranks(NUM_RANKS, ["-m", "aura_dist", *command])
+    run_ranks(NUM_RANKS, command)
     assert chunk_files(store) == chunk_files(whole("fsdp"))
 
 
 def test_torchrun_that_is_terminated_leaves_a_store_to_go_on_with(whole, tiny_dir, sentences_csv, tmp_path):
     store = tmp_path / "store"
     command = arguments(tiny_dir("llama"), sentences_csv, store)
-    with launched(command) as launch:
+    with launched(Torchrun(NUM_RANKS, command)) as launch:
         wait_until_working(launch, store)
-        launch.processes[0].terminate()
+        launch.agent.terminate()
         launch.wait(30)
         assert launch.text().count("stopped: SIGTERM received") >= 1, launch.text()
-    run_ranks(NUM_RANKS, ["-m", "aura_dist", *command])
+    run_ranks(NUM_RANKS, command)
     assert chunk_files(store) == chunk_files(whole("replicate"))
 
 
 @pytest.mark.parametrize("sharding", ["fsdp", "tensor"])
 def test_dead_rank_does_not_leave_the_other_hanging(sharding, tiny_dir, sentences_csv, tmp_path):
     store = tmp_path / "store"
-    with launched(arguments(tiny_dir("llama"), sentences_csv, store, "--sharding", sharding), own=True) as launch:
+    with launched(
+        Launch(NUM_RANKS, arguments(tiny_dir("llama"), sentences_csv, store, "--sharding", sharding))
+    ) as launch:
         wait_until_working(launch, store)
         launch.ranks()[1].kill()
         assert launch.wait(30) == [2, -signal.SIGKILL], launch.text()
         assert "Traceback" not in launch.text()
+        assert re.search("^error: another rank is gone: .*run the same command to go on$", launch.text(), re.MULTILINE)
 
 
 @pytest.fixture
@@ -244,7 +181,7 @@ def small_disk(tmp_path):
 def test_full_disk_is_one_error_and_all_ranks_leave(small_disk, whole, tiny_dir, sentences_csv):
     store = small_disk / "store"
     command = arguments(tiny_dir("llama"), sentences_csv, store)
-    with launched(command, own=True) as launch:
+    with launched(Launch(NUM_RANKS, command)) as launch:
         start = time.monotonic()
         assert launch.wait(90) == [2, 2], launch.text()
         text = launch.text()
@@ -253,6 +190,6 @@ def test_full_disk_is_one_error_and_all_ranks_leave(small_disk, whole, tiny_dir,
         assert re.search("error: --store .*No space left on device.*finished tasks are kept", text), text
         assert "Traceback" not in text
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
-    run_ranks(NUM_RANKS, ["-m", "aura_dist", *command])
+    run_ranks(NUM_RANKS, command)
     assert chunk_files(store) == chunk_files(whole("replicate"))
     assert os.path.ismount(small_disk)

@@ -14,6 +14,7 @@ from aura_dist.model.sharding import skeleton
 from aura_dist.model.sites import decoder_layers_name
 from aura_dist.stages import collect
 from tests.distributed.launch import REPOSITORY, run_ranks
+from tests.distributed.loop import run_plan
 from tests.models import TINY_CONFIGS
 
 pytestmark = pytest.mark.timeout(420)
@@ -89,8 +90,7 @@ def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain
         "notes": str(tmp_path),
     }
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    script = str(REPOSITORY / "tests" / "distributed" / "loop.py")
-    run_ranks(launch.num_ranks, [script, str(tmp_path / "plan.json")], timeout_seconds=400)
+    run_ranks(launch.num_ranks, [str(tmp_path / "plan.json")], run_plan, timeout_seconds=400)
     notes = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(launch.num_ranks)]
     assert set(notes[0]["refused"]) == {directories[name] for name in launch.refused}, notes[0]["refused"]
     for error in notes[0]["refused"].values():
