@@ -8,6 +8,7 @@ request is the whole of a key's value, so that repeating it changes nothing.
 import asyncio
 import logging
 import random
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -16,6 +17,7 @@ import fsspec
 from fsspec.asyn import get_loop
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.errors import ZarrUserWarning
 from zarr.storage import FsspecStore, WrapperStore
 
 from aura_dist.errors import StoreError, brief
@@ -201,8 +203,7 @@ def open_remote(url: str) -> RemoteStore:
     """
     scheme = url.split(":", 1)[0]
     try:
-        # listings are not kept: other processes write to the same store
-        store = FsspecStore.from_url(url.rstrip("/"), storage_options={"use_listings_cache": False})
+        store = _driver_store(url.rstrip("/"))
     except ImportError as error:
         driver = _DRIVERS.get(scheme, f"the fsspec driver of {scheme}://")
         extra = f" (pip install 'aura-dist[{'s3' if driver == 's3fs' else driver}]')" if driver == "s3fs" else ""
@@ -215,6 +216,14 @@ def open_remote(url: str) -> RemoteStore:
             raise StoreError(f"--store {url!r}: expected {known} or another scheme of fsspec, got {scheme}://") from error
         raise StoreError(f"--store {url!r} cannot be opened: {_told(error)}{_advice(error)}") from error
     return RemoteStore(store, url.rstrip("/"), RETRIES)
+
+
+def _driver_store(url: str) -> FsspecStore:
+    """The store of the URL's driver, which keeps no listings: other processes write to the same store."""
+    with warnings.catch_warnings():
+        # so made, the driver belongs to fsspec's loop, where all its requests run and its sessions are closed
+        warnings.filterwarnings("ignore", "fs .* was not created with `asynchronous=True`", ZarrUserWarning)
+        return FsspecStore.from_url(url, storage_options={"asynchronous": False, "use_listings_cache": False})
 
 
 def is_transient(error: Exception) -> bool:
