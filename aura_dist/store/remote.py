@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-import fsspec
 from fsspec.asyn import get_loop
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -35,7 +34,13 @@ _PERMANENT = (
     TypeError, ValueError, LookupError, NotImplementedError, ImportError, AssertionError,
 )  # fmt: skip
 # what the kind of an error says in the drivers' own hierarchies: none of them could be imported here
-_NO_CREDENTIALS = ("NoCredentials", "PartialCredentials", "CredentialRetrieval", "DefaultCredentials", "ProfileNotFound")
+_NO_CREDENTIALS = (
+    "NoCredentials",
+    "PartialCredentials",
+    "CredentialRetrieval",
+    "DefaultCredentials",
+    "ProfileNotFound",
+)
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -57,7 +62,7 @@ class Retries:
 
     def wait_seconds(self, failures: int) -> float:
         """Seconds to wait after so many failures (1, 2, …)."""
-        longest = min(self.first_seconds * 2 ** (failures - 1), self.longest_seconds)
+        longest: float = min(self.first_seconds * 2 ** (failures - 1), self.longest_seconds)
         return longest * random.uniform(0.5, 1.0)
 
 
@@ -126,9 +131,7 @@ class RemoteStore(WrapperStore[Store]):
         times = f" after {attempts} attempts" if attempts > 1 else ""
         return StoreError(f"--store {self.url!r}: {key or 'the store'}: failed{times}: {_told(error)}{_advice(error)}")
 
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         return await self._request(key, lambda: self._store.get(key, prototype, byte_range))
 
     async def get_partial_values(
@@ -213,7 +216,9 @@ def open_remote(url: str) -> RemoteStore:
     except Exception as error:
         if "Protocol not known" in str(error):
             known = ", ".join(["a path", *(f"{s}://" for s in ("s3", "gs", "az", "file"))])
-            raise StoreError(f"--store {url!r}: expected {known} or another scheme of fsspec, got {scheme}://") from error
+            raise StoreError(
+                f"--store {url!r}: expected {known} or another scheme of fsspec, got {scheme}://"
+            ) from error
         raise StoreError(f"--store {url!r} cannot be opened: {_told(error)}{_advice(error)}") from error
     return RemoteStore(store, url.rstrip("/"), RETRIES)
 
@@ -245,8 +250,10 @@ def _told(error: BaseException) -> str:
 
 def _advice(error: BaseException) -> str:
     if _lacks_credentials(error):
-        return "; give credentials where the driver looks for them (for s3://: AWS_ACCESS_KEY_ID and " \
+        return (
+            "; give credentials where the driver looks for them (for s3://: AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        )
     if isinstance(error, PermissionError):
         return "; expected credentials that may list, read, write and delete there"
     if isinstance(error, FileNotFoundError):

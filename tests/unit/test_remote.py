@@ -4,11 +4,11 @@ import asyncio
 import pickle
 import threading
 
-import fsspec
 import numpy as np
 import pytest
 import zarr
 from fsspec.asyn import get_loop
+from fsspec.registry import known_implementations
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
@@ -22,7 +22,7 @@ from aura_dist.store.schema import Samples, StoreSpec, create_store
 QUICK = Retries(num_attempts=4, first_seconds=1e-4)
 SPEC = StoreSpec(
     model={"name": "m"}, tokenizer={}, dtype="float32", max_tokens=8, tokens_per_batch=64, skip_special_tokens=False,
-    poolings=("max",), concepts=("toxic",), data={}, sites=(Site("layer", 24, "mlp", 0),),
+    poolings=("max",), concepts=("toxic",), data={}, sites=(Site("layer", "mlp", 0, 24),),
 )  # fmt: skip
 SAMPLES = Samples(
     np.arange(40), np.full(40, 8, dtype=np.int32), (np.arange(40) % 2).astype(np.int8)[:, None]
@@ -163,10 +163,11 @@ def test_paths_and_file_urls_are_local(tmp_path):
     assert isinstance(access.open_group(str(tmp_path / "s.zarr")).store, LocalStore)
 
 
-def test_unknown_scheme_and_missing_driver_say_what_to_do():
+def test_unknown_scheme_and_missing_driver_say_what_to_do(monkeypatch):
     with pytest.raises(StoreError, match=r"expected a path, s3://, .* or another scheme of fsspec, got foo://"):
         open_remote("foo://a/b")
-    fsspec.register_implementation("absent", "aura_no_such_driver.FileSystem", errmsg="install the driver")
+    absent = {"class": "aura_no_such_driver.FileSystem", "err": "install the driver"}
+    monkeypatch.setitem(known_implementations, "absent", absent)
     with pytest.raises(StoreError, match=r"expected the fsspec driver of absent:// to be installed"):
         open_remote("absent://a/b")
 
