@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -20,6 +20,7 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import FsspecStore, WrapperStore
 
 from aura_dist.errors import StoreError, brief
+from aura_dist.store.faults import advice, driver, is_transient, told
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +28,6 @@ T = TypeVar("T")
 
 # requests in flight of one store: enough to fill a connection, few enough that none waits for long
 NUM_CONCURRENT = 32
-
-# repeating the same request gives the same answer
-_PERMANENT = (
-    FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
-    TypeError, ValueError, LookupError, NotImplementedError, ImportError, AssertionError,
-)  # fmt: skip
-# what the kind of an error says in the drivers' own hierarchies: none of them could be imported here
-_NO_CREDENTIALS = (
-    "NoCredentials",
-    "PartialCredentials",
-    "CredentialRetrieval",
-    "DefaultCredentials",
-    "ProfileNotFound",
-)
-_DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 @dataclass(frozen=True)
@@ -123,13 +109,13 @@ class RemoteStore(WrapperStore[Store]):
                 seconds = self.retries.wait_seconds(failures)
                 logger.warning(
                     "%s/%s: attempt %d of %d failed (%s); next in %.1f s",
-                    self.url, key, failures, self.retries.num_attempts, _told(error), seconds,
+                    self.url, key, failures, self.retries.num_attempts, told(error), seconds,
                 )  # fmt: skip
             await asyncio.sleep(seconds)
 
     def _failure(self, key: str, error: Exception, attempts: int) -> StoreError:
         times = f" after {attempts} attempts" if attempts > 1 else ""
-        return StoreError(f"--store {self.url!r}: {key or 'the store'}: failed{times}: {_told(error)}{_advice(error)}")
+        return StoreError(f"--store {self.url!r}: {key or 'the store'}: failed{times}: {told(error)}{advice(error)}")
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         return await self._request(key, lambda: self._store.get(key, prototype, byte_range))
@@ -151,6 +137,13 @@ class RemoteStore(WrapperStore[Store]):
 
     async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
         await asyncio.gather(*(self.set(key, value) for key, value in values))
+
+    async def _get_many(
+        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
+    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
+        wanted = list(requests)
+        for request, value in zip(wanted, await asyncio.gather(*(self.get(*r) for r in wanted)), strict=True):
+            yield request[0], value
 
     async def delete(self, key: str) -> None:
         await self._request(key, lambda: self._store.delete(key))
@@ -208,18 +201,12 @@ def open_remote(url: str) -> RemoteStore:
     try:
         store = _driver_store(url.rstrip("/"))
     except ImportError as error:
-        driver = _DRIVERS.get(scheme, f"the fsspec driver of {scheme}://")
-        extra = f" (pip install 'aura-dist[{'s3' if driver == 's3fs' else driver}]')" if driver == "s3fs" else ""
-        raise StoreError(
-            f"--store {url!r}: expected {driver} to be installed{extra}, found none: {brief(error)}"
-        ) from error
+        raise StoreError(f"--store {url!r}: expected {driver(scheme)} to be installed: {brief(error)}") from error
     except Exception as error:
         if "Protocol not known" in str(error):
-            known = ", ".join(["a path", *(f"{s}://" for s in ("s3", "gs", "az", "file"))])
-            raise StoreError(
-                f"--store {url!r}: expected {known} or another scheme of fsspec, got {scheme}://"
-            ) from error
-        raise StoreError(f"--store {url!r} cannot be opened: {_told(error)}{_advice(error)}") from error
+            known = "a path, s3://, gs://, az://, file:// or another scheme of fsspec"
+            raise StoreError(f"--store {url!r}: expected {known}, got {scheme}://") from error
+        raise StoreError(f"--store {url!r} cannot be opened: {told(error)}{advice(error)}") from error
     return RemoteStore(store, url.rstrip("/"), RETRIES)
 
 
@@ -229,33 +216,3 @@ def _driver_store(url: str) -> FsspecStore:
         # so made, the driver belongs to fsspec's loop, where all its requests run and its sessions are closed
         warnings.filterwarnings("ignore", "fs .* was not created with `asynchronous=True`", ZarrUserWarning)
         return FsspecStore.from_url(url, storage_options={"asynchronous": False, "use_listings_cache": False})
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later: errors of connections, servers and their libraries, not of code."""
-    if isinstance(error, (StoreError, *_PERMANENT)) or _lacks_credentials(error):
-        return False
-    if isinstance(error, (OSError, EOFError)):
-        return True
-    return type(error).__module__.split(".")[0] not in ("builtins", "zarr", "aura_dist")
-
-
-def _lacks_credentials(error: BaseException) -> bool:
-    return any(name in type(error).__name__ for name in _NO_CREDENTIALS)
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
-
-
-def _advice(error: BaseException) -> str:
-    if _lacks_credentials(error):
-        return (
-            "; give credentials where the driver looks for them (for s3://: AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
-        )
-    if isinstance(error, PermissionError):
-        return "; expected credentials that may list, read, write and delete there"
-    if isinstance(error, FileNotFoundError):
-        return "; make the bucket first, or choose another"
-    return ""
