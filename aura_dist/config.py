@@ -82,7 +82,7 @@ class CollectConfig(ModelOptions):
     modules: list[str] = option("modules: mlp, attention, norm, all, or name patterns (globs)", ["mlp"], distinct=True)
     pooling: list[Pooling] = option("how a text's tokens become a neuron's value; one or more", ["max"], distinct=True)
     skip_special_tokens: bool = option("leave special tokens (BOS, EOS, ...) out of the pooling", False)
-    store: str = option("the store to write (a .zarr directory)")
+    store: str = option("the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
     overwrite: bool = option("delete a store that is already there", False)
     tokens_per_batch: PositiveInt = option("upper bound on padded tokens in one forward", 4096)
 

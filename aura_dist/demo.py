@@ -6,9 +6,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from aura_dist.config import CollectConfig, DemoConfig, EvaluateConfig, FitConfig, GenerateConfig, ScoreConfig
-from aura_dist.errors import StoreError
+from aura_dist.errors import ConfigError, StoreError
 from aura_dist.model.packaged import gemma_270m
 from aura_dist.stages import collect, evaluate, fit, generate, score
+from aura_dist.store.access import local_path
 from aura_dist.store.artifact import Intervention
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ DECODING = {"max_new_tokens": 24, "num_samples": 1, "temperature": 1.0, "top_p":
 
 def run(config: DemoConfig) -> None:
     """Run every stage into a run directory, and end with a summary."""
+    if local_path(config.out) is None:
+        raise ConfigError(f"--out: expected a local directory, got {config.out!r}")
     out = Path(config.out)
     model = config.model or str(gemma_270m())
     bundled = files("aura_dist") / "data"

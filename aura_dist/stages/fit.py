@@ -3,13 +3,12 @@
 import hashlib
 import json
 import logging
-from pathlib import Path
 
 from aura_dist import __version__
 from aura_dist.config import FitConfig
 from aura_dist.core.affine import fit_scales, with_strength
 from aura_dist.errors import ConfigError
-from aura_dist.store.access import open_group
+from aura_dist.store.access import contains, local_path, open_group
 from aura_dist.store.artifact import Intervention
 from aura_dist.store.schema import StoreSpec
 from aura_dist.store.view import read_scores
@@ -20,7 +19,9 @@ logger = logging.getLogger(__name__)
 def run(config: FitConfig) -> None:
     """Write the intervention of `config.method`."""
     group = open_group(config.store)
-    if Path(config.out).resolve().is_relative_to(Path(config.store).resolve()):
+    if local_path(config.out) is None:
+        raise ConfigError(f"--out: expected a local directory, got {config.out!r}")
+    if contains(config.store, config.out):
         raise ConfigError(f"--out: expected a directory outside the store, got {config.out!r}")
     spec = StoreSpec.from_attributes(group.attrs)
     scores = read_scores(group, spec, config.concept, config.pooling)

@@ -1,23 +1,31 @@
-"""Opening a store and its arrays: with the fast codecs, and only if it is a store of ours."""
+"""Opening a store, at a path or a URL, and its arrays: with the fast codecs, and only if it is a store of ours."""
 
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.storage import LocalStore
 
 from aura_dist.errors import StoreError
+from aura_dist.store.remote import RemoteStore, open_remote
 
 # written with the group itself: what has it, even half-made, is ours to replace; nothing else is
 FORMAT = "aura_dist"
 SCHEMA_VERSION = 2
+# what lies directly under a store's root
+MEMBERS = ("activations", "progress", "samples", "scores")
 CODEC_SETTINGS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.chunk_concurrent_maximum": 1}
 _OPENING = threading.RLock()
+# s3://…, and drivers chained as in simplecache::s3://…
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
 
 @contextmanager
@@ -26,12 +34,28 @@ def fast_codecs() -> Iterator[None]:
 
     One thread a call: the chunks of a call lie in one directory, where making files in parallel only waits;
     parallelism comes from writing many arrays and from Dask. The setting is zarr's own and global, so opening
-    takes a lock: no thread sees another's half-set context.
+    takes a lock: no thread sees another's half-set context. Arrays at a URL get Python's pipeline whatever the
+    setting: zarrs reads and writes local files alone.
     """
     import zarrs  # noqa: F401  (registers the pipeline)
 
     with _OPENING, zarr.config.set(CODEC_SETTINGS):
         yield
+
+
+def clear(path: str) -> None:
+    """Remove the store at `path`, which must be one of ours or nothing; what marks it as ours goes last.
+
+    A removal that is cut off leaves a store that counts as never finished, to be replaced by the same command.
+    """
+    place = store_at(path)
+    if _is_empty(place) or not _has_root(place):
+        return
+    group = open_group(path, must_be_created=False)
+    assert group.attrs.get("format") == FORMAT, path
+    group.attrs["created"] = False
+    for name in MEMBERS:
+        del group[name]
 
 
 def get_array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
@@ -47,6 +71,32 @@ def read_array(group: zarr.Group, name: str) -> NDArray[Any]:
     return np.asarray(get_array(group, name)[...])
 
 
+def local_path(store: str) -> Path | None:
+    """The directory that `--store` names, as a path or a file:// URL; None for any other URL."""
+    if not _URL.match(store):
+        return Path(store)
+    parts = urlsplit(store)
+    return Path(unquote(parts.path)) if parts.scheme in ("file", "local") and not parts.netloc else None
+
+
+def store_at(store: str) -> str | RemoteStore:
+    """What Zarr opens for `--store`: a directory as it is, a URL through its driver, with retries.
+
+    Raises
+    ------
+    StoreError
+        The URL has no driver here.
+    """
+    place = local_path(store)
+    return open_remote(store) if place is None else str(place)
+
+
+def contains(store: str, path: str) -> bool:
+    """Whether the local `path` lies within the store."""
+    place = local_path(store)
+    return place is not None and Path(path).resolve().is_relative_to(place.resolve())
+
+
 def exists(path: str) -> bool:
     """Whether a store stands at `path` (one whose making was cut off does not count, and may be replaced).
 
@@ -55,23 +105,40 @@ def exists(path: str) -> bool:
     StoreError
         Something else stands there: it is never replaced.
     """
-    place = Path(path)
+    place = store_at(path)
     try:
-        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        if _is_empty(place):
             return False
+        has_root = _has_root(place)
     except OSError as error:
         raise StoreError(f"--store {path!r} cannot be used: {error}") from error
-    attributes = open_group(path, must_be_created=False).attrs if (place / "zarr.json").is_file() else {}
+    attributes = open_group(path, must_be_created=False).attrs if has_root else {}
     if attributes.get("format") != FORMAT:
         raise StoreError(f"--store {path!r}: expected a store or nothing, found something else; choose another path")
     return attributes.get("created") is True
 
 
+def _is_empty(place: str | RemoteStore) -> bool:
+    if isinstance(place, RemoteStore):
+        return place.is_vacant()
+    directory = Path(place)
+    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+
+
+def _has_root(place: str | RemoteStore) -> bool:
+    if isinstance(place, RemoteStore):
+        return place.existing(["zarr.json"])[0]
+    return (Path(place) / "zarr.json").is_file()
+
+
 def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
     """The store's root group; StoreError if it is missing, half-made, of another schema or no store."""
+    place = store_at(path)
     try:
         with fast_codecs():
-            group = zarr.open_group(path, mode="r+" if os.access(path, os.W_OK) else "r")
+            # what may be done at a URL shows when it is done
+            writable = isinstance(place, RemoteStore) or os.access(place, os.W_OK)
+            group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3)
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"--store {path!r}: expected a store that `collect` wrote, found none: {error}") from error
     if not must_be_created:
@@ -87,3 +154,23 @@ def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
             "read it with the version of aura_dist that wrote it"
         )
     return group
+
+
+def missing_chunks(array: "zarr.Array[Any]", chunks: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those of `chunks` (indices in the chunk grid) that were never written: they would read as fill values."""
+    wanted = list(chunks)
+    if isinstance(array.store, LocalStore):
+        return [c for c in wanted if not (array.store.root / _chunk_key(array, c)).is_file()]
+    assert isinstance(array.store, RemoteStore)
+    there = array.store.existing([_chunk_key(array, c) for c in wanted])
+    return [c for c, exists in zip(wanted, there, strict=True) if not exists]
+
+
+def chunk_name(array: "zarr.Array[Any]", chunk: tuple[int, ...]) -> str:
+    """Where a chunk lies, for messages: the path of its file, or its URL."""
+    place = array.store.root if isinstance(array.store, LocalStore) else array.store
+    return f"{place}/{_chunk_key(array, chunk)}"
+
+
+def _chunk_key(array: "zarr.Array[Any]", chunk: tuple[int, ...]) -> str:
+    return f"{array.path}/{array.metadata.encode_chunk_key(chunk)}"

@@ -22,7 +22,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.core.sites import Site
 from aura_dist.errors import StoreError
-from aura_dist.store.access import FORMAT, SCHEMA_VERSION, fast_codecs, get_array
+from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, fast_codecs, get_array, store_at
 
 DONE, NONFINITE = "progress/done", "progress/nonfinite"
 
@@ -134,7 +134,7 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
     Parameters
     ----------
     path
-        Directory of the store; an existing one is replaced.
+        Directory or URL of the store; an existing one is replaced.
     spec, samples
         What the store will hold.
     provenance
@@ -149,7 +149,8 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
     try:
         with fast_codecs():
             attributes = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance}
-            root = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+            clear(path)
+            root = zarr.open_group(store_at(path), mode="w", zarr_format=3, attributes=attributes)
             _add(root, "samples/row", samples.row, ("sample",))
             _add(root, "samples/num_tokens", samples.num_tokens, ("sample",))
             _add(root, "samples/label", samples.label, ("sample", "concept"))

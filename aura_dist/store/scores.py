@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from aura_dist.core.auroc import auroc_by_concept
 from aura_dist.errors import StoreError
-from aura_dist.store.access import get_array, open_group, read_array
+from aura_dist.store.access import chunk_name, get_array, missing_chunks, open_group, read_array
 from aura_dist.store.record import unfinished
 from aura_dist.store.schema import StoreSpec, activation_path, codecs, tasks_of
 
@@ -110,21 +109,20 @@ def score_column(path: str, column: Column) -> int:
 
 def read_columns(path: str, site: str, pooling: str, columns: slice) -> NDArray[Any]:
     """[N, M] responses of some neurons; StoreError with a chunk's path if it is missing or damaged."""
-    name = activation_path(site, pooling)
-    array = _opened_array(path, name)
-    for chunk, _ in _chunks_of(array, columns):
-        # a missing chunk would read as fill values without a word
-        if not _chunk_file(path, name, chunk).is_file():
-            raise StoreError(f"the chunk {str(_chunk_file(path, name, chunk))!r} is missing; {_AGAIN}")
+    array = _opened_array(path, activation_path(site, pooling))
+    # a missing chunk would read as fill values without a word
+    for chunk in missing_chunks(array, (c for c, _ in _chunks_of(array, columns))):
+        raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is missing; {_AGAIN}")
     try:
         return np.asarray(array[:, columns])
+    except StoreError:  # the store could not be reached
+        raise
     except Exception:  # the codec pipeline raises its own kinds: find the chunk
         for chunk, region in _chunks_of(array, columns):
             try:
                 array[region]
             except Exception as error:
-                file = _chunk_file(path, name, chunk)
-                raise StoreError(f"the chunk {str(file)!r} is damaged: {error}; {_AGAIN}") from error
+                raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is damaged: {error}; {_AGAIN}") from error
         raise
 
 
@@ -137,10 +135,6 @@ def _chunks_of(array: "zarr.Array[Any]", columns: slice) -> Iterator[tuple[tuple
     for r in range(ceil(array.shape[0] / rows)):
         for c in range(columns.start // width, ceil(columns.stop / width)):
             yield (r, c), (slice(r * rows, (r + 1) * rows), slice(c * width, (c + 1) * width))
-
-
-def _chunk_file(path: str, name: str, chunk: tuple[int, int]) -> Path:
-    return Path(path) / name / "c" / str(chunk[0]) / str(chunk[1])
 
 
 @lru_cache(maxsize=1)
