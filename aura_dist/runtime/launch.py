@@ -5,13 +5,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from aura_dist.errors import ConfigError
+from aura_dist.errors import ConfigError, brief
 from aura_dist.runtime.team import Team
 from aura_dist.runtime.world import Place, World, place_from_environment, world_from
 
@@ -67,14 +68,20 @@ def _device_of(place: Place, device: str) -> str:
 def _meet(place: Place) -> Store:
     if place.world_size == 1:
         return HashStore()
+    return PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
+
+
+@cache
+def _launch_store(place: Place) -> Store:
+    """The launch's key-value store, for all teams that this process is in: where rank 0 hosts it, it hosts one."""
     try:
         store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"rank {place.global_rank} cannot meet the other {place.world_size - 1}: {error}; start with torchrun or "
-            "srun, or set MASTER_ADDR and MASTER_PORT to a host and a free port of rank 0"
+            f"rank {place.global_rank} cannot meet the other {place.world_size - 1}: {brief(error)}; start with "
+            "torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and a free port of rank 0"
         ) from error
-    return PrefixStore(f"aura_dist/{next(_TEAMS)}", store)  # a process may be in one team after another
+    return store
 
 
 def _join_replica(world: World, store: Store) -> tuple[Any, Any]:

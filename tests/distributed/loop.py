@@ -33,14 +33,14 @@ def record_writes(written: Counter[str]) -> None:
                 assert start % array.chunks[1] == 0
                 assert stop % array.chunks[1] == 0 or stop == array.shape[1]
                 for column in range(start, stop, array.chunks[1]):
-                    written[f"{array.name} {rows.start} {column}"] += 1
+                    written[f"{array.store_path} {rows.start} {column}"] += 1
         await write(self, rows, buffer)
 
     ChunkWriter._write = recorded
 
 
 def num_whole(model: nn.Module) -> int:
-    """Parameters that are gathered now, under FSDP2 or ZeRO 3."""
+    """Parameters that are gathered or under way now, under FSDP2 or ZeRO 3."""
     total = 0
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -48,20 +48,20 @@ def num_whole(model: nn.Module) -> int:
             if group is not None and group.is_unsharded:
                 total += sum(p._orig_size.numel() for p in group.fsdp_params)
     for parameter in model.parameters():
-        if hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE":
+        if hasattr(parameter, "ds_status") and parameter.ds_status.name != "NOT_AVAILABLE":
             total += parameter.ds_numel
     return total
 
 
 def measure_whole(most: list[int]) -> None:
-    """Note the most parameters that are gathered at once, looking whenever a linear layer has run."""
+    """Note the most parameters that are gathered at once, looking whenever a linear layer is about to run."""
     load = collect.load_base
 
     def measured(*args, **kwargs):
         model = load(*args, **kwargs)
         for module in model.modules():
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                module.register_forward_hook(lambda *_: most.__setitem__(0, max(most[0], num_whole(model))))
+                module.register_forward_pre_hook(lambda *_: most.__setitem__(0, max(most[0], num_whole(model))))
         return model
 
     collect.load_base = measured
