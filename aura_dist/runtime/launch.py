@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,7 @@ def _launch_store(place: Place) -> Store:
             f"rank {place.global_rank} cannot meet the other {place.world_size - 1}: {brief(error)}; start with "
             "torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and a free port of rank 0"
         ) from error
-    return store
+    return cast(Store, store)
 
 
 def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
