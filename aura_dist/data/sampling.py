@@ -95,7 +95,7 @@ def _match(
     if count > len(pool):
         raise InputError(f"--num-negative: expected at most {len(pool)}, the number of negative rows, got {count}")
     rng = np.random.default_rng(stream)
-    wanted = np.quantile(targets, (np.arange(count) + 0.5) / count, method="nearest")
+    wanted = np.quantile(targets, (np.arange(count) + 0.5) / count, method="nearest").astype(np.int32)
     shuffled = rng.permutation(pool)
     free = shuffled[np.argsort(num_tokens_N[shuffled], kind="stable")].tolist()
     lengths = num_tokens_N[free].tolist()

@@ -23,7 +23,15 @@ from aura_dist.data.table import Table, read_table
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
 from aura_dist.model.capture import Capture, row_buffer
 from aura_dist.model.fingerprint import fingerprint
-from aura_dist.model.sharding import ModelSource, check_positions, load_base, load_config, pick_device, skeleton
+from aura_dist.model.sharding import (
+    ModelSource,
+    check_positions,
+    check_vocabulary,
+    load_base,
+    load_config,
+    pick_device,
+    skeleton,
+)
 from aura_dist.model.sites import find_sites
 from aura_dist.runtime.progress import Progress
 from aura_dist.runtime.world import world_from_environment
@@ -72,6 +80,7 @@ def load_samples(config: CollectConfig) -> tuple[Samples, TokenizedTexts, dict[s
     if config.clean_negatives:
         mixed_from = labels[:, [others.index(c) for c in config.clean_negatives]]
         kept = without_mixed_negatives(labels[:, 0], mixed_from)
+    model_config = load_config(ModelSource(config.model, config.revision, config.dtype))
     tokenizer = load_tokenizer(config.model, config.revision)
     tokens = tokenize(
         texts, tokenizer, max_tokens=config.max_tokens, skip_special=config.skip_special_tokens, source=config.data
@@ -83,11 +92,17 @@ def load_samples(config: CollectConfig) -> tuple[Samples, TokenizedTexts, dict[s
     check_classes(chosen, config.concepts, config.data)
     samples = Samples(rows, tokens.num_tokens[rows], chosen)
     _log_lengths(samples, config.concepts[0])
-    return samples, tokens.take(rows), _identity(config, table, how, tokenizer_digest(tokenizer))
+    tokens = tokens.take(rows)
+    check_vocabulary(model_config, tokens.largest_id)
+    identity = {
+        "data": _data_identity(config, table, how),
+        "tokenizer": {"name": config.model, "sha256": tokenizer_digest(tokenizer), "token_ids": tokens.digest()},
+    }
+    return samples, tokens, identity
 
 
-def _identity(config: CollectConfig, table: Table, how: Sampling, tokenizer: str) -> dict[str, Any]:
-    data = {
+def _data_identity(config: CollectConfig, table: Table, how: Sampling) -> dict[str, Any]:
+    return {
         "path": table.source,
         "sha256": table.sha256,
         "text_column": config.text_column,
@@ -95,7 +110,6 @@ def _identity(config: CollectConfig, table: Table, how: Sampling, tokenizer: str
         "clean_negatives": list(config.clean_negatives),
         "sampling": asdict(how),
     }
-    return {"data": data, "tokenizer": {"name": config.model, "sha256": tokenizer}}
 
 
 def _log_lengths(samples: Samples, concept: str) -> None:

@@ -242,8 +242,8 @@ def test_lengths_that_cannot_be_matched(others):
     label = np.array([1] * 20 + [0] * 30, dtype=np.int8)
     num_tokens = np.array([20] * 20 + [others] * 30, dtype=np.int32)
     message = (
-        rf"--match-length: expected 20 negatives with the positives' token lengths \(20\.0 on average\), but the nearest "
-        rf"of the 30 there are differ by {abs(others - 20)}\.0 tokens on average, .*: 20 wanted, {others} drawn; ask"
+        rf"--match-length: expected 20 negatives with the positives' token lengths \(20\.0 on average\), but the "
+        rf"nearest of the 30 there are differ by {abs(others - 20)}\.0 tokens on average, .*: 20 wanted, {others} drawn"
     )
     with pytest.raises(InputError, match=message):
         sample_rows(label, num_tokens, Sampling(match_length=True))
@@ -252,9 +252,7 @@ def test_lengths_that_cannot_be_matched(others):
 def test_equal_means_are_not_equal_lengths():
     label = np.array([1] * 100 + [0] * 200, dtype=np.int8)
     num_tokens = np.array([10] * 50 + [110] * 50 + [60] * 200, dtype=np.int32)
-    with pytest.raises(
-        InputError, match=r"differ by 50\.0 tokens on average, most at quantile 0\.\d+: 10 wanted, 60 d"
-    ):
+    with pytest.raises(InputError, match=r"differ by 50\.0 tokens .* most at quantile 0\.\d+: 10 wanted, 60 drawn"):
         sample_rows(label, num_tokens, Sampling(match_length=True))
     num_tokens[100:150], num_tokens[150:170] = 10, 110  # too few of the long ones
     with pytest.raises(InputError, match=r"differ by .* most at quantile 0\.\d+: 110 wanted, 60 drawn"):
