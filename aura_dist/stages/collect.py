@@ -95,8 +95,9 @@ def load_samples(config: CollectConfig) -> tuple[Samples, TokenizedTexts, dict[s
     tokens = tokens.take(rows)
     check_vocabulary(model_config, tokens.largest_id)
     identity = {
-        "data": _data_identity(config, table, how),
-        "tokenizer": {"name": config.model, "sha256": tokenizer_digest(tokenizer), "token_ids": tokens.digest()},
+        "tokenizer": {"name": config.model, "sha256": tokenizer_digest(tokenizer)},
+        # token ids last: a setting that changes them is a better name for what differs
+        "data": {**_data_identity(config, table, how), "token_ids": tokens.digest()},
     }
     return samples, tokens, identity
 
