@@ -157,13 +157,13 @@ def refuse_constant(name):
         (1e5, 0, "a perplexity is beyond what a float64 holds: null"),
     ],
 )
-def test_perplexity_that_is_no_number_is_null(value, num_nonfinite, warning, spoilt, sentences_csv, tmp_path, caplog):
+def test_perplexity_that_is_no_number_is_null(value, num_nonfinite, warning, spoilt, sentences_csv, tmp_path, capsys):
     results, command = tmp_path / "r.json", ["evaluate", "--model", spoilt(value), "--perplexity-texts", sentences_csv]
     assert main([*command, "--out", str(results)]) == 0
     read = json.loads(results.read_text(), parse_constant=refuse_constant)["perplexity"]
     assert (read["token_weighted"], read["mean_over_sentences"]) == (None, None)
     assert (read["num_texts"], read["num_nonfinite"]) == (480, num_nonfinite)
-    assert warning in caplog.text
+    assert warning in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
