@@ -1,7 +1,10 @@
 """The command line: parses, sets up logging, calls one stage. Stages are imported only when they run."""
 
 import argparse
+import io
 import logging
+import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,17 +15,34 @@ from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
 from aura_dist.config import VERBS, flag, hints, merge, resolve
-from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError
+from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError, brief
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+CONFIG_HELP = "YAML file of settings; flags override it"
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ours: one line, no usage text."""
+    """An argument parser whose errors are ours (one line, no usage text), and that takes `-1e-3` for a number."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._negative_number_matcher = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|-inf$")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+class _Once(argparse.Action):
+    """Stores one value; a second one would silently replace the first."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, "expected once, got it twice")
+        setattr(namespace, self.dest, values)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, verb in VERBS.items():
         sub = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
-        sub.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
+        sub.add_argument("--config", action=_Once, default=argparse.SUPPRESS, metavar="FILE", help=CONFIG_HELP)
         sub.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks of errors")
         types = hints(verb.config)
         for spec in fields(verb.config):
@@ -52,9 +72,9 @@ def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) 
     if hint is bool:
         parser.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, **common)
     elif get_origin(hint) is list:
-        parser.add_argument(flag(spec.name), nargs="+", metavar="X", **common)
+        parser.add_argument(flag(spec.name), nargs="+", action="extend", metavar="X", **common)
     else:
-        parser.add_argument(flag(spec.name), metavar="X", **common)
+        parser.add_argument(flag(spec.name), action=_Once, metavar="X", **common)
 
 
 def _show(default: object) -> str:
@@ -67,14 +87,15 @@ def read_config_file(path: str) -> dict[str, Any]:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
+    try:
         document = yaml.safe_load(text)
         tree: Any = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path!r} is not valid YAML: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"config file {path!r}: expected verbs and their settings, got deeper nesting") from error
+    except Exception as error:  # a value that is not what its form or tag says fails as Python's own types do
+        raise ConfigError(f"config file {path!r} is not valid YAML: {brief(error)}") from error
     if document is None:
         return {}
     if not isinstance(document, dict):
@@ -106,7 +127,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         What the user asked for cannot be done.
     """
     flags = vars(build_parser().parse_args(argv))
-    name, config_path, debug = flags.pop("verb"), flags.pop("config"), flags.pop("debug")
+    name, config_path, debug = flags.pop("verb"), flags.pop("config", None), flags.pop("debug")
     document = read_config_file(config_path) if config_path else {}
     config: Any = resolve(VERBS[name].config, merge(name, document, flags))
 
@@ -124,8 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 2 for a user's error, and 128 + the signal's number where a signal ended the work in an orderly way.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # results are shown in any encoding, once they are there
     try:
         run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, as `head` does; nor shall the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except RunInterruptedError as error:
         print("stopped:", error, file=sys.stderr)
         return 128 + error.signal_number

@@ -4,6 +4,7 @@ The command line is generated from them and a YAML file is checked against them 
 stages and the command line read this module.
 """
 
+import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -25,6 +26,9 @@ Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Strength = Annotated[float, Meta(ge=0.0, le=1000.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Temperature = Annotated[float, Meta(ge=0.0)]
+
+
+DEFAULT_ALPHA = 0.5
 
 
 def option(help_text: str, default: Any = MISSING, *, distinct: bool = False) -> Any:
@@ -106,9 +110,14 @@ class FitConfig:
     method: Method = option("aura scales by expertise; damp and det0 scale the top units", "aura")
     pooling: Pooling = option("pooling whose scores are used", "max")
     top_k: PositiveInt | None = option("only the k units of highest AUROC (default: all above 1/2)", None)
-    alpha: Share = option("scale of the selected units under damp", 0.5)
+    alpha: Share = option("scale of the selected units under damp", DEFAULT_ALPHA)
     strength: Strength = option("strength s: each scale becomes 1 + s (scale - 1)", 1.0)
     out: str = option("directory to write the intervention to")
+
+    def __post_init__(self) -> None:
+        """Refuse a setting that the method would not look at."""
+        if self.method != "damp" and self.alpha != DEFAULT_ALPHA:
+            raise ConfigError(f"--alpha: expected it with --method damp alone, got it with {self.method}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +154,7 @@ class DemoConfig:
     modules: list[str] = option("modules: mlp, attention, norm, all, or name patterns (globs)", ["mlp"])
     dtype: Dtype = option("dtype of weights and activations", "float32")
     out: str = option("run directory to write", "runs/demo")
+    overwrite: bool = option("delete the store of an earlier run that is already there", False)
 
 
 @dataclass(frozen=True)
@@ -235,8 +245,11 @@ def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     name, distinct = spec.name, spec.metadata["distinct"]
     if get_origin(hint) is list and isinstance(value, (str, int, float)):
         value = [value]
+    if _holds_nul(value):
+        raise ConfigError(f"{flag(name)}: expected {describe(hint)} without a NUL character, got {value!r}")
+    number = _number(value, _leaves(hint)) if isinstance(value, str) else value
     try:
-        converted = msgspec.convert(value, hint, strict=False)
+        converted = msgspec.convert(number, hint, strict=False)
     except msgspec.ValidationError:
         raise ConfigError(f"{flag(name)}: expected {describe(hint)}, got {value!r}") from None
     if get_origin(hint) is list:
@@ -249,6 +262,30 @@ def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     return converted
 
 
+def _number(text: str, types: set[Any]) -> Any:
+    """The number that `text` spells, as `.5`, `1.` and `1e3` do, where a setting takes one; else the text."""
+    for kind, pattern in ((int, _INTEGER), (float, _DECIMAL)):
+        if kind in types and pattern.fullmatch(text.strip()):
+            return kind(text)
+    return text
+
+
+def _leaves(hint: Any) -> set[Any]:
+    """The plain types of a hint: `PositiveInt | None` → {int, NoneType}."""
+    if get_origin(hint) is Annotated:
+        return _leaves(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return set().union(*map(_leaves, get_args(hint)))
+    return {hint}
+
+
+def _holds_nul(value: Any) -> bool:
+    """Whether a text holds the character that no path can."""
+    return any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value]))
+
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,999}")  # Python reads no more than 4,300 digits
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 _BOUNDS = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
 

@@ -8,9 +8,11 @@ class AuraError(Exception):
     """
 
 
-def brief(error: BaseException, limit: int = 300) -> str:
-    """The first lines of a library's error, for our own: some list every model there is."""
+def brief(error: BaseException | str, limit: int = 300) -> str:
+    """The first lines of a library's error or of a user's value, for our own: some list every model there is."""
     text = " ".join(str(error).split())
+    if isinstance(error, BaseException) and (not text or isinstance(error, KeyError)):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")  # KeyError's text is the key alone
     return text if len(text) <= limit else text[:limit] + " …"
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aura_dist.core.auroc_kernels import twice_rank_sums
-from aura_dist.errors import InputError
+from aura_dist.errors import InputError, brief
 
 NOT_LABELLED = -1
 # The largest bits, sign left out, that are a number and not NaN.
@@ -69,7 +69,7 @@ def auroc(values: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
         Once, with the number of columns that hold NaN and of their NaN values.
     """
     values_NM = _checked_values(values)
-    labels_array = np.asarray(labels)
+    labels_array = _as_array(labels, "labels")
     labels_CN = _checked_labels(labels_array, values_NM.shape[0])
     auroc_CM, num_nan_CM = _score(values_NM, labels_CN)
     if num_nan_CM.any():
@@ -196,8 +196,16 @@ def _float_bits(values_NM: NDArray[Any]) -> tuple[NDArray[np.uint32], int]:
     return bits_NM, infinity
 
 
+def _as_array(given: ArrayLike, name: str) -> NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot hold or share
+        hint = "a torch tensor as tensor.detach().float().cpu()"
+        raise InputError(f"{name} must be an array of numbers, such as {hint}: {brief(error)}") from error
+
+
 def _checked_values(values: ArrayLike) -> NDArray[Any]:
-    values_NM = np.asarray(values)
+    values_NM = _as_array(values, "values")
     if values_NM.ndim != 2:
         raise InputError(f"values must be [N, M], got shape {values_NM.shape}; one column is values[:, None]")
     # ml_dtypes' numbers (bfloat16) are of kind V but cast to float32; records do not.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aura_dist.data.table import Table
-from aura_dist.errors import InputError
+from aura_dist.errors import InputError, brief
 
 NOT_LABELLED = -1
 _BINARY = {
@@ -44,7 +44,8 @@ def parse_labels(table: Table, columns: list[str], threshold: float | None = Non
         C label columns. Values: 0/1 or true/false; a number where `threshold` is given, positive from there
         on. An empty value or null, and −1 in a binary column, means *not labelled*.
     threshold
-        Cut of the scores, or None for binary columns.
+        Cut of the scores, or None for binary columns. Compared in the column's own dtype: 0.7 in a float32
+        column is the float32 number nearest to 0.7, and is positive from 0.7 on.
 
     Returns
     -------
@@ -56,35 +57,43 @@ def parse_labels(table: Table, columns: list[str], threshold: float | None = Non
     InputError
         A value that is not binary, or not a number where a threshold is given.
     """
-    read = _binary if threshold is None else _score
     labels = np.empty((len(table), len(columns)), dtype=np.int8)
     for c, column in enumerate(columns):
         for row, value in enumerate(table.columns[column]):
-            label = read(value, threshold)
+            label = _binary(value) if threshold is None else _score(value, threshold)
             if label is None:
                 wanted = "0, 1, true or false" if threshold is None else "a number"
                 hint = "; for scores give --threshold" if threshold is None else ""
                 raise InputError(
-                    f"data {table.source!r}: row {row}: expected {wanted} in {column!r}, got {value!r}{hint}"
+                    f"data {table.source!r}: row {row}: expected {wanted} in {column!r}, got {_shown(value)}{hint}"
                 )
             labels[row, c] = label
     return labels
 
 
-def _binary(value: Any, _: float | None) -> int | None:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+def _binary(value: Any) -> int | None:
+    if value is None or (isinstance(value, float | np.floating) and np.isnan(value)):
         return NOT_LABELLED
     return _BINARY.get(str(value).strip().lower())
 
 
-def _score(value: Any, threshold: float | None) -> int | None:
+def _score(value: Any, threshold: float) -> int | None:
     if value is None or str(value).strip() == "":
         return NOT_LABELLED
+    if isinstance(value, int):  # of any size, and compared exactly
+        return int(value >= threshold)
+    if isinstance(value, np.floating):
+        with np.errstate(over="ignore"):  # a threshold beyond the dtype is infinite in it
+            return NOT_LABELLED if np.isnan(value) else int(value >= value.dtype.type(threshold))
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return NOT_LABELLED if np.isnan(score) else int(score >= (threshold or 0.0))
+    return NOT_LABELLED if np.isnan(score) else int(score >= threshold)
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, np.generic) else brief(repr(value))
 
 
 def check_classes(labels: NDArray[np.int8], concepts: list[str], source: str) -> None:

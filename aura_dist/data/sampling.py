@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import InputError
 
+# largest mean distance between the sorted lengths of both classes, as a share of their mean
 LENGTH_TOLERANCE = 0.05
 
 
@@ -60,6 +61,11 @@ def sample_rows(label_N: NDArray[np.int8], num_tokens_N: NDArray[np.int32], how:
     pool = np.flatnonzero(label_N == 0)
     if how.match_length:
         count = len(positives) if how.num_negative is None else how.num_negative
+        if how.num_negative is None and count > len(pool):
+            raise InputError(
+                f"--match-length: expected at least {count} negative rows, as many as positives are drawn, "
+                f"found {len(pool)}; give --num-negative, or a smaller --num-positive"
+            )
         negatives = _match(pool, num_tokens_N, num_tokens_N[positives], count, negative_stream)
     else:
         negatives = _draw(pool, how.num_negative, negative_stream, "negative")
@@ -89,7 +95,7 @@ def _match(
     if count > len(pool):
         raise InputError(f"--num-negative: expected at most {len(pool)}, the number of negative rows, got {count}")
     rng = np.random.default_rng(stream)
-    wanted = np.quantile(targets, (np.arange(count) + 0.5) / count, method="nearest")
+    wanted = np.quantile(targets, (np.arange(count) + 0.5) / count, method="nearest").astype(np.int32)
     shuffled = rng.permutation(pool)
     free = shuffled[np.argsort(num_tokens_N[shuffled], kind="stable")].tolist()
     lengths = num_tokens_N[free].tolist()
@@ -99,13 +105,25 @@ def _match(
         chosen.append(free.pop(at))
         lengths.pop(at)
     rows = np.array(chosen, dtype=np.int64)
-    drawn, asked = float(num_tokens_N[rows].mean()), float(wanted.mean())
-    if abs(drawn - asked) > LENGTH_TOLERANCE * asked:
-        raise InputError(
-            f"--match-length: expected {count} negatives of {asked:.1f} tokens on average, as the positives, but the "
-            f"{len(pool)} there are give {drawn:.1f}; ask for fewer with --num-negative"
-        )
+    _check_matched(np.sort(num_tokens_N[rows]), wanted, len(pool))
     return rows
+
+
+def _check_matched(drawn: NDArray[np.int32], wanted: NDArray[np.int32], num_there: int) -> None:
+    """InputError unless two ascending runs of lengths are close everywhere, not in their means alone.
+
+    The mean distance of the sorted lengths is the Wasserstein-1 distance of both distributions.
+    """
+    off = np.abs(drawn - wanted)
+    if off.mean() <= LENGTH_TOLERANCE * wanted.mean():
+        return
+    worst = int(off.argmax())
+    raise InputError(
+        f"--match-length: expected {len(wanted)} negatives with the positives' token lengths ({wanted.mean():.1f} on "
+        f"average), but the nearest of the {num_there} there are differ by {off.mean():.1f} tokens on average, most at "
+        f"quantile {(worst + 0.5) / len(wanted):.2f}: {wanted[worst]} wanted, {drawn[worst]} drawn; ask for fewer with "
+        "--num-negative, or leave --match-length out"
+    )
 
 
 def _nearest(lengths: list[int], length: int) -> int:

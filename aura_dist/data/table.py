@@ -1,8 +1,9 @@
 """Labelled text of any usual format → columns of plain Python values, with row numbers that errors can name.
 
 CSV, TSV and JSONL are read with the standard library: no type is guessed (the text "NA" stays a text), and
-an undecodable byte or a ragged row is named by its row. Parquet files, saved data sets and hub data sets come
-through `datasets`. Rows count from 0, as in the store.
+an undecodable byte or a ragged row is named by its row. TSV is quoted as CSV is, as pandas writes it. Parquet
+files are read as they are now, past every cache; directories and hub data sets come through `datasets`. Rows
+count from 0, as in the store.
 """
 
 import csv
@@ -11,7 +12,10 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from aura_dist.errors import InputError
 
@@ -29,9 +33,9 @@ class Table:
     source
         Path or hub name, as given.
     sha256
-        Digest of the file's bytes, or the fingerprint of a hub data set.
+        Digest of the file's bytes, of a directory's files, or the fingerprint of a hub data set.
     columns
-        Name → list of N values.
+        Name → list of N values. Numbers of fewer than 64 bits keep their dtype, as NumPy scalars.
     """
 
     source: str
@@ -114,7 +118,10 @@ def _csv_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, 
                 )
             yield row, dict(zip(header, values, strict=True))
     except csv.Error as error:
-        raise InputError(f"data {str(path)!r}: row {row + 1} cannot be parsed: {error}") from error
+        raise InputError(
+            f"data {str(path)!r}: row {row + 1} cannot be parsed: {error}; a field that starts with a quotation mark "
+            "must be quoted, and its marks doubled"
+        ) from error
 
 
 def _json_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -158,43 +165,94 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _from_parquet(path: Path) -> Any:
-    """The file as a `datasets.Dataset`; a file without rows too, which `Dataset.from_parquet` cannot read."""
-    import datasets
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
-    metadata = parquet.read_metadata(path)
-    if metadata.num_rows == 0:
-        return datasets.Dataset.from_dict({name: [] for name in metadata.schema.to_arrow_schema().names})
-    return datasets.Dataset.from_parquet(str(path))
-
-
 def _read_dataset(source: str, columns: list[str], split: str) -> Table:
-    """Parquet file, directory of `Dataset.save_to_disk`, or hub data set."""
-    import datasets
-
-    datasets.disable_progress_bars()
+    """Parquet file, directory of Parquet files or of `Dataset.save_to_disk`, or hub data set."""
     path = Path(source)
     try:
         if path.is_file():
-            dataset = _from_parquet(path)
-        elif path.is_dir() and not list(path.glob("*.parquet")):
-            dataset = datasets.load_from_disk(str(path))
-        else:
-            dataset = datasets.load_dataset(source, split=split)
-    except Exception as error:  # the library raises many kinds, OSError to pyarrow's own
+            return Table(source, _sha256(path), _from_parquet(path, columns))
+        if path.is_dir():
+            taken = _from_directory(path, columns, split)  # first: what is no data set may be large to read
+            return Table(source, _sha256_of_files(path, split), taken)
+        dataset = _loaded(source, split)
+        return Table(source, str(dataset._fingerprint), _columns(_arrow(dataset), columns, source))
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise many kinds, OSError to pyarrow's own
         raise InputError(
             f"data {source!r}: no such file, and it cannot be loaded as a data set (split {split!r}): {error}"
             if not path.exists()
             else f"data {source!r} cannot be read: {error}"
         ) from error
-    if isinstance(dataset, dict):
-        if split not in dataset:
-            raise InputError(f"data {source!r}: expected a split {split!r}, found {', '.join(dataset)}")
-        dataset = dataset[split]
-    flat = dataset.flatten()
+
+
+def _from_parquet(path: Path, columns: list[str]) -> dict[str, list[Any]]:
+    """Only the file's columns that hold `columns` are read."""
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    with parquet.ParquetFile(path) as file:
+        _columns(file.schema_arrow.empty_table(), columns, str(path))  # names them all, should one be missing
+        whole = set(file.schema_arrow.names)
+        tops = {name if name in whole else name.partition(".")[0] for name in columns}
+        return _columns(file.read(sorted(tops)), columns, str(path))
+
+
+def _from_directory(path: Path, columns: list[str], split: str) -> dict[str, list[Any]]:
+    """Through a cache of its own: the shared one knows a file by its time of change, not by its content."""
+    import datasets
+
+    if not list(path.glob("*.parquet")):
+        datasets.disable_progress_bars()
+        saved = datasets.load_from_disk(str(path))
+        return _columns(_arrow(_one_split(saved, str(path), split)), columns, str(path))
+    with TemporaryDirectory() as cache:
+        return _columns(_arrow(_loaded(str(path), split, cache_dir=cache)), columns, str(path))
+
+
+def _loaded(source: str, split: str, **cache: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(source, split=split, **cache)
+
+
+def _one_split(dataset: Any, source: str, split: str) -> Any:
+    if not isinstance(dataset, dict):
+        return dataset
+    if split not in dataset:
+        raise InputError(f"data {source!r}: expected a split {split!r}, found {', '.join(dataset)}")
+    return dataset[split]
+
+
+def _arrow(dataset: Any) -> Any:
+    return dataset.with_format("arrow")[:]
+
+
+def _columns(table: Any, columns: list[str], source: str) -> dict[str, list[Any]]:
+    """Columns of an Arrow table, nested ones under dotted names."""
+    import pyarrow
+
+    while any(pyarrow.types.is_struct(kind) for kind in table.schema.types):
+        table = table.flatten()
     for name in columns:
-        if name not in flat.column_names:
-            raise missing_column(source, name, flat.column_names)
-    digest = _sha256(path) if path.is_file() else str(dataset._fingerprint)
-    return Table(source, digest, {name: flat[name][:] for name in columns})
+        if name not in table.column_names:
+            raise missing_column(source, name, table.column_names)
+    return {name: _values(table.column(name)) for name in columns}
+
+
+def _values(column: Any) -> list[Any]:
+    """Python's values, but floats of 16 and 32 bits as NumPy's: what 0.7 is among them, no 64-bit float says."""
+    import pyarrow
+
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    values: list[Any] = column.to_pylist()
+    narrow = {"halffloat": np.float16, "float": np.float32}.get(str(kind))
+    return values if narrow is None else [None if v is None else narrow(v) for v in values]
+
+
+def _sha256_of_files(directory: Path, split: str) -> str:
+    """Digest of a directory's files, by name and content, and of the split that is read from them."""
+    names = (p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
+    seen = sorted(n for n in names if not any(part.startswith(".") for part in n.parts))
+    digests = [split, *(f"{n.as_posix()} {_sha256(directory / n)}" for n in seen)]
+    return hashlib.sha256("\n".join(digests).encode(errors="surrogateescape")).hexdigest()

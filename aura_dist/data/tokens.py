@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.errors import InputError, ModelError
+from aura_dist.errors import ConfigError, InputError, ModelError, brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,6 @@ class TokenizedTexts:
 
     ids: list[NDArray[np.int32]]
     special_ids: NDArray[np.int64]
-    pad_id: int
     skip_special: bool
 
     @property
@@ -58,15 +57,29 @@ class TokenizedTexts:
         """[N] token counts after truncation, special tokens included."""
         return np.array([len(i) for i in self.ids], dtype=np.int32)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all texts."""
+        return max(int(i.max()) for i in self.ids)
+
+    def digest(self) -> str:
+        """sha256 of the token ids, row by row, and of which of them are left out of the pooling."""
+        left_out = self.special_ids if self.skip_special else self.special_ids[:0]
+        digest = hashlib.sha256(left_out.astype("<i8").tobytes())
+        digest.update(self.num_tokens.astype("<i4").tobytes())
+        for ids in self.ids:
+            digest.update(ids.astype("<i4").tobytes())
+        return digest.hexdigest()
+
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "TokenizedTexts":
         """The texts of `rows`, in that order."""
-        return TokenizedTexts([self.ids[r] for r in rows], self.special_ids, self.pad_id, self.skip_special)
+        return TokenizedTexts([self.ids[r] for r in rows], self.special_ids, self.skip_special)
 
     def batch(self, rows: slice) -> Batch:
-        """Rows `rows`, padded on the right."""
+        """Rows `rows`, padded on the right: with 0, which every vocabulary has; a tokenizer's own id may lie beyond."""
         chosen = self.ids[rows]
         shape = (len(chosen), max(map(len, chosen)))
-        input_ids = np.full(shape, self.pad_id, dtype=np.int64)
+        input_ids = np.zeros(shape, dtype=np.int64)
         attention_mask = np.zeros(shape, dtype=np.bool_)
         for b, ids in enumerate(chosen):
             input_ids[b, : len(ids)] = ids
@@ -82,18 +95,19 @@ def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokeni
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
     except Exception as error:  # the library raises many kinds, the tokenizer's backend a bare Exception
-        raise ModelError(f"--model {model!r}: its tokenizer cannot be loaded: {error}") from error
+        raise ModelError(f"--model {model!r}: its tokenizer cannot be loaded: {brief(error)}") from error
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 of what fixes a tokenizer's output: its serialised backend, or its vocabulary."""
+    """sha256 of what fixes a tokenizer's output: its backend or vocabulary, special ids, and the side that is cut."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
         text = _without_padding(backend)
     else:
         text = repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    settings = (sorted(tokenizer.all_special_ids), tokenizer.truncation_side)
+    return hashlib.sha256(f"{text}{settings}".encode()).hexdigest()
 
 
 def _without_padding(backend: "object") -> str:
@@ -114,16 +128,43 @@ def tokenize(
     Raises
     ------
     InputError
-        A text has no token, or none that counts once special tokens are left out.
+        A text that the tokenizer cannot take, that has no token, or none that counts once special tokens are
+        left out.
+    ConfigError
+        `max_tokens` leaves room for special tokens alone.
     """
+    num_special = tokenizer.num_special_tokens_to_add()
+    if max_tokens <= num_special:  # the tokenizer would not cut at all, or leave nothing of the text
+        raise ConfigError(
+            f"--max-tokens: expected more than {num_special}, the special tokens that the tokenizer adds to each text, "
+            f"got {max_tokens}"
+        )
     limit = min(max_tokens, np.iinfo(np.int32).max)  # the tokenizer's own integer is finite
-    encoded = tokenizer(list(texts), truncation=True, max_length=limit, padding=False, verbose=False)
-    ids = [np.asarray(i, dtype=np.int32) for i in encoded["input_ids"]]
+    ids = [np.asarray(i, dtype=np.int32) for i in _encode(list(texts), tokenizer, limit, source)]
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
     for row, row_ids in enumerate(ids):
         counted = row_ids[~np.isin(row_ids, special)] if skip_special else row_ids
         if not len(counted):
             what = "token that is not special" if skip_special else "token"
             raise InputError(f"data {source!r}: row {row}: expected at least one {what}, got none")
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return TokenizedTexts(ids, special, pad_id, skip_special)
+    return TokenizedTexts(ids, special, skip_special)
+
+
+def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase", limit: int, source: str) -> list[list[int]]:
+    """Token ids; InputError that names the first row that the tokenizer fails on."""
+
+    def encode(some: list[str]) -> list[list[int]]:
+        encoded: list[list[int]] = tokenizer(some, truncation=True, max_length=limit, verbose=False)["input_ids"]
+        return encoded
+
+    try:
+        return encode(texts)
+    except Exception as error:  # its backend raises a bare Exception
+        for row, text in enumerate(texts):
+            try:
+                encode([text])
+            except Exception as failure:
+                raise InputError(
+                    f"data {source!r}: row {row}: the model's tokenizer cannot take it: {brief(failure)}"
+                ) from failure
+        raise InputError(f"data {source!r}: the model's tokenizer cannot take it: {brief(error)}") from error

@@ -1,6 +1,5 @@
 """Perplexity of texts under a causal language model."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +26,8 @@ class Perplexity:
         Texts with at least one predicted token, and predicted tokens.
     num_left_out
         Texts of one token, which predict nothing.
+    num_nonfinite
+        Texts whose likelihood is not a number, as the logits are NaN or infinite; both averages then are neither.
     """
 
     token_weighted: float
@@ -34,6 +35,7 @@ class Perplexity:
     num_texts: int
     num_tokens: int
     num_left_out: int
+    num_nonfinite: int
 
 
 @torch.no_grad()
@@ -68,16 +70,19 @@ def _batch_sums(model: PreTrainedModel, batch: Batch) -> NDArray[np.float64]:
 
 
 def perplexity(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_batch: int) -> Perplexity:
-    """Both perplexities of `tokens`; InputError if no text has a second token to predict."""
+    """Both perplexities of `tokens`, infinite beyond float64; InputError if no text has a second token to predict."""
     sums, counts = negative_log_likelihoods(model, tokens, tokens_per_batch)
     some = counts > 0
     if not some.any():
         raise InputError("--perplexity-texts: expected a text of at least two tokens, got none")
     means = sums[some] / counts[some]
+    with np.errstate(over="ignore"):
+        token_weighted, by_sentence = np.exp(sums[some].sum() / counts[some].sum()), np.exp(means).mean()
     return Perplexity(
-        token_weighted=math.exp(sums[some].sum() / counts[some].sum()),
-        mean_over_sentences=float(np.exp(means).mean()),
+        token_weighted=float(token_weighted),
+        mean_over_sentences=float(by_sentence),
         num_texts=int(some.sum()),
         num_tokens=int(counts[some].sum()),
         num_left_out=int((~some).sum()),
+        num_nonfinite=int((~np.isfinite(means)).sum()),
     )

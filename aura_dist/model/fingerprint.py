@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from transformers import PretrainedConfig
@@ -105,8 +106,8 @@ def _safetensors(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
 
 
 def _pickled(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
-    """The same for torch's own format, memory-mapped and unpickled as plain weights only."""
-    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    """The same for torch's own format, unpickled as plain weights only; memory-mapped but for its first version."""
+    state = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
     for name, tensor in state.items():
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         ends = bytes(flat[:END_BYTES].numpy()) + bytes(flat[-END_BYTES:].numpy())

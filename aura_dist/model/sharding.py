@@ -10,7 +10,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
@@ -24,6 +30,8 @@ from aura_dist.runtime.world import World
 
 _SIZE = r"\d+(\.\d+)?([KMGT]i?B)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# what configurations call the number of positions: most; GPT-2's own; MPT, also with ALiBi; speech decoders
+POSITIONS_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,21 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 def check_positions(config: PretrainedConfig, num_tokens: int, flag: str) -> None:
     """ConfigError if texts of `num_tokens` tokens are longer than what the model has positions for."""
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text = config.get_text_config(decoder=True)
+    positions = next((n for n in (getattr(text, f, None) for f in POSITIONS_FIELDS) if n is not None), None)
     if positions is not None and num_tokens > positions:
         raise ConfigError(
             f"{flag}: expected at most {positions}, the model's positions, got texts of {num_tokens} tokens"
+        )
+
+
+def check_vocabulary(config: PretrainedConfig, largest_id: int) -> None:
+    """ModelError if a tokenizer gives ids that the model has no embedding for."""
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if size is not None and largest_id >= size:
+        raise ModelError(
+            f"--model: expected token ids below {size}, the model's vocabulary, got {largest_id} from its tokenizer; "
+            "use the tokenizer that belongs to the model"
         )
 
 
@@ -61,12 +80,15 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        except (ValueError, KeyError) as error:
-            raise ModelError(
-                f"model type {config.model_type!r} is not a causal language model: {brief(error)}"
-            ) from error
+        except Exception as error:  # a configuration fails in as many ways as it has fields and back ends
+            what = "cannot be made from its config.json" if _is_causal(config) else "is not a causal language model"
+            raise ModelError(f"model type {config.model_type!r} {what}: {brief(error)}") from error
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def pick_device(wanted: str) -> str:
@@ -231,9 +253,10 @@ def _from_pretrained(loader: type[PreTrainedModel], source: ModelSource, placeme
             revision=source.revision,
             dtype=DTYPES[source.dtype],
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
             **placement,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"--model {source.name!r} cannot be loaded: {brief(error)}") from error
     finally:
         hf_logging.set_verbosity(verbosity)

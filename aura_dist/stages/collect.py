@@ -25,6 +25,7 @@ from aura_dist.model.fingerprint import fingerprint
 from aura_dist.model.sharding import (
     ModelSource,
     check_positions,
+    check_vocabulary,
     column_plans,
     load_base,
     load_config,
@@ -108,6 +109,7 @@ def load_samples(config: CollectConfig) -> tuple[Samples, TokenizedTexts, dict[s
     if config.clean_negatives:
         mixed_from = labels[:, [others.index(c) for c in config.clean_negatives]]
         kept = without_mixed_negatives(labels[:, 0], mixed_from)
+    model_config = load_config(ModelSource(config.model, config.revision, config.dtype))
     tokenizer = load_tokenizer(config.model, config.revision)
     tokens = tokenize(
         texts, tokenizer, max_tokens=config.max_tokens, skip_special=config.skip_special_tokens, source=config.data
@@ -119,11 +121,18 @@ def load_samples(config: CollectConfig) -> tuple[Samples, TokenizedTexts, dict[s
     check_classes(chosen, config.concepts, config.data)
     samples = Samples(rows, tokens.num_tokens[rows], chosen)
     _log_lengths(samples, config.concepts[0])
-    return samples, tokens.take(rows), _identity(config, table, how, tokenizer_digest(tokenizer))
+    tokens = tokens.take(rows)
+    check_vocabulary(model_config, tokens.largest_id)
+    identity = {
+        "tokenizer": {"name": config.model, "sha256": tokenizer_digest(tokenizer)},
+        # token ids last: a setting that changes them is a better name for what differs
+        "data": {**_data_identity(config, table, how), "token_ids": tokens.digest()},
+    }
+    return samples, tokens, identity
 
 
-def _identity(config: CollectConfig, table: Table, how: Sampling, tokenizer: str) -> dict[str, Any]:
-    data = {
+def _data_identity(config: CollectConfig, table: Table, how: Sampling) -> dict[str, Any]:
+    return {
         "path": table.source,
         "sha256": table.sha256,
         "text_column": config.text_column,
@@ -131,7 +140,6 @@ def _identity(config: CollectConfig, table: Table, how: Sampling, tokenizer: str
         "clean_negatives": list(config.clean_negatives),
         "sampling": asdict(how),
     }
-    return {"data": data, "tokenizer": {"name": config.model, "sha256": tokenizer}}
 
 
 def _log_lengths(samples: Samples, concept: str) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from aura_dist import __version__
@@ -12,8 +14,8 @@ from aura_dist.data.labels import check_texts
 from aura_dist.data.table import read_table
 from aura_dist.data.tokens import tokenize
 from aura_dist.errors import StoreError
-from aura_dist.evaluation.perplexity import perplexity
-from aura_dist.model.sharding import ModelSource, check_positions, pick_device, sharding_options
+from aura_dist.evaluation.perplexity import Perplexity, perplexity
+from aura_dist.model.sharding import ModelSource, check_positions, check_vocabulary, pick_device, sharding_options
 from aura_dist.model.use import load_for_use
 from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
@@ -40,6 +42,7 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         texts, loaded.tokenizer, max_tokens=config.max_tokens, skip_special=False, source=config.perplexity_texts
     )
     check_positions(loaded.model.config, int(tokens.num_tokens.max()), "--max-tokens")
+    check_vocabulary(loaded.model.config, tokens.largest_id)
     with loaded.intervened(config.strength):
         measured = perplexity(loaded.model, tokens, config.tokens_per_batch)
     results = {
@@ -48,11 +51,12 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
         "model_fingerprint": loaded.fingerprint,
         "intervention": dict(loaded.intervention.meta) if loaded.intervention else None,
         "texts_sha256": table.sha256,
-        "perplexity": asdict(measured),
+        "perplexity": {k: v if math.isfinite(v) else None for k, v in asdict(measured).items()},
     }
     if not world.is_first:
         return results
-    Path(config.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _warn_of_nonfinite(measured)
+    _write(config.out, json.dumps(results, indent=2) + "\n")
     print(
         f"perplexity {measured.token_weighted:.3f} (token-weighted), {measured.mean_over_sentences:.3f} "
         f"(mean over sentences), {measured.num_texts} texts, {measured.num_tokens} tokens"
@@ -61,11 +65,34 @@ def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
     return results
 
 
+def _warn_of_nonfinite(measured: Perplexity) -> None:
+    if measured.num_nonfinite:
+        logger.warning(
+            "the model's logits are NaN or infinite in %d of %d texts: their perplexity is null",
+            measured.num_nonfinite, measured.num_texts,
+        )  # fmt: skip
+    elif not math.isfinite(measured.token_weighted + measured.mean_over_sentences):
+        logger.warning("a perplexity is beyond what a float64 holds: null")
+
+
 def _check_writable(out: str) -> None:
-    """StoreError before the model is loaded, rather than after the work."""
-    path = Path(out)
+    """StoreError before the model is loaded, rather than after the work; nothing is left there."""
+    path = Path(out).resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
+        if path.exists():
+            path.open("a").close()
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise StoreError(f"--out {out!r} cannot be written: {error}") from error
+
+
+def _write(out: str, text: str) -> None:
+    """Write aside, then rename: what stands at `out` is whole at any time."""
+    path = Path(out).resolve()
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
     except OSError as error:
         raise StoreError(f"--out {out!r} cannot be written: {error}") from error

@@ -325,3 +325,15 @@ def test_errors(values: Any, labels: Any, message: str) -> None:
 def test_errors_by_concept(labels_CN: Array, message: str) -> None:
     with pytest.raises(InputError, match=message):
         auroc_by_concept(np.zeros((3, 1), np.float32), labels_CN)
+
+
+def test_torch_tensors_that_numpy_cannot_hold_are_named():
+    torch = pytest.importorskip("torch")
+    values, labels = torch.randn(6, 2), [1, 0, 1, 0, 1, 0]
+    hint = r"values must be an array of numbers, such as a torch tensor as tensor\.detach\(\)\.float\(\)\.cpu\(\): "
+    for wrong in (values.bfloat16(), values.requires_grad_(), [[1.0, 2.0], [3.0]]):
+        with pytest.raises(InputError, match=hint):
+            auroc(wrong, labels)
+    with pytest.raises(InputError, match="labels must be an array of numbers"):
+        auroc(values.detach(), torch.tensor(labels).bfloat16())
+    assert auroc(values.detach().bfloat16().float(), torch.tensor(labels)).shape == (2,)

@@ -1,5 +1,6 @@
 """Everything a user can get wrong: exit code 2, one line that says what was expected and what came."""
 
+import json
 import re
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import zarr
 
 from aura_dist.cli import main
+from aura_dist.data import tokens
 from tests.models import save_tiny, tiny_tokenizer
 
 DATA_FAULTS = {
@@ -65,11 +67,13 @@ def scored(tiny_dir, sentences_csv, tmp_path_factory):
 
 
 def collect(model, data, store, *more):
-    sampling = ["--num-positive", "20", "--num-negative", "20"]
-    return [
-        "collect", "--model", str(model), "--data", str(data), "--concepts", "toxic", "--store", str(store),
-        *sampling, *map(str, more),
-    ]  # fmt: skip
+    """The command, where a flag in `more` takes the place of its own."""
+    own = {
+        "--model": model, "--data": data, "--concepts": "toxic", "--store": store,
+        "--num-positive": 20, "--num-negative": 20,
+    }  # fmt: skip
+    kept = [str(word) for flag, value in own.items() if flag not in more for word in (flag, value)]
+    return ["collect", *kept, *map(str, more)]
 
 
 @pytest.mark.parametrize("name", DATA_FAULTS)
@@ -97,7 +101,7 @@ def test_data_is_checked_before_the_model_is_looked_at(name, refused, tmp_path):
         (["--pooling", "median"], r"--pooling: expected a list, each one of max, .*, got \['median'\]"),
         (["--text-column", "body"], "expected a column 'body', found text, toxic"),
         (["--num-positive", 0], "--num-positive: expected an integer of at least 1, got '0'"),
-        (["--max-tokens", 1, "--skip-special-tokens"], "row 0: expected at least one token that is not special"),
+        (["--max-tokens", 1], "--max-tokens: expected more than 1, the special tokens that the tokenizer adds"),
         (["--modules", "norms"], "--modules 'norms' matches nothing in LlamaForCausalLM; found attention: 12"),
         (["--modles", "mlp"], "unrecognized arguments: --modles mlp"),
         (["--clean-negatives", "obscene"], "expected a column 'obscene', found text, toxic"),
@@ -105,6 +109,44 @@ def test_data_is_checked_before_the_model_is_looked_at(name, refused, tmp_path):
 )
 def test_settings_of_collect(more, message, refused, tiny_dir, sentences_csv, tmp_path):
     refused(collect(tiny_dir("llama"), sentences_csv, tmp_path / "store.zarr", *more), message)
+
+
+def test_mpt_has_positions_too(refused, tiny_dir, tmp_path):
+    data = tmp_path / "long.csv"
+    data.write_text(f"text,toxic\n{'word ' * 400},1\nshort,0\n")
+    command = ["--data", data, "--concepts", "toxic", "--max-tokens", 400, "--store", tmp_path / "store.zarr"]
+    message = "--max-tokens: expected at most 256, the model's positions"
+    refused(["collect", "--model", tiny_dir("mpt"), *command], message)
+    measure = ["--perplexity-texts", data, "--max-tokens", 400, "--out", tmp_path / "r.json"]
+    refused(["evaluate", "--model", tiny_dir("mpt"), *measure], message)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_tokenizer_of_another_model(refused, tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["zyx"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = tmp_path / "d.csv"
+    data.write_text("text,toxic\nzyx,1\nshort,0\n")
+    message = "--model: expected token ids below 384, the model's vocabulary, got 384 from its tokenizer"
+    model = ["--model", tmp_path / "model"]
+    refused(["collect", *model, "--data", data, "--concepts", "toxic", "--store", tmp_path / "s.zarr"], message)
+    refused(["generate", *model, "--prompt", "zyx"], message)
+    refused(["evaluate", *model, "--perplexity-texts", data, "--out", tmp_path / "r.json"], message)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.csv", "model"]
+
+
+def test_broken_configuration_is_named_as_such(refused, tiny_dir, sentences_csv, tmp_path):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{")
+    command = collect(tmp_path / "model", sentences_csv, tmp_path / "store.zarr")
+    refused(command, "expected a local directory or a hub name with a config.json")
+
+
+def test_prompt_that_is_no_unicode(refused, tiny_dir):
+    message = r"--prompt: the model's tokenizer cannot take 'a\\udcff'"
+    refused(["generate", "--model", tiny_dir("llama"), "--prompt", "a\udcff"], message)
 
 
 def test_launch_that_cannot_be(refused, tiny_dir, sentences_csv, tmp_path, monkeypatch):
@@ -192,6 +234,25 @@ def test_store_of_another_tokenizer(refused, scored, tiny_dir, sentences_csv, tm
     tokenizer.add_tokens(["zyx"])
     tokenizer.save_pretrained(tmp_path / "model")
     refused(collect(tmp_path / "model", sentences_csv, scored / "store.zarr"), "another tokenizer sha256")
+
+
+def test_store_of_texts_cut_at_the_other_end(refused, scored, tiny_dir, sentences_csv, tmp_path):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "truncation_side": "left"}))
+    refused(collect(tmp_path / "model", sentences_csv, scored / "store.zarr"), "another tokenizer sha256")
+
+
+def test_store_of_other_token_ids(refused, scored, tiny_dir, sentences_csv, monkeypatch):
+    """Whatever it was that changed them, such as a tokenizer that is Python code."""
+    command = collect(tiny_dir("llama"), sentences_csv, scored / "store.zarr")
+    assert main(command) == 0
+    monkeypatch.setattr("aura_dist.data.tokens._encode", lambda texts, *_: [[3 + len(t) % 7] * 9 for t in texts])
+    refused(command, "holds other rows of the data|another data token_ids")
+    monkeypatch.undo()
+    real = tokens._encode
+    monkeypatch.setattr(tokens, "_encode", lambda *a: [[*ids[:-1], (ids[-1] + 1) % 384] for ids in real(*a)])
+    refused(command, "another data token_ids: expected .*, got")
 
 
 def test_store_of_a_model_that_was_moved_is_the_same(scored, tiny_dir, sentences_csv, tmp_path):

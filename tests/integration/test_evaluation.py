@@ -1,16 +1,20 @@
 """Perplexity and generation against the plain transformers calls."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from aura_dist.cli import main
 from aura_dist.data.tokens import tokenize
 from aura_dist.errors import InputError
 from aura_dist.evaluation.generation import Decoding, continuations
 from aura_dist.evaluation.perplexity import perplexity
-from tests.models import tiny_causal, tiny_tokenizer
+from tests.models import save_tiny, tiny_causal, tiny_tokenizer
 
 TEXTS = [
     "Short one.",
@@ -126,6 +130,73 @@ def test_greedy_is_generate_and_leaves_its_settings_alone(name):
     expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert continuations(model, tokenizer, "You are", decoding(temperature=0.0, num_samples=3)) == [expected] * 3
     assert model.generation_config.to_dict() == before
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    """`spoilt(value)`: a tiny Llama whose head has one row times that."""
+
+    def save(value):
+        directory = save_tiny("llama", tmp_path_factory.mktemp("spoilt"))
+        weights = load_file(directory / "model.safetensors")
+        weights["lm_head.weight"][5] *= value
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        return str(directory)
+
+    return save
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+@pytest.mark.parametrize(
+    ("value", "num_nonfinite", "warning"),
+    [
+        (float("nan"), 480, "logits are NaN or infinite in 480 of 480 texts: their perplexity is null"),
+        (1e5, 0, "a perplexity is beyond what a float64 holds: null"),
+    ],
+)
+def test_perplexity_that_is_no_number_is_null(value, num_nonfinite, warning, spoilt, sentences_csv, tmp_path, capsys):
+    results, command = tmp_path / "r.json", ["evaluate", "--model", spoilt(value), "--perplexity-texts", sentences_csv]
+    assert main([*command, "--out", str(results)]) == 0
+    read = json.loads(results.read_text(), parse_constant=refuse_constant)["perplexity"]
+    assert (read["token_weighted"], read["mean_over_sentences"]) == (None, None)
+    assert (read["num_texts"], read["num_nonfinite"]) == (480, num_nonfinite)
+    assert warning in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_generation_stops_at_logits_that_are_no_numbers(temperature, spoilt, capsys):
+    command = ["generate", "--model", spoilt(float("nan")), "--prompt", "You", "--temperature", temperature]
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the model's logits are NaN or infinite; check")
+
+
+def test_failed_measurement_leaves_no_file_and_takes_none(tiny_dir, tmp_path, capsys):
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\na\n")
+    out = tmp_path / "r.json"
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    tiny_tokenizer(special_bos=False).save_pretrained(tmp_path / "model")
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--perplexity-texts", str(texts), "--out", str(out)]
+    assert main(command) == 2
+    assert "expected a text of at least two tokens" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "texts.csv"]
+    out.write_text("earlier results")
+    assert main(command) == 2
+    assert out.read_text() == "earlier results"
+    texts.write_text("text\nA whole sentence.\n")
+    assert main(command) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "r.json", "texts.csv"]
+
+
+def test_padding_beyond_the_vocabulary_is_not_generated():
+    model, tokenizer = tiny_causal("llama"), tiny_tokenizer()
+    expected = continuations(model, tokenizer, "You are", decoding(num_samples=20, max_new_tokens=30))
+    assert len({len(t) for t in expected}) > 1
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert continuations(model, tokenizer, "You are", decoding(num_samples=20, max_new_tokens=30)) == expected
 
 
 def test_number_of_samples():

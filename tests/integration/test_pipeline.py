@@ -1,10 +1,13 @@
 """The main job end to end on a tiny model: what one stage writes is what the next one reads."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 import aura_dist
@@ -123,7 +126,8 @@ def test_fit_writes_the_scale_of_every_neuron(run_dir):
 
 @pytest.mark.parametrize(("method", "value"), [("det0", 0.0), ("damp", 0.25)])
 def test_top_k_methods_scale_exactly_k(run_dir, tmp_path, method, value):
-    arguments = ["--top-k", "7", "--alpha", "0.25", "--out", str(tmp_path / method)]
+    alpha = ["--alpha", "0.25"] if method == "damp" else []
+    arguments = ["--top-k", "7", *alpha, "--out", str(tmp_path / method)]
     assert (
         main(["fit", "--store", str(run_dir / "store.zarr"), "--concept", "toxic", "--method", method, *arguments]) == 0
     )
@@ -200,3 +204,44 @@ def test_demo_on_a_model_and_data_of_ones_own(tiny_dir, sentences_csv, tmp_path,
     assert "AUROC from 0 to 1" in shown
     assert "perplexity on neutral passages" in shown
     assert main(["collect", "--config", str(out / "config.yaml")]) == 0, "the written config runs the same again"
+
+
+def test_demo_keeps_what_it_did_not_write(tiny_dir, sentences_csv, tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "config.yaml").write_text("precious: 1\n")
+    command = ["demo", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--out", str(out)]
+    for more in ([], ["--overwrite"]):
+        assert main([*command, *more]) == 2
+        assert "expected no config.yaml or that of an earlier demo, found another" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["config.yaml"]
+    assert (out / "config.yaml").read_text() == "precious: 1\n"
+
+
+def test_demo_that_is_refused_leaves_the_earlier_runs_settings(tiny_dir, sentences_csv, tmp_path, capsys):
+    """And `--overwrite`, which the refusal offers, is there."""
+    command = ["demo", "--data", sentences_csv, "--out", str(tmp_path / "demo")]
+    models = [["--model", str(tiny_dir(name))] for name in ("mpt", "llama")]
+    assert main([*command, *models[0]]) == 0
+    before = (tmp_path / "demo" / "config.yaml").read_text()
+    assert main([*command, *models[1]]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "demo" / "config.yaml").read_text() == before
+    assert main([*command, *models[1], "--overwrite"]) == 0
+    after = (tmp_path / "demo" / "config.yaml").read_text()
+    assert models[1][1] in after
+    assert "overwrite" not in after
+
+
+def test_first_version_of_torchs_format_is_collected(tiny_dir, sentences_csv, tmp_path):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "model" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    weights.unlink()
+    responses = []
+    for model in (tiny_dir("llama"), tmp_path / "model"):
+        store = tmp_path / f"{len(responses)}.zarr"
+        data = ["--data", sentences_csv, "--concepts", "toxic", "--num-positive", "9", "--num-negative", "9"]
+        assert main(["collect", "--model", str(model), *data, "--store", str(store)]) == 0
+        responses.append(aura_dist.open_store(str(store))["activations"]["model.layers.2.mlp.down_proj"]["max"].values)
+    np.testing.assert_array_equal(*responses)

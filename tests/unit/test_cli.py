@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one-line errors."""
 
+import os
 import subprocess
 import sys
 import time
@@ -138,6 +139,9 @@ def test_switches_can_be_turned_off_by_flag(monkeypatch, tmp_path):
         (["score", "--store", "s", "--top-k", "2"], "unrecognized arguments: --top-k 2"),
         (["score", "--store", "s", "more"], "unrecognized arguments: more"),
         (["collect", "--concepts"], "--concepts: expected at least one argument"),
+        (["score", "--store", "a", "--store", "b"], "--store: expected once, got it twice"),
+        (["score", "--config", "a", "--config", "b"], "--config: expected once, got it twice"),
+        (["collect", "--concepts", "a", "--concepts", "a", "--model", "m", "--data", "d", "--store", "s"], "got a a"),
         (["collect", "--overwrite=yes"], "--overwrite/--no-overwrite: ignored explicit argument 'yes'"),
     ],
 )
@@ -158,6 +162,10 @@ def test_wrong_words_are_errors(arguments, message, capsys):
         (b"- a\n- b", "expected keys and values, got a list"),
         (b"store", "expected keys and values, got a str"),
         (b"store: caf\xe9", "cannot be read"),
+        (b"seed: 2024-13-45", "is not valid YAML: month must be in"),
+        (b"seed: !!int abc", "is not valid YAML: invalid literal"),
+        (b"seed: !!timestamp abc", "is not valid YAML"),
+        (b"seed: !!bool abc", "is not valid YAML: KeyError: 'abc'"),
         (b"storee: x", "unknown key 'storee'; did you mean 'store'?"),
         (b"1: x", "unknown key '1'"),
         (b"store: a\nstore: b", "line 2: expected each key once, got 'store' again"),
@@ -175,6 +183,59 @@ def test_broken_config_files_are_errors(text, message, tmp_path, capsys):
     assert error.startswith("error: config ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_config_file_of_a_name_that_none_can_have(capsys):
+    assert main(["score", "--config", "a\0b"]) == 2
+    assert "config file 'a\\x00b' cannot be read" in capsys.readouterr().err
+
+
+def test_lists_that_are_given_twice_are_joined(monkeypatch):
+    taken = []
+    monkeypatch.setattr("aura_dist.stages.collect.run", taken.append)
+    required = ["--model", "m", "--data", "d", "--store", "s", "--concepts", "a", "b", "--concepts", "c"]
+    assert main(["collect", *required, "--modules", "mlp", "--modules", "attention"]) == 0
+    assert (taken[0].modules, taken[0].concepts, taken[0].pooling) == (["mlp", "attention"], ["a", "b", "c"], ["max"])
+
+
+@pytest.mark.parametrize("number", ["-1e-3", "-.5", "-1.", "-2E+1", "-3"])
+def test_negative_numbers_are_no_flags(number, monkeypatch):
+    taken = []
+    monkeypatch.setattr("aura_dist.stages.collect.run", taken.append)
+    required = ["--model", "m", "--data", "d", "--store", "s", "--concepts", "a"]
+    assert main(["collect", *required, "--threshold", number]) == 0
+    assert taken[0].threshold == float(number)
+
+
+TALKER = """
+import sys
+from aura_dist.cli import main
+from aura_dist.stages import score
+
+def run(config):
+    print("▁▂▃\\n" * 100_000)
+    sys.stderr.write("done")
+
+score.run = run
+sys.exit(main(["score", "--store", "s"]))
+"""
+
+
+def test_reader_that_leaves_early_gets_no_traceback():
+    with subprocess.Popen([sys.executable, "-c", TALKER], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as talker:
+        assert talker.stdout.readline().decode() == "▁▂▃\n"
+        talker.stdout.close()
+        assert talker.stderr.read() == b""
+        assert talker.wait(60) == 141
+
+
+def test_results_are_shown_in_any_encoding():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(
+        [sys.executable, "-c", TALKER], capture_output=True, env=environment, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"done")
+    assert ended.stdout.startswith(rb"\u2581\u2582\u2583")
 
 
 def test_settings_that_hold_themselves_are_errors(tmp_path, capsys):

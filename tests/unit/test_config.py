@@ -106,6 +106,48 @@ def test_strings_of_the_command_line_become_their_types():
     assert (config.seed, config.num_positive) == (3, 10)
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("+.5", 0.5),
+        ("-1e-3", -1e-3),
+        ("1E2", 100.0),
+        ("-.5e+1", -5.0),
+        ("3", 3.0),
+        (" 1 ", 1.0),
+    ],
+)
+def test_numbers_of_every_spelling(text, number):
+    assert collect(threshold=text).threshold == number
+
+
+@pytest.mark.parametrize("text", [".", "1_0", "e1", "0x1", "1,5", "١", "", "--1", "1e"])
+def test_what_is_no_number(text):
+    with pytest.raises(ConfigError, match="--threshold: expected a number"):
+        collect(threshold=text)
+
+
+def test_whole_numbers_of_every_spelling():
+    assert (collect(seed="+5").seed, collect(seed="007").seed) == (5, 7)
+    with pytest.raises(ConfigError, match="--seed: expected an integer"):
+        collect(seed="9" * 5000)
+
+
+@pytest.mark.parametrize("settings", [{"store": "a\0b"}, {"revision": "\0"}, {"concepts": ["a", "b\0"]}])
+def test_no_path_holds_nul(settings):
+    with pytest.raises(ConfigError, match=r"expected a .*text without a NUL character, got .*x00"):
+        collect(**settings)
+
+
+def test_alpha_is_damps_alone():
+    fit = {"store": "s", "concept": "a", "out": "o", "alpha": "0.25"}
+    assert resolve(FitConfig, {**fit, "method": "damp"}).alpha == 0.25
+    with pytest.raises(ConfigError, match="--alpha: expected it with --method damp alone, got it with aura; leave it"):
+        resolve(FitConfig, fit)
+
+
 def test_one_value_serves_as_a_list():
     config = collect(concepts="toxic", modules="all", pooling="mean")
     assert (config.concepts, config.modules, config.pooling) == (["toxic"], ["all"], ["mean"])

@@ -67,6 +67,16 @@ def test_old_checkpoint_format(llama, tmp_path):
     assert of(tmp_path / "a") == of(tmp_path / "b") != of(tmp_path / "c")
 
 
+def test_first_version_of_the_old_format(llama, tmp_path):
+    """Before torch 1.6: no archive, and so not to be mapped into memory."""
+    for name, archive in (("archive", True), ("first", False)):
+        shutil.copytree(llama, tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+        state, file = tiny_causal("llama").state_dict(), tmp_path / name / "pytorch_model.bin"
+        torch.save(state, file, _use_new_zipfile_serialization=archive)
+    assert of(tmp_path / "first") == of(tmp_path / "archive")
+
+
 def test_old_checkpoint_of_each_dtype(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").unlink()

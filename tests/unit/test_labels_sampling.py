@@ -54,6 +54,19 @@ def test_scores_are_positive_from_the_threshold_on():
     assert labels_of(["-1", "-3"], -2.0) == [1, 0]
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("threshold", [0.1, 0.7, 0.9, 1 / 3])
+def test_scores_are_compared_in_their_own_dtype(dtype, threshold):
+    at = dtype(threshold)
+    below = np.nextafter(at, dtype(0))
+    assert labels_of([at, below, np.nextafter(at, dtype(1)), dtype("nan")], threshold) == [1, 0, 1, -1]
+    assert labels_of([dtype("inf"), dtype(1)], 1e300) == [1, 0]
+
+
+def test_whole_numbers_of_any_size_are_scores():
+    assert labels_of([10**400, -(10**400), 2**53 + 1, 2**53 - 1], 2.0**53) == [1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("value", ["high", "true", [0.5], "0,5"])
 def test_scores_that_are_no_numbers_are_named(value):
     with pytest.raises(InputError, match="row 1: expected a number in 'y', got "):
@@ -229,7 +242,29 @@ def test_lengths_that_cannot_be_matched(others):
     label = np.array([1] * 20 + [0] * 30, dtype=np.int8)
     num_tokens = np.array([20] * 20 + [others] * 30, dtype=np.int32)
     message = (
-        f"--match-length: expected 20 negatives of 20.0 tokens on average, .* the 30 there are give {others}.0; ask"
+        rf"--match-length: expected 20 negatives with the positives' token lengths \(20\.0 on average\), but the "
+        rf"nearest of the 30 there are differ by {abs(others - 20)}\.0 tokens on average, .*: 20 wanted, {others} drawn"
     )
     with pytest.raises(InputError, match=message):
         sample_rows(label, num_tokens, Sampling(match_length=True))
+
+
+def test_equal_means_are_not_equal_lengths():
+    label = np.array([1] * 100 + [0] * 200, dtype=np.int8)
+    num_tokens = np.array([10] * 50 + [110] * 50 + [60] * 200, dtype=np.int32)
+    with pytest.raises(InputError, match=r"differ by 50\.0 tokens .* most at quantile 0\.\d+: 10 wanted, 60 drawn"):
+        sample_rows(label, num_tokens, Sampling(match_length=True))
+    num_tokens[100:150], num_tokens[150:170] = 10, 110  # too few of the long ones
+    with pytest.raises(InputError, match=r"differ by .* most at quantile 0\.\d+: 110 wanted, 60 drawn"):
+        sample_rows(label, num_tokens, Sampling(match_length=True))
+    num_tokens[170:200] = 110
+    rows = sample_rows(label, num_tokens, Sampling(match_length=True))
+    assert np.sort(num_tokens[rows[label[rows] == 0]]).tolist() == [10] * 50 + [110] * 50
+
+
+def test_fewer_negatives_than_positives_without_a_number_asked():
+    label, num_tokens = np.array([1, 1, 1, 0, 0], dtype=np.int8), np.full(5, 9, dtype=np.int32)
+    message = "^--match-length: expected at least 3 negative rows, as many as positives are drawn, found 2; give"
+    with pytest.raises(InputError, match=message):
+        sample_rows(label, num_tokens, Sampling(match_length=True))
+    assert len(sample_rows(label, num_tokens, Sampling(2, match_length=True))) == 4

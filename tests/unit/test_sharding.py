@@ -7,11 +7,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
 
-from aura_dist.errors import ModelError
-from aura_dist.model.sharding import ModelSource, load_base, load_causal, load_config, pick_device, skeleton
+from aura_dist.errors import ConfigError, ModelError
+from aura_dist.model.sharding import (
+    ModelSource,
+    check_positions,
+    check_vocabulary,
+    load_base,
+    load_causal,
+    load_config,
+    pick_device,
+    skeleton,
+)
 from aura_dist.model.sites import decoder_layers_name
 from aura_dist.runtime.world import World
-from tests.models import TINY_CONFIGS, tiny_causal
+from tests.models import TINY_CONFIGS, VOCAB, tiny_causal
 
 
 def source(directory, dtype="float32"):
@@ -131,6 +140,38 @@ def test_old_checkpoint_format(tiny_dir, tmp_path):
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
     model = load_causal(source(tmp_path / "model"), World())
     assert all(torch.equal(w, state[n]) for n, w in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "nope"),
+        ("_attn_implementation", "flash_attention_2"),
+        ("num_attention_heads", 0),
+        ("hidden_size", -1),
+    ],
+)
+def test_configurations_that_give_no_model_are_errors(field, value):
+    config = TINY_CONFIGS["llama"]()
+    setattr(config, field, value)
+    with pytest.raises(ModelError, match=r"model type 'llama' cannot be made from its config\.json: .+"):
+        skeleton(config)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mpt", "llama", "opt"])
+def test_positions_of_every_name(name):
+    config = TINY_CONFIGS[name]()
+    check_positions(config, 256, "--max-tokens")
+    with pytest.raises(ConfigError, match=r"--max-tokens: expected at most 256, the model's positions, got .* 257"):
+        check_positions(config, 257, "--max-tokens")
+    check_positions(TINY_CONFIGS["bloom"](), 10**6, "--max-tokens")  # ALiBi made for any length
+
+
+def test_ids_beyond_the_vocabulary_are_errors():
+    config = TINY_CONFIGS["gemma3"]()
+    check_vocabulary(config, VOCAB - 1)
+    with pytest.raises(ModelError, match=f"expected token ids below {VOCAB}, the model's vocabulary, got {VOCAB}"):
+        check_vocabulary(config, VOCAB)
 
 
 def test_absent_gpu_is_an_error(monkeypatch):

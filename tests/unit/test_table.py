@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 import sys
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from aura_dist.data.labels import parse_labels
 from aura_dist.data.table import read_table
 from aura_dist.errors import InputError
 
@@ -101,7 +104,8 @@ def test_digest_is_that_of_the_files_bytes(name, written):
         ("a.csv", "text\na".encode("utf-16"), "the header: expected UTF-8, got the byte 0xff"),
         ("a.csv", "text,toxic,text\na,1,b\n", "expected distinct column names, got text, toxic, text"),
         ("a.csv", 'text,toxic\na,1\n"b,0\n', "row 1 cannot be parsed: unexpected end of data"),
-        ("a.csv", 'text,toxic\na,1\n"b"c,0\n', "row 1 cannot be parsed: "),
+        ("a.csv", 'text,toxic\na,1\n"b"c,0\n', "row 1 cannot be parsed: .*; a field that starts with a quotation mark"),
+        ("a.tsv", 'text\ttoxic\na\t1\n"b" c\t0\n', "row 1 cannot be parsed: .* must be quoted, and its marks doubled"),
         ("a.csv", "", "expected a header line, got an empty file"),
         ("a.csv", "\n\n", "expected a header line, got an empty file"),
         ("a.csv", "text,toxic\n", "expected at least one row, got none"),
@@ -193,11 +197,51 @@ def test_parquet_without_rows(tmp_path):
         read_table(source, ["body"])
 
 
-def test_rewritten_parquet_is_read_anew(tmp_path):
-    source = str(tmp_path / "a.parquet")
+@pytest.mark.parametrize("place", ["a.parquet", "directory"])
+def test_rewritten_parquet_is_read_anew(place, tmp_path):
+    """Also if its time of change stays, as with `cp -p` or a file system of coarse times."""
+    file = tmp_path / "a.parquet" if place == "a.parquet" else tmp_path / place / "part-0.parquet"
+    file.parent.mkdir(exist_ok=True)
+    digests = set()
     for texts in (["a"], ["b"]):
-        parquet.write_table(pa.table({"text": texts}), source)
-        assert read_table(source, ["text"]).columns["text"] == texts
+        parquet.write_table(pa.table({"text": texts}), file)
+        os.utime(file, (1e9, 1e9))
+        table = read_table(str(tmp_path / place), ["text"])
+        assert table.columns["text"] == texts
+        digests.add(table.sha256)
+    assert len(digests) == 2
+
+
+def test_digest_of_a_directory_is_that_of_its_files_and_the_split(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        parquet.write_table(pa.table({"text": ["a"]}), tmp_path / name / "train.parquet")
+        parquet.write_table(pa.table({"text": ["a"]}), tmp_path / name / "test.parquet")
+        os.utime(tmp_path / name / "train.parquet", (len(name), 1e9))
+    digests = [read_table(str(tmp_path / n), ["text"], split=s).sha256 for n, s in (("a", "train"), ("b", "train"))]
+    assert digests[0] == digests[1] != read_table(str(tmp_path / "a"), ["text"], split="test").sha256
+
+
+def test_parquet_in_a_directory_named_like_a_partition(tmp_path):
+    (tmp_path / "text=x").mkdir()
+    parquet.write_table(pa.table({"text": ["a"], "a.b": ["c"]}), tmp_path / "text=x" / "a.parquet")
+    assert read_table(str(tmp_path / "text=x" / "a.parquet"), ["text", "a.b"]).columns == {"text": ["a"], "a.b": ["c"]}
+
+
+@pytest.mark.parametrize("save", ["parquet", "disk", "directory"])
+def test_narrow_floats_keep_their_dtype(save, tmp_path):
+    """So that a threshold of 0.7 takes what was written as 0.7."""
+    scores = {"y": pa.array([0.7, None, 0.2], pa.float32()), "z": pa.array([0.7, None, 0.2], pa.float64())}
+    if save == "disk":
+        datasets.Dataset(pa.table(scores)).save_to_disk(tmp_path / "data")
+    else:
+        (tmp_path / "data").mkdir()
+        parquet.write_table(pa.table(scores), tmp_path / "data" / "a.parquet")
+    source = tmp_path / "data" / "a.parquet" if save == "parquet" else tmp_path / "data"
+    table = read_table(str(source), ["y", "z"])
+    assert table.columns == {"y": [np.float32(0.7), None, np.float32(0.2)], "z": [0.7, None, 0.2]}
+    assert [type(v) for v in table.columns["y"]] == [np.float32, type(None), np.float32]
+    assert parse_labels(table, ["y", "z"], 0.7).tolist() == [[1, 1], [-1, -1], [0, 0]]
 
 
 def test_saved_data_set(tmp_path):
