@@ -3,7 +3,8 @@
 # Usage: bash launch/setup.sh EXTRA[,EXTRA…]        (demo.sh and test.sh call it; a second call costs a second)
 #
 # Needs Python 3.11 or newer ($PYTHON, else the first python3.x found). On Debian and Ubuntu the package that makes
-# virtual environments is installed if it is missing.
+# virtual environments is installed if it is missing, and for the tests a C++ compiler: DeepSpeed compiles its
+# collectives for the CPU, minutes once, into .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:?usage: bash launch/setup.sh EXTRA[,EXTRA…]}
@@ -20,22 +21,31 @@ find_python() {
   exit 2
 }
 
-install_venv_package() {
-  local version as_root=""
-  version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# Debian packages, one of several sets that will do
+install_packages() {
+  local as_root="" packages
   [ "$(id -u)" = 0 ] || as_root=sudo
   if ! command -v apt-get >/dev/null; then
-    echo "error: $1 cannot make virtual environments; install its venv package and run this again" >&2
+    echo "error: expected $1; install it with this system's package manager and run this again" >&2
     exit 2
   fi
   $as_root apt-get update -qq
-  $as_root apt-get install -y -qq "python$version-venv" >/dev/null || $as_root apt-get install -y -qq python3-venv >/dev/null
+  for packages in "${@:2}"; do
+    # shellcheck disable=SC2086
+    $as_root apt-get install -y -qq $packages >/dev/null && return
+  done
+  exit 2
+}
+
+python_version() {
+  "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 }
 
 python=$(find_python)
 # a moved checkout or another interpreter makes the old environment useless
 if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  "$python" -c 'import ensurepip, venv' 2>/dev/null || install_venv_package "$python"
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    install_packages "Python's venv" "python$(python_version "$python")-venv" python3-venv
   rm -rf .venv
   "$python" -m venv .venv
 fi
@@ -48,4 +58,14 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   .venv/bin/python -m pip install -q --disable-pip-version-check -c launch/constraints.txt torch numpy setuptools wheel
   DS_BUILD_OPS=0 .venv/bin/python -m pip install -q --disable-pip-version-check -c launch/constraints.txt -e ".[$extras]"
   echo "$wanted" > "$stamp"
+fi
+
+# for the tests of ZeRO 3; costs a second once it is built
+if [ "$extras" != demo ] && [ ! -e .venv/torch_extensions/deepspeed_shm_comm/deepspeed_shm_comm.so ]; then
+  header=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+  if ! command -v g++ >/dev/null || [ ! -e "$header" ]; then
+    install_packages "g++ and Python's headers" "g++ python$(python_version .venv/bin/python)-dev" "g++ python3-dev"
+  fi
+  echo "compiling DeepSpeed's collectives for the CPU (minutes, once)" >&2
+  .venv/bin/python -m aura_dist.model.zero3
 fi
