@@ -11,8 +11,7 @@ Names by shape: K rows ranked, M columns (neurons), C concepts, R runs of one co
 from __future__ import annotations
 
 import numpy as np
-from numpy import int32, uint32
-from numpy.typing import NDArray
+from numpy import int32
 
 from aura_dist.core.auroc_kernels import (
     BLOCK_SIZE,
@@ -23,15 +22,12 @@ from aura_dist.core.auroc_kernels import (
     SCRATCH_KEYS,
     TABLE_SIZE,
     U32,
-    U64,
     gather,
     jit,
     sort_pairs,
     to_keys,
 )
-
-I32 = NDArray[np.int32]
-F64 = NDArray[np.float64]
+from aura_dist.core.run_kernels import F64, I32, runs_by_counting, runs_of_sorted, values_of_runs
 
 # Rows of the two results of `column_sums`.
 WHOLE_SUMS = ("twice_u", "squared_above", "squared_below", "num_distinct", "num_nan")
@@ -40,83 +36,6 @@ REAL_SUMS = (
     "min_positive", "min_negative", "max_positive", "max_negative", "cross",
 )  # fmt: skip
 _NUM_WHOLE, _NUM_REAL = len(WHOLE_SUMS), len(REAL_SUMS)
-
-
-@jit
-def _runs_by_counting(
-    keys_K: U32, table: U32, block_used: NDArray[np.bool_], run_K: I32, keys_R: U32, rest_R: I32
-) -> int:
-    """Runs of a column whose keys differ in their upper 16 bits alone; the number of runs.
-
-    `table` and `block_used` must be all zero, and are all zero again afterwards.
-    """
-    for i in range(keys_K.size):
-        key = keys_K[i] >> uint32(16)
-        table[key] += uint32(1)
-        block_used[key // uint32(BLOCK_SIZE)] = True
-    num_runs = 0
-    for block in range(block_used.size):
-        if block_used[block]:
-            for key in range(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE):
-                count = table[key]
-                # Written for every key and kept for those that occur: a branch would be mispredicted.
-                # A negative number's key is its complement: the lower bits, all 0 in the number, are 1.
-                keys_R[num_runs] = (uint32(key) << uint32(16)) | uint32(0 if key >= TABLE_SIZE // 2 else 0xFFFF)
-                rest_R[num_runs] = int32(count)
-                table[key] = uint32(num_runs)
-                num_runs += count > uint32(0)
-    for i in range(keys_K.size):
-        run_K[i] = int32(table[keys_K[i] >> uint32(16)])
-    for block in range(block_used.size):
-        if block_used[block]:
-            block_used[block] = False
-            table[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = uint32(0)
-    return num_runs
-
-
-@jit
-def _runs_of_sorted(pairs_K: U64, run_K: I32, keys_R: U32, rest_R: I32) -> int:
-    """Runs of a column from its sorted pairs (key << 32 | row); the number of runs."""
-    run = 0
-    previous = uint32(pairs_K[0] >> np.uint64(32))
-    keys_R[0], start = previous, 0
-    for i in range(pairs_K.size):
-        key = uint32(pairs_K[i] >> np.uint64(32))
-        is_new = key != previous
-        rest_R[run] = int32(i - start)  # final once the next run begins
-        run += is_new
-        start = i if is_new else start
-        keys_R[run] = key
-        run_K[pairs_K[i] & np.uint64(0xFFFFFFFF)] = int32(run)
-        previous = key
-    rest_R[run] = int32(pairs_K.size - start)
-    return run + 1
-
-
-@jit
-def _values_of_runs(
-    keys_R: U32, num_runs: int, nan_above: int, is_half: bool, values_R: F64, nan_R: NDArray[np.bool_]
-) -> None:
-    """Numbers behind the keys, undoing `to_keys`; a NaN becomes 0 and is marked."""
-    for r in range(num_runs):
-        key = keys_R[r]
-        keys_R[r] = key ^ uint32(0x80000000) if key & uint32(0x80000000) else ~key
-    floats_R = keys_R.view(np.float32)
-    for r in range(num_runs):
-        magnitude = keys_R[r] & uint32(0x7FFFFFFF)
-        nan_R[r] = magnitude > uint32(nan_above)
-        value = np.float64(floats_R[r])
-        if is_half:
-            exponent, mantissa = np.int64(magnitude >> uint32(26)), np.int64((magnitude >> uint32(16)) & uint32(0x3FF))
-            if exponent == 31:
-                value = np.inf
-            elif exponent == 0:
-                value = mantissa * 2.0**-24
-            else:
-                value = (1024 + mantissa) * 2.0 ** (exponent - 25)
-            if keys_R[r] >> uint32(31):
-                value = -value
-        values_R[r] = 0.0 if nan_R[r] else value
 
 
 @jit
@@ -144,17 +63,18 @@ def _walk(
         above_aa += p * a * a
         below_bb += q * b * b
         num_distinct += t > 0
-        size = np.float64(t)
+        size = float(t)
         ties += size * (size * size - 1.0)
-        precision += np.float64(p * (num_positive - below_p)) / np.float64(max(1, num_labelled - below_p - below_q))
+        left = num_labelled - below_p - below_q  # 0 where the last runs hold nothing but what is not labelled
+        precision += float(p * (num_positive - below_p)) / float(left + (left == 0))
         x_R[num_x], p_R[num_x] = values_R[r], int32(p)
-        num_x += p > 0
+        num_x += int(p > 0)
         y_R[num_y], q_R[num_y] = values_R[r], int32(q)
-        num_y += q > 0
+        num_y += int(q > 0)
         below_p += p
         below_q += q
     whole[0], whole[1], whole[2], whole[3] = twice_u + num_positive * num_negative, above_aa, below_bb, num_distinct
-    real[0], real[1] = ties, precision / max(1, num_positive)
+    real[0], real[1] = ties, precision / float(num_positive)
     return num_x, num_y
 
 
@@ -192,7 +112,7 @@ def _cross(x_R: F64, p_R: I32, num_x: int, mean_x: float, y_R: F64, q_R: I32, nu
         if left_x == 0:
             i += 1
             if i == num_x:
-                return total / (np.float64(num_positive) * np.float64(num_negative))
+                return float(total / (float(num_positive) * float(num_negative)))
             left_x = p_R[i] * num_negative
         if left_y == 0:
             j += 1
@@ -253,11 +173,11 @@ def column_sums(
         for j in range(width):
             num_nan, short = to_keys(columns_WK[j], nan_above)
             if short:
-                num_runs = _runs_by_counting(columns_WK[j], table, block_used, run_K, keys_R, all_R)
+                num_runs = runs_by_counting(columns_WK[j], table, block_used, run_K, keys_R, all_R)
             else:
                 sort_pairs(columns_WK[j], pairs_K, spare_K, counts)
-                num_runs = _runs_of_sorted(pairs_K, run_K, keys_R, all_R)
-            _values_of_runs(keys_R, num_runs, nan_above, is_half, values_R, nan_R)
+                num_runs = runs_of_sorted(pairs_K, run_K, keys_R, all_R)
+            values_of_runs(keys_R, num_runs, nan_above, is_half, values_R, nan_R)
             for c in range(num_concepts):
                 pos_R[:num_runs] = int32(0)
                 rest_R[:num_runs] = all_R[:num_runs]
