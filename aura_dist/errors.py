@@ -28,3 +28,7 @@ class ModelError(AuraError):
 
 class StoreError(AuraError):
     """A store or an artifact is missing, damaged, unfinished, or of something else."""
+
+
+class ClusterError(AuraError):
+    """Workers cannot be started, reached or kept."""

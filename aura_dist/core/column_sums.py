@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aura_dist.core.auroc import NOT_LABELLED, float_bits
+from aura_dist.core.auroc_kernels import SCRATCH_KEYS
 from aura_dist.core.statistics_kernels import REAL_SUMS, WHOLE_SUMS, column_sums
 
 # Values converted at once, where they are not float32 in C order already.
@@ -156,3 +157,20 @@ def _cross_plain(x_P: F64, y_Q: F64) -> float:
     cuts = np.union1d(np.arange(num_x + 1) * num_y, np.arange(num_y + 1) * num_x)  # in units of 1 / (P Q)
     pieces = ((b - a) * x_P[a // num_y] * y_Q[a // num_x] for a, b in pairwise(cuts.tolist()))
     return float(sum(pieces)) / (num_x * num_y)
+
+
+# What a worker's process takes before it has work: Python, NumPy, Zarr, Dask, the compiled kernels.
+WORKER_BYTES = 300_000_000
+
+
+def scoring_bytes(num_rows: int, num_columns: int, item_bytes: int, num_concepts: int, num_threads: int = 1) -> int:
+    """Memory that a worker needs to score chunk columns, `num_threads` at once: what `--memory-limit` must hold.
+
+    A chunk column as it was read, an eighth of it for what is being decoded, values converted for the kernel where
+    they are not float32, the kernel's scratch, and the sums of every statistic.
+    """
+    values = num_rows * num_columns * item_bytes
+    converted = 0 if item_bytes == 4 else 4 * min(CONVERTED_VALUES, num_rows * num_columns)
+    scratch = 4 * SCRATCH_KEYS + 80 * num_rows
+    sums = 3 * 8 * (len(WHOLE_SUMS) + len(REAL_SUMS)) * num_concepts * num_columns
+    return WORKER_BYTES + num_threads * (values + values // 8 + converted + scratch + sums)

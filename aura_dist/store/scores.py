@@ -1,172 +1,251 @@
-"""Scores of a store: arrays made once, filled one chunk column at a time, each by one task.
+"""Scores of a store: which rows they are made from, which are there, and the arrays they go into.
 
 ```
-scores/<site>/<pooling>/auroc    [concept, neuron] float64, chunked as the activations' columns
-scores/<site>/<pooling>/scored   [chunk column] uint8, one chunk each: written after the column's scores
+scores                                   attributes: see `Basis`; `adjusted`, the poolings whose q-values are made
+scores/<site>/<pooling>/<statistic>      [concept, neuron], chunked as the activations' columns
+scores/<site>/<pooling>/scored           [chunk column] uint32, one chunk each: bit i for the i-th statistic of the
+                                         table, set once all that a task makes of the column are written
 ```
+A chunk column is one task's and has one writer (`columns`). q-values need every p-value of the model: they are
+written at the end, by one process, and `adjusted` says that they are.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from aura_dist.core.auroc import auroc_by_concept
-from aura_dist.errors import StoreError
-from aura_dist.store.access import get_array, open_group, read_array
-from aura_dist.store.record import unfinished
+from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
+from aura_dist.errors import ConfigError, StoreError
+from aura_dist.store.access import get_array, read_array
+from aura_dist.store.record import DONE
 from aura_dist.store.schema import StoreSpec, activation_path, codecs, tasks_of
 
-STATISTICS = ("auroc",)
+MARKER, ADJUSTED = "scored", "adjusted"
+BITS = {name: 1 << i for i, name in enumerate(STATISTICS)}
+# What is made at the end from what the columns hold.
+OVER_MODEL = {"q_value": "p_value"}
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The rows that scores are made from; written into the attributes of `scores`.
+
+    Attributes
+    ----------
+    partial
+        Whether rows are missing.
+    num_rows, total_rows
+        Rows that are there, and that the store is to hold.
+    digest
+        Of the tasks that were finished: scores made from others are made anew.
+    runs
+        The rows as runs [start, stop).
+    """
+
+    partial: bool
+    num_rows: int
+    total_rows: int
+    digest: str
+    runs: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One chunk column of one site and pooling: what one task scores."""
+    """One chunk column of one site and pooling, and what is to be made of it: one task.
+
+    `marker` is its marker once `statistics` are written too.
+    """
 
     site: str
     pooling: str
     index: int
     start: int
     stop: int
+    statistics: tuple[str, ...]
+    marker: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What one site and pooling lacks: `missing[i]` holds the bits of the statistics that chunk column i lacks."""
+
+    site: str
+    pooling: str
+    width: int
+    chunk: int
+    item_bytes: int
+    markers: NDArray[np.uint32]
+    missing: NDArray[np.uint32]
+
+    @property
+    def num_columns(self) -> int:
+        return int(np.count_nonzero(self.missing))
+
+    @property
+    def num_neurons(self) -> int:
+        starts = np.flatnonzero(self.missing) * self.chunk
+        return int((np.minimum(starts + self.chunk, self.width) - starts).sum())
+
+    def columns(self) -> Iterator[Column]:
+        for i in np.flatnonzero(self.missing).tolist():
+            names = tuple(name for name, bit in BITS.items() if bit & self.missing[i])
+            stop, marker = min((i + 1) * self.chunk, self.width), int(self.markers[i] | self.missing[i])
+            yield Column(self.site, self.pooling, i, i * self.chunk, stop, names, marker)
 
 
 def score_path(site: str, pooling: str, name: str) -> str:
     return f"scores/{site}/{pooling}/{name}"
 
 
-def check_finished(path: str, group: zarr.Group, spec: StoreSpec) -> None:
-    """StoreError with the number of missing rows, if collection has not finished."""
-    left = set(unfinished(group))
-    if left:
-        tokens = read_array(group, "samples/num_tokens")
-        rows = sum(t.stop - t.start for t in tasks_of(tokens, spec.tokens_per_batch) if t.index in left)
-        raise StoreError(
-            f"--store {path!r}: {rows} of {len(tokens)} rows are missing; run the same `collect` to finish it"
-        )
+def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
+    """Statistics to make, in the table's order: all if none is named, and what the named ones are made from.
+
+    Raises
+    ------
+    ConfigError
+        One is unknown.
+    """
+    for name in names:
+        if name not in STATISTICS:
+            raise ConfigError(f"--statistics: expected some of {', '.join(STATISTICS)}, got {name!r}")
+    wanted = set(names or STATISTICS) | {OVER_MODEL[name] for name in names if name in OVER_MODEL}
+    return tuple(name for name in STATISTICS if name in wanted)
 
 
-def prepare(group: zarr.Group, spec: StoreSpec) -> list[Column]:
-    """Make the score arrays that are not there yet; the chunk columns that are not scored yet."""
-    columns = []
-    for site in spec.sites:
-        for pooling in spec.poolings:
-            width = get_array(group, activation_path(site.name, pooling)).chunks[1]
-            marker = score_path(site.name, pooling, "scored")
-            if marker not in group:
-                _make_arrays(group, len(spec.concepts), site.name, pooling, site.width, width)
-            scored = read_array(group, marker)
-            columns += [
-                Column(site.name, pooling, int(i), int(i) * width, min((int(i) + 1) * width, site.width))
-                for i in np.flatnonzero(scored == 0)
-            ]
-    return columns
-
-
-def _make_arrays(group: zarr.Group, concepts: int, site: str, pooling: str, width: int, chunk: int) -> None:
-    for statistic in STATISTICS:
-        group.create_array(
-            score_path(site, pooling, statistic),
-            shape=(concepts, width),
-            chunks=(concepts, chunk),
-            dtype="float64",
-            fill_value=np.nan,
-            compressors=codecs(),
-            dimension_names=("concept", "neuron"),
-            config={"write_empty_chunks": True},
-        )
-    # the marker comes last: where it stands, the statistics' arrays stand
-    group.create_array(
-        score_path(site, pooling, "scored"),
-        shape=(ceil(width / chunk),),
-        chunks=(1,),
-        dtype="uint8",
-        fill_value=0,
-        dimension_names=("chunk_column",),
-    )
-
-
-def score_column(path: str, column: Column) -> int:
-    """Read, score and write one chunk column; the number of neurons in it without a score.
+def basis_of(path: str, group: zarr.Group, spec: StoreSpec, *, partial: bool) -> Basis:
+    """The rows to score.
 
     Raises
     ------
     StoreError
-        A chunk is missing or damaged; nothing is written.
+        Rows are missing and `partial` is not set; or a concept has only one class among those that are there.
     """
-    labels_CN = _labels(path)
-    values_NM = read_columns(path, column.site, column.pooling, slice(column.start, column.stop))
-    auroc_CM = auroc_by_concept(values_NM, labels_CN)
-    _opened_array(path, score_path(column.site, column.pooling, "auroc"))[:, column.start : column.stop] = auroc_CM
-    _opened_array(path, score_path(column.site, column.pooling, "scored"))[column.index] = 1
-    return int(np.isnan(auroc_CM).any(axis=0).sum())
+    tokens, done = read_array(group, "samples/num_tokens"), read_array(group, DONE)
+    runs: list[tuple[int, int]] = []
+    for task in tasks_of(tokens, spec.tokens_per_batch):
+        if done[task.index]:
+            joins = bool(runs) and runs[-1][1] == task.start
+            runs[-1:] = [(runs[-1][0], task.stop)] if joins else [*runs[-1:], (task.start, task.stop)]
+    num_rows = sum(stop - start for start, stop in runs)
+    missing = len(tokens) - num_rows
+    if missing and not partial:
+        raise StoreError(
+            f"--store {path!r}: {missing} of {len(tokens)} rows are missing; run the same `collect` to finish it, "
+            "or score what is there with --partial"
+        )
+    _check_classes(path, spec, read_array(group, "samples/label"), runs)
+    return Basis(missing > 0, num_rows, len(tokens), hashlib.sha256(done.tobytes()).hexdigest(), tuple(runs))
 
 
-def read_columns(path: str, site: str, pooling: str, columns: slice) -> NDArray[Any]:
-    """[N, M] responses of some neurons; StoreError with a chunk's path if it is missing or damaged."""
-    name = activation_path(site, pooling)
-    array = _opened_array(path, name)
-    for chunk, _ in _chunks_of(array, columns):
-        # a missing chunk would read as fill values without a word
-        if not _chunk_file(path, name, chunk).is_file():
-            raise StoreError(f"the chunk {str(_chunk_file(path, name, chunk))!r} is missing; {_AGAIN}")
-    try:
-        return np.asarray(array[:, columns])
-    except Exception:  # the codec pipeline raises its own kinds: find the chunk
-        for chunk, region in _chunks_of(array, columns):
-            try:
-                array[region]
-            except Exception as error:
-                file = _chunk_file(path, name, chunk)
-                raise StoreError(f"the chunk {str(file)!r} is damaged: {error}; {_AGAIN}") from error
-        raise
+def _check_classes(path: str, spec: StoreSpec, labels_NC: NDArray[np.int8], runs: list[tuple[int, int]]) -> None:
+    there = np.concatenate([np.arange(*run) for run in runs] or [np.empty(0, np.int64)])
+    for c, concept in enumerate(spec.concepts):
+        counts = [int((labels_NC[there, c] == value).sum()) for value in (1, 0)]
+        if 0 in counts:
+            raise StoreError(
+                f"--store {path!r}: concept {concept!r} has {counts[0]} positive and {counts[1]} negative rows among "
+                f"the {len(there)} that are there; expected one of each or more: collect more rows"
+            )
 
 
-_AGAIN = "collect again with --overwrite"
+def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
+    """Make `scores` ready for `basis`; whether scores of other rows stood there and are to be made anew.
+
+    The markers are cleared before the attributes say whose they are, so that being cut off in between leaves
+    nothing that counts.
+    """
+    if "scores" not in group:
+        group.create_group("scores", attributes={**asdict(basis), ADJUSTED: []})
+        return False
+    scores = group["scores"]
+    if scores.attrs.get("digest") == basis.digest:
+        return False
+    scores.attrs[ADJUSTED] = []
+    for site in spec.sites:
+        for pooling in spec.poolings:
+            if score_path(site.name, pooling, MARKER) in group:
+                get_array(group, score_path(site.name, pooling, MARKER))[...] = 0
+    scores.attrs.update(asdict(basis))
+    return True
 
 
-def _chunks_of(array: "zarr.Array[Any]", columns: slice) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
-    """Index and region of every chunk that holds some of `columns`."""
-    rows, width = array.chunks
-    for r in range(ceil(array.shape[0] / rows)):
-        for c in range(columns.start // width, ceil(columns.stop / width)):
-            yield (r, c), (slice(r * rows, (r + 1) * rows), slice(c * width, (c + 1) * width))
+def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str]) -> list[Pending]:
+    """What every site and pooling lacks of `names`, in model order; those that lack nothing are left out."""
+    wanted = sum(BITS[name] for name in names if name not in OVER_MODEL)
+    found = []
+    for site in spec.sites:
+        for pooling in spec.poolings:
+            responses = get_array(group, activation_path(site.name, pooling))
+            chunk, marker = responses.chunks[1], score_path(site.name, pooling, MARKER)
+            there = marker in group
+            markers = read_array(group, marker) if there else np.zeros(ceil(site.width / chunk), np.uint32)
+            missing = np.uint32(wanted) & ~markers
+            item = Pending(site.name, pooling, site.width, chunk, responses.dtype.itemsize, markers, missing)
+            if item.num_columns:
+                found.append(item)
+    return found
 
 
-def _chunk_file(path: str, name: str, chunk: tuple[int, int]) -> Path:
-    return Path(path) / name / "c" / str(chunk[0]) / str(chunk[1])
+def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, names: Sequence[str]) -> None:
+    """Make the arrays of one site and pooling that are not there yet, and its marker."""
+    place, (_, chunk) = f"scores/{site}/{pooling}", get_array(group, activation_path(site, pooling)).chunks
+    width = next(s.width for s in spec.sites if s.name == site)
+    there = set(group[place].array_keys()) if place in group else set()
+    for name in [n for n in names if n not in there]:
+        dtype = STATISTICS[name].dtype
+        group.create_array(
+            f"{place}/{name}",
+            shape=(len(spec.concepts), width),
+            chunks=(len(spec.concepts), chunk),
+            dtype=dtype,
+            fill_value=np.nan if dtype == "float64" else 0,
+            compressors=codecs(),
+            dimension_names=("concept", "neuron"),
+            config={"write_empty_chunks": True},
+        )
+    if MARKER not in there:
+        group.create_array(
+            f"{place}/{MARKER}",
+            shape=(ceil(width / chunk),),
+            chunks=(1,),
+            dtype="uint32",
+            fill_value=0,
+            dimension_names=("chunk_column",),
+        )
 
 
-@lru_cache(maxsize=1)
-def _opened_group(path: str) -> zarr.Group:
-    return open_group(path)
+def is_scored(group: zarr.Group, site: str, pooling: str, name: str) -> bool:
+    """Whether a statistic stands for every neuron of a site."""
+    if name in OVER_MODEL:
+        return pooling in _adjusted(group)
+    marker = score_path(site, pooling, MARKER)
+    return marker in group and bool((read_array(group, marker) & np.uint32(BITS[name])).all())
 
 
-@lru_cache(maxsize=256)
-def _opened_array(path: str, name: str) -> "zarr.Array[Any]":
-    """A worker's handle on an array: opening costs more than scoring a column."""
-    return get_array(_opened_group(path), name)
+def _adjusted(group: zarr.Group) -> list[str]:
+    return list(group["scores"].attrs.get(ADJUSTED, [])) if "scores" in group else []
 
 
-@lru_cache(maxsize=1)
-def _labels(path: str) -> NDArray[np.int8]:
-    """[C, N] labels of a store."""
-    return np.ascontiguousarray(read_array(_opened_group(path), "samples/label").T)
+def adjust(group: zarr.Group, spec: StoreSpec) -> None:
+    """Make the q-values of every pooling that lacks them: per concept, over all neurons of the model.
 
-
-def forget_handles() -> None:
-    """Drop what workers in this process hold open: the store may be made anew at the same path."""
-    for cached in (_opened_group, _opened_array, _labels):
-        cached.cache_clear()
-
-
-def compile_kernels() -> None:
-    """Compile the kernel now (or read it from numba's cache), rather than within the first column."""
-    labels_CN = np.array([[1, 0]], dtype=np.int8)
-    auroc_by_concept(np.array([[0.1], [0.2]], dtype=np.float32), labels_CN)
+    To be called once every p-value stands. Interrupted, it is done again.
+    """
+    for pooling in [p for p in spec.poolings if p not in _adjusted(group)]:
+        widths = [site.width for site in spec.sites]
+        q_CD = np.empty((len(spec.concepts), sum(widths)))
+        parts: list[NDArray[Any]] = np.split(q_CD, np.cumsum(widths)[:-1], axis=1)  # views: filled here, then read
+        for site, part in zip(spec.sites, parts, strict=True):
+            part[...] = read_array(group, score_path(site.name, pooling, "p_value"))
+        for p_D in q_CD:
+            p_D[...] = benjamini_hochberg(p_D)
+        for site, part in zip(spec.sites, parts, strict=True):
+            make_arrays(group, spec, site.name, pooling, ["q_value"])
+            get_array(group, score_path(site.name, pooling, "q_value"))[...] = part
+        group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]
