@@ -49,7 +49,7 @@ def check_settings(kind: str, memory_limit: str) -> int:
     return limit
 
 
-def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[str, Any]) -> tuple[int, int]:
+def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[Any, Any]) -> tuple[int, int]:
     """Memory in bytes and threads of one worker that `dask_client` starts; ConfigError if a setting is wrong."""
     limit = check_settings(kind, memory_limit)
     if kind == "threads":
@@ -65,7 +65,7 @@ def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: M
 
 @contextmanager
 def dask_client(
-    kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[str, Any] | None = None
+    kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[Any, Any] | None = None
 ) -> "Iterator[Client]":
     """A client of the cluster; one that was started here ends with the context, one that was there goes on.
 
@@ -125,10 +125,10 @@ def _local(kind: str, num_workers: int | None, limit: int) -> Any:
     )
 
 
-def _slurm(num_workers: int | None, limit: int, options: Mapping[str, Any]) -> Any:
+def _slurm(num_workers: int | None, limit: int, options: Mapping[Any, Any]) -> Any:
     """A cluster of Slurm jobs: by default one core, `--memory-limit` and dask-jobqueue's half hour each."""
     try:
-        from dask_jobqueue import SLURMCluster
+        from dask_jobqueue.slurm import SLURMCluster
     except ImportError as error:
         raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
     defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}

@@ -196,8 +196,7 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
     """Make the arrays of one site and pooling that are not there yet, and its marker."""
     place, (_, chunk) = f"scores/{site}/{pooling}", get_array(group, activation_path(site, pooling)).chunks
     width = next(s.width for s in spec.sites if s.name == site)
-    there = set(group[place].array_keys()) if place in group else set()
-    for name in [n for n in names if n not in there]:
+    for name in [n for n in names if f"{place}/{n}" not in group]:
         dtype = STATISTICS[name].dtype
         group.create_array(
             f"{place}/{name}",
@@ -209,7 +208,7 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
             dimension_names=("concept", "neuron"),
             config={"write_empty_chunks": True},
         )
-    if MARKER not in there:
+    if f"{place}/{MARKER}" not in group:
         group.create_array(
             f"{place}/{MARKER}",
             shape=(ceil(width / chunk),),
@@ -220,16 +219,23 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
         )
 
 
-def is_scored(group: zarr.Group, site: str, pooling: str, name: str) -> bool:
-    """Whether a statistic stands for every neuron of a site."""
-    if name in OVER_MODEL:
-        return pooling in _adjusted(group)
+def scored_statistics(group: zarr.Group, site: str, pooling: str) -> tuple[str, ...]:
+    """Statistics that stand for every neuron of a site, in the table's order."""
     marker = score_path(site, pooling, MARKER)
-    return marker in group and bool((read_array(group, marker) & np.uint32(BITS[name])).all())
+    if marker not in group:
+        return ()
+    bits = int(np.bitwise_and.reduce(read_array(group, marker)))
+    over_model = set(OVER_MODEL) if pooling in _adjusted(group) else set()
+    return tuple(name for name in STATISTICS if name in over_model or bits & BITS[name])
+
+
+def score_attributes(group: zarr.Group) -> dict[str, Any]:
+    """What the scores are made from: the fields of `Basis`, and which poolings have q-values; empty if none stand."""
+    return dict(group["scores"].attrs) if "scores" in group else {}
 
 
 def _adjusted(group: zarr.Group) -> list[str]:
-    return list(group["scores"].attrs.get(ADJUSTED, [])) if "scores" in group else []
+    return list(score_attributes(group).get(ADJUSTED, []))
 
 
 def adjust(group: zarr.Group, spec: StoreSpec) -> None:

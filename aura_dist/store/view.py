@@ -10,11 +10,10 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
-from aura_dist.core.statistics import STATISTICS
 from aura_dist.errors import InputError, StoreError
 from aura_dist.store.access import get_array, open_group, read_array
 from aura_dist.store.schema import StoreSpec, activation_path
-from aura_dist.store.scores import is_scored, score_path
+from aura_dist.store.scores import score_attributes, score_path, scored_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def open_store(path: str | Path) -> xr.DataTree:
     by_sample = {name: ("sample", values) for name, values in (*rows.items(), ("num_tokens", rows["tokens"]))}
     nodes: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs=dict(group.attrs)), "/samples": samples}
     if "scores" in group:
-        nodes["/scores"] = xr.Dataset(attrs=dict(group["scores"].attrs))
+        nodes["/scores"] = xr.Dataset(attrs=score_attributes(group))
     for site in spec.sites:
         units = np.arange(site.width)
         of_site = {"site": site.name, "neuron": units, "unit": ("neuron", units)}
@@ -58,7 +57,7 @@ def open_store(path: str | Path) -> xr.DataTree:
             attrs={"kind": site.kind, "layer": site.layer},
         )
         for pooling in spec.poolings:
-            names = [name for name in STATISTICS if is_scored(group, site.name, pooling, name)]
+            names = scored_statistics(group, site.name, pooling)
             if names:
                 nodes[f"/scores/{site.name}/{pooling}"] = xr.Dataset(
                     {s: (("concept", "neuron"), _lazy(group, score_path(site.name, pooling, s))) for s in names},
@@ -107,20 +106,17 @@ def read_scores(
     which = spec.concepts.index(concept)
     scores: dict[str, NDArray[Any]] = {}
     for site in spec.sites:
-        if not is_scored(group, site.name, pooling, statistic):
+        if statistic not in scored_statistics(group, site.name, pooling):
             raise StoreError(
                 f"--store {group.store_path}: {site.name} has not been scored ({statistic}); "
                 "run `aura-dist score` first"
             )
         scores[site.name] = np.asarray(get_array(group, score_path(site.name, pooling, statistic))[which])
-    if group["scores"].attrs.get("partial"):
-        logger.warning("%s: the scores are of %d of %d rows", group.store_path, *_rows(group))
+    basis = score_attributes(group)
+    if basis["partial"]:
+        where = str(group.store_path)
+        logger.warning("%s: the scores are of %d of %d rows", where, basis["num_rows"], basis["total_rows"])
     return scores
-
-
-def _rows(group: zarr.Group) -> tuple[int, int]:
-    attributes: dict[str, Any] = dict(group["scores"].attrs)
-    return attributes["num_rows"], attributes["total_rows"]
 
 
 def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> pd.DataFrame:
@@ -133,7 +129,7 @@ def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) 
     codes = np.repeat(np.arange(len(widths)), widths)
     table = pd.DataFrame(
         {
-            "site": pd.Categorical.from_codes(codes, [site.name for site in spec.sites]),
+            "site": pd.Categorical.from_codes(codes, pd.Index([site.name for site in spec.sites])),
             "kind": np.array([site.kind for site in spec.sites])[codes],
             "layer": np.array([site.layer for site in spec.sites])[codes],
             "unit": np.concatenate([np.arange(width) for width in widths]),
@@ -141,12 +137,12 @@ def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) 
         }
     )
     which = spec.concepts.index(concept)
+    there_by_site = [scored_statistics(group, site.name, pooling) for site in spec.sites]
     for name in SHOWN[1:]:
-        there = all(is_scored(group, site.name, pooling, name) for site in spec.sites)
+        there = all(name in names for names in there_by_site)
         parts = [get_array(group, score_path(s.name, pooling, name))[which] for s in spec.sites] if there else []
         table[name] = np.concatenate(parts) if parts else np.nan
-    table.attrs = dict(zip(("num_rows", "total_rows"), _rows(group), strict=True))
-    table.attrs["partial"] = bool(group["scores"].attrs["partial"])
+    table.attrs = {key: score_attributes(group)[key] for key in ("num_rows", "total_rows", "partial")}
     return table
 
 
