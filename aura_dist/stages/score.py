@@ -99,6 +99,8 @@ def _score(
     num_rows = sum(stop - start for start, stop in source.runs)
     num_unscored, seconds = 0, np.zeros(3)
     with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
+        if config.dask == "processes":  # every worker loads its kernels now, not within its first column
+            client.run(compile_kernels, names)
         progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
         for column, scored in _results(client, source, _columns(group, spec, left, names)):
             num_unscored += scored.num_unscored
