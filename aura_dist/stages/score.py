@@ -20,15 +20,14 @@ from aura_dist.errors import ClusterError, ConfigError, StoreError, brief
 from aura_dist.runtime.cluster import SCHEMES, dask_client, worker_shape
 from aura_dist.runtime.progress import Progress
 from aura_dist.store.access import open_group
+from aura_dist.store.basis import Basis, basis_of
 from aura_dist.store.columns import Scored, Source, compile_kernels, score_column
 from aura_dist.store.describe import by_layer, confounding_warning, top_table
 from aura_dist.store.schema import StoreSpec
 from aura_dist.store.scores import (
-    Basis,
     Column,
     Pending,
     adjust,
-    basis_of,
     begin,
     make_arrays,
     pending,
