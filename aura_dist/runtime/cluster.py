@@ -5,6 +5,7 @@ A local cluster's workers never spill: tasks give back a few numbers, so what fi
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -131,6 +132,8 @@ def _slurm(num_workers: int | None, limit: int, options: Mapping[Any, Any]) -> A
         from dask_jobqueue.slurm import SLURMCluster
     except ImportError as error:
         raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
+    if shutil.which("sbatch") is None:
+        raise ClusterError("--dask slurm: expected Slurm's sbatch on this machine, found none")
     defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}
     cluster = SLURMCluster(**{**defaults, **options})
     cluster.scale(num_workers or SLURM_JOBS)

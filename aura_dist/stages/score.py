@@ -4,9 +4,11 @@ Data flow: rows that are finished → chunk columns that lack a statistic → ta
 reads its column, scores it and writes it → q-values over the model → tables and histograms.
 """
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ import zarr
 from aura_dist.config import ScoreConfig
 from aura_dist.core.column_sums import scoring_bytes
 from aura_dist.errors import ClusterError, ConfigError, StoreError, brief
-from aura_dist.runtime.cluster import SCHEMES, dask_client, worker_shape
+from aura_dist.runtime.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_shape
 from aura_dist.runtime.progress import Progress
 from aura_dist.store.access import open_group
 from aura_dist.store.basis import Basis, basis_of
@@ -62,7 +64,13 @@ def run(config: ScoreConfig) -> None:
         if not config.dask.startswith(SCHEMES):
             _check_memory(left, basis, len(spec.concepts), *shape)
         compile_kernels(names)
-        _score(config, group, spec, Source(store, basis.runs, uuid.uuid4().hex), left, names)
+        source = Source(store, basis.runs, uuid.uuid4().hex)
+        try:
+            _score(config, group, spec, source, left, names)
+        except StoreError as error:
+            if config.dask in LOCAL_KINDS:
+                raise
+            raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
     if "q_value" in names:
         adjust(group, spec)
     if "auroc" in names:
@@ -147,10 +155,15 @@ def _results(client: "Client", source: Source, columns: Iterator[Column]) -> Ite
     try:
         submit()
         for future in finished:
-            _, column = in_flight.pop(future.key)
+            column = in_flight[future.key][1]
             yield column, future.result()
+            del in_flight[future.key]
             if len(in_flight) <= MIN_IN_FLIGHT // 2:
                 submit()
+    except (CancelledError, asyncio.CancelledError) as error:
+        raise ClusterError(f"the scheduler was lost: {brief(error)}; run `score` again: it does the rest") from error
+    except (ImportError, RuntimeError) as error:
+        raise ClusterError(f"a worker cannot run tasks: {brief(error)}; install the same aura_dist there") from error
     except KilledWorker as error:
         raise ClusterError(
             f"workers died again and again on {column.site}, neurons {column.start} to {column.stop}: expected them to "
