@@ -20,6 +20,13 @@ ConfigT = TypeVar("ConfigT")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Pooling = Literal["max", "mean", "min", "last", "absmax"]
 Method = Literal["aura", "damp", "det0"]
+# dask-jobqueue's SLURMCluster takes these; see its documentation
+SlurmOption = Literal[
+    "queue", "account", "walltime", "cores", "memory", "processes", "interface", "host", "python", "protocol",
+    "security", "shared_temp_directory", "local_directory", "log_directory", "job_name", "job_cpu", "job_mem",
+    "job_extra_directives", "job_directives_skip", "job_script_prologue", "worker_extra_args", "death_timeout",
+    "scheduler_options", "dashboard_address",
+]  # fmt: skip
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -34,8 +41,8 @@ DEFAULT_ALPHA = 0.5
 def option(help_text: str, default: Any = MISSING, *, distinct: bool = False) -> Any:
     """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats."""
     metadata = {"help": help_text, "distinct": distinct, "may_be_empty": default == []}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -93,12 +100,19 @@ class CollectConfig(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """Compute the AUROC of every neuron of a store, out of core."""
+    """Compute every statistic of every neuron of a store, out of core."""
 
     store: str = option("the store that `collect` wrote")
-    dask: str = option("where the work runs: threads or processes", "threads")
-    num_workers: PositiveInt | None = option("workers (default: the processor cores this process may use)", None)
+    dask: str = option("where the work runs: threads, processes, slurm, or the tcp://HOST:PORT of a cluster", "threads")
+    num_workers: PositiveInt | None = option(
+        "workers (default: the processor cores this process may use; 2 under slurm)", None
+    )
     memory_limit: str = option("memory per worker, such as 4GB", "4GB")
+    statistics: list[str] = option("statistics to compute (default: all)", [], distinct=True)
+    partial: bool = option("score the rows that are there, if the store is not finished", False)
+    slurm: dict[SlurmOption, Any] = option(
+        "options of dask-jobqueue's SLURMCluster, such as queue=main cores=2; in a file, keys and values", {}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +261,8 @@ def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
         value = [value]
     if _holds_nul(value):
         raise ConfigError(f"{flag(name)}: expected {describe(hint)} without a NUL character, got {value!r}")
+    if get_origin(hint) is dict and isinstance(value, list):
+        value = _pairs(name, value)
     number = _number(value, _leaves(hint)) if isinstance(value, str) else value
     try:
         converted = msgspec.convert(number, hint, strict=False)
@@ -260,6 +276,17 @@ def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     if isinstance(converted, float) and not abs(converted) < float("inf"):
         raise ConfigError(f"{flag(name)}: expected a finite number, got {value!r}")
     return converted
+
+
+def _pairs(name: str, words: list[str]) -> dict[str, Any]:
+    """`["queue=main", "cores=2"]`, as flags give them, as keys and values; whole numbers and truth values as such."""
+    pairs: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = str(word).partition("=")
+        if not equals or key in pairs:
+            raise ConfigError(f"{flag(name)}: expected KEY=VALUE, each key once, got {word!r}")
+        pairs[key] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
+    return pairs
 
 
 def _number(text: str, types: set[Any]) -> Any:
@@ -305,4 +332,6 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if origin is list:
         return f"a list, each {describe(get_args(hint)[0])}"
+    if origin is dict:
+        return f"keys and values, the key {describe(get_args(hint)[0])}"
     return _WORDS.get(hint, str(hint))

@@ -32,6 +32,10 @@ class StoreError(AuraError):
     """A store or an artifact is missing, damaged, unfinished, or of something else."""
 
 
+class ClusterError(AuraError):
+    """Workers cannot be started, reached or kept."""
+
+
 class PeerError(AuraError):
     """Another rank of the launch has failed; it says why itself, and this rank ends without a word of its own."""
 

@@ -71,7 +71,8 @@ def auroc(values: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
     values_NM = _checked_values(values)
     labels_array = _as_array(labels, "labels")
     labels_CN = _checked_labels(labels_array, values_NM.shape[0])
-    auroc_CM, num_nan_CM = _score(values_NM, labels_CN)
+    _check_both_classes(labels_CN)
+    auroc_CM, num_nan_CM = score_checked(values_NM, labels_CN)
     if num_nan_CM.any():
         num_nan_M = num_nan_CM[0]
         warnings.warn(
@@ -103,22 +104,35 @@ def auroc_by_concept(values_NM: NDArray[Any], labels_CN: NDArray[np.int8]) -> ND
         Values or labels of another shape or dtype, a label other than 1, 0 and −1, or a concept with one
         class.
     """
+    return score_checked(*check_by_concept(values_NM, labels_CN))[0]
+
+
+def check_by_concept(values_NM: NDArray[Any], labels_CN: NDArray[np.int8]) -> tuple[NDArray[Any], NDArray[np.int8]]:
+    """Values [N, M] and labels int8 [C, N] (1, 0, −1) as given; InputError as of `auroc_by_concept`."""
     values_NM, labels_CN = _checked_values(values_NM), np.asarray(labels_CN)
     if labels_CN.ndim != 2 or labels_CN.shape[1] != values_NM.shape[0]:
         raise InputError(
             f"labels must be [C, N] with N = {values_NM.shape[0]} as in values, got shape {labels_CN.shape}"
         )
-    return _score(values_NM, _checked_classes(labels_CN, lowest=NOT_LABELLED))[0]
+    labels_CN = _checked_classes(labels_CN, lowest=NOT_LABELLED)
+    _check_both_classes(labels_CN)
+    return values_NM, labels_CN
 
 
-def _score(values_NM: NDArray[Any], labels_CN: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """AUROC, float64 [C, M], and the NaN among the rows labelled for a concept, int64 [C, M]."""
+def _check_both_classes(labels_CN: NDArray[np.int8]) -> None:
     num_positive_C, num_negative_C = (labels_CN == 1).sum(axis=1), (labels_CN == 0).sum(axis=1)
     for c in np.flatnonzero((num_positive_C == 0) | (num_negative_C == 0)):
         raise InputError(
             f"concept {c} has {num_positive_C[c]} positive and {num_negative_C[c]} negative rows; AUROC "
             "needs one of each or more: label more rows, or leave the concept out"
         )
+
+
+def score_checked(
+    values_NM: NDArray[Any], labels_CN: NDArray[np.int8]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """AUROC, float64 [C, M], and the NaN among the rows labelled for a concept, int64 [C, M]."""
+    num_positive_C, num_negative_C = (labels_CN == 1).sum(axis=1), (labels_CN == 0).sum(axis=1)
     # The fast way takes dtypes whose values all are float32 numbers, bfloat16 among them.
     twice_u = twice_u_fast if np.can_cast(values_NM.dtype, np.float32) else twice_u_plain
     shape = (labels_CN.shape[0], values_NM.shape[1])
@@ -175,7 +189,7 @@ def twice_u_fast(values_NM: NDArray[Any], group: _Group) -> tuple[NDArray[np.int
     step = max(1, values_NM.shape[1]) if in_place else CONVERTED_COLUMNS
     for first in range(0, values_NM.shape[1], step):
         block = slice(first, first + step)
-        bits_NM, nan_above = _float_bits(values_NM[:, block])
+        bits_NM, nan_above, _ = float_bits(values_NM[:, block])
         sums_GM, num_nan_M[block] = twice_rank_sums(
             bits_NM, nan_above, group.rows_K, group.num_ranked, positives, starts
         )
@@ -183,9 +197,10 @@ def twice_u_fast(values_NM: NDArray[Any], group: _Group) -> tuple[NDArray[np.int
     return twice_u_GM, num_nan_M
 
 
-def _float_bits(values_NM: NDArray[Any]) -> tuple[NDArray[np.uint32], int]:
-    """Bits, uint32 [N, M], that order as float32 and as the values do, and those above which they are NaN."""
-    if values_NM.dtype == np.float16 and values_NM.dtype.isnative:
+def float_bits(values_NM: NDArray[Any]) -> tuple[NDArray[np.uint32], int, bool]:
+    """Bits, uint32 [N, M], that order as float32 and as the values do; those above which they are NaN; if float16."""
+    is_half = values_NM.dtype == np.float16 and values_NM.dtype.isnative
+    if is_half:
         # In the upper half of a word they are 16-bit keys, which are counted instead of sorted.
         bits_NM = np.left_shift(values_NM.view(np.uint16), 16, dtype=np.uint32, order="C")
         infinity = FLOAT16_INFINITY << 16
@@ -193,7 +208,7 @@ def _float_bits(values_NM: NDArray[Any]) -> tuple[NDArray[np.uint32], int]:
         bits_NM = np.require(values_NM, np.float32, ["C", "ALIGNED"]).view(np.uint32)
         infinity = FLOAT32_INFINITY
     bits_NM.flags.writeable = False  # a writable array is another type to the compiler: compiled once more
-    return bits_NM, infinity
+    return bits_NM, infinity, bool(is_half)
 
 
 def _as_array(given: ArrayLike, name: str) -> NDArray[Any]:

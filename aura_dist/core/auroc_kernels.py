@@ -33,7 +33,7 @@ TABLE_SIZE, BLOCK_SIZE = 1 << 16, 64
 INSERTION_BUDGET = 8
 
 
-def _jit(function: Function) -> Function:
+def jit(function: Function) -> Function:
     """Compile at the first call, without the GIL; keep the machine code on disk where there is a place."""
     try:
         compiled = numba.njit(cache=True, nogil=True)(function)
@@ -42,8 +42,8 @@ def _jit(function: Function) -> Function:
     return cast(Function, compiled)
 
 
-@_jit
-def _gather(bits_NM: U32, rows_K: I64, first: int, width: int, columns_WK: U32) -> None:
+@jit
+def gather(bits_NM: U32, rows_K: I64, first: int, width: int, columns_WK: U32) -> None:
     """Copy columns first … first + width of the used rows, transposed, in tiles of eight rows."""
     whole = rows_K.size // 8 * 8
     for i in range(0, whole, 8):
@@ -55,8 +55,8 @@ def _gather(bits_NM: U32, rows_K: I64, first: int, width: int, columns_WK: U32) 
             columns_WK[j, i] = bits_NM[rows_K[i], first + j]
 
 
-@_jit
-def _to_keys(column_K: U32, nan_above: int) -> tuple[int, bool]:
+@jit
+def to_keys(column_K: U32, nan_above: int) -> tuple[int, bool]:
     """Turn float32 bits into keys of the same order, in place; count NaN; see whether 16 bits suffice.
 
     Positive numbers get their sign bit set, negative ones are inverted, −0 becomes +0.
@@ -75,7 +75,7 @@ def _to_keys(column_K: U32, nan_above: int) -> tuple[int, bool]:
     return num_nan, low == uint32(0)
 
 
-@_jit
+@jit
 def _rank_by_counting(keys_K: U32, table: U32, block_used: NDArray[np.bool_], twice_ranks: U32) -> None:
     """Twice the mid-rank of the first `twice_ranks.size` rows; only the upper 16 bits of a key count.
 
@@ -100,7 +100,7 @@ def _rank_by_counting(keys_K: U32, table: U32, block_used: NDArray[np.bool_], tw
             table[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = uint32(0)
 
 
-@_jit
+@jit
 def _radix_pass(source_K: U64, target_K: U64, shift: int, counts: U32) -> None:
     """One stable pass of a least-significant-digit radix sort on the digit at bit `shift` of the key."""
     down, mask = uint64(32 + shift), uint64((1 << DIGIT_BITS) - 1)
@@ -120,7 +120,7 @@ def _radix_pass(source_K: U64, target_K: U64, shift: int, counts: U32) -> None:
         counts[digit_of_pair] = place + uint32(1)
 
 
-@_jit
+@jit
 def _finish_by_insertion(pairs_K: U64) -> bool:
     """Sort what is nearly sorted by insertion; False, with the work left undone, if it is not nearly so."""
     moves, budget = 0, INSERTION_BUDGET * pairs_K.size
@@ -138,8 +138,8 @@ def _finish_by_insertion(pairs_K: U64) -> bool:
     return True
 
 
-@_jit
-def _sort_pairs(keys_K: U32, pairs_K: U64, spare_K: U64, counts: U32) -> None:
+@jit
+def sort_pairs(keys_K: U32, pairs_K: U64, spare_K: U64, counts: U32) -> None:
     """Fill `pairs_K` with (key << 32 | row), sorted.
 
     Two passes over the top 22 bits in which the keys differ leave few pairs out of order among real
@@ -162,7 +162,7 @@ def _sort_pairs(keys_K: U32, pairs_K: U64, spare_K: U64, counts: U32) -> None:
         pairs_K[:] = spare_K
 
 
-@_jit
+@jit
 def _rank_sorted(pairs_K: U64, starts_K: U64, twice_ranks_K: U32) -> None:
     """Twice the mid-rank of every row, from its sorted pairs: 2 · #smaller + #equal + 1.
 
@@ -189,7 +189,7 @@ def _rank_sorted(pairs_K: U64, starts_K: U64, twice_ranks_K: U32) -> None:
         twice_ranks_K[pairs_K[i] & row_bits] = uint32(starts_K[i] + last + uint64(2))
 
 
-@_jit
+@jit
 def twice_rank_sums(
     bits_NM: U32, nan_above: int, rows_K: I64, num_ranked: int, positives: I64, starts_C1: I64
 ) -> tuple[I64, I64]:
@@ -226,14 +226,14 @@ def twice_rank_sums(
     counts, twice_ranks_K = np.empty(1 << DIGIT_BITS, np.uint32), np.empty(num_rows, np.uint32)
     for first in range(0, num_columns, max_width):
         width = min(max_width, num_columns - first)
-        _gather(bits_NM, rows_K, first, width, columns_WK)
+        gather(bits_NM, rows_K, first, width, columns_WK)
         for j in range(width):
             keys_K = columns_WK[j]
-            num_nan_M[first + j], short = _to_keys(keys_K, nan_above)
+            num_nan_M[first + j], short = to_keys(keys_K, nan_above)
             if short:
                 _rank_by_counting(keys_K, table, block_used, twice_ranks_K[:num_ranked])
             else:
-                _sort_pairs(keys_K, pairs_K, spare_K, counts)
+                sort_pairs(keys_K, pairs_K, spare_K, counts)
                 _rank_sorted(pairs_K, spare_K, twice_ranks_K)
             for c in range(num_concepts):
                 total = np.int64(0)

@@ -1,17 +1,33 @@
-"""Dask workers for scoring: threads of this process, or processes of this machine."""
+"""Dask workers for scoring: threads of this process, processes of this machine, Slurm jobs, or a cluster that runs.
+
+A local cluster's workers never spill: tasks give back a few numbers, so what fills a worker is work in hand.
+"""
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from aura_dist.errors import ConfigError
+from aura_dist.errors import ClusterError, ConfigError, brief
 
 if TYPE_CHECKING:
     from distributed import Client
 
-KINDS = ("threads", "processes")
+logger = logging.getLogger(__name__)
+
+LOCAL_KINDS = ("threads", "processes")
+SCHEMES = ("tcp://", "tls://")
+SLURM_JOBS = 2
+CONNECT_SECONDS = 30
+SETTINGS = {
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    # A task is not to blame for workers that a scheduler takes away.
+    "distributed.scheduler.allowed-failures": 10,
+}
 
 
 def available_cores() -> int:
@@ -21,48 +37,105 @@ def available_cores() -> int:
 
 def check_settings(kind: str, memory_limit: str) -> int:
     """The memory limit in bytes; ConfigError as `dask_client` raises it, before any worker is started."""
-    if kind not in KINDS:
-        raise ConfigError(f"--dask: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in (*LOCAL_KINDS, "slurm") and not kind.startswith(SCHEMES):
+        raise ConfigError(f"--dask: expected one of {', '.join(LOCAL_KINDS)}, slurm, tcp://HOST:PORT, got {kind!r}")
     from dask.utils import parse_bytes
 
     try:
-        return int(parse_bytes(memory_limit))
+        limit = int(parse_bytes(memory_limit))
     except ValueError as error:
         raise ConfigError(f"--memory-limit: expected a size such as 4GB, got {memory_limit!r}") from error
+    if limit <= 0:
+        raise ConfigError(f"--memory-limit: expected a size above 0, got {memory_limit!r}")
+    return limit
+
+
+def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[Any, Any]) -> tuple[int, int]:
+    """Memory in bytes and threads of one worker that `dask_client` starts; ConfigError if a setting is wrong."""
+    limit = check_settings(kind, memory_limit)
+    if kind == "threads":
+        return limit, num_workers or available_cores()
+    if kind != "slurm":
+        return limit, 1
+    if not isinstance(slurm.get("walltime", ""), str):
+        raise ConfigError(f"--slurm: expected walltime in quotes, as '1:00:00', got the number {slurm['walltime']!r}")
+    processes = int(slurm.get("processes", 1))
+    memory = check_settings(kind, str(slurm["memory"])) if "memory" in slurm else limit
+    return memory // processes, max(1, int(slurm.get("cores", 1)) // processes)
 
 
 @contextmanager
-def dask_client(kind: str, num_workers: int | None, memory_limit: str) -> "Iterator[Client]":
-    """A client of a local cluster: `threads` share this process, `processes` have one thread each.
+def dask_client(
+    kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[Any, Any] | None = None
+) -> "Iterator[Client]":
+    """A client of the cluster; one that was started here ends with the context, one that was there goes on.
 
     Parameters
     ----------
     kind
-        `threads` or `processes`.
+        `threads` of this process; `processes` of this machine, one thread each; `slurm`, jobs through
+        dask-jobqueue; or the address of a scheduler that runs, `tcp://HOST:PORT` or `tls://HOST:PORT`. TLS is set
+        up as Dask has it, in its own configuration (`distributed.comm.tls`).
     num_workers
-        Threads or processes; by default as many as cores.
+        Threads, processes or Slurm workers; by default as many as cores, or two jobs.
     memory_limit
-        Of each worker, as Dask reads it: `4GB`, `500MiB`.
+        Of each worker that is started, as Dask reads it: `4GB`, `500MiB`.
+    slurm
+        Options of dask-jobqueue's `SLURMCluster`.
 
     Raises
     ------
     ConfigError
-        `kind` is neither, or `memory_limit` is not a size.
+        A setting is not one of these.
+    ClusterError
+        Workers cannot be started, or the scheduler cannot be reached.
     """
     limit = check_settings(kind, memory_limit)
-    from distributed import Client, LocalCluster
+    import dask
+    from distributed import Client
+
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(SETTINGS))
+        try:
+            cluster: Any = kind
+            if kind in LOCAL_KINDS:
+                cluster = stack.enter_context(_local(kind, num_workers, limit))
+            elif kind == "slurm":
+                cluster = stack.enter_context(_slurm(num_workers, limit, slurm or {}))
+            client = stack.enter_context(Client(cluster, timeout=CONNECT_SECONDS))
+        except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
+            raise ClusterError(f"--dask {kind}: expected a cluster that answers: {brief(error)}") from error
+        if client.dashboard_link:
+            logger.info("dashboard: %s", client.dashboard_link)
+        yield client
+
+
+def _local(kind: str, num_workers: int | None, limit: int) -> Any:
+    from distributed import LocalCluster
 
     count = num_workers or available_cores()
     workers, threads = (1, count) if kind == "threads" else (count, 1)
-    with (
-        LocalCluster(
-            processes=kind == "processes",
-            memory_limit=limit,
-            dashboard_address=None,
-            silence_logs=logging.ERROR,
-            n_workers=workers,
-            threads_per_worker=threads,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    return LocalCluster(
+        processes=kind == "processes",
+        memory_limit=limit,
+        # the dashboard is Bokeh's: without it there is none to look at
+        dashboard_address="127.0.0.1:0" if find_spec("bokeh") else None,
+        silence_logs=logging.ERROR,
+        n_workers=workers,
+        threads_per_worker=threads,
+    )
+
+
+def _slurm(num_workers: int | None, limit: int, options: Mapping[Any, Any]) -> Any:
+    """A cluster of Slurm jobs: by default one core, `--memory-limit` and dask-jobqueue's half hour each."""
+    try:
+        from dask_jobqueue.slurm import SLURMCluster
+    except ImportError as error:
+        raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
+    if shutil.which("sbatch") is None:
+        raise ClusterError("--dask slurm: expected Slurm's sbatch on this machine, found none")
+    defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}
+    cluster = SLURMCluster(**{**defaults, **options})
+    cluster.scale(num_workers or SLURM_JOBS)
+    logger.info("slurm: asked for %d workers; the job script:\n%s", num_workers or SLURM_JOBS, cluster.job_script())
+    return cluster

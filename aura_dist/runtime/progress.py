@@ -18,7 +18,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """Counts work done against work to do and logs a line every `interval_seconds`.
 
-    The estimate of the time left goes by `cost` (tokens, bytes): rows sorted by length are not equally long.
+    The estimate of the time left goes by `cost` (tokens, bytes): rows sorted by length are not equally long. Where
+    bytes are counted too, their rate stands beside it.
     """
 
     what: str
@@ -29,11 +30,13 @@ class Progress:
     interval_seconds: float = 5.0
     units: int = 0
     cost: int = 0
+    num_bytes: int = 0
     _start: float = field(default_factory=time.perf_counter)
     _last: float = 0.0
 
-    def advance(self, units: int, cost: int) -> None:
+    def advance(self, units: int, cost: int, num_bytes: int = 0) -> None:
         """Count what was done since the last call."""
+        self.num_bytes += num_bytes
         self.reach(self.units + units, self.cost + cost)
 
     def reach(self, units: int, cost: int) -> None:
@@ -49,10 +52,11 @@ class Progress:
         return time.perf_counter() - self._start
 
     def line(self) -> str:
-        rate = self.cost / max(self.elapsed_seconds, 1e-9)
+        seconds = max(self.elapsed_seconds, 1e-9)
+        volume = f", {self.num_bytes / seconds / 1e9:.2f} GB/s" if self.num_bytes else ""
         return (
             f"{self.what}: {self.units:,} of {self.total_units:,} {self.unit}, "
-            f"{rate:,.0f} {self.cost_unit}/s, {clock(self.elapsed_seconds)} elapsed"
+            f"{self.cost / seconds:,.0f} {self.cost_unit}/s{volume}, {clock(self.elapsed_seconds)} elapsed"
         )
 
     def finish(self) -> None:

@@ -1,61 +1,182 @@
-"""score: the AUROC of every neuron of a store, one Dask task a chunk column. Never imports torch."""
+"""score: every statistic of every neuron of a store, one Dask task a chunk column. Never imports torch.
 
+Data flow: rows that are finished → chunk columns that lack a statistic → tasks, a bounded number in flight → each
+reads its column, scores it and writes it → q-values over the model → tables and histograms.
+"""
+
+import asyncio
 import logging
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import zarr
 
 from aura_dist.config import ScoreConfig
-from aura_dist.runtime.cluster import check_settings, dask_client
+from aura_dist.core.column_sums import scoring_bytes
+from aura_dist.errors import ClusterError, ConfigError, StoreError, brief
+from aura_dist.runtime.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_shape
 from aura_dist.runtime.progress import Progress
 from aura_dist.store.access import open_group
+from aura_dist.store.basis import Basis, basis_of
+from aura_dist.store.columns import Scored, Source, compile_kernels, score_column
 from aura_dist.store.describe import by_layer, confounding_warning, top_table
 from aura_dist.store.schema import StoreSpec
-from aura_dist.store.scores import Column, check_finished, compile_kernels, forget_handles, prepare, score_column
-from aura_dist.store.view import score_table, top_neurons
+from aura_dist.store.scores import (
+    Column,
+    Pending,
+    adjust,
+    begin,
+    make_arrays,
+    pending,
+    resolve_statistics,
+)
+from aura_dist.store.view import best_neurons, score_table
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 10
+# Tasks known to the scheduler at once, per thread: enough to keep workers busy, few enough to keep this process small.
+IN_FLIGHT = 4
+MIN_IN_FLIGHT = 32
 
 
 def run(config: ScoreConfig) -> None:
     """Score what is not scored yet, then show each concept's distribution and best neurons."""
-    check_settings(config.dask, config.memory_limit)
-    group = open_group(config.store)
+    names = resolve_statistics(config.statistics)
+    shape = worker_shape(config.dask, config.num_workers, config.memory_limit, config.slurm)
+    store = config.store if "://" in config.store else str(Path(config.store).resolve())
+    group = open_group(store)
     spec = StoreSpec.from_attributes(group.attrs)
-    check_finished(config.store, group, spec)
-    columns = prepare(group, spec)
-    forget_handles()
-    if columns:
-        compile_kernels()
-        unscored = _score(config, columns)
-        if unscored:
-            logger.warning("%d neurons have NaN responses and so no score", unscored)
-    for concept in spec.concepts:
-        for pooling in spec.poolings:
-            _show(config.store, spec, concept, pooling)
+    basis = basis_of(store, group, spec, partial=config.partial)
+    if basis.partial:
+        logger.warning("%d of %d rows are there: these scores are of them alone", basis.num_rows, basis.total_rows)
+    _begin(store, group, spec, basis)
+    left = pending(group, spec, names)
+    if left:
+        if not config.dask.startswith(SCHEMES):
+            _check_memory(left, basis, len(spec.concepts), *shape)
+        compile_kernels(names)
+        source = Source(store, basis.runs, uuid.uuid4().hex)
+        try:
+            _score(config, group, spec, source, left, names)
+        except StoreError as error:
+            if config.dask in LOCAL_KINDS:
+                raise
+            raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
+    if "q_value" in names:
+        adjust(group, spec)
+    if "auroc" in names:
+        for concept in spec.concepts:
+            for pooling in spec.poolings:
+                _show(group, spec, concept, pooling)
 
 
-def _score(config: ScoreConfig, columns: list[Column]) -> int:
-    """Score `columns`; the number of neurons that have no score."""
-    from distributed import as_completed
+def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis) -> None:
+    try:
+        if begin(group, spec, basis):
+            logger.warning("%s was scored on other rows than are there now: it is scored anew", store)
+    except (OSError, ValueError) as error:  # ValueError: opened for reading, as it cannot be written
+        raise StoreError(f"--store {store!r}: scores cannot be written: {brief(error)}") from error
 
-    neurons = sum(c.stop - c.start for c in columns)
-    unscored = 0
-    with dask_client(config.dask, config.num_workers, config.memory_limit) as client:
-        progress = Progress("score", len(columns), neurons, unit="chunk columns", cost_unit="neurons")
-        futures = client.map(score_column, [config.store] * len(columns), columns, pure=False)
-        size = dict(zip((f.key for f in futures), columns, strict=True))
-        for future in as_completed(futures):
-            unscored += future.result()
-            column = size[future.key]
-            progress.advance(1, column.stop - column.start)
+
+def _check_memory(left: list[Pending], basis: Basis, num_concepts: int, limit: int, num_threads: int) -> None:
+    """ConfigError before any worker is started, if a worker cannot hold its threads' chunk columns."""
+    needed = max(scoring_bytes(basis.num_rows, p.chunk, p.item_bytes, num_concepts, num_threads) for p in left)
+    if needed > limit:
+        raise ConfigError(
+            f"--memory-limit: expected at least {needed / 1e9:.2f}GB for a worker that scores {num_threads} chunk "
+            f"columns of {basis.num_rows:,} rows at once, got {limit / 1e9:.2f}GB; raise it, or have fewer threads"
+        )
+
+
+def _score(
+    config: ScoreConfig, group: zarr.Group, spec: StoreSpec, source: Source, left: list[Pending], names: Sequence[str]
+) -> None:
+    """Score what is left, and log where the time went and how many neurons have no score."""
+    num_columns, num_neurons = (sum(getattr(p, what) for p in left) for what in ("num_columns", "num_neurons"))
+    item_bytes = {(p.site, p.pooling): p.item_bytes for p in left}
+    num_rows = sum(stop - start for start, stop in source.runs)
+    num_unscored, seconds = 0, np.zeros(3)
+    with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
+        if config.dask == "processes":  # every worker loads its kernels now, not within its first column
+            client.run(compile_kernels, names)
+        progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
+        for column, scored in _results(client, source, _columns(group, spec, left, names)):
+            num_unscored += scored.num_unscored
+            seconds += scored.read_seconds, scored.compute_seconds, scored.write_seconds
+            neurons = column.stop - column.start
+            progress.advance(1, neurons, neurons * num_rows * item_bytes[column.site, column.pooling])
         progress.finish()
-    return unscored
+    logger.info(
+        "of the workers' time: reading %.0f %%, scoring %.0f %%, writing %.0f %%", *100 * seconds / seconds.sum()
+    )
+    if num_unscored:
+        logger.warning("%d neurons have NaN responses and so no score", num_unscored)
 
 
-def _show(store: str, spec: StoreSpec, concept: str, pooling: str) -> None:
-    table = score_table(open_group(store), spec, concept, pooling)
+def _columns(group: zarr.Group, spec: StoreSpec, left: list[Pending], names: Sequence[str]) -> Iterator[Column]:
+    """The chunk columns to score; a site's arrays are made when its first one is asked for."""
+    for item in left:
+        make_arrays(group, spec, item.site, item.pooling, names)
+        yield from item.columns()
+
+
+def _results(client: "Client", source: Source, columns: Iterator[Column]) -> Iterator[tuple[Column, Scored]]:
+    """Each column's report as it comes, a bounded number of tasks in flight.
+
+    Raises
+    ------
+    StoreError
+        Of a task: a chunk that is missing or damaged, a store that a worker cannot see or write to.
+    ClusterError
+        Workers were lost again and again, or the scheduler was.
+    """
+    from distributed import Future, KilledWorker, as_completed
+
+    in_flight: dict[str, tuple[Future, Column]] = {}
+    finished = as_completed(loop=client.loop)
+
+    def submit() -> None:
+        bound = max(MIN_IN_FLIGHT, IN_FLIGHT * sum(client.nthreads().values()))
+        for column in islice(columns, bound - len(in_flight)):
+            key = f"score-{source.token}-{column.site}-{column.pooling}-{column.index}"
+            future = client.submit(score_column, source, column, key=key, pure=False)
+            in_flight[key] = future, column
+            finished.add(future)
+
+    try:
+        submit()
+        for future in finished:
+            column = in_flight[future.key][1]
+            yield column, future.result()
+            del in_flight[future.key]
+            if len(in_flight) <= MIN_IN_FLIGHT // 2:
+                submit()
+    except (CancelledError, asyncio.CancelledError) as error:
+        raise ClusterError(f"the scheduler was lost: {brief(error)}; run `score` again: it does the rest") from error
+    except (ImportError, RuntimeError) as error:
+        raise ClusterError(f"a worker cannot run tasks: {brief(error)}; install the same aura_dist there") from error
+    except KilledWorker as error:
+        raise ClusterError(
+            f"workers died again and again on {column.site}, neurons {column.start} to {column.stop}: expected them to "
+            "live; raise --memory-limit, or see the workers' logs"
+        ) from error
+    finally:
+        client.cancel([future for future, _ in in_flight.values()], force=True)
+
+
+def _show(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> None:
+    table = score_table(group, spec, concept, pooling)
     print(f"\n{concept}, {pooling} pooling: {len(table):,} neurons\n{by_layer(table)}\n")
-    print(top_table(top_neurons(store, concept, NUM_SHOWN, pooling)))
+    print(top_table(best_neurons(table, NUM_SHOWN)))
     warning = confounding_warning(table)
     if warning:
         logger.warning("%s, %s pooling: %s", concept, pooling, warning)

@@ -35,8 +35,12 @@ def _histogram(values: np.ndarray) -> str:
 def top_table(top: pd.DataFrame) -> str:
     """The table of `top_neurons`, one neuron a line."""
     width = max(len("module"), int(top["site"].str.len().max())) if len(top) else len("module")
-    lines = [f"{'module':<{width}}  {'unit':>6}   AUROC"]
-    lines += [f"{row.site:<{width}}  {row.unit:>6}  {row.auroc:6.4f}" for row in top.itertuples()]
+    lines = [f"{'module':<{width}}  {'layer':>5}  {'unit':>6}   AUROC   error         q  mean with  without"]
+    lines += [
+        f"{row.site:<{width}}  {row.layer:>5}  {row.unit:>6}  {row.auroc:6.4f}  {row.auroc_se:6.4f}  "
+        f"{row.q_value:8.1e}  {row.mean_positive:9.3g}  {row.mean_negative:7.3g}"
+        for row in top.itertuples()
+    ]
     return "\n".join(lines)
 
 

@@ -1,14 +1,17 @@
-"""Scores of a store: arrays made once, filled one chunk column at a time, each by one task.
+"""Scores of a store: which rows they are made from, which are there, and the arrays they go into.
 
 ```
-scores/<site>/<pooling>/auroc    [concept, neuron] float64, chunked as the activations' columns
-scores/<site>/<pooling>/scored   [chunk column] uint8, one chunk each: written after the column's scores
+scores                                   attributes: see `Basis`; `adjusted`, the poolings whose q-values are made
+scores/<site>/<pooling>/<statistic>      [concept, neuron], chunked as the activations' columns
+scores/<site>/<pooling>/scored           [chunk column] uint32, one chunk each: bit i for the i-th statistic of the
+                                         table, set once all that a task makes of the column are written
 ```
+A chunk column is one task's and has one writer (`columns`). q-values need every p-value of the model: they are
+written at the end, by one process, and `adjusted` says that they are.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
@@ -16,151 +19,179 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from aura_dist.core.auroc import auroc_by_concept
-from aura_dist.errors import StoreError
-from aura_dist.store.access import chunk_name, get_array, missing_chunks, open_group, read_array
-from aura_dist.store.record import unfinished
-from aura_dist.store.schema import StoreSpec, activation_path, codecs, tasks_of
+from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
+from aura_dist.errors import ConfigError
+from aura_dist.store.access import get_array, read_array
+from aura_dist.store.basis import Basis
+from aura_dist.store.schema import StoreSpec, activation_path, codecs
 
-STATISTICS = ("auroc",)
+MARKER, ADJUSTED = "scored", "adjusted"
+BITS = {name: 1 << i for i, name in enumerate(STATISTICS)}
+# What is made at the end from what the columns hold.
+OVER_MODEL = {"q_value": "p_value"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """One chunk column of one site and pooling: what one task scores."""
+    """One chunk column of one site and pooling, and what is to be made of it: one task.
+
+    `marker` is its marker once `statistics` are written too.
+    """
 
     site: str
     pooling: str
     index: int
     start: int
     stop: int
+    statistics: tuple[str, ...]
+    marker: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What one site and pooling lacks: `missing[i]` holds the bits of the statistics that chunk column i lacks."""
+
+    site: str
+    pooling: str
+    width: int
+    chunk: int
+    item_bytes: int
+    markers: NDArray[np.uint32]
+    missing: NDArray[np.uint32]
+
+    @property
+    def num_columns(self) -> int:
+        return int(np.count_nonzero(self.missing))
+
+    @property
+    def num_neurons(self) -> int:
+        starts = np.flatnonzero(self.missing) * self.chunk
+        return int((np.minimum(starts + self.chunk, self.width) - starts).sum())
+
+    def columns(self) -> Iterator[Column]:
+        for i in np.flatnonzero(self.missing).tolist():
+            names = tuple(name for name, bit in BITS.items() if bit & self.missing[i])
+            stop, marker = min((i + 1) * self.chunk, self.width), int(self.markers[i] | self.missing[i])
+            yield Column(self.site, self.pooling, i, i * self.chunk, stop, names, marker)
 
 
 def score_path(site: str, pooling: str, name: str) -> str:
     return f"scores/{site}/{pooling}/{name}"
 
 
-def check_finished(path: str, group: zarr.Group, spec: StoreSpec) -> None:
-    """StoreError with the number of missing rows, if collection has not finished."""
-    left = set(unfinished(group))
-    if left:
-        tokens = read_array(group, "samples/num_tokens")
-        rows = sum(t.stop - t.start for t in tasks_of(tokens, spec.tokens_per_batch) if t.index in left)
-        raise StoreError(
-            f"--store {path!r}: {rows} of {len(tokens)} rows are missing; run the same `collect` to finish it"
-        )
+def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
+    """Statistics to make, in the table's order: all if none is named, and what the named ones are made from.
+
+    Raises
+    ------
+    ConfigError
+        One is unknown.
+    """
+    for name in names:
+        if name not in STATISTICS:
+            raise ConfigError(f"--statistics: expected some of {', '.join(STATISTICS)}, got {name!r}")
+    wanted = set(names or STATISTICS) | {OVER_MODEL[name] for name in names if name in OVER_MODEL}
+    return tuple(name for name in STATISTICS if name in wanted)
 
 
-def prepare(group: zarr.Group, spec: StoreSpec) -> list[Column]:
-    """Make the score arrays that are not there yet; the chunk columns that are not scored yet."""
-    columns = []
+def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
+    """Make `scores` ready for `basis`; whether scores of other rows stood there and are to be made anew.
+
+    The markers are cleared before the attributes say whose they are, so that being cut off in between leaves
+    nothing that counts.
+    """
+    if "scores" not in group:
+        group.create_group("scores", attributes={**asdict(basis), ADJUSTED: []})
+        return False
+    scores = group["scores"]
+    if scores.attrs.get("digest") == basis.digest:
+        return False
+    scores.attrs[ADJUSTED] = []
     for site in spec.sites:
         for pooling in spec.poolings:
-            width = get_array(group, activation_path(site.name, pooling)).chunks[1]
-            marker = score_path(site.name, pooling, "scored")
-            if marker not in group:
-                _make_arrays(group, len(spec.concepts), site.name, pooling, site.width, width)
-            scored = read_array(group, marker)
-            columns += [
-                Column(site.name, pooling, int(i), int(i) * width, min((int(i) + 1) * width, site.width))
-                for i in np.flatnonzero(scored == 0)
-            ]
-    return columns
+            if score_path(site.name, pooling, MARKER) in group:
+                get_array(group, score_path(site.name, pooling, MARKER))[...] = 0
+    scores.attrs.update(asdict(basis))
+    return True
 
 
-def _make_arrays(group: zarr.Group, concepts: int, site: str, pooling: str, width: int, chunk: int) -> None:
-    for statistic in STATISTICS:
+def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str]) -> list[Pending]:
+    """What every site and pooling lacks of `names`, in model order; those that lack nothing are left out."""
+    wanted = sum(BITS[name] for name in names if name not in OVER_MODEL)
+    found = []
+    for site in spec.sites:
+        for pooling in spec.poolings:
+            responses = get_array(group, activation_path(site.name, pooling))
+            chunk, marker = responses.chunks[1], score_path(site.name, pooling, MARKER)
+            there = marker in group
+            markers = read_array(group, marker) if there else np.zeros(ceil(site.width / chunk), np.uint32)
+            missing = np.uint32(wanted) & ~markers
+            item = Pending(site.name, pooling, site.width, chunk, responses.dtype.itemsize, markers, missing)
+            if item.num_columns:
+                found.append(item)
+    return found
+
+
+def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, names: Sequence[str]) -> None:
+    """Make the arrays of one site and pooling that are not there yet, and its marker."""
+    place, (_, chunk) = f"scores/{site}/{pooling}", get_array(group, activation_path(site, pooling)).chunks
+    width = next(s.width for s in spec.sites if s.name == site)
+    for name in [n for n in names if f"{place}/{n}" not in group]:
+        dtype = STATISTICS[name].dtype
         group.create_array(
-            score_path(site, pooling, statistic),
-            shape=(concepts, width),
-            chunks=(concepts, chunk),
-            dtype="float64",
-            fill_value=np.nan,
+            f"{place}/{name}",
+            shape=(len(spec.concepts), width),
+            chunks=(len(spec.concepts), chunk),
+            dtype=dtype,
+            fill_value=np.nan if dtype == "float64" else 0,
             compressors=codecs(),
             dimension_names=("concept", "neuron"),
             config={"write_empty_chunks": True},
         )
-    # the marker comes last: where it stands, the statistics' arrays stand
-    group.create_array(
-        score_path(site, pooling, "scored"),
-        shape=(ceil(width / chunk),),
-        chunks=(1,),
-        dtype="uint8",
-        fill_value=0,
-        dimension_names=("chunk_column",),
-    )
+    if f"{place}/{MARKER}" not in group:
+        group.create_array(
+            f"{place}/{MARKER}",
+            shape=(ceil(width / chunk),),
+            chunks=(1,),
+            dtype="uint32",
+            fill_value=0,
+            dimension_names=("chunk_column",),
+        )
 
 
-def score_column(path: str, column: Column) -> int:
-    """Read, score and write one chunk column; the number of neurons in it without a score.
+def scored_statistics(group: zarr.Group, site: str, pooling: str) -> tuple[str, ...]:
+    """Statistics that stand for every neuron of a site, in the table's order."""
+    marker = score_path(site, pooling, MARKER)
+    if marker not in group:
+        return ()
+    bits = int(np.bitwise_and.reduce(read_array(group, marker)))
+    over_model = set(OVER_MODEL) if pooling in _adjusted(group) else set()
+    return tuple(name for name in STATISTICS if name in over_model or bits & BITS[name])
 
-    Raises
-    ------
-    StoreError
-        A chunk is missing or damaged; nothing is written.
+
+def score_attributes(group: zarr.Group) -> dict[str, Any]:
+    """What the scores are made from: the fields of `Basis`, and which poolings have q-values; empty if none stand."""
+    return dict(group["scores"].attrs) if "scores" in group else {}
+
+
+def _adjusted(group: zarr.Group) -> list[str]:
+    return list(score_attributes(group).get(ADJUSTED, []))
+
+
+def adjust(group: zarr.Group, spec: StoreSpec) -> None:
+    """Make the q-values of every pooling that lacks them: per concept, over all neurons of the model.
+
+    To be called once every p-value stands. Interrupted, it is done again.
     """
-    labels_CN = _labels(path)
-    values_NM = read_columns(path, column.site, column.pooling, slice(column.start, column.stop))
-    auroc_CM = auroc_by_concept(values_NM, labels_CN)
-    _opened_array(path, score_path(column.site, column.pooling, "auroc"))[:, column.start : column.stop] = auroc_CM
-    _opened_array(path, score_path(column.site, column.pooling, "scored"))[column.index] = 1
-    return int(np.isnan(auroc_CM).any(axis=0).sum())
-
-
-def read_columns(path: str, site: str, pooling: str, columns: slice) -> NDArray[Any]:
-    """[N, M] responses of some neurons; StoreError with a chunk's path if it is missing or damaged."""
-    array = _opened_array(path, activation_path(site, pooling))
-    # a missing chunk would read as fill values without a word
-    for chunk in missing_chunks(array, (c for c, _ in _chunks_of(array, columns))):
-        raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is missing; {_AGAIN}")
-    try:
-        return np.asarray(array[:, columns])
-    except StoreError:  # the store could not be reached
-        raise
-    except Exception:  # the codec pipeline raises its own kinds: find the chunk
-        for chunk, region in _chunks_of(array, columns):
-            try:
-                array[region]
-            except Exception as error:
-                raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is damaged: {error}; {_AGAIN}") from error
-        raise
-
-
-_AGAIN = "collect again with --overwrite"
-
-
-def _chunks_of(array: "zarr.Array[Any]", columns: slice) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
-    """Index and region of every chunk that holds some of `columns`."""
-    rows, width = array.chunks
-    for r in range(ceil(array.shape[0] / rows)):
-        for c in range(columns.start // width, ceil(columns.stop / width)):
-            yield (r, c), (slice(r * rows, (r + 1) * rows), slice(c * width, (c + 1) * width))
-
-
-@lru_cache(maxsize=1)
-def _opened_group(path: str) -> zarr.Group:
-    return open_group(path)
-
-
-@lru_cache(maxsize=256)
-def _opened_array(path: str, name: str) -> "zarr.Array[Any]":
-    """A worker's handle on an array: opening costs more than scoring a column."""
-    return get_array(_opened_group(path), name)
-
-
-@lru_cache(maxsize=1)
-def _labels(path: str) -> NDArray[np.int8]:
-    """[C, N] labels of a store."""
-    return np.ascontiguousarray(read_array(_opened_group(path), "samples/label").T)
-
-
-def forget_handles() -> None:
-    """Drop what workers in this process hold open: the store may be made anew at the same path."""
-    for cached in (_opened_group, _opened_array, _labels):
-        cached.cache_clear()
-
-
-def compile_kernels() -> None:
-    """Compile the kernel now (or read it from numba's cache), rather than within the first column."""
-    labels_CN = np.array([[1, 0]], dtype=np.int8)
-    auroc_by_concept(np.array([[0.1], [0.2]], dtype=np.float32), labels_CN)
+    for pooling in [p for p in spec.poolings if p not in _adjusted(group)]:
+        widths = [site.width for site in spec.sites]
+        q_CD = np.empty((len(spec.concepts), sum(widths)))
+        parts: list[NDArray[Any]] = np.split(q_CD, np.cumsum(widths)[:-1], axis=1)  # views: filled here, then read
+        for site, part in zip(spec.sites, parts, strict=True):
+            part[...] = read_array(group, score_path(site.name, pooling, "p_value"))
+        for p_D in q_CD:
+            p_D[...] = benjamini_hochberg(p_D)
+        for site, part in zip(spec.sites, parts, strict=True):
+            make_arrays(group, spec, site.name, pooling, ["q_value"])
+            get_array(group, score_path(site.name, pooling, "q_value"))[...] = part
+        group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]

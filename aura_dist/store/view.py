@@ -1,6 +1,6 @@
 """A store as xarray sees it: labelled dimensions, lazy values, nothing loaded until it is asked for."""
 
-from collections.abc import Mapping
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,23 @@ from numpy.typing import NDArray
 from aura_dist.errors import InputError, StoreError
 from aura_dist.store.access import get_array, open_group, read_array
 from aura_dist.store.schema import StoreSpec, activation_path
-from aura_dist.store.scores import STATISTICS, score_path
+from aura_dist.store.scores import score_attributes, score_path, scored_statistics
+
+logger = logging.getLogger(__name__)
+
+# What a neuron's row of a table shows, where it has been computed.
+SHOWN = ("auroc", "auroc_se", "q_value", "mean_positive", "mean_negative")
 
 
 def open_store(path: str | Path) -> xr.DataTree:
     """Open a store as an xarray `DataTree` of the store's own shape.
 
     - `tree["samples"]`: `row`, `num_tokens` [sample] and `label` [sample, concept]
-    - `tree["activations"][site]`: one variable a pooling, [sample, neuron], with the coordinates `row`,
-      `num_tokens` and `neuron`; lazy (dask)
-    - `tree["scores"][site][pooling]`: one variable a statistic, [concept, neuron], with the coordinates
-      `concept` and `neuron`; only once the store has been scored
+    - `tree["activations"][site]`: one variable a pooling, [sample, neuron], with the coordinates `site`, `row`,
+      `tokens` (also as `num_tokens`), `unit` (also as `neuron`); lazy (dask)
+    - `tree["scores"][site][pooling]`: one variable a statistic that has been computed for every neuron,
+      [concept, neuron], with the coordinates `site`, `concept`, `unit` (also as `neuron`); the attributes of
+      `tree["scores"]` say of how many rows, and whether that is `partial`
 
     The attributes hold the model, the data, the settings and the versions. Responses that are not
     collected yet read as NaN.
@@ -36,20 +42,26 @@ def open_store(path: str | Path) -> xr.DataTree:
     group = open_group(str(path))
     spec = StoreSpec.from_attributes(group.attrs)
     samples = _samples(group, spec)
-    rows = {name: ("sample", samples[name].values) for name in ("row", "num_tokens")}
+    rows = {"row": samples["row"].values, "tokens": samples["num_tokens"].values}
+    by_sample = {name: ("sample", values) for name, values in (*rows.items(), ("num_tokens", rows["tokens"]))}
     nodes: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs=dict(group.attrs)), "/samples": samples}
+    if "scores" in group:
+        nodes["/scores"] = xr.Dataset(attrs=score_attributes(group))
     for site in spec.sites:
+        units = np.arange(site.width)
+        of_site = {"site": site.name, "neuron": units, "unit": ("neuron", units)}
         responses = dict.fromkeys(spec.poolings, ("sample", "neuron"))
         nodes[f"/activations/{site.name}"] = xr.Dataset(
             {p: (dims, _lazy(group, activation_path(site.name, p))) for p, dims in responses.items()},
-            coords={**rows, "neuron": np.arange(site.width)},
+            coords={**by_sample, **of_site},
             attrs={"kind": site.kind, "layer": site.layer},
         )
         for pooling in spec.poolings:
-            if score_path(site.name, pooling, "scored") in group:
+            names = scored_statistics(group, site.name, pooling)
+            if names:
                 nodes[f"/scores/{site.name}/{pooling}"] = xr.Dataset(
-                    {s: (("concept", "neuron"), _lazy(group, score_path(site.name, pooling, s))) for s in STATISTICS},
-                    coords={"concept": list(spec.concepts), "neuron": np.arange(site.width)},
+                    {s: (("concept", "neuron"), _lazy(group, score_path(site.name, pooling, s))) for s in names},
+                    coords={"concept": list(spec.concepts), **of_site},
                 )
     return xr.DataTree.from_dict(nodes)
 
@@ -72,8 +84,10 @@ def _lazy(group: zarr.Group, name: str) -> Any:
     return da.from_zarr(get_array(group, name))
 
 
-def read_scores(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> dict[str, NDArray[np.float64]]:
-    """Site → [D] float64 AUROC of one concept, in model order.
+def read_scores(
+    group: zarr.Group, spec: StoreSpec, concept: str, pooling: str, statistic: str = "auroc"
+) -> dict[str, NDArray[Any]]:
+    """Site → [D] one statistic of one concept, in model order.
 
     Raises
     ------
@@ -90,32 +104,56 @@ def read_scores(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) 
             f"collect with `--pooling {' '.join([*spec.poolings, pooling])}` for it"
         )
     which = spec.concepts.index(concept)
-    scores: dict[str, NDArray[np.float64]] = {}
+    scores: dict[str, NDArray[Any]] = {}
     for site in spec.sites:
-        marker = score_path(site.name, pooling, "scored")
-        if marker not in group or not read_array(group, marker).all():
+        if statistic not in scored_statistics(group, site.name, pooling):
             raise StoreError(
-                f"--store {group.store_path}: {site.name} has not been scored; run `aura-dist score` first"
+                f"--store {group.store_path}: {site.name} has not been scored ({statistic}); "
+                "run `aura-dist score` first"
             )
-        scores[site.name] = np.asarray(get_array(group, score_path(site.name, pooling, "auroc"))[which])
+        scores[site.name] = np.asarray(get_array(group, score_path(site.name, pooling, statistic))[which])
+    basis = score_attributes(group)
+    if basis["partial"]:
+        where = str(group.store_path)
+        logger.warning("%s: the scores are of %d of %d rows", where, basis["num_rows"], basis["total_rows"])
     return scores
 
 
 def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> pd.DataFrame:
-    """Every neuron's score: columns `site`, `kind`, `layer`, `unit`, `auroc`, in model order."""
-    scores = read_scores(group, spec, concept, pooling)
-    kinds: Mapping[str, tuple[str, int]] = {s.name: (s.kind, s.layer) for s in spec.sites}
-    return pd.concat(
-        [
-            pd.DataFrame({"site": n, "kind": kinds[n][0], "layer": kinds[n][1], "unit": np.arange(len(v)), "auroc": v})
-            for n, v in scores.items()
-        ],
-        ignore_index=True,
+    """Every neuron's scores, in model order: columns `site` (categorical), `kind`, `layer`, `unit` and `SHOWN`.
+
+    What of `SHOWN` has not been computed is NaN. `attrs` say of how many rows the scores are.
+    """
+    auroc = read_scores(group, spec, concept, pooling)
+    widths = [site.width for site in spec.sites]
+    codes = np.repeat(np.arange(len(widths)), widths)
+    table = pd.DataFrame(
+        {
+            "site": pd.Categorical.from_codes(codes, pd.Index([site.name for site in spec.sites])),
+            "kind": np.array([site.kind for site in spec.sites])[codes],
+            "layer": np.array([site.layer for site in spec.sites])[codes],
+            "unit": np.concatenate([np.arange(width) for width in widths]),
+            "auroc": np.concatenate(list(auroc.values())),
+        }
     )
+    which = spec.concepts.index(concept)
+    there_by_site = [scored_statistics(group, site.name, pooling) for site in spec.sites]
+    for name in SHOWN[1:]:
+        there = all(name in names for names in there_by_site)
+        parts = [get_array(group, score_path(s.name, pooling, name))[which] for s in spec.sites] if there else []
+        table[name] = np.concatenate(parts) if parts else np.nan
+    table.attrs = {key: score_attributes(group)[key] for key in ("num_rows", "total_rows", "partial")}
+    return table
+
+
+def best_neurons(table: pd.DataFrame, k: int) -> pd.DataFrame:
+    """The `k` neurons of highest AUROC of a `score_table`, best first; equal ones in model order."""
+    best = table.sort_values("auroc", ascending=False, kind="stable", ignore_index=True).head(k)
+    return best.assign(site=best["site"].astype(str))
 
 
 def top_neurons(store: str | Path, concept: str, k: int, pooling: str | None = None) -> pd.DataFrame:
-    """The `k` neurons of highest AUROC: columns `site`, `kind`, `layer`, `unit`, `auroc`, best first.
+    """The `k` neurons of highest AUROC, best first.
 
     Parameters
     ----------
@@ -127,8 +165,12 @@ def top_neurons(store: str | Path, concept: str, k: int, pooling: str | None = N
         Number of neurons.
     pooling
         By default the store's first.
+
+    Returns
+    -------
+    Columns `site`, `kind`, `layer`, `unit`, `auroc`, `auroc_se`, `q_value`, `mean_positive`, `mean_negative`; what
+    has not been computed is NaN. `attrs` hold `num_rows`, `total_rows` and `partial`.
     """
     group = open_group(str(store))
     spec = StoreSpec.from_attributes(group.attrs)
-    table = score_table(group, spec, concept, pooling or spec.poolings[0])
-    return table.sort_values("auroc", ascending=False, kind="stable", ignore_index=True).head(k)
+    return best_neurons(score_table(group, spec, concept, pooling or spec.poolings[0]), k)

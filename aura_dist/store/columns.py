@@ -1,0 +1,163 @@
+"""A worker's part of scoring: read one chunk column, score it, write it. Runs on any machine that sees the store."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from aura_dist.core.statistics import STATISTICS, statistics_by_concept
+from aura_dist.errors import StoreError
+from aura_dist.store.access import chunk_name, get_array, missing_chunks, open_group, read_array
+from aura_dist.store.schema import activation_path
+from aura_dist.store.scores import MARKER, Column, score_path
+
+Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What all tasks of a run share.
+
+    Attributes
+    ----------
+    path
+        The store.
+    runs
+        Rows to score, as runs [start, stop).
+    token
+        Of this run alone: a worker that outlives it must not keep its handles on a store that is made anew.
+    """
+
+    path: str
+    runs: Runs
+    token: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A column's report: how many neurons have a NaN response and so no score, and where the time went."""
+
+    num_unscored: int
+    read_seconds: float
+    compute_seconds: float
+    write_seconds: float
+
+
+def score_column(source: Source, column: Column) -> Scored:
+    """Read, score and write one chunk column.
+
+    Raises
+    ------
+    StoreError
+        A chunk is missing or damaged, nothing is written for the column; or a score cannot be written.
+    """
+    start = time.perf_counter()
+    labels_CN = _labels(source)
+    values_NM = read_columns(source, column.site, column.pooling, slice(column.start, column.stop))
+    read = time.perf_counter()
+    made = statistics_by_concept(values_NM, labels_CN, column.statistics)
+    del values_NM
+    computed = time.perf_counter()
+    try:
+        _write(source, column, made)
+    except OSError as error:
+        raise StoreError(
+            f"--store {source.path!r}: a score cannot be written: {error}; mend that and run `score` again"
+        ) from error
+    return Scored(_num_unscored(made), read - start, computed - read, time.perf_counter() - computed)
+
+
+def _num_unscored(made: Mapping[str, NDArray[Any]]) -> int:
+    """Neurons with NaN among the responses that some concept labels."""
+    if "num_distinct" in made:
+        return int(np.count_nonzero((made["num_distinct"] == 0).any(axis=0)))
+    return int(np.count_nonzero(np.isnan(next(iter(made.values()))).any(axis=0)))
+
+
+def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> None:
+    """All statistics at once, in one turn of an event loop, and then the marker that they count."""
+    arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in made}
+    region = (slice(None), slice(column.start, column.stop))
+
+    async def write() -> None:
+        await asyncio.gather(*(arrays[name].async_array.setitem(region, values) for name, values in made.items()))
+
+    asyncio.run(write())
+    _opened(source, score_path(column.site, column.pooling, MARKER))[column.index] = column.marker
+
+
+def read_columns(source: Source, site: str, pooling: str, columns: slice) -> NDArray[Any]:
+    """[N, M] responses of some neurons in the rows to score; StoreError with a chunk's path if one is unusable."""
+    array = _opened(source, activation_path(site, pooling))
+    # a missing chunk would read as fill values without a word
+    for chunk in missing_chunks(array, (c for c, _ in _chunks_of(array, source.runs, columns))):
+        raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is missing; {_AGAIN}")
+    try:
+        return _read_runs(array, source.runs, columns)
+    except StoreError:  # the store could not be reached
+        raise
+    except Exception:  # the codec pipeline raises its own kinds: find the chunk
+        for chunk, region in _chunks_of(array, source.runs, columns):
+            try:
+                array[region]
+            except Exception as error:
+                raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is damaged: {error}; {_AGAIN}") from error
+        raise
+
+
+_AGAIN = "collect again with --overwrite"
+
+
+def _read_runs(array: "zarr.Array[Any]", runs: Runs, columns: slice) -> NDArray[Any]:
+    if len(runs) == 1:
+        return np.asarray(array[slice(*runs[0]), columns])
+    values_NM = np.empty((sum(stop - start for start, stop in runs), columns.stop - columns.start), array.dtype)
+    filled = 0
+    for start, stop in runs:
+        values_NM[filled : filled + stop - start] = array[start:stop, columns]
+        filled += stop - start
+    return values_NM
+
+
+def _chunks_of(
+    array: "zarr.Array[Any]", runs: Runs, columns: slice
+) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
+    """Index and region of every chunk that holds some of `columns` in `runs`, which are runs of whole row chunks."""
+    rows, width = array.chunks
+    for start, stop in runs:
+        for r in range(start // rows, ceil(stop / rows)):
+            for c in range(columns.start // width, ceil(columns.stop / width)):
+                yield (r, c), (slice(r * rows, (r + 1) * rows), slice(c * width, (c + 1) * width))
+
+
+@lru_cache(maxsize=1)
+def _opened_group(source: Source) -> zarr.Group:
+    return open_group(source.path)
+
+
+@lru_cache(maxsize=256)
+def _opened(source: Source, name: str) -> "zarr.Array[Any]":
+    """A worker's handle on an array: opening costs more than reading a chunk."""
+    return get_array(_opened_group(source), name)
+
+
+@lru_cache(maxsize=1)
+def _labels(source: Source) -> NDArray[np.int8]:
+    """[C, N] labels of the rows to score."""
+    labels_NC = read_array(_opened_group(source), "samples/label")
+    return np.ascontiguousarray(np.concatenate([labels_NC[start:stop] for start, stop in source.runs]).T)
+
+
+def compile_kernels(statistics: Sequence[str]) -> None:
+    """Compile the kernels now (or read them from numba's cache), rather than within the first column."""
+    labels_CN = np.array([[1, 0]], dtype=np.int8)
+    names = [name for name in statistics if STATISTICS[name].of]
+    for dtype in (np.float32, np.float16):
+        statistics_by_concept(np.array([[0.1], [0.2]], dtype), labels_CN, names)

@@ -1,0 +1,307 @@
+"""The scoring engine on stores of known values: what is computed, restarted, refused, and by whom."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dask
+import numpy as np
+import psutil
+import pytest
+from scipy.stats import false_discovery_control
+
+import aura_dist
+from aura_dist.cli import main
+from aura_dist.core.statistics import STATISTICS, statistics_by_concept
+from aura_dist.stages import score as stage
+from aura_dist.store import columns as worker
+from tests.stores import make_store
+
+WIDTHS, CONCEPTS, NUM_ROWS = (320, 200, 96), ("toxic", "insult"), 150
+OVER_COLUMNS = [name for name, statistic in STATISTICS.items() if statistic.of]
+DEADLINE_SECONDS = 120
+
+
+def score(store, *more):
+    return main(["score", "--store", str(store), *more])
+
+
+def score_files(store: Path) -> dict[str, bytes]:
+    """Every chunk of scores by its path."""
+    return {str(f.relative_to(store)): f.read_bytes() for f in sorted(store.glob("scores/**/c/**/*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A collected store that has not been scored."""
+    return make_store(tmp_path_factory.mktemp("plain") / "store.zarr", NUM_ROWS, WIDTHS, CONCEPTS)
+
+
+@pytest.fixture(scope="module")
+def scored(plain, tmp_path_factory):
+    """The same store, scored undisturbed."""
+    store = tmp_path_factory.mktemp("scored") / "store.zarr"
+    shutil.copytree(plain, store)
+    assert score(store) == 0
+    return store
+
+
+@pytest.fixture
+def store(plain, tmp_path):
+    """A copy to do something to."""
+    return Path(shutil.copytree(plain, tmp_path / "store.zarr"))
+
+
+def test_store_holds_every_statistic_of_every_neuron(scored):
+    view = aura_dist.open_store(scored)
+    labels_CN = view["samples"]["label"].values.T
+    for site in view["activations"]:
+        values = view["activations"][site]["max"].values
+        expected = statistics_by_concept(values, labels_CN, OVER_COLUMNS)
+        found = view["scores"][site]["max"]
+        assert set(found.data_vars) == set(STATISTICS)
+        for name in OVER_COLUMNS:
+            assert found[name].dims == ("concept", "neuron")
+            assert found[name].dtype == STATISTICS[name].dtype
+            np.testing.assert_array_equal(found[name].values, expected[name], err_msg=name)
+
+
+def test_q_values_are_over_the_whole_model(scored):
+    scores = aura_dist.open_store(scored)["scores"]
+    for concept in CONCEPTS:
+        p, q = (
+            np.concatenate([scores[s]["max"][name].sel(concept=concept).values for s in scores])
+            for name in ("p_value", "q_value")
+        )
+        np.testing.assert_allclose(q, false_discovery_control(p), rtol=1e-12)
+
+
+def test_coordinates(scored):
+    view = aura_dist.open_store(scored)
+    responses, scores = view["activations"]["layers.1.up"]["max"], view["scores"]["layers.1.up"]["max"]["auroc"]
+    assert set(responses.coords) >= {"site", "unit", "row", "tokens"}
+    assert set(scores.coords) >= {"site", "unit", "concept"}
+    assert float(scores.sel(concept="insult", neuron=7)) == scores.values[1, 7]
+    assert str(scores["site"].item()) == "layers.1.up"
+    np.testing.assert_array_equal(responses["tokens"], view["samples"]["num_tokens"])
+    assert view["scores"].attrs["partial"] is False
+
+
+def test_top_neurons_is_a_table(scored):
+    top = aura_dist.top_neurons(scored, "toxic", 5)
+    columns = ["site", "layer", "unit", "auroc", "auroc_se", "q_value", "mean_positive", "mean_negative"]
+    assert [c for c in top.columns if c != "kind"] == columns
+    best, view = top.iloc[0], aura_dist.open_store(scored)["scores"]
+    found = view[best.site]["max"].sel(concept="toxic", neuron=best.unit)
+    assert all(float(found[name]) == best[name] for name in columns[3:])
+    assert top["auroc"].is_monotonic_decreasing
+
+
+def test_nothing_is_computed_by_accident(scored):
+    computed = []
+
+    def counting(graph, keys, **_):
+        computed.append(keys)
+        return dask.get(graph, keys)
+
+    with dask.config.set(scheduler=counting):
+        view = aura_dist.open_store(scored)
+        aura_dist.top_neurons(scored, "toxic", 3)
+        repr(view)
+        assert not computed
+        view["scores"]["layers.0.up"]["max"]["auroc"].load()
+        assert len(computed) == 1, "the scheduler that counts is the one in use"
+
+
+def test_one_task_a_chunk_column_one_read_a_chunk(store, monkeypatch):
+    from distributed import Client
+
+    tasks, reads, sorts = [], [], []
+
+    def counted(log, function):
+        return lambda *args, **options: log.append(args) or function(*args, **options)
+
+    # what the workers run is found by its name; what the client holds would be sent to them, log and all
+    monkeypatch.setattr(Client, "submit", counted(tasks, Client.submit))
+    monkeypatch.setattr(worker, "_read_runs", counted(reads, worker._read_runs))
+    monkeypatch.setattr(worker, "statistics_by_concept", counted(sorts, worker.statistics_by_concept))
+    with dask.config.set(scheduler=lambda *_, **__: pytest.fail("a computation beside the tasks")):
+        assert score(store) == 0
+    markers = [f for f in score_files(store) if "/scored/" in f]
+    warm_up = 2  # compile_kernels
+    assert len(tasks) == len(reads) == len(sorts) - warm_up == len(markers)
+    regions = {(array.path, columns.start, columns.stop) for array, _, columns in reads}
+    assert len(regions) == len(reads)
+
+
+def test_narrowed_then_widened_equals_all_at_once(store, scored):
+    assert score(store, "--statistics", "auroc", "mean_positive") == 0
+    first = score_files(store)
+    assert {f.split("/")[3] for f in first} == {"auroc", "mean_positive", "scored"}
+    assert set(aura_dist.open_store(store)["scores"]["layers.0.up"]["max"].data_vars) == {"auroc", "mean_positive"}
+    written = {f: (store / f).stat().st_mtime_ns for f in first if "/scored/" not in f}
+    assert score(store, "--statistics", "q_value") == 0
+    assert set(aura_dist.open_store(store)["scores"]["layers.0.up"]["max"].data_vars) >= {"p_value", "q_value"}
+    assert score(store) == 0
+    assert score_files(store) == score_files(scored)
+    assert {f: (store / f).stat().st_mtime_ns for f in written} == written, "what stands is not made again"
+
+
+def test_unknown_statistic_is_named(store, capsys):
+    assert score(store, "--statistics", "auroc", "median") == 2
+    assert "'median'" in capsys.readouterr().err
+    assert not (store / "scores").exists()
+
+
+def test_interrupted_q_values_are_made_again(store, scored, monkeypatch):
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    adjust = stage.adjust
+    monkeypatch.setattr(stage, "adjust", cut_off)
+    assert score(store) == 130
+    assert "q_value" not in aura_dist.open_store(store)["scores"]["layers.0.up"]["max"]
+    monkeypatch.setattr(stage, "adjust", adjust)
+    assert score(store) == 0
+    assert score_files(store) == score_files(scored)
+
+
+def test_unfinished_store_is_refused_or_scored_in_part(tmp_path, capsys, caplog):
+    whole = make_store(tmp_path / "whole.zarr", NUM_ROWS, (96,), CONCEPTS)
+    part = make_store(tmp_path / "part.zarr", NUM_ROWS, (96,), CONCEPTS, num_unfinished=2)
+    assert score(part) == 2
+    refusal = capsys.readouterr().err
+    view = aura_dist.open_store(part)
+    missing = int(np.isnan(view["activations"]["layers.0.up"]["max"].values[:, 0]).sum())
+    assert 0 < missing < NUM_ROWS
+    assert f"{missing} of {NUM_ROWS} rows are missing" in refusal
+    assert score(part, "--partial") == 0
+    view = aura_dist.open_store(part)
+    there = NUM_ROWS - missing
+    assert view["scores"].attrs["partial"] is True
+    assert (view["scores"].attrs["num_rows"], view["scores"].attrs["total_rows"]) == (there, NUM_ROWS)
+    assert aura_dist.top_neurons(part, "toxic", 1).attrs["partial"]
+    labels_CN, values = view["samples"]["label"].values.T, view["activations"]["layers.0.up"]["max"].values
+    expected = statistics_by_concept(values[:there], labels_CN[:, :there], ["auroc"])["auroc"]
+    np.testing.assert_array_equal(view["scores"]["layers.0.up"]["max"]["auroc"].values, expected)
+    # the rest is collected: the scores of a part must not stand for the whole
+    for name in ("activations", "progress"):
+        shutil.copytree(whole / name, part / name, dirs_exist_ok=True)
+    assert score(part) == 0
+    assert score(whole) == 0
+    assert score_files(part) == score_files(whole)
+    assert aura_dist.open_store(part)["scores"].attrs["partial"] is False
+
+
+def test_part_without_a_class_is_refused(tmp_path, capsys):
+    store = make_store(tmp_path / "store.zarr", 64, (32,), num_unfinished=0)
+    done = sorted((store / "progress" / "done" / "c").iterdir())
+    for file in done:
+        file.unlink()
+    assert score(store, "--partial") == 2
+    assert "0 positive and 0 negative rows among the 0" in capsys.readouterr().err
+
+
+def test_damaged_chunk_is_named_and_nothing_written_for_its_column(store, capsys):
+    chunk = store / "activations" / "layers.1.up" / "max" / "c" / "2" / "3"
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    assert score(store) == 2
+    assert str(chunk) in capsys.readouterr().err
+    assert not [f for f in score_files(store) if f.startswith("scores/layers.1.up/max") and f.endswith("/0/3")]
+
+
+def test_too_small_a_memory_limit_is_refused_before_any_worker(store, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "dask_client", None)
+    assert score(store, "--memory-limit", "200MB") == 2
+    assert "--memory-limit: expected at least 0." in capsys.readouterr().err
+
+
+def test_cluster_that_is_there(store, scored):
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, protocol="tcp", host="127.0.0.1"
+    ) as cluster:
+        assert cluster.scheduler_address.startswith("tcp://")
+        assert score(store, "--dask", cluster.scheduler_address) == 0
+    assert score_files(store) == score_files(scored)
+
+
+def test_scheduler_that_does_not_answer(store, monkeypatch, capsys):
+    monkeypatch.setattr("aura_dist.runtime.cluster.CONNECT_SECONDS", 1)
+    assert score(store, "--dask", "tcp://127.0.0.1:9") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --dask tcp://127.0.0.1:9: expected a cluster")
+
+
+@pytest.fixture(scope="module")
+def long_store(tmp_path_factory):
+    """A store of many chunk columns, so that there is a middle to be killed in."""
+    return make_store(tmp_path_factory.mktemp("long") / "store.zarr", 400, (512,) * 6, CONCEPTS)
+
+
+@pytest.fixture(scope="module")
+def long_scores(long_store, tmp_path_factory):
+    store = Path(shutil.copytree(long_store, tmp_path_factory.mktemp("undisturbed") / "store.zarr"))
+    assert score(store) == 0
+    return score_files(store)
+
+
+def started(store: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "aura_dist", "score", "--store", str(store), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_columns(store: Path, process: subprocess.Popen, count: int) -> None:
+    end = time.monotonic() + DEADLINE_SECONDS
+    while len(list(store.glob("scores/*/*/scored/c/*"))) < count:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_client_killed_and_restarted(kind, long_store, long_scores, tmp_path):
+    store = Path(shutil.copytree(long_store, tmp_path / "store.zarr"))
+    total = sum("/scored/" in f for f in long_scores)
+    process = started(store, "--dask", kind, "--num-workers", "2")
+    wait_for_columns(store, process, 5)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=DEADLINE_SECONDS)
+    psutil.wait_procs(tree, timeout=DEADLINE_SECONDS)
+    kept = [f for f in score_files(store) if "/scored/" in f]
+    assert 5 <= len(kept) < total, "it was killed in the middle"
+    written = {f: (store / f).stat().st_mtime_ns for f in kept}
+    assert score(store) == 0
+    assert score_files(store) == long_scores
+    assert {f: (store / f).stat().st_mtime_ns for f in kept} == written, "finished columns are kept"
+
+
+def test_worker_killed(long_store, long_scores, tmp_path):
+    store = Path(shutil.copytree(long_store, tmp_path / "store.zarr"))
+    process = started(store, "--dask", "processes", "--num-workers", "2")
+    wait_for_columns(store, process, 5)
+    workers = [c for c in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(c.cmdline())]
+    assert len(workers) == 2
+    os.kill(workers[0].pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    assert score_files(store) == long_scores
+
+
+def test_settings_file_takes_slurm_options(tmp_path, store, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"score": {"store": str(store), "dask": "slurm", "slurm": {"queu": "main"}}}))
+    assert main(["score", "--config", str(config)]) == 2
+    assert "--slurm: expected keys and values" in capsys.readouterr().err
+    assert score(store, "--dask", "slurm", "--slurm", "queue") == 2
+    assert "expected KEY=VALUE" in capsys.readouterr().err
+    assert score(store, "--dask", "slurm", "--slurm", "walltime=60") == 2
+    assert "expected walltime in quotes" in capsys.readouterr().err
