@@ -8,6 +8,7 @@ buffer → background writer → task committed.
 import logging
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -23,11 +24,14 @@ from aura_dist.data.table import Table, read_table
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
 from aura_dist.model.capture import Capture, row_buffer
 from aura_dist.model.fingerprint import fingerprint
+from aura_dist.model.intervene import intervene
 from aura_dist.model.sharding import ModelSource, check_positions, load_base, load_config, pick_device, skeleton
 from aura_dist.model.sites import find_sites
+from aura_dist.model.use import load_intervention
 from aura_dist.runtime.progress import Progress
 from aura_dist.runtime.world import world_from_environment
 from aura_dist.store.access import exists, open_group
+from aura_dist.store.artifact import Intervention
 from aura_dist.store.record import check_same, unfinished
 from aura_dist.store.schema import Samples, StoreSpec, create_store, tasks_of
 from aura_dist.store.writer import ChunkWriter
@@ -54,7 +58,10 @@ def run(config: CollectConfig) -> None:
         return
     source = ModelSource(config.model, config.revision, config.dtype)
     model = load_base(source, world, num_layers=1 + max(s.layer for s in spec.sites))
-    with ChunkWriter(group, spec, lambda: row_buffer(spec, rows_per_chunk(len(samples)), world.device)) as writer:
+    with (
+        laid_over(model, config),
+        ChunkWriter(group, spec, lambda: row_buffer(spec, rows_per_chunk(len(samples)), world.device)) as writer,
+    ):
         stream(model, spec, tokens, tasks, writer)
     for name, count in sorted(writer.nonfinite.items()):
         logger.warning("%s: %d responses are NaN or infinite", name, count)
@@ -118,12 +125,16 @@ def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> 
             "%s keeps %d expert parameters as 3-D tensors (%s, ...): they are not captured",
             table.model_class, len(table.experts), table.experts[0],
         )  # fmt: skip
+    found = fingerprint(config.model, config.revision, model_config)
+    under = None
+    if config.intervention is not None:
+        under = load_intervention(config.intervention, source, table, found).identity(config.strength)
     return StoreSpec(
         model={
             "name": config.model,
             "revision": config.revision,
             "class": table.model_class,
-            "fingerprint": fingerprint(config.model, config.revision, model_config),
+            "fingerprint": found,
         },
         dtype=config.dtype,
         max_tokens=config.max_tokens,
@@ -133,8 +144,20 @@ def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> 
         concepts=tuple(config.concepts),
         sites=sites,
         uncaptured=table.experts,
+        intervention=under,
         **identity,
     )
+
+
+def laid_over(model: PreTrainedModel, config: CollectConfig) -> AbstractContextManager[Any]:
+    """Context in which `--intervention` lies over a base model, which may have been cut after some layers.
+
+    Entered before the capture's hooks are: what is pooled is what the intervention leaves.
+    """
+    if config.intervention is None:
+        return nullcontext()
+    loaded = {f"{model.base_model_prefix}.{s.name}" for s in find_sites(model).sites}
+    return intervene(model, Intervention.load(config.intervention).restricted(loaded), config.strength)
 
 
 def _provenance(config: CollectConfig) -> dict[str, Any]:

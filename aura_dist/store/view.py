@@ -73,14 +73,21 @@ def _lazy(group: zarr.Group, name: str) -> Any:
 
 
 def read_scores(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> dict[str, NDArray[np.float64]]:
-    """Site → [D] float64 AUROC of one concept, in model order.
+    """Site → [D] float64 AUROC of one concept, in model order: see `read_statistic`."""
+    return read_statistic(group, spec, "auroc", concept, pooling)
+
+
+def read_statistic(
+    group: zarr.Group, spec: StoreSpec, statistic: str, concept: str, pooling: str
+) -> dict[str, NDArray[np.float64]]:
+    """Site → [D] float64 statistic of one concept, in model order.
 
     Raises
     ------
     InputError
         The store has no such concept or pooling.
     StoreError
-        The store has not been scored, or not wholly.
+        The store has not been scored, or not wholly, or not for this statistic.
     """
     if concept not in spec.concepts:
         raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
@@ -90,15 +97,21 @@ def read_scores(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) 
             f"collect with `--pooling {' '.join([*spec.poolings, pooling])}` for it"
         )
     which = spec.concepts.index(concept)
-    scores: dict[str, NDArray[np.float64]] = {}
+    values: dict[str, NDArray[np.float64]] = {}
     for site in spec.sites:
         marker = score_path(site.name, pooling, "scored")
         if marker not in group or not read_array(group, marker).all():
             raise StoreError(
                 f"--store {group.store_path}: {site.name} has not been scored; run `aura-dist score` first"
             )
-        scores[site.name] = np.asarray(get_array(group, score_path(site.name, pooling, "auroc"))[which])
-    return scores
+        name = score_path(site.name, pooling, statistic)
+        if name not in group:
+            raise StoreError(
+                f"--store {group.store_path}: {site.name} has been scored without {statistic}; "
+                f"run `aura-dist score --statistics {statistic}`"
+            )
+        values[site.name] = np.asarray(get_array(group, name)[which])
+    return values
 
 
 def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> pd.DataFrame:

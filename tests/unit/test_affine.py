@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from aura_dist.core.affine import aura_scale, compose, count_changed, fit_scales, top_units, with_strength
+from aura_dist.core.affine import aura_scale, compose, count_changed, fit_maps, top_units, with_strength
 from aura_dist.core.auroc import auroc
 from aura_dist.errors import InputError
 
@@ -25,20 +25,20 @@ def test_aura_of_random_responses_is_scikit_learns(seed):
     labels = rng.random(300) < 0.3
     values = (rng.normal(size=(300, 40)) + 0.7 * labels[:, None] * rng.normal(size=40)).round(1).astype(np.float32)
     expected = [1 - 2 * (max(roc_auc_score(labels, column), 0.5) - 0.5) for column in values.T]
-    scale = fit_scales("aura", {"site": auroc(values, labels)})["site"]
+    scale = fit_maps("aura", {"auroc": {"site": auroc(values, labels)}})[0]["site"]
     np.testing.assert_allclose(scale, expected, rtol=0, atol=1e-7)
     assert 0 < np.count_nonzero(scale < 1) < 40
 
 
 def test_det0_and_damp_change_the_experts_only():
     scores = {"a": np.array([0.9, 0.4]), "b": np.array([0.5, NAN, 0.6])}
-    det0, damp = fit_scales("det0", scores), fit_scales("damp", scores, alpha=0.3)
+    det0, damp = (fit_maps(m, {"auroc": scores}, alpha=0.3)[0] for m in ("det0", "damp"))
     assert {s: v.tolist() for s, v in det0.items()} == {"a": [0, 1], "b": [1, 1, 0]}
     np.testing.assert_allclose(damp["a"], [0.3, 1], rtol=1e-7)
     np.testing.assert_allclose(damp["b"], [1, 1, 0.3], rtol=1e-7)
     assert {v.dtype for v in [*det0.values(), *damp.values()]} == {np.dtype(np.float32)}
-    assert damp["a"][0] == fit_scales("damp", scores, top_k=1, alpha=0.3)["a"][0]
-    assert fit_scales("damp", scores, top_k=1, alpha=0.3)["b"].tolist() == [1, 1, 1]
+    assert damp["a"][0] == fit_maps("damp", {"auroc": scores}, top_k=1, alpha=0.3)[0]["a"][0]
+    assert fit_maps("damp", {"auroc": scores}, top_k=1, alpha=0.3)[0]["b"].tolist() == [1, 1, 1]
 
 
 def test_ties_go_to_the_earlier_site_then_unit():
@@ -70,7 +70,7 @@ def test_more_than_there_are_is_an_error():
 
 
 def test_top_k_under_aura_leaves_units_below_a_half_alone():
-    assert fit_scales("aura", {"a": np.array([0.75, 0.25])}, top_k=2)["a"].tolist() == [0.5, 1]
+    assert fit_maps("aura", {"auroc": {"a": np.array([0.75, 0.25])}}, top_k=2)[0]["a"].tolist() == [0.5, 1]
 
 
 def test_strength_interpolates_and_extrapolates():
