@@ -28,9 +28,7 @@ def run(config: FitConfig) -> None:
     spec = StoreSpec.from_attributes(group.attrs)
     sites = _chosen_sites(config, spec.sites)
     statistics = _read(config, group, spec, sites)
-    scales, shifts = fit_maps(
-        config.method, statistics, top_k=config.top_k, max_q=config.max_q, alpha=config.alpha
-    )
+    scales, shifts = fit_maps(config.method, statistics, top_k=config.top_k, max_q=config.max_q, alpha=config.alpha)
     fitted = Intervention(scales, shifts, _meta(config, spec, statistics)).at_strength(config.strength)
     earlier = _earlier(config, spec)
     (fitted if earlier is None else fitted @ earlier).save(config.out)
