@@ -3,12 +3,12 @@
 import json
 import os
 import struct
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,21 +35,33 @@ class Stored:
     stop: int
 
 
-class Source(Protocol):
-    """An open weight file. `descriptor` is that of the file if `start` and `stop` are offsets in it, else None."""
+class Source(ABC):
+    """An open weight file; leaving its context closes it.
+
+    Attributes
+    ----------
+    tensors
+        In the order in which they lie.
+    metadata
+        Of the file's header.
+    descriptor
+        That of the file, if `start` and `stop` of the tensors are offsets in it.
+    """
 
     tensors: Sequence[Stored]
     metadata: Mapping[str, str]
-    descriptor: int | None
+    descriptor: int | None = None
 
+    @abstractmethod
     def read(self, start: int, buffer: Tensor) -> None:
         """Fill `buffer` (uint8) with the bytes from `start` on; ModelError if the file ends before."""
 
-    def __enter__(self) -> "Source": ...
+    def __enter__(self) -> "Source":
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
 
 
 def open_weights(path: Path) -> Source:
@@ -71,15 +83,10 @@ def open_weights(path: Path) -> Source:
         ) from error
 
 
-@dataclass
-class _Safetensors:
-    path: Path
-    tensors: Sequence[Stored] = field(init=False)
-    metadata: Mapping[str, str] = field(init=False)
-    descriptor: int | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        with self.path.open("rb") as stream:
+class _Safetensors(Source):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as stream:
             (header_bytes,) = struct.unpack("<Q", stream.read(8))
             size = os.fstat(stream.fileno()).st_size
             if header_bytes > size - 8:
@@ -93,19 +100,12 @@ class _Safetensors:
 
     def read(self, start: int, buffer: Tensor) -> None:
         assert self.descriptor is not None
-        view, at = memoryview(buffer.numpy()), 0
+        view, at = as_bytes(buffer), 0
         while at < len(view):
             count = os.preadv(self.descriptor, [view[at:]], start + at)
             if not count:
-                raise ModelError(f"weight file {str(self.path)!r} ends early; get the checkpoint anew")
+                raise ModelError(f"weight file {str(self._path)!r} ends early; get the checkpoint anew")
             at += count
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
 
 
 def _from_header(header: Mapping[str, Any], data: int) -> Iterable[Stored]:
@@ -114,16 +114,14 @@ def _from_header(header: Mapping[str, Any], data: int) -> Iterable[Stored]:
         yield Stored(name, entry["dtype"], tuple(entry["shape"]), data + start, data + stop)
 
 
-class _Pickled:
+class _Pickled(Source):
     """torch's own format, memory-mapped; its tensors are numbered through as if they lay one after the other."""
-
-    descriptor = None
 
     def __init__(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         self._values: list[Tensor] = []
-        self.tensors: list[Stored] = []
-        self.metadata: Mapping[str, str] = {"format": "pt"}
+        self.metadata = {"format": "pt"}
+        found: list[Stored] = []
         at = 0
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor) or tensor.dtype not in _NAMES:
@@ -133,9 +131,10 @@ class _Pickled:
                 )
             self._values.append(tensor.detach())
             stop = at + tensor.numel() * tensor.element_size()
-            self.tensors.append(Stored(name, _NAMES[tensor.dtype], tuple(tensor.shape), at, stop))
+            found.append(Stored(name, _NAMES[tensor.dtype], tuple(tensor.shape), at, stop))
             at = stop
-        self._starts = [t.start for t in self.tensors]
+        self.tensors = found
+        self._starts = [t.start for t in found]
 
     def read(self, start: int, buffer: Tensor) -> None:
         which = bisect_right(self._starts, start) - 1
@@ -145,8 +144,8 @@ class _Pickled:
         flat = self._values[which].contiguous().reshape(-1).view(torch.uint8)
         buffer.copy_(flat[at : at + buffer.numel()])
 
-    def __enter__(self) -> Source:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._values.clear()
+def as_bytes(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    array: Any = values.view(torch.uint8).numpy()
+    return memoryview(array)

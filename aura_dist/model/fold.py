@@ -176,7 +176,7 @@ def _offset(site: str, module: nn.Module) -> float:
     def draw(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator) + 0.25
 
-    width = int(module.weight.shape[1 if isinstance(module, Conv1D) else 0])  # type: ignore[union-attr, index]
+    width = int(module.weight.shape[1 if isinstance(module, Conv1D) else 0])  # type: ignore[index]
     linear = isinstance(module, (nn.Linear, Conv1D))
     weight = draw(3, width) if isinstance(module, Conv1D) else draw(width, 3) if linear else draw(width)
     inputs, scale, shift = draw(2, 3 if linear else width), draw(width), draw(width)

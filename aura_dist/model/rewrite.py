@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aura_dist.errors import ModelError
-from aura_dist.model.checkpoint import FLOATS, Source, Stored
+from aura_dist.model.checkpoint import FLOATS, Source, Stored, as_bytes
 from aura_dist.model.fold import Fold, FoldPlan
 
 BLOCK_BYTES = 8 << 20
@@ -116,7 +116,7 @@ def _jobs(source: Source, file: int, targets: Sequence[Target], base: int) -> It
         if first.source is None or last is None:
             assert first.values is not None
             values = torch.from_numpy(first.values).to(FLOATS[first.stored.dtype])
-            yield partial(_write_all, file, _bytes(values), at)
+            yield partial(_write_all, file, as_bytes(values), at)
         elif first.is_copy:
             for start in range(first.source.start, last.stop, COPY_BYTES):
                 stop = min(start + COPY_BYTES, last.stop)
@@ -163,7 +163,7 @@ def _copy(source: Source, start: int, stop: int, file: int, at: int) -> None:
     for begin in range(start, stop, BLOCK_BYTES):
         buffer = _BUFFERS.take("raw", min(BLOCK_BYTES, stop - begin), torch.uint8)
         source.read(begin, buffer)
-        _write_all(file, _bytes(buffer), at + begin - start)
+        _write_all(file, as_bytes(buffer), at + begin - start)
 
 
 def _change(source: Source, target: Target, rows: slice, columns: int, file: int, at: int) -> None:
@@ -178,7 +178,7 @@ def _change(source: Source, target: Target, rows: slice, columns: int, file: int
         changed = _BUFFERS.take("out", count, new).copy_(changed)
     if new == torch.float16 and not changed.isfinite().all() and raw.isfinite().all():
         raise ModelError(f"tensor {target.stored.name!r} overflows float16 when folded; export with --dtype float32")
-    _write_all(file, _bytes(changed), at + rows.start * columns * new.itemsize)
+    _write_all(file, as_bytes(changed), at + rows.start * columns * new.itemsize)
 
 
 def _folded(raw: Tensor, fold: Fold, rows: slice, columns: int) -> Tensor:
@@ -191,10 +191,6 @@ def _folded(raw: Tensor, fold: Fold, rows: slice, columns: int) -> Tensor:
     wide = raw if raw.dtype.itemsize >= 4 else _BUFFERS.take("wide", raw.numel(), torch.float32).copy_(raw)
     scale = torch.from_numpy(fold.scale if fold.dim else fold.scale[rows])
     return wide.view(-1, columns).mul_(scale if fold.dim else scale[:, None]).view(-1)
-
-
-def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.view(torch.uint8).numpy())
 
 
 def _write_all(file: int, data: memoryview, at: int) -> None:
