@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from aura_dist.errors import ModelError
 from aura_dist.model.checkpoint import FLOATS, Stored
-from aura_dist.model.sharding import skeleton
 from aura_dist.model.switches import with_biases
 from aura_dist.store.artifact import Intervention
 
@@ -59,8 +58,19 @@ class FoldPlan:
     sites: tuple[str, ...] = ()
 
 
-def plan_folds(config: PretrainedConfig, intervention: Intervention, stored: Iterable[Stored]) -> FoldPlan:
-    """How to fold an intervention, which fits the model of `config`, into a checkpoint with these tensors.
+def plan_folds(
+    config: PretrainedConfig, model: PreTrainedModel, intervention: Intervention, stored: Iterable[Stored]
+) -> FoldPlan:
+    """How to fold an intervention, which fits `model`, into a checkpoint with these tensors.
+
+    Parameters
+    ----------
+    config, model
+        Of the checkpoint; the model may be on the meta device.
+    intervention
+        At the strength that is meant.
+    stored
+        All tensors of the checkpoint.
 
     Raises
     ------
@@ -71,7 +81,6 @@ def plan_folds(config: PretrainedConfig, intervention: Intervention, stored: Ite
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"the checkpoint is quantised: a scale cannot be folded into its weights; {HOOKS_ONLY}")
-    model = skeleton(config)
     names = _Names(model, stored)
     folds: dict[str, Fold] = {}
     without_bias: dict[str, NDArray[np.float32]] = {}

@@ -49,13 +49,12 @@ def run(config: ExportConfig) -> None:
     source = ModelSource(config.model, config.revision, "float32")
     model_config = load_config(source)
     found = fingerprint(config.model, config.revision, model_config)
-    table = find_sites(skeleton(model_config))
-    intervention = load_intervention(config.intervention, source, table, found)
+    model = skeleton(model_config)
+    intervention = load_intervention(config.intervention, source, find_sites(model), found)
     files = checkpoint_files(config.model, config.revision)
     stored = {file: _tensors(file) for file in files}
-    plan = plan_folds(
-        model_config, intervention.at_strength(config.strength), [t for tensors in stored.values() for t in tensors]
-    )
+    everything = [t for tensors in stored.values() for t in tensors]
+    plan = plan_folds(model_config, model, intervention.at_strength(config.strength), everything)
     targets = {file: layout(stored[file], plan, as_float32=config.dtype == "float32") for file in files}
     provenance = _provenance(config, intervention, found, plan)
     _make(config, out, model_config, plan, targets, provenance)
