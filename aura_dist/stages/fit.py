@@ -16,7 +16,7 @@ from aura_dist.errors import ConfigError, InputError
 from aura_dist.store.access import open_group
 from aura_dist.store.artifact import Intervention
 from aura_dist.store.schema import StoreSpec
-from aura_dist.store.view import read_statistic
+from aura_dist.store.view import read_scores
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _read(config: FitConfig, group: zarr.Group, spec: StoreSpec, sites: list[str
     """Statistic → site → [D] of what the method needs."""
     statistics: dict[str, Scores] = {}
     for name in needed_statistics(config.method, top_k=config.top_k, max_q=config.max_q):
-        values = read_statistic(group, spec, name, config.concept, _pooling(config))
+        values = read_scores(group, spec, config.concept, _pooling(config), name)
         statistics[name] = {site: values[site] for site in sites}
     return statistics
 

@@ -72,15 +72,10 @@ def _lazy(group: zarr.Group, name: str) -> Any:
     return da.from_zarr(get_array(group, name))
 
 
-def read_scores(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> dict[str, NDArray[np.float64]]:
-    """Site → [D] float64 AUROC of one concept, in model order: see `read_statistic`."""
-    return read_statistic(group, spec, "auroc", concept, pooling)
-
-
-def read_statistic(
-    group: zarr.Group, spec: StoreSpec, statistic: str, concept: str, pooling: str
-) -> dict[str, NDArray[np.float64]]:
-    """Site → [D] float64 statistic of one concept, in model order.
+def read_scores(
+    group: zarr.Group, spec: StoreSpec, concept: str, pooling: str, statistic: str = "auroc"
+) -> dict[str, NDArray[Any]]:
+    """Site → [D] one statistic of one concept, in model order.
 
     Raises
     ------
@@ -97,21 +92,16 @@ def read_statistic(
             f"collect with `--pooling {' '.join([*spec.poolings, pooling])}` for it"
         )
     which = spec.concepts.index(concept)
-    values: dict[str, NDArray[np.float64]] = {}
+    scores: dict[str, NDArray[Any]] = {}
     for site in spec.sites:
-        marker = score_path(site.name, pooling, "scored")
-        if marker not in group or not read_array(group, marker).all():
+        marker, name = (score_path(site.name, pooling, n) for n in ("scored", statistic))
+        if marker not in group or not read_array(group, marker).all() or name not in group:
             raise StoreError(
-                f"--store {group.store_path}: {site.name} has not been scored; run `aura-dist score` first"
+                f"--store {group.store_path}: {site.name} has not been scored ({statistic}); "
+                "run `aura-dist score` first"
             )
-        name = score_path(site.name, pooling, statistic)
-        if name not in group:
-            raise StoreError(
-                f"--store {group.store_path}: {site.name} has been scored without {statistic}; "
-                f"run `aura-dist score --statistics {statistic}`"
-            )
-        values[site.name] = np.asarray(get_array(group, name)[which])
-    return values
+        scores[site.name] = np.asarray(get_array(group, name)[which])
+    return scores
 
 
 def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """The forward under an intervention's hooks, and that of the exported checkpoint, against the plain one, in one run.
 
-    python tests/benchmarks/bench_intervene.py --model MODEL_DIR [--rows 8] [--tokens 128] [--repeats 15]
+    python tests/benchmarks/bench_intervene.py --model MODEL_DIR [--rows 2] [--tokens 128] [--repeats 11]
 
 AurA-like scales on the MLP linears, then scales and shifts as Linear-AcT gives them on the norms. The variants take
 turns within a repeat, so that a slow moment of the machine meets them all.
@@ -37,9 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=11)
     args = parser.parse_args()
     keep_memory_flat()
     rng = np.random.default_rng(0)
