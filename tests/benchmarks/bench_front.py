@@ -1,7 +1,8 @@
 """The toxicity-perplexity front: methods × strengths, one-shot and sequential, by the public verbs alone.
 
     python tests/benchmarks/bench_front.py --model MODEL_DIR --toxic jigsaw_toxicity.csv
-        --neutral wikipedia_sentences.csv --run-dir DIR [--strengths 0.1 0.25 …] [--prompts 150] [--samples 5] [--comments 500]
+        --neutral wikipedia_sentences.csv --run-dir DIR
+        [--strengths 0.1 0.25 …] [--methods aura …] [--prompts 150] [--samples 5] [--comments 500]
 
 The fit sees `--comments` toxic and as many length-matched other comments. The prompts are the first ten words of
 toxic comments that the fit did not see. A continuation (20 tokens, top-p 0.9) is toxic where alt-profanity-check
