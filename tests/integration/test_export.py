@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.model.sharding import skeleton
 from aura_dist.model.sites import find_sites
 from aura_dist.store.artifact import Intervention
-from tests.models import TINY_CONFIGS, save_tiny
+from tests.models import LLAMA_LIKE, TINY_CONFIGS, save_tiny
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 ARCHITECTURES = [
@@ -178,6 +178,26 @@ def test_names_without_the_prefix_as_on_the_hub(name, tmp_path):
     assert export(directory, intervention, tmp_path / "out") == 0
     assert_close(logits(load(tmp_path / "out")), hooked(directory, intervention))
     assert not any(n.startswith("transformer.") for n in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_text_model_within_another_has_names_and_settings_of_its_own(tmp_path):
+    """Gemma 3 with vision: transformers renames all keys at load, and the bias's setting is the text part's."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(
+        text_config={**LLAMA_LIKE, "head_dim": 12}, vision_config=vision, mm_tokens_per_image=4, image_token_index=2,
+        boi_token_index=3, eoi_token_index=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    intervention = random_intervention(tmp_path / "model", ("attention",), shift=True)
+    assert not set(stored) & {f"{s}.weight" for s in intervention.sites}, "the checkpoint has names of its own"
+    assert export(tmp_path / "model", intervention, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["attention_bias"] is True
+    assert_close(logits(load(tmp_path / "out")), hooked(tmp_path / "model", intervention))
 
 
 def test_tensors_that_no_module_has_are_carried_over(tmp_path):
