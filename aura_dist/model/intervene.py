@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from aura_dist.core.affine import with_strength
 from aura_dist.errors import ModelError
@@ -130,12 +131,20 @@ def affine_hook(
             raise ModelError(_unfit(site, module, output, len(scale)))
         scale_D, shift_D = on(output.device)
         wide = torch.promote_types(output.dtype, torch.float32)
+        if wide == output.dtype and _is_ours_alone(module):
+            changed = output.mul_(scale_D)  # fresh memory for a large output costs more than the product
+            return changed if shift_D is None else changed.add_(shift_D)
         changed = output.to(wide) * scale_D
         if shift_D is not None:
-            changed = changed + shift_D
+            changed += shift_D
         return changed.to(output.dtype)
 
     return apply
+
+
+def _is_ours_alone(module: nn.Module) -> bool:
+    """Whether nobody else can hold the output of `module`: it is new, no other hook has seen it, nor autograd."""
+    return isinstance(module, (nn.Linear, Conv1D)) and len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
 
 
 def _unfit(site: str, module: nn.Module, output: Any, width: int) -> str:

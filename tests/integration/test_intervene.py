@@ -175,6 +175,23 @@ def test_senseless_strength_is_refused_untouched():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_what_another_hook_saw_is_not_changed_behind_its_back():
+    """Outputs are scaled in place only where nobody else can hold them; the values are the same either way."""
+    model, intervention = tiny_causal("llama"), random_intervention("llama", ("mlp",), shift=True)
+    with aura_dist.intervene(model, intervention):
+        in_place = logits(model)
+        with torch.enable_grad():
+            assert torch.equal(model(input_ids=IDS).logits.detach(), in_place)
+    seen = {}
+    for site in intervention.sites:
+        hook = lambda _m, _a, out, s=site: seen.__setitem__(s, (out, out.clone()))  # noqa: E731
+        model.get_submodule(site).register_forward_hook(hook)
+    with aura_dist.intervene(model, intervention):
+        assert torch.equal(logits(model), in_place)
+    assert len(seen) == len(intervention.sites)
+    assert all(torch.equal(held, copy) for held, copy in seen.values())
+
+
 class EightBitLinear(nn.Module):
     """As quantised layers are: no `nn.Linear`, integer weights, float output."""
 
