@@ -19,7 +19,7 @@ ConfigT = TypeVar("ConfigT")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Pooling = Literal["max", "mean", "min", "last", "absmax"]
-Method = Literal["aura", "damp", "det0"]
+Method = Literal["aura", "damp", "det0", "mean-act", "linear-act"]
 # dask-jobqueue's SLURMCluster takes these; see its documentation
 SlurmOption = Literal[
     "queue", "account", "walltime", "cores", "memory", "processes", "interface", "host", "python", "protocol",
@@ -73,7 +73,7 @@ class InterventionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectConfig(ModelOptions):
+class CollectConfig(ModelOptions, InterventionOptions):
     """Run labelled text through the model and store every neuron's pooled response."""
 
     data: str = option("labelled text: .csv, .tsv, .jsonl or .parquet file, or a hub data set")
@@ -121,11 +121,22 @@ class FitConfig:
 
     store: str = option("a store that has been scored")
     concept: str = option("concept to whisper down")
-    method: Method = option("aura scales by expertise; damp and det0 scale the top units", "aura")
-    pooling: Pooling = option("pooling whose scores are used", "max")
-    top_k: PositiveInt | None = option("only the k units of highest AUROC (default: all above 1/2)", None)
+    method: Method = option(
+        "aura scales by expertise; damp and det0 scale the top units; mean-act and linear-act move the responses to "
+        "texts with the concept to where those without it are",
+        "aura",
+    )
+    pooling: Pooling | None = option(
+        "pooling whose scores are used (default: max for aura, damp and det0, mean for mean-act and linear-act)", None
+    )
+    modules: list[str] = option("only these of the store's modules: mlp, attention, norm, all, or name patterns", [])
+    top_k: PositiveInt | None = option(
+        "only the k units of highest AUROC (default: all above 1/2; all units under mean-act and linear-act)", None
+    )
+    max_q: Share | None = option("only units whose q-value (false discovery rate) is at most this", None)
     alpha: Share = option("scale of the selected units under damp", DEFAULT_ALPHA)
-    strength: Strength = option("strength s: each scale becomes 1 + s (scale - 1)", 1.0)
+    strength: Strength = option("strength s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0)
+    onto: str | None = option("intervention that the store was collected under: the result does both", None)
     out: str = option("directory to write the intervention to")
 
     def __post_init__(self) -> None:
@@ -155,6 +166,18 @@ class EvaluateConfig(ModelOptions, InterventionOptions):
     max_tokens: PositiveInt = option("tokens per text; longer texts are cut", 128)
     tokens_per_batch: PositiveInt = option("upper bound on padded tokens in one forward", 2048)
     out: str = option("JSON file to write the results to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Fold an intervention into a copy of a checkpoint, which any loader then serves at full speed."""
+
+    model: str = option("model: a local directory or a Hugging Face hub name")
+    revision: str | None = option("revision of a hub model", None)
+    intervention: str = option("intervention directory written by `fit`")
+    strength: Strength = option("strength s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0)
+    dtype: Literal["keep", "float32"] = option("dtype of the written weights", "keep")
+    out: str = option("directory to write the checkpoint to; it must not exist yet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +212,7 @@ VERBS: dict[str, Verb] = {
     "fit": Verb(FitConfig, "aura_dist.stages.fit"),
     "generate": Verb(GenerateConfig, "aura_dist.stages.generate"),
     "evaluate": Verb(EvaluateConfig, "aura_dist.stages.evaluate"),
+    "export": Verb(ExportConfig, "aura_dist.stages.export"),
     "demo": Verb(DemoConfig, "aura_dist.demo"),
 }
 

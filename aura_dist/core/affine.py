@@ -1,6 +1,7 @@
 """From a neuron's statistics to what is done to it: z ← ω ⊙ z + b per site. Pure NumPy."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,43 @@ from aura_dist.errors import InputError
 
 Scores = Mapping[str, NDArray[np.float64]]
 Scales = dict[str, NDArray[np.float32]]
+Shifts = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method reads and where it acts.
+
+    Attributes
+    ----------
+    statistics
+        Names of the store's statistics that the map is made of.
+    pooling
+        Pooling whose statistics it is meant for.
+    experts_only
+        Without a number of units: acts on the units with AUROC > ½, rather than on all that have a score.
+    """
+
+    statistics: tuple[str, ...]
+    pooling: str
+    experts_only: bool
+
+
+METHODS = {
+    "aura": Method(("auroc",), "max", experts_only=True),
+    "damp": Method(("auroc",), "max", experts_only=True),
+    "det0": Method(("auroc",), "max", experts_only=True),
+    "mean-act": Method(("mean_positive", "mean_negative"), "mean", experts_only=False),
+    "linear-act": Method(("linear_act_scale", "linear_act_shift"), "mean", experts_only=False),
+}
+
+
+def needed_statistics(method: str, *, top_k: int | None, max_q: float | None) -> tuple[str, ...]:
+    """Names of the statistics that `fit_maps` reads; InputError if there is no such method."""
+    if method not in METHODS:
+        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
+    chosen_by = (["auroc"] if top_k is not None else []) + (["q_value"] if max_q is not None else [])
+    return tuple(dict.fromkeys([*METHODS[method].statistics, *chosen_by]))
 
 
 def aura_scale(auroc: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -58,34 +96,89 @@ def top_units(auroc: Scores, top_k: int | None) -> dict[str, NDArray[np.bool_]]:
     return dict(zip(auroc, np.split(chosen, cuts), strict=True))
 
 
-def fit_scales(method: str, auroc: Scores, *, top_k: int | None = None, alpha: float = 0.5) -> Scales:
-    """Site → [D] float32 scale ω of a method.
+def fit_maps(
+    method: str,
+    statistics: Mapping[str, Scores],
+    *,
+    top_k: int | None = None,
+    max_q: float | None = None,
+    alpha: float = 0.5,
+) -> tuple[Scales, Shifts]:
+    """Site → [D] float32 scale ω, and site → [D] float32 shift b where the method has one.
+
+    ===========  ======================  =====================================================================
+    method       map of a chosen unit    source
+    ===========  ======================  =====================================================================
+    aura         α z                     Suau et al., *Whispering Experts* (ICML 2024), eq. 5: see `aura_scale`
+    damp         `alpha` z               the same, section 3.2
+    det0         0                       the same, section 3.1
+    mean-act     z + (m₀ − m₁)           Rodríguez et al., *Controlling Language and Diffusion Models by
+                                         Transporting Activations* (ICLR 2025): m₁, m₀ are the means of the
+                                         responses to texts with and without the concept
+    linear-act   ω z + b                 the same: least squares over the monotone coupling of the two samples
+    ===========  ======================  =====================================================================
+
+    Chosen are the `top_k` units of highest AUROC; without `top_k` those with AUROC > ½ under aura, damp and
+    det0, and all under the others. Other units, and units without a finite map, are left as they are.
 
     Parameters
     ----------
     method
-        `aura` (see `aura_scale`), `det0` (ω = 0 for the experts) or `damp` (ω = `alpha` for the experts);
-        Suau et al., ICML 2024, sections 3.1 and 3.2.
-    auroc
-        Site → [D] AUROC, in model order.
+        One of `METHODS`.
+    statistics
+        Statistic → site → [D] float64, all sites in model order: at least `needed_statistics`.
     top_k
-        Restrict to the k neurons of highest AUROC.
+        Choose exactly this many units.
+    max_q
+        Choose among the units with a q-value of at most this.
     alpha
-        Scale of the experts under `damp`.
+        Scale of the chosen units under damp.
 
     Raises
     ------
     InputError
-        The method is none of these, or `top_k` is too large.
+        There is no such method, or there are fewer units than `top_k` to choose from.
     """
-    experts = top_units(auroc, top_k)
+    needed_statistics(method, top_k=top_k, max_q=max_q)
+    scale, shift = _maps_of_all(method, statistics, alpha)
+    chosen = _chosen(method, statistics, top_k, max_q)
+    scales: Scales = {}
+    shifts: Shifts = {}
+    for site, units in chosen.items():
+        moved = shift.get(site)
+        mapped = np.isfinite(scale[site]) if moved is None else np.isfinite(scale[site]) & np.isfinite(moved)
+        mapped &= units
+        scales[site] = np.where(mapped, scale[site], 1.0).astype(np.float32)
+        if moved is not None:
+            shifts[site] = np.where(mapped, moved, 0.0).astype(np.float32)
+    return scales, shifts
+
+
+def _maps_of_all(method: str, statistics: Mapping[str, Scores], alpha: float) -> tuple[Scores, Scores]:
+    """The map of every unit, chosen or not: site → [D] scale, and site → [D] shift for the methods that shift."""
+    first = statistics[METHODS[method].statistics[0]]
     if method == "aura":
-        return {s: np.where(experts[s], aura_scale(v), np.float32(1)) for s, v in auroc.items()}
-    factors = {"det0": 0.0, "damp": alpha}
-    if method not in factors:
-        raise InputError(f"--method: expected one of aura, {', '.join(factors)}, got {method!r}")
-    factor = np.float32(factors[method])
-    return {s: np.where(experts[s], factor, np.float32(1)) for s in auroc}
+        return {s: aura_scale(v).astype(np.float64) for s, v in first.items()}, {}
+    if method == "mean-act":
+        means = statistics["mean_negative"]
+        return {s: np.ones_like(v) for s, v in first.items()}, {s: means[s] - v for s, v in first.items()}
+    if method == "linear-act":
+        return first, statistics["linear_act_shift"]
+    factor = {"det0": 0.0, "damp": alpha}[method]
+    return {s: np.full_like(v, factor) for s, v in first.items()}, {}
+
+
+def _chosen(
+    method: str, statistics: Mapping[str, Scores], top_k: int | None, max_q: float | None
+) -> dict[str, NDArray[np.bool_]]:
+    """Which units a method acts on."""
+    deciding = statistics["auroc"] if "auroc" in statistics else statistics[METHODS[method].statistics[0]]
+    if max_q is not None:
+        # NaN is "not scored", so that a unit without a q-value is left alone
+        deciding = {s: np.where(statistics["q_value"][s] <= max_q, v, np.nan) for s, v in deciding.items()}
+    if top_k is None and not METHODS[method].experts_only:
+        return {s: ~np.isnan(v) for s, v in deciding.items()}
+    return top_units(deciding, top_k)
 
 
 def with_strength(
@@ -111,13 +204,13 @@ def compose(
     outer: tuple[NDArray[np.float32], NDArray[np.float32] | None],
     inner: tuple[NDArray[np.float32], NDArray[np.float32] | None],
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """`outer` after `inner` as one map: ω = ω₂ ω₁, b = ω₂ b₁ + b₂."""
+    """`outer` after `inner` as one map: ω = ω₂ ω₁, b = ω₂ b₁ + b₂, rounded once."""
     (scale_2, shift_2), (scale_1, shift_1) = outer, inner
     scale = scale_2 * scale_1
     if shift_1 is None:
         return scale, shift_2
-    moved = scale_2 * shift_1
-    return scale, moved if shift_2 is None else moved + shift_2
+    moved = scale_2.astype(np.float64) * shift_1
+    return scale, (moved if shift_2 is None else moved + shift_2).astype(np.float32)
 
 
 def count_changed(scales: Mapping[str, NDArray[np.float32]], shifts: Mapping[str, NDArray[np.float32]]) -> int:

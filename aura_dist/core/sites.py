@@ -1,6 +1,10 @@
-"""`Site`: a submodule whose output is stored or scaled."""
+"""`Site`: a submodule whose output is stored or scaled; and how a user names several."""
 
+import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+KINDS = {"attention": ("attention",), "mlp": ("mlp",), "norm": ("norm",), "all": ("attention", "mlp")}
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,10 @@ class Site:
     kind: str
     layer: int
     width: int
+
+
+def matching(sites: Iterable[Site], wanted: str) -> set[str]:
+    """Names of the sites that one kind (`mlp`, `attention`, `norm`, `all`) or name pattern chooses."""
+    return {
+        s.name for s in sites if (s.kind in KINDS[wanted] if wanted in KINDS else fnmatch.fnmatchcase(s.name, wanted))
+    }

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from aura_dist.core.affine import with_strength
 from aura_dist.core.sites import Site
@@ -39,7 +40,7 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     ModelError
         The intervention has a site that the model lacks, or one of another width.
     """
-    check_fits(find_sites(model), intervention, own_name=own_names(model))
+    _check_model(model, intervention)
     with ExitStack() as hooks:
         for site in intervention.sites:
             scale, shift = with_strength(*intervention.map_of(site), strength)
@@ -48,7 +49,7 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
             module = model.get_submodule(own_names(model)(site))
             columns = _seen(model, site, len(scale))
             scale, shift = scale[columns], None if shift is None else shift[columns]
-            hooks.callback(module.register_forward_hook(_affine_hook(scale, shift)).remove)
+            hooks.callback(module.register_forward_hook(affine_hook(site, scale, shift)).remove)
         yield model
 
 
@@ -68,19 +69,62 @@ def check_fits(
     """ModelError unless every site of `intervention` is one of `table`'s, with the same width."""
     widths = {s.name: s.width for s in table.sites}
     for site in intervention.sites:
-        scale, shift = intervention.map_of(site)
         width = widths.get(own_name(site))
         if width is None:
             raise ModelError(f"the intervention does not fit {table.model_class}: it has no module {site!r}")
-        for values in (scale, shift):
-            if values is not None and values.shape != (width,):
-                raise ModelError(
-                    f"the intervention does not fit {table.model_class}: expected {width} neurons at {site!r}, "
-                    f"got {values.shape[0]}"
-                )
+        _check_width(intervention, site, width, table.model_class)
 
 
-def _affine_hook(scale: NDArray[np.float32], shift: NDArray[np.float32] | None) -> Callable[..., Tensor]:
+def _check_model(model: PreTrainedModel, intervention: Intervention) -> None:
+    """The same for a model in memory, whose layers may have been replaced by quantised ones.
+
+    Such layers often are no `Linear`: what counts is that there is a module of that name, and its width where it
+    tells it. What it gives is checked when it gives it.
+    """
+    table, own_name = find_sites(model), own_names(model)
+    known = {s.name for s in table.sites}
+    others = [s for s in intervention.sites if own_name(s) not in known and _is_quantised(model, own_name(s))]
+    check_fits(table, intervention.restricted(set(intervention.sites) - set(others)), own_name)
+    for site in others:
+        module = model.get_submodule(own_name(site))
+        width = getattr(module, "out_features", getattr(module, "outfeatures", None))
+        if isinstance(width, int):
+            _check_width(intervention, site, width, table.model_class)
+
+
+def _is_quantised(model: PreTrainedModel, name: str) -> bool:
+    """Whether there is a module of this name that holds no float matrix, as quantised layers do not."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return False
+    floats = [p for p in module.parameters() if p.ndim == 2 and p.is_floating_point() and p.dtype.itemsize > 1]
+    return not floats and not any(True for _ in module.children())
+
+
+def _check_width(intervention: Intervention, site: str, width: int, model_class: str) -> None:
+    for values in intervention.map_of(site):
+        if values is not None and values.shape != (width,):
+            raise ModelError(
+                f"the intervention does not fit {model_class}: expected {width} neurons at {site!r}, "
+                f"got {values.shape[0]}"
+            )
+
+
+def affine_hook(
+    site: str, scale: NDArray[np.float32], shift: NDArray[np.float32] | None
+) -> Callable[[nn.Module, Any, Any], Tensor]:
+    """A forward hook that gives scale ⊙ output + shift, in float32 at least, rounded once to the output's dtype.
+
+    Parameters
+    ----------
+    site
+        Name for errors.
+    scale, shift
+        [D] of what the module gives: of all its neurons or, where it gives a slice of them, of that slice.
+
+    The hook raises ModelError if the output is not a float tensor of D neurons.
+    """
     constants: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
     def on(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -89,12 +133,30 @@ def _affine_hook(scale: NDArray[np.float32], shift: NDArray[np.float32] | None) 
             constants[device] = (torch.tensor(scale, device=device), moved)
         return constants[device]
 
-    def apply(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def apply(module: nn.Module, args: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.shape[-1] != len(scale):
+            raise ModelError(_unfit(site, module, output, len(scale)))
         scale_D, shift_D = on(output.device)
         wide = torch.promote_types(output.dtype, torch.float32)
+        if wide == output.dtype and _is_ours_alone(module):
+            changed = output.mul_(scale_D)  # fresh memory for a large output costs more than the product
+            return changed if shift_D is None else changed.add_(shift_D)
         changed = output.to(wide) * scale_D
         if shift_D is not None:
-            changed = changed + shift_D
+            changed += shift_D
         return changed.to(output.dtype)
 
     return apply
+
+
+def _is_ours_alone(module: nn.Module) -> bool:
+    """Whether nobody else can hold the output of `module`: it is new, no other hook has seen it, nor autograd."""
+    return isinstance(module, (nn.Linear, Conv1D)) and len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
+
+
+def _unfit(site: str, module: nn.Module, output: Any, width: int) -> str:
+    got = f"{output.dtype} of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    return (
+        f"module {site!r} ({type(module).__name__}): a hook needs a float output of {width} neurons, got {got}; "
+        "load the model in another quantisation, or leave the module out by `fit --modules`"
+    )

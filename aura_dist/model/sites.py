@@ -1,6 +1,5 @@
 """Which submodules are captured or scaled: found on the meta device, from a model's classes alone."""
 
-import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,10 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from aura_dist.core.sites import Site
+from aura_dist.core.sites import Site, matching
 from aura_dist.errors import ModelError
-
-KINDS = {"attention": ("attention",), "mlp": ("mlp",), "norm": ("norm",), "all": ("attention", "mlp")}
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,7 @@ class SiteTable:
         """
         chosen: set[str] = set()
         for wanted in modules:
-            names = {
-                s.name
-                for s in self.sites
-                if (s.kind in KINDS[wanted] if wanted in KINDS else fnmatch.fnmatchcase(s.name, wanted))
-            }
+            names = matching(self.sites, wanted)
             if not names:
                 raise ModelError(f"--modules {wanted!r} matches nothing in {self.model_class}; {self._found()}")
             chosen |= names

@@ -11,7 +11,7 @@ from aura_dist.errors import ModelError
 from aura_dist.model.fingerprint import fingerprint
 from aura_dist.model.intervene import check_fits, intervene
 from aura_dist.model.sharding import PLAIN, ModelSource, ShardingOptions, load_causal, load_config, skeleton
-from aura_dist.model.sites import find_sites
+from aura_dist.model.sites import SiteTable, find_sites
 from aura_dist.runtime.world import World
 from aura_dist.store.artifact import Intervention
 
@@ -46,13 +46,27 @@ def load_for_use(
     found = fingerprint(source.name, source.revision, config)
     intervention = None
     if intervention_dir is not None:
-        intervention = Intervention.load(intervention_dir)
-        check_fits(find_sites(skeleton(config)), intervention)
-        made_for = intervention.meta.get("model", {})
-        if made_for.get("fingerprint", found) != found:
-            raise ModelError(
-                f"--intervention {intervention_dir!r} was made for {made_for.get('name')!r} (fingerprint "
-                f"{made_for['fingerprint'][:12]}), but --model {source.name!r} has {found[:12]}; fit one for this model"
-            )
+        intervention = load_intervention(intervention_dir, source, find_sites(skeleton(config)), found)
     tokenizer = load_tokenizer(source.name, source.revision)
     return LoadedModel(load_causal(source, world, options), tokenizer, found, intervention)
+
+
+def load_intervention(directory: str, source: ModelSource, table: SiteTable, found: str) -> Intervention:
+    """The intervention at `directory`, which must be one for the model with these sites and this fingerprint.
+
+    Raises
+    ------
+    ModelError
+        It was made for another model.
+    StoreError
+        There is none.
+    """
+    intervention = Intervention.load(directory)
+    check_fits(table, intervention)
+    made_for = intervention.meta.get("model", {})
+    if made_for.get("fingerprint", found) != found:
+        raise ModelError(
+            f"--intervention {directory!r} was made for {made_for.get('name')!r} (fingerprint "
+            f"{made_for['fingerprint'][:12]}), but --model {source.name!r} has {found[:12]}; fit one for this model"
+        )
+    return intervention

@@ -8,11 +8,13 @@ tasks, longest first → batches → hooks pool on the device → row buffer →
 import logging
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from aura_dist.config import CollectConfig
 from aura_dist.core.partition import Task
@@ -22,6 +24,7 @@ from aura_dist.data.table import Table, read_table
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
 from aura_dist.errors import StoreError
 from aura_dist.model.fingerprint import fingerprint
+from aura_dist.model.intervene import intervene
 from aura_dist.model.sharding import (
     ModelSource,
     check_positions,
@@ -35,11 +38,13 @@ from aura_dist.model.sharding import (
 )
 from aura_dist.model.sites import find_sites
 from aura_dist.model.stream import Run, stream
+from aura_dist.model.use import load_intervention
 from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
 from aura_dist.runtime.signals import StopFlag
 from aura_dist.runtime.team import Team
 from aura_dist.store.access import exists, open_group
+from aura_dist.store.artifact import Intervention
 from aura_dist.store.record import check_same, nonfinite_responses, unfinished
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
 
@@ -83,7 +88,7 @@ def collect_tasks(
     group = open_group(config.store)
     plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
     run = Run(spec, tokens, plans, team, stop)
-    with stop.deferred(), run.writer(group) as writer:
+    with laid_over(model, config), stop.deferred(), run.writer(group) as writer:
         stream(model, run, tasks, writer)
 
 
@@ -162,12 +167,16 @@ def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> 
             "%s keeps %d expert parameters as 3-D tensors (%s, ...): they are not captured",
             table.model_class, len(table.experts), table.experts[0],
         )  # fmt: skip
+    found = fingerprint(config.model, config.revision, model_config)
+    under = None
+    if config.intervention is not None:
+        under = load_intervention(config.intervention, source, table, found).identity(config.strength)
     return StoreSpec(
         model={
             "name": config.model,
             "revision": config.revision,
             "class": table.model_class,
-            "fingerprint": fingerprint(config.model, config.revision, model_config),
+            "fingerprint": found,
         },
         dtype=config.dtype,
         max_tokens=config.max_tokens,
@@ -177,8 +186,20 @@ def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> 
         concepts=tuple(config.concepts),
         sites=sites,
         uncaptured=table.experts,
+        intervention=under,
         **identity,
     )
+
+
+def laid_over(model: PreTrainedModel, config: CollectConfig) -> AbstractContextManager[Any]:
+    """Context in which `--intervention` lies over a base model, which may have been cut after some layers.
+
+    Entered before the capture's hooks are: what is pooled is what the intervention leaves.
+    """
+    if config.intervention is None:
+        return nullcontext()
+    loaded = {f"{model.base_model_prefix}.{s.name}" for s in find_sites(model).sites}
+    return intervene(model, Intervention.load(config.intervention).restricted(loaded), config.strength)
 
 
 def _provenance(config: CollectConfig) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The intervention as a file: `intervention.safetensors` (`<site>.scale`, `<site>.shift`) and `intervention.json`."""
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from aura_dist.core.affine import compose, count_changed
+from aura_dist.core.affine import compose, count_changed, with_strength
 from aura_dist.errors import InputError, StoreError
 
 WEIGHTS_FILE = "intervention.safetensors"
@@ -55,8 +56,70 @@ class Intervention:
         shift = self.shift.get(site)
         scale = self.scale.get(site)
         if scale is None:
-            scale = np.ones(0 if shift is None else shift.shape[0], dtype=np.float32)
+            scale = np.ones(0 if shift is None else shift.shape, dtype=np.float32)
         return scale, shift
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what is done to each site, whatever it was made by and wherever it lies."""
+        digest = hashlib.sha256()
+        for site in sorted(self.sites):
+            for name, values in zip(("scale", "shift"), self.map_of(site), strict=True):
+                if values is not None:
+                    digest.update(f"{site}.{name}".encode() + np.ascontiguousarray(values, dtype=np.float32).tobytes())
+        return digest.hexdigest()
+
+    def identity(self, strength: float) -> dict[str, Any]:
+        """What tells that a store was collected under this intervention."""
+        return {
+            "digest": self.digest,
+            "method": self.meta.get("method", "composed" if "composed" in self.meta else None),
+            "parameters": self.meta.get("parameters"),
+            "strength": strength,
+        }
+
+    def at_strength(self, strength: float) -> "Intervention":
+        """The intervention whose map is this one's at strength s; see `core.affine.with_strength`."""
+        maps = {site: with_strength(*self.map_of(site), strength) for site in self.sites}
+        shifts = {site: shift for site, (_, shift) in maps.items() if shift is not None}
+        return Intervention({site: scale for site, (scale, _) in maps.items()}, shifts, self.meta)
+
+    def restricted(self, sites: Collection[str]) -> "Intervention":
+        """The same on some of its sites."""
+        kept = set(sites)
+        return Intervention(
+            {s: v for s, v in self.scale.items() if s in kept},
+            {s: v for s, v in self.shift.items() if s in kept},
+            self.meta,
+        )
+
+    def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload to the Hugging Face hub, with a model card; returns the address of the commit.
+
+        Parameters
+        ----------
+        repo
+            `user/name`; made if it is not there.
+        private
+            Whether a new repository is private.
+        token
+            By default the one that is logged in.
+
+        Raises
+        ------
+        StoreError
+            The hub cannot be reached, or refuses.
+        """
+        from aura_dist.store.hub import push
+
+        return push(self, repo, private=private, token=token)
+
+    @classmethod
+    def from_hub(cls, repo: str, *, revision: str | None = None, token: str | None = None) -> "Intervention":
+        """Download from the Hugging Face hub; StoreError if there is no intervention at `repo`."""
+        from aura_dist.store.hub import pull
+
+        return cls.load(pull(repo, revision=revision, token=token))
 
     def __matmul__(self, inner: "Intervention") -> "Intervention":
         models = [m for m in (inner.meta.get("model"), self.meta.get("model")) if m]

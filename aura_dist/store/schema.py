@@ -48,6 +48,8 @@ class StoreSpec:
         In model order.
     uncaptured
         Names of parameters that no site covers (experts of a mixture).
+    intervention
+        Identity of what lay over the model (`Intervention.identity`), or None.
     """
 
     model: Mapping[str, Any]
@@ -61,6 +63,7 @@ class StoreSpec:
     data: Mapping[str, Any]
     sites: tuple[Site, ...]
     uncaptured: tuple[str, ...] = ()
+    intervention: Mapping[str, Any] | None = None
 
     def to_attributes(self) -> dict[str, Any]:
         return {
@@ -74,7 +77,8 @@ class StoreSpec:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "StoreSpec":
         names = cls.__dataclass_fields__
-        values = {name: attributes[name] for name in names}
+        values = {name: attributes[name] for name in names if name != "intervention"}
+        values["intervention"] = attributes.get("intervention")  # stores of earlier versions have none
         return cls(
             **{
                 **values,

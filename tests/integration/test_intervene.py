@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import aura_dist
 from aura_dist.errors import InputError, ModelError
@@ -171,4 +172,79 @@ def test_senseless_strength_is_refused_untouched():
     for strength in (-1.0, float("nan")):
         with pytest.raises(InputError), aura_dist.intervene(model, random_intervention("llama"), strength):
             pass
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_what_another_hook_saw_is_not_changed_behind_its_back():
+    """Outputs are scaled in place only where nobody else can hold them; the values are the same either way."""
+    model, intervention = tiny_causal("llama"), random_intervention("llama", ("mlp",), shift=True)
+    with aura_dist.intervene(model, intervention):
+        in_place = logits(model)
+        with torch.enable_grad():
+            assert torch.equal(model(input_ids=IDS).logits.detach(), in_place)
+    seen = {}
+    for site in intervention.sites:
+        hook = lambda _m, _a, out, s=site: seen.__setitem__(s, (out, out.clone()))  # noqa: E731
+        model.get_submodule(site).register_forward_hook(hook)
+    with aura_dist.intervene(model, intervention):
+        assert torch.equal(logits(model), in_place)
+    assert len(seen) == len(intervention.sites)
+    assert all(torch.equal(held, copy) for held, copy in seen.values())
+
+
+class EightBitLinear(nn.Module):
+    """As quantised layers are: no `nn.Linear`, integer weights, float output."""
+
+    def __init__(self, linear, output=lambda out: out):
+        super().__init__()
+        self.out_features = linear.out_features
+        self.step = nn.Parameter(linear.weight.abs().amax(dim=1) / 127)
+        self.weight = nn.Parameter((linear.weight / self.step[:, None]).round().to(torch.int8), requires_grad=False)
+        self.output = output
+
+    def forward(self, x):
+        return self.output(x @ (self.weight.to(x.dtype) * self.step[:, None]).T)
+
+
+def quantised(**arguments):
+    """A tiny Llama whose MLP layers are quantised."""
+    model = tiny_causal("llama")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ".mlp." in name:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, EightBitLinear(module, **arguments))
+    return model.requires_grad_(False)
+
+
+def test_hooks_work_on_quantised_layers():
+    model, intervention = quantised(), random_intervention("llama", ("mlp", "norm"), shift=True)
+    untouched = logits(model)
+    with aura_dist.intervene(model, intervention):
+        ours = logits(model)
+    for site in intervention.sites:
+        weight, bias = (torch.tensor(v[site]) for v in (intervention.scale, intervention.shift))
+        model.get_submodule(site).register_forward_hook(lambda _m, _a, out, w=weight, b=bias: out * w + b)
+    assert torch.equal(ours, logits(model))
+    assert not torch.allclose(ours, untouched, atol=1e-3)
+
+
+def test_quantised_layers_of_another_width_are_refused():
+    narrow = Intervention({"model.layers.0.mlp.up_proj": np.ones(79, np.float32) / 2})
+    with pytest.raises(ModelError, match="expected 80 neurons at"), aura_dist.intervene(quantised(), narrow):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda out: (out, 1), "got tuple"),
+        (lambda out: out.to(torch.int32), r"got torch.int32 of shape \(2, 12, 80\)"),
+        (lambda out: out[..., :5], r"a float output of 80 neurons, got torch.float32 of shape \(2, 12, 5\)"),
+    ],
+)
+def test_output_that_no_hook_can_scale_is_refused_by_name(output, got):
+    model, intervention = quantised(output=output), random_intervention("llama", ("mlp",))
+    pattern = rf"'model\.layers\.0\.mlp\.\w+' \(EightBitLinear\).*{got}"
+    with pytest.raises(ModelError, match=pattern), aura_dist.intervene(model, intervention):
+        logits(model)
     assert not any(m._forward_hooks for m in model.modules())

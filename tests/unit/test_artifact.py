@@ -169,3 +169,26 @@ def test_composition_is_of_one_model_and_stays_so():
         other @ a
     with pytest.raises(InputError, match="one model"):
         other @ (b @ a)
+
+
+def test_digest_is_of_what_is_done_to_each_site():
+    a = example()
+    assert a.digest == Intervention(dict(reversed(a.scale.items())), a.shift, {"other": 1}).digest
+    assert a.digest != example(1).digest
+    assert a.digest != Intervention(a.scale, {}, a.meta).digest
+    renamed = {s.replace("layers.2", "layers.3"): v for s, v in a.scale.items()}
+    assert a.digest != Intervention(renamed, a.shift).digest
+    assert a.identity(0.5)["strength"] == 0.5
+    assert a.identity(0.5)["digest"] == a.digest
+
+
+def test_strength_and_restriction():
+    a = example()
+    half = a.at_strength(0.5)
+    for site in a.sites:
+        scale, shift = a.map_of(site)
+        np.testing.assert_allclose(half.scale[site], 1 + 0.5 * (scale - 1), rtol=1e-6)
+        assert shift is None or np.allclose(half.shift[site], 0.5 * shift)
+    assert a.at_strength(0).num_changed == 0
+    assert a.restricted({"model.layers.0.mlp", "unknown"}).sites == ["model.layers.0.mlp"]
+    assert a.restricted({"only.shifted"}).shift["only.shifted"].tolist() == [1, 1, 1]

@@ -165,7 +165,7 @@ def test_largest_seed_is_taken():
 def test_a_resolved_config_resolves_to_itself(verb):
     config = VERBS[verb].config
     required = {"model": "m", "data": "d", "concepts": ["a"], "concept": "a", "store": "s", "out": "o", "prompt": ["p"]}
-    required["perplexity_texts"] = "t"
+    required |= {"perplexity_texts": "t", "intervention": "i"}
     resolved = resolve(config, {k: v for k, v in required.items() if k in hints(config)})
     assert resolve(config, merge(verb, {verb: asdict(resolved)}, {})) == resolved
 

@@ -1,0 +1,151 @@
+"""The weight files of a checkpoint as they lie on disk: names, shapes, offsets; bytes read only when asked for."""
+
+import json
+import os
+import struct
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aura_dist.errors import ModelError, brief
+
+# dtypes that a scale can be folded into; others are stored integers or quantised values
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {
+    **{dtype: name for name, dtype in FLOATS.items()},
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor: its name, dtype as safetensors names it, shape, and place [start, stop) in its source, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Source(ABC):
+    """An open weight file; leaving its context closes it.
+
+    Attributes
+    ----------
+    tensors
+        In the order in which they lie.
+    metadata
+        Of the file's header.
+    descriptor
+        That of the file, if `start` and `stop` of the tensors are offsets in it.
+    """
+
+    tensors: Sequence[Stored]
+    metadata: Mapping[str, str]
+    descriptor: int | None = None
+
+    @abstractmethod
+    def read(self, start: int, buffer: Tensor) -> None:
+        """Fill `buffer` (uint8) with the bytes from `start` on; ModelError if the file ends before."""
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+
+def open_weights(path: Path) -> Source:
+    """Open a safetensors file, or one in torch's own format (read as plain weights only).
+
+    Raises
+    ------
+    ModelError
+        The file is damaged, or holds something else than tensors.
+    """
+    try:
+        return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are formats
+        raise ModelError(
+            f"weight file {str(path)!r} cannot be read: {brief(error)}; get the checkpoint anew, or save it as "
+            "safetensors"
+        ) from error
+
+
+class _Safetensors(Source):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            size = os.fstat(stream.fileno()).st_size
+            if header_bytes > size - 8:
+                raise ValueError("the header is cut off")
+            header: dict[str, Any] = json.loads(stream.read(header_bytes))
+            self.metadata = header.pop("__metadata__", {})
+            self.tensors = sorted(_from_header(header, 8 + header_bytes), key=lambda t: (t.start, t.stop))
+            if self.tensors and self.tensors[-1].stop > size:
+                raise ValueError(f"expected {self.tensors[-1].stop} bytes, got {size}")
+            self.descriptor = os.dup(stream.fileno())
+
+    def read(self, start: int, buffer: Tensor) -> None:
+        assert self.descriptor is not None
+        view, at = as_bytes(buffer), 0
+        while at < len(view):
+            count = os.preadv(self.descriptor, [view[at:]], start + at)
+            if not count:
+                raise ModelError(f"weight file {str(self._path)!r} ends early; get the checkpoint anew")
+            at += count
+
+
+def _from_header(header: Mapping[str, Any], data: int) -> Iterable[Stored]:
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        yield Stored(name, entry["dtype"], tuple(entry["shape"]), data + start, data + stop)
+
+
+class _Pickled(Source):
+    """torch's own format, memory-mapped; its tensors are numbered through as if they lay one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        self._values: list[Tensor] = []
+        self.metadata = {"format": "pt"}
+        found: list[Stored] = []
+        at = 0
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or tensor.dtype not in _NAMES:
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ModelError(
+                    f"weight file {str(path)!r}: expected tensors, got {kind} at {name!r}; save it as safetensors"
+                )
+            self._values.append(tensor.detach())
+            stop = at + tensor.numel() * tensor.element_size()
+            found.append(Stored(name, _NAMES[tensor.dtype], tuple(tensor.shape), at, stop))
+            at = stop
+        self.tensors = found
+        self._starts = [t.start for t in found]
+
+    def read(self, start: int, buffer: Tensor) -> None:
+        which = bisect_right(self._starts, start) - 1
+        stored = self.tensors[which]
+        assert start + buffer.numel() <= stored.stop, "a read stays within a tensor"
+        at = start - stored.start
+        flat = self._values[which].contiguous().reshape(-1).view(torch.uint8)
+        buffer.copy_(flat[at : at + buffer.numel()])
+
+
+def as_bytes(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    array: Any = values.view(torch.uint8).numpy()
+    return memoryview(array)

@@ -1,0 +1,100 @@
+"""An intervention on the Hugging Face hub: its two files, and a card that says what they are."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aura_dist.errors import StoreError, brief
+
+if TYPE_CHECKING:
+    from aura_dist.store.artifact import Intervention
+
+CARD_FILE = "README.md"
+
+
+def push(intervention: "Intervention", repo: str, *, private: bool, token: str | None) -> str:
+    """Upload files and card to `repo`, made if need be; returns the address of the commit. StoreError if it fails."""
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as scratch:
+        intervention.save(scratch)
+        (Path(scratch) / CARD_FILE).write_text(card(intervention, repo), encoding="utf-8")
+        try:
+            api = HfApi(token=token)
+            api.create_repo(repo, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=scratch, commit_message=f"Intervention {_method(intervention.meta)}"
+            )
+        except Exception as error:  # the hub's client has a dozen errors of its own
+            raise StoreError(f"intervention cannot be pushed to {repo!r}: {brief(error)}") from error
+    return str(commit.commit_url)
+
+
+def pull(repo: str, *, revision: str | None, token: str | None) -> Path:
+    """The local directory of the files at `repo`; StoreError if they cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE
+
+    try:
+        found = snapshot_download(repo, revision=revision, token=token, allow_patterns=[META_FILE, WEIGHTS_FILE])
+    except Exception as error:
+        raise StoreError(f"intervention {repo!r} cannot be pulled: {brief(error)}") from error
+    return Path(found)
+
+
+def card(intervention: "Intervention", repo: str) -> str:
+    """The model card: method, concept, data, figures, and how to use it."""
+    meta = intervention.meta
+    parts = [_parts(m) for m in meta["composed"]] if "composed" in meta else [_parts(meta)]
+    model = meta.get("model", {}).get("name")
+    widths = {site: intervention.map_of(site)[0].shape[0] for site in intervention.sites}
+    header = ["library_name: aura_dist", "tags: [activation-steering, aura_dist]"]
+    header += [f"base_model: {model}"] if model and _is_hub_name(model) else []
+    figures = (
+        f"- modules: {len(widths)}\n- neurons changed: {intervention.num_changed:,} of {sum(widths.values()):,}\n"
+        f"- digest: `{intervention.digest[:16]}`"
+    )
+    described = "\n\nafter\n\n".join(parts)
+    return (
+        "---\n" + "\n".join(header) + "\n---\n\n"
+        f"# {repo.rpartition('/')[2]}\n\n"
+        "An elementwise affine map z ← ω ⊙ z + b on the outputs of a language model's modules, made with "
+        "`aura_dist`.\n\n"
+        f"{described}\n\n## Figures\n\n{figures}\n\n## Use\n\n```python\nimport aura_dist\n\n"
+        f'intervention = aura_dist.Intervention.from_hub("{repo}")\n'
+        "with aura_dist.intervene(model, intervention, strength=1.0):\n    model.generate(...)\n```\n"
+    )
+
+
+def _parts(meta: Mapping[str, Any]) -> str:
+    """Method, concept, model and data of one fitted map, as a list."""
+    if "composed" in meta:
+        return "\n\nafter\n\n".join(_parts(m) for m in meta["composed"])
+    model, data = meta.get("model", {}), meta.get("data", {})
+    sampling = data.get("sampling") or {}
+    rows = ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None)
+    lines = {
+        "method": _method(meta),
+        "parameters": json.dumps(meta.get("parameters") or {}),
+        "concept": meta.get("concept"),
+        "model": model.get("name") and f"{_name(model['name'])} (fingerprint `{str(model.get('fingerprint'))[:16]}`)",
+        "data": data.get("path") and f"{Path(str(data['path'])).name} (sha256 `{str(data.get('sha256'))[:16]}`)",
+        "rows": rows or None,
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value)
+
+
+def _method(meta: Mapping[str, Any]) -> str:
+    return str(meta.get("method", "composed of several" if "composed" in meta else "not stated"))
+
+
+def _name(model: str) -> str:
+    return model if _is_hub_name(model) else Path(model).name
+
+
+def _is_hub_name(model: str) -> bool:
+    """Whether a name can be one of the hub's, rather than a path of somebody's disk."""
+    return not Path(model).is_absolute() and model.count("/") <= 1 and not model.startswith(".")
