@@ -43,6 +43,10 @@ class ModelOptions:
     revision: str | None = option("revision of a hub model", None)
     dtype: Dtype = option("dtype of weights and activations", "float32")
     sharding: str = option("how the model is spread over processes", "replicate")
+    offload: str = option("where zero3 keeps the weights: none, cpu or nvme:PATH", "none")
+    max_memory: list[str] = option("what dispatch puts on each device, such as 0=70GiB cpu=200GiB", [])
+    offload_folder: str | None = option("where dispatch puts what fits no device", None)
+    tensor_plan: str | None = option("YAML file that says how tensor parallelism splits each module", None)
     device: Literal["auto", "cpu", "cuda"] = option("where the forward runs; auto takes a GPU if there is one", "auto")
 
 
@@ -78,6 +82,23 @@ class CollectConfig(ModelOptions):
     store: str = option("the store to write (a .zarr directory)")
     overwrite: bool = option("delete a store that is already there", False)
     tokens_per_batch: PositiveInt = option("upper bound on padded tokens in one forward", 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(CollectConfig):
+    """Say what a collection takes, in bytes and seconds, and refuse what cannot fit; reads no weights."""
+
+    data: str = option("labelled text; without it, --num-positive and --num-negative texts of --max-tokens", "")
+    concepts: list[str] = option("label columns; without them, of all rows the longest", [], distinct=True)
+    store: str = option("the store that would be written (not touched)", "")
+    world_size: PositiveInt = option("ranks of the launch", 1)
+    ranks_per_host: PositiveInt | None = option("ranks that share one machine's memory (default: all, at most 8)", None)
+    device_memory: str | None = option("memory of one GPU, such as 80GB; plans for a GPU wherever it is run", None)
+    host_memory: str | None = option("memory of one machine, such as 512GB", None)
+    tflops: Annotated[float, Meta(gt=0.0)] | None = option(
+        "sustained TFLOP/s of one rank (default: 120 on a GPU in 16 bits, 12 in float32; 0.08 on a CPU)", None
+    )
+    json: bool = option("print JSON instead of tables", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +163,14 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: its settings, and the stage module whose `run(config)` does the work."""
+    """One command: its settings, and the stage module whose `run(config)` does the work.
+
+    The section of a settings file that belongs to the verb `inherits` counts for this one too, below its own.
+    """
 
     config: type
     stage: str
+    inherits: str | None = None
 
     @property
     def summary(self) -> str:
@@ -153,6 +178,7 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
+    "plan": Verb(PlanConfig, "aura_dist.stages.plan", inherits="collect"),
     "collect": Verb(CollectConfig, "aura_dist.stages.collect"),
     "score": Verb(ScoreConfig, "aura_dist.stages.score"),
     "fit": Verb(FitConfig, "aura_dist.stages.fit"),
@@ -173,7 +199,7 @@ def hints(config: type) -> dict[str, Any]:
 
 
 def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `verb` by order of force: top of the file < its section < flags.
+    """Settings of `verb` by order of force: top of the file < section it inherits < its section < flags.
 
     Raises
     ------
@@ -191,7 +217,8 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
         else:
             _check_key(str(key), shared | set(VERBS), "config file")
     top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
-    return {**top, **(document.get(verb) or {}), **flags}
+    inherited = document.get(VERBS[verb].inherits or "") or {}
+    return {**top, **inherited, **(document.get(verb) or {}), **flags}
 
 
 def _check_key(name: str, known: set[str], where: str) -> None:

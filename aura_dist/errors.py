@@ -28,3 +28,7 @@ class ModelError(AuraError):
 
 class StoreError(AuraError):
     """A store or an artifact is missing, damaged, unfinished, or of something else."""
+
+
+class BudgetError(AuraError):
+    """What was planned does not fit into the memory that there is."""
