@@ -3,7 +3,7 @@
 Pure functions of numbers. What is added up:
 
 - *weights*: the base model to the last captured layer, split as the strategy splits it, and what it gathers at once;
-- *activations*: c + t · tokens of the largest batch (`ForwardCost`), and every neuron's pooled value for its rows;
+- *activations*: of the largest batch (`ForwardCost`), and every neuron's pooled value for its rows;
 - *queue*: row buffers of `NUM_BUFFERS` row chunks of the neurons that the rank writes, and one more being encoded;
 - *runtime*: interpreter, libraries, and what a GPU's context takes (constants below);
 - *texts*: before the weights are read, the tokenizer and the table of texts.
@@ -32,16 +32,17 @@ TABLE_BYTES_PER_FILE_BYTE = 10
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """Cost of a forward of B rows padded to T tokens: bytes c + t B T at most, FLOPs B (a T + b T²)."""
+    """Cost of a forward of B rows padded to T tokens: bytes c + B (r + t T) at most, FLOPs B (a T + b T²)."""
 
     constant_bytes: float
+    row_bytes: float
     token_bytes: float
     token_flops: float
     square_flops: float
 
-    def peak_bytes(self, num_tokens: int) -> int:
-        """Most bytes alive at once in a batch of `num_tokens` tokens, padding included."""
-        return ceil(self.constant_bytes + self.token_bytes * num_tokens)
+    def peak_bytes(self, num_rows: int, num_tokens: int) -> int:
+        """Most bytes alive at once in a batch of `num_rows` rows and `num_tokens` tokens, padding included."""
+        return ceil(self.constant_bytes + self.row_bytes * num_rows + self.token_bytes * num_tokens)
 
     def flops(self, shapes: Sequence[tuple[int, int]]) -> float:
         """Operations of batches of these shapes [rows, tokens]; a multiplication and an addition count as two."""
@@ -315,4 +316,4 @@ def _activations(work: Work, spread: Spread) -> int:
     exchange = 0
     if spread.layout.tensor > 1:
         exchange = 2 * work.batch_tokens * max(width for width, _ in work.neurons) * work.pooled_bytes
-    return work.forward.peak_bytes(work.batch_tokens) + pooled + exchange
+    return work.forward.peak_bytes(work.batch_rows, work.batch_tokens) + pooled + exchange

@@ -164,18 +164,21 @@ def trace_forward(model: PreTrainedModel, sites: Sequence[Site], poolings: Seque
 def forward_cost(model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], longest: int) -> ForwardCost:
     """What a forward of any batch costs whose texts have at most `longest` tokens.
 
-    Memory of B rows is c + B f(T), where f, the largest of sums of terms in T and T², is convex with f(0) = 0: what
-    a token takes at the longest text bounds what it takes at every shorter one. FLOPs of B rows are
-    B (a T + b T²) exactly: products with weights, and attention, masked or not.
+    Memory of B rows is c + B f(T), where f, the largest of sums of terms in 1, T and T², is convex: the line through
+    its values at one token and at the longest text lies above it in between. FLOPs of B rows are B (a T + b T²)
+    exactly: products with weights, and attention, masked or not.
     """
-    one, two = (trace_forward(model, sites, poolings, (rows, longest)) for rows in (1, 2))
-    short = max(1, longest // 2)
-    half = trace_forward(model, sites, poolings, (1, short)).flops if short < longest else one.flops
-    square = (one.flops / longest - half / short) / (longest - short) if short < longest else 0.0
-    per_row = two.peak_bytes - one.peak_bytes
+    (one, two), (short_one, short_two) = (
+        [trace_forward(model, sites, poolings, (rows, tokens)) for rows in (1, 2)] for tokens in (longest, 1)
+    )
+    row, short_row = two.peak_bytes - one.peak_bytes, short_two.peak_bytes - short_one.peak_bytes
+    slope = (row - short_row) / max(1, longest - 1)
+    base = max(0.0, short_row - slope)  # the line at no token; where it is below 0, the line from 0 lies above it
+    square = (one.flops / longest - short_one.flops) / max(1, longest - 1)
     return ForwardCost(
-        constant_bytes=max(0, one.peak_bytes - per_row),
-        token_bytes=per_row / longest,
+        constant_bytes=max(0, one.peak_bytes - row, short_one.peak_bytes - short_row),
+        row_bytes=base,
+        token_bytes=(row - base) / longest,
         token_flops=one.flops / longest - square * longest,
         square_flops=square,
     )

@@ -52,6 +52,7 @@ def texts_csv(tmp_path_factory):
 def compare(model, data, scratch, capsys, *settings):
     """(predicted, measured) peak of anonymous memory."""
     flags = ["--model", str(model), "--data", str(data), "--concepts", "toxic", "--device", "cpu", *settings]
+    capsys.readouterr()  # a tokenizer's training talks
     assert main(["plan", *flags, "--json"]) == 0
     predicted = json.loads(capsys.readouterr().out)["anonymous_bytes"]
     measured = peak_of(["collect", *flags, "--store", str(scratch / "store.zarr")], timeout_seconds=900)
