@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) -> None:
     default = spec.default if spec.default_factory is MISSING else spec.default_factory()
-    note = "required" if default is MISSING else "" if default in (None, "", [], False) else f"default: {_show(default)}"
+    note = (
+        "required" if default is MISSING else "" if default in (None, "", [], False) else f"default: {_show(default)}"
+    )
     text = spec.metadata["help"] + (f" ({note})" if note else "")
     common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if hint is bool:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aura_dist.core.budget import Machine, RankMemory, Spread, Work, rank_memory
+from aura_dist.core.budget import RankMemory, rank_memory
 from aura_dist.core.layout import Layout
+from aura_dist.core.work import Machine, Spread, Work
 
 MAX_RANKS = 1024
 

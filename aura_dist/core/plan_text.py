@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from aura_dist.core.budget import Machine, RankMemory
+from aura_dist.core.budget import RankMemory
 from aura_dist.core.schedule import Schedule
 from aura_dist.core.store_size import StoreSize
 from aura_dist.core.units import show_bytes
+from aura_dist.core.work import Machine
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,11 @@ def _memory(report: Report) -> list[str]:
         ("host", memory.host, sum(memory.host.values())),
     ):
         if parts:
-            lines.append(f"  {place:<5} {show_bytes(total):>8}: " + ", ".join(f"{k} {show_bytes(v)}" for k, v in parts.items()))
-    lines.append(f"  peak of anonymous memory {show_bytes(report.anonymous_bytes)} (texts being read: {show_bytes(memory.preparing)})")
+            lines.append(
+                f"  {place:<5} {show_bytes(total):>8}: " + ", ".join(f"{k} {show_bytes(v)}" for k, v in parts.items())
+            )
+    peak, before = show_bytes(report.anonymous_bytes), show_bytes(memory.preparing)
+    lines.append(f"  peak of anonymous memory {peak} ({before} while texts are read)")
     if memory.mapped:
         lines.append(f"  and weights of {show_bytes(memory.mapped)} read from their files through the page cache")
     if memory.disk:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from aura_dist.core.budget import ForwardCost, RankMemory
+from aura_dist.core.budget import RankMemory
 from aura_dist.core.layout import Layout
 from aura_dist.core.partition import make_batches
+from aura_dist.core.work import ForwardCost
 
 # sustained TFLOP/s of one rank where none is stated: about 40 % of an A100's 312 in 16 bits and two thirds of its 19.5
 # in float32 (NVIDIA A100 data sheet); two cores of a server's processor

@@ -24,7 +24,9 @@ class StoreSize:
     compressed_bytes: int
 
 
-def store_size(num_rows: int, rows_chunk: int, widths: Sequence[int], dtype: str, item_bytes: Sequence[int]) -> StoreSize:
+def store_size(
+    num_rows: int, rows_chunk: int, widths: Sequence[int], dtype: str, item_bytes: Sequence[int]
+) -> StoreSize:
     """Size of a store of `widths` neurons a site, one array for each of `item_bytes` (a pooling's stored item)."""
     row_chunks = ceil(num_rows / rows_chunk)
     chunks = sum(row_chunks * ceil(w / columns_per_chunk(w, num_rows, i)) for w in widths for i in item_bytes)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from aura_dist.core.budget import WeightSizes
+from aura_dist.core.work import WeightSizes
 from aura_dist.model.sharding import DTYPES, ModelSource
 from aura_dist.model.sites import decoder_layers_name
 
@@ -48,7 +48,7 @@ def weight_sizes(model: PreTrainedModel) -> WeightSizes:
     layers_name, splits = decoder_layers_name(model), split_names(model)
     base = model.base_model
     prefix = f"{model.base_model_prefix}." if base is not model else ""
-    layers = [[0, 0] for _ in range(len(model.get_submodule(layers_name)))]  # type: ignore[arg-type]
+    layers = [[0, 0] for _ in range(len(model.get_submodule(layers_name)))]
     outside, largest = [0, 0], 0
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         within = (prefix + name).removeprefix(f"{layers_name}.")
@@ -77,4 +77,3 @@ def tokenizer_bytes(source: ModelSource) -> int:
     """Size of a local model's `tokenizer.json`; 0 where there is none."""
     file = Path(source.name) / "tokenizer.json"
     return file.stat().st_size if file.is_file() else 0
-

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from aura_dist.core.budget import ForwardCost
 from aura_dist.core.sites import Site
+from aura_dist.core.work import ForwardCost
 from aura_dist.errors import ModelError, brief
 from aura_dist.model.pooling import TokenMask
 
@@ -36,11 +36,11 @@ class Traced:
     flops: int
 
 
-class _Account(TorchDispatchMode):
+class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that are alive, and the operations of matrix products."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self.flops = 0
         self._bytes = 0
@@ -143,7 +143,9 @@ class _PoolingHooks:
         return pool
 
 
-def trace_forward(model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], shape: tuple[int, int]) -> Traced:
+def trace_forward(
+    model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], shape: tuple[int, int]
+) -> Traced:
     """Run the base model of `model` (on the meta device) on a batch of `shape` [rows, tokens], pooling at `sites`.
 
     Raises

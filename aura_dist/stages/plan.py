@@ -15,36 +15,32 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from aura_dist.config import PlanConfig
-from aura_dist.core.budget import Machine, Spread, Tier, Work
 from aura_dist.core.fitting import Fit, advice, fit, survey
 from aura_dist.core.layout import parse_layout
-from aura_dist.core.partition import columns_per_chunk, rows_per_chunk
 from aura_dist.core.plan_text import Report, render
 from aura_dist.core.schedule import TFLOPS, run_seconds, schedule
 from aura_dist.core.store_size import store_size
 from aura_dist.core.units import parse_bytes, show_bytes
+from aura_dist.core.work import Machine, Spread, Tier
 from aura_dist.data.labels import check_texts, parse_labels
 from aura_dist.data.sampling import Sampling, sample_rows, without_mixed_negatives
 from aura_dist.data.table import read_table
 from aura_dist.data.tokens import load_tokenizer, tokenize
 from aura_dist.errors import AuraError, BudgetError, ConfigError
-from aura_dist.model.sharding import DTYPES, ModelSource, check_positions, load_config, skeleton
-from aura_dist.model.sites import find_sites
-from aura_dist.model.sizes import is_mapped, prepare, splits_layers, tokenizer_bytes, weight_sizes
-from aura_dist.model.trace import forward_cost
-from aura_dist.store.schema import stored_dtype, tasks_of
+from aura_dist.model.estimate import Estimate, estimate
+from aura_dist.model.sharding import DTYPES, ModelSource, load_config
+from aura_dist.store.schema import tasks_of
 
 MAX_RANKS_PER_HOST = 8
-GPU_NAME = "cuda"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Token counts of the rows that would be run, ascending, and where they come from."""
+    """Token counts of the rows that would be run, ascending, a lower bound of them, and where they come from."""
 
     num_tokens: NDArray[np.int32]
+    shortest: int
     origin: str
-    exact: bool
 
 
 def run(config: PlanConfig) -> None:
@@ -53,7 +49,23 @@ def run(config: PlanConfig) -> None:
     source = ModelSource(config.model, config.revision, config.dtype)
     model_config = load_config(source)
     rows = find_rows(config, model_config)
-    report, wanted, others = make_report(config, source, model_config, rows, spread, machine)
+    found = estimate(
+        source,
+        model_config,
+        config.modules,
+        config.pooling,
+        rows.num_tokens,
+        config.tokens_per_batch,
+        shortest=rows.shortest,
+        data_bytes=Path(config.data).stat().st_size if config.data and Path(config.data).is_file() else 0,
+        gpu=machine.gpu,
+    )
+    if spread.layout.tensor > 1 and not found.splits:
+        raise ConfigError(
+            f"--sharding {config.sharding}: expected a model with a plan for tensor parallelism, got "
+            f"{found.table.model_class}; use fsdp, zero3 or dispatch"
+        )
+    report, wanted = make_report(config, found, rows, spread, machine)
     print(json.dumps(asdict(report), indent=2) if config.json else render(report))
     sys.stdout.flush()
     if wanted.tokens_per_batch != config.tokens_per_batch:
@@ -66,7 +78,7 @@ def make_machine(config: PlanConfig) -> Machine:
     host = None if config.host_memory is None else parse_bytes(config.host_memory, "--host-memory")
     if config.device == "cpu" and device is not None:
         raise ConfigError("--device-memory: expected with a GPU, got --device cpu; use --host-memory")
-    gpu = config.device == GPU_NAME or device is not None or (config.device == "auto" and torch.cuda.is_available())
+    gpu = config.device == "cuda" or device is not None or (config.device == "auto" and torch.cuda.is_available())
     ranks = config.ranks_per_host or min(config.world_size, MAX_RANKS_PER_HOST)
     if ranks > config.world_size:
         raise ConfigError(f"--ranks-per-host: expected at most --world-size {config.world_size}, got {ranks}")
@@ -114,7 +126,8 @@ def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> Rows:
     reason = "no --data"
     if config.data:
         try:
-            return Rows(_sampled(config), f"{config.data}, tokenized and sampled", exact=True)
+            num_tokens = _sampled(config)
+            return Rows(num_tokens, int(num_tokens[0]), f"{config.data}, tokenized and sampled")
         except AuraError as error:
             if not asked:
                 raise
@@ -124,7 +137,7 @@ def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> Rows:
     positions = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = min(config.max_tokens, positions or config.max_tokens)
     origin = f"upper bound: every row with {longest} tokens ({reason})"
-    return Rows(np.full(asked, longest, dtype=np.int32), origin, exact=False)
+    return Rows(np.full(asked, longest, dtype=np.int32), 1, origin)
 
 
 def _sampled(config: PlanConfig) -> NDArray[np.int32]:
@@ -152,62 +165,29 @@ def _sampled(config: PlanConfig) -> NDArray[np.int32]:
 
 
 def make_report(
-    config: PlanConfig,
-    source: ModelSource,
-    model_config: PretrainedConfig,
-    rows: Rows,
-    spread: Spread,
-    machine: Machine,
-) -> tuple[Report, Fit, list[Fit]]:
-    """All figures; the wanted setting, and every other."""
-    longest = int(rows.num_tokens[-1])
-    check_positions(model_config, longest, "--max-tokens")
-    model = skeleton(model_config)
-    table = find_sites(model)
-    sites = table.select(config.modules)
-    prepare(model, 1 + max(s.layer for s in sites), config.dtype)
-    can_split = splits_layers(model)
-    if spread.layout.tensor > 1 and not can_split:
-        raise ConfigError(
-            f"--sharding {config.sharding}: {table.model_class} has no plan for tensor parallelism; "
-            "use fsdp, zero3 or dispatch"
-        )
-    num_rows = len(rows.num_tokens)
-    rows_chunk = rows_per_chunk(num_rows)
-    stored = [np.dtype(stored_dtype(p, config.dtype)).itemsize for p in config.pooling]
-    pooled = [4 if p == "mean" else DTYPES[config.dtype].itemsize for p in config.pooling]
-    work = Work(
-        weights=weight_sizes(model),
-        forward=forward_cost(model, sites, config.pooling, longest),
-        neurons=tuple((s.width, columns_per_chunk(s.width, num_rows, min(stored))) for s in sites),
-        stored_bytes=sum(stored),
-        pooled_bytes=sum(pooled),
-        rows_chunk=rows_chunk,
-        shortest=int(rows.num_tokens[0]) if rows.exact else 1,
-        longest=longest,
-        tokens_per_batch=config.tokens_per_batch,
-        tokenizer_bytes=tokenizer_bytes(source),
-        data_bytes=Path(config.data).stat().st_size if config.data and Path(config.data).is_file() else 0,
-        mapped=not machine.gpu and is_mapped(model, source),
-    )
+    config: PlanConfig, found: Estimate, rows: Rows, spread: Spread, machine: Machine
+) -> tuple[Report, Fit]:
+    """All figures, and how the wanted setting fits."""
+    work, num_tokens = found.work, rows.num_tokens
     wanted = fit(work, spread, machine)
-    others = survey(work, config.world_size, machine, splits=can_split)
-    batches = schedule(rows.num_tokens.tolist(), rows_chunk, config.tokens_per_batch, work.forward)
-    tflops = config.tflops or TFLOPS[GPU_NAME if machine.gpu else "cpu", DTYPES[config.dtype].itemsize]
+    others = survey(work, config.world_size, machine, splits=found.splits)
+    batches = schedule(num_tokens.tolist(), work.rows_chunk, config.tokens_per_batch, work.forward)
+    tflops = config.tflops or TFLOPS["cuda" if machine.gpu else "cpu", DTYPES[config.dtype].itemsize]
     compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops)
-    kinds = {kind: [s.width for s in table.sites if s.kind == kind] for kind in ("attention", "mlp", "norm")}
+    by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in ("attention", "mlp", "norm")}
+    widths, items = [s.width for s in found.sites], found.stored_items
     report = Report(
-        model=f"{config.model} ({table.model_class}, {config.dtype})",
-        kinds={kind: (len(widths), sum(widths)) for kind, widths in kinds.items()},
-        captured=(len(sites), sum(s.width for s in sites)),
-        uncaptured=len(table.experts),
+        model=f"{config.model} ({found.table.model_class}, {config.dtype})",
+        kinds={kind: (len(w), sum(w)) for kind, w in by_kind.items()},
+        captured=(len(widths), sum(widths)),
+        uncaptured=len(found.table.experts),
         rows=rows.origin,
-        store=store_size(num_rows, rows_chunk, [s.width for s in sites], config.dtype, stored),
-        rows_chunk=rows_chunk,
+        store=store_size(len(num_tokens), work.rows_chunk, widths, config.dtype, items),
+        rows_chunk=work.rows_chunk,
         columns_chunk=tuple(sorted({c for _, c in work.neurons})),
-        num_tasks=len(tasks_of(rows.num_tokens, config.tokens_per_batch)),
+        num_tasks=len(tasks_of(num_tokens, config.tokens_per_batch)),
         batches=batches,
-        longest=longest,
+        longest=work.longest,
         tokens_per_batch=config.tokens_per_batch,
         layers=len(work.weights.layers),
         weights_bytes=work.weights.total_bytes,
@@ -222,10 +202,13 @@ def make_report(
         tflops=tflops,
         compute_seconds=compute,
         stream_seconds=stream,
-        fits=tuple((f.spread.name, f.memory.device_bytes, f.memory.host_bytes(machine.ranks_per_host), f.tokens_per_batch) for f in others),
+        fits=tuple(
+            (f.spread.name, f.memory.device_bytes, f.memory.host_bytes(machine.ranks_per_host), f.tokens_per_batch)
+            for f in others
+        ),
         advice="" if wanted.tokens_per_batch == config.tokens_per_batch else advice(work, spread, machine, others),
     )
-    return report, wanted, others
+    return report, wanted
 
 
 def _refusal(config: PlanConfig, wanted: Fit, machine: Machine, instead: str) -> str:

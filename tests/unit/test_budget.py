@@ -1,5 +1,8 @@
 """Budgets: memory by layout, placing of layers, largest batches, sizes in words."""
 
+import re
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,12 +10,6 @@ from hypothesis import strategies as st
 from aura_dist.core.budget import (
     CUDA_DEVICE_BYTES,
     NUM_BUFFERS,
-    ForwardCost,
-    Machine,
-    Spread,
-    Tier,
-    WeightSizes,
-    Work,
     owned_neurons,
     place,
     rank_memory,
@@ -22,6 +19,7 @@ from aura_dist.core.layout import Layout
 from aura_dist.core.schedule import run_seconds, schedule
 from aura_dist.core.store_size import COMPRESSED, store_size
 from aura_dist.core.units import parse_bytes, show_bytes
+from aura_dist.core.work import ForwardCost, Machine, Spread, Tier, WeightSizes, Work
 from aura_dist.errors import ConfigError
 from aura_dist.store import writer
 
@@ -72,7 +70,7 @@ def test_without_a_gpu_all_is_in_the_host():
     on_gpu, on_cpu = (memory(Layout(), Machine(gpu=g)) for g in (True, False))
     assert on_cpu.device == {}
     assert on_cpu.host["weights"] == on_gpu.device["weights"]
-    mapped = rank_memory(WORK.__class__(**{**vars(WORK), "mapped": True}), Spread(Layout()), Machine(gpu=False))
+    mapped = rank_memory(replace(WORK, mapped=True), Spread(Layout()), Machine(gpu=False))
     assert "weights" not in mapped.host
     assert mapped.mapped == 12_000_000_000
     assert mapped.anonymous_bytes == on_cpu.anonymous_bytes - 12_000_000_000
@@ -167,8 +165,6 @@ def test_spreads_are_named_as_flags():
 def test_advice_names_the_largest_setting_that_fits(world_size, strategy, device, wanted):
     machine, spread = Machine(True, int(device)), Spread(Layout(strategy, world_size))
     others = survey(WORK, world_size, machine, splits=True)
-    import re
-
     assert re.match(wanted, advice(WORK, spread, machine, others))
 
 

@@ -47,7 +47,9 @@ def test_cost_bounds_every_shorter_batch_and_gives_its_operations(name):
         traced = trace_forward(model, sites, ["max"], shape)
         assert traced.peak_bytes <= cost.peak_bytes(shape[0], shape[0] * shape[1])
         assert traced.flops == pytest.approx(cost.flops([shape]), rel=1e-9)
-    assert cost.peak_bytes(8, 8 * 64) == pytest.approx(trace_forward(model, sites, ["max"], (8, 64)).peak_bytes, rel=0.02)
+    assert cost.peak_bytes(8, 8 * 64) == pytest.approx(
+        trace_forward(model, sites, ["max"], (8, 64)).peak_bytes, rel=0.02
+    )
 
 
 def test_weights_are_not_counted_as_activations():
@@ -69,8 +71,8 @@ def test_sizes_are_those_of_the_loaded_model(name, num_layers, tiny_dir):
 
 @pytest.mark.parametrize(
     ("name", "can"),
-    [("llama", True), ("falcon-rotary", True), ("falcon-40b-style", True), ("mpt", True), ("bloom", True), ("opt", True),
-     ("gemma3", True), ("mistral", True), ("gpt2", False)],
+    [*((n, True) for n in ("llama", "falcon-rotary", "falcon-40b-style", "mpt", "bloom", "opt", "gemma3", "mistral")),
+     ("gpt2", False)],
 )  # fmt: skip
 def test_tensor_parallelism_splits_the_linear_layers(name, can):
     model, _ = prepared(name)
