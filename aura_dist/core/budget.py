@@ -171,4 +171,4 @@ def _activations(work: Work, spread: Spread) -> int:
     exchange = 0
     if spread.layout.tensor > 1:
         exchange = 2 * work.batch_tokens * max(width for width, _ in work.neurons) * work.pooled_bytes
-    return work.forward.peak_bytes(work.batch_rows, work.batch_tokens) + pooled + exchange
+    return work.forward.peak_bytes(work.batch_rows, work.longest, work.batch_tokens) + pooled + exchange

@@ -9,17 +9,19 @@ from aura_dist.core.layout import Layout
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """Cost of a forward of B rows padded to T tokens: bytes c + B (r + t T) at most, FLOPs B (a T + b T²)."""
+    """Cost of a forward of B rows padded to T tokens: bytes c + r B + l T + t B T at most, FLOPs B (a T + b T²)."""
 
     constant_bytes: float
     row_bytes: float
+    length_bytes: float
     token_bytes: float
     token_flops: float
     square_flops: float
 
-    def peak_bytes(self, num_rows: int, num_tokens: int) -> int:
-        """Most bytes alive at once in a batch of `num_rows` rows and `num_tokens` tokens, padding included."""
-        return ceil(self.constant_bytes + self.row_bytes * num_rows + self.token_bytes * num_tokens)
+    def peak_bytes(self, num_rows: int, longest: int, num_tokens: int) -> int:
+        """Most bytes alive at once in a batch of so many rows, longest text and tokens, padding included, at most."""
+        linear = self.row_bytes * num_rows + self.length_bytes * longest + self.token_bytes * num_tokens
+        return ceil(self.constant_bytes + linear)
 
     def flops(self, shapes: Sequence[tuple[int, int]]) -> float:
         """Operations of batches of these shapes [rows, tokens]; a multiplication and an addition count as two."""

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
+from aura_dist.core.partition import MAX_ROWS_PER_CHUNK
 from aura_dist.core.sites import Site
 from aura_dist.core.work import ForwardCost
 from aura_dist.errors import ModelError, brief
@@ -166,21 +167,29 @@ def trace_forward(
 def forward_cost(model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], longest: int) -> ForwardCost:
     """What a forward of any batch costs whose texts have at most `longest` tokens.
 
-    Memory of B rows is c + B f(T), where f, the largest of sums of terms in 1, T and T², is convex: the line through
-    its values at one token and at the longest text lies above it in between. FLOPs of B rows are B (a T + b T²)
+    The peak of B rows of T tokens is the largest of sums of terms in 1, T, B, B T and B T², so convex in B and in T:
+    the bilinear surface through the corners (two rows or a whole row chunk, two tokens or the longest text: with
+    fewer no row is ragged) lies above it; coefficients below 0 are raised to 0. FLOPs of B rows are B (a T + b T²)
     exactly: products with weights, and attention, masked or not.
     """
-    (one, two), (short_one, short_two) = (
-        [trace_forward(model, sites, poolings, (rows, tokens)) for rows in (1, 2)] for tokens in (longest, 1)
+    few, many, short = 2, MAX_ROWS_PER_CHUNK, min(2, longest)
+    long_few, long_many, short_few, short_many = (
+        trace_forward(model, sites, poolings, (rows, tokens)) for tokens in (longest, short) for rows in (few, many)
     )
-    row, short_row = two.peak_bytes - one.peak_bytes, short_two.peak_bytes - short_one.peak_bytes
-    slope = (row - short_row) / max(1, longest - 1)
-    base = max(0.0, short_row - slope)  # the line at no token; where it is below 0, the line from 0 lies above it
-    square = (one.flops / longest - short_one.flops) / max(1, longest - 1)
+    span = max(1, longest - short)
+    long_row, short_row = (
+        (most.peak_bytes - least.peak_bytes) / (many - few)
+        for least, most in ((long_few, long_many), (short_few, short_many))
+    )
+    token = (long_row - short_row) / span
+    length = (long_few.peak_bytes - short_few.peak_bytes) / span - few * token
+    row = short_row - short * token
+    square = (long_few.flops / longest - short_few.flops / short) / (few * span)
     return ForwardCost(
-        constant_bytes=max(0, one.peak_bytes - row, short_one.peak_bytes - short_row),
-        row_bytes=base,
-        token_bytes=(row - base) / longest,
-        token_flops=one.flops / longest - square * longest,
+        constant_bytes=max(0.0, short_few.peak_bytes - short * length - few * (row + short * token)),
+        row_bytes=max(0.0, row),
+        length_bytes=max(0.0, length),
+        token_bytes=max(0.0, token),
+        token_flops=long_few.flops / (few * longest) - square * longest,
         square_flops=square,
     )

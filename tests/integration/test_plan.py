@@ -27,6 +27,17 @@ def falcon_40b(tmp_path_factory):
     return ["--model", str(directory), "--dtype", "bfloat16", *ROWS]
 
 
+@pytest.fixture(scope="module")
+def falcon_shallow(tmp_path_factory):
+    """The same with two layers."""
+    directory = tmp_path_factory.mktemp("falcon-shallow")
+    hf.FalconConfig(
+        hidden_size=8192, num_hidden_layers=2, num_attention_heads=128, num_kv_heads=8, vocab_size=65024,
+        new_decoder_architecture=True, alibi=False, bias=False,
+    ).save_pretrained(directory)  # fmt: skip
+    return ["--model", str(directory), "--dtype", "bfloat16", *ROWS]
+
+
 def planned(capsys, *arguments, code=0):
     """(report, error) of `plan --json`."""
     capsys.readouterr()
@@ -36,6 +47,7 @@ def planned(capsys, *arguments, code=0):
 
 
 def refused(capsys, *arguments):
+    capsys.readouterr()
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -71,14 +83,14 @@ def test_rows_are_those_of_collect(extra, tiny_dir, sentences_csv):
     assert found.shortest == samples.num_tokens[0]
 
 
-def test_without_data_rows_are_an_upper_bound(falcon_40b, capsys):
-    report, _ = planned(capsys, *falcon_40b)
+def test_without_data_rows_are_an_upper_bound(falcon_shallow, capsys):
+    report, _ = planned(capsys, *falcon_shallow)
     assert report["rows"].startswith("upper bound: every row with 128 tokens (no --data)")
     assert report["batches"]["num_tokens"] == 2500 * 128
-    report, _ = planned(capsys, *falcon_40b, "--data", "nowhere.csv")
+    report, _ = planned(capsys, *falcon_shallow, "--data", "nowhere.csv")
     assert "nowhere.csv" in report["rows"]
-    assert "nowhere.csv" in refused(capsys, *falcon_40b[:4], "--data", "nowhere.csv")
-    assert "expected --data, or --num-positive and --num-negative" in refused(capsys, *falcon_40b[:4])
+    assert "nowhere.csv" in refused(capsys, *falcon_shallow[:4], "--data", "nowhere.csv")
+    assert "expected --data, or --num-positive and --num-negative" in refused(capsys, *falcon_shallow[:4])
 
 
 def test_neurons_of_falcon_40b(falcon_40b, capsys):
@@ -120,17 +132,17 @@ def test_falcon_40b_on_one_gpu_of_24_gb(falcon_40b, capsys):
     assert report["host_bytes"] <= 32e9
 
 
-def test_smaller_batches_are_offered_first(falcon_40b, capsys):
-    limits = ["--device-memory", "84.5GB"]
-    error = refused(capsys, *falcon_40b, *limits)
+def test_smaller_batches_are_offered_first(falcon_shallow, capsys):
+    limits = ["--device-memory", "5.5GB"]
+    error = refused(capsys, *falcon_shallow, *limits)
     assert "the largest batch that fits is --tokens-per-batch " in error
     batch = error.split("--tokens-per-batch ")[1].split()[0]
-    assert main(["plan", *falcon_40b, *limits, "--tokens-per-batch", batch]) == 0
-    assert main(["plan", *falcon_40b, *limits, "--tokens-per-batch", str(int(batch) + 1)]) == 2
+    assert main(["plan", *falcon_shallow, *limits, "--tokens-per-batch", batch]) == 0
+    assert main(["plan", *falcon_shallow, *limits, "--tokens-per-batch", str(int(batch) + 1)]) == 2
 
 
-def test_text_has_a_line_for_every_strategy(falcon_40b, capsys):
-    assert main(["plan", *falcon_40b, "--world-size", "4", "--device", "cuda"]) == 0
+def test_text_has_a_line_for_every_strategy(falcon_shallow, capsys):
+    assert main(["plan", *falcon_shallow, "--world-size", "4", "--device", "cuda"]) == 0
     out = capsys.readouterr().out
     for word in ("store", "memory", "FLOPs", "queue", *(s.partition("[")[0] for s in STRATEGIES[:3])):
         assert word in out
@@ -157,12 +169,12 @@ def test_text_has_a_line_for_every_strategy(falcon_40b, capsys):
         (["--host-memory", "1MB"], "--host-memory 1MB: expected room for"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, message, falcon_40b, capsys):
+def test_what_cannot_be_is_refused(settings, message, falcon_shallow, capsys):
     if message is None:
-        assert main(["plan", *falcon_40b, *settings]) == 0
+        assert main(["plan", *falcon_shallow, *settings]) == 0
         assert "every row with 2048 tokens" in capsys.readouterr().out
     else:
-        assert message in refused(capsys, *falcon_40b, *settings)
+        assert message in refused(capsys, *falcon_shallow, *settings)
 
 
 def test_tensor_parallelism_of_conv1d_is_refused_by_name(tiny_dir, capsys):
@@ -170,8 +182,8 @@ def test_tensor_parallelism_of_conv1d_is_refused_by_name(tiny_dir, capsys):
     assert "got GPT2LMHeadModel; use fsdp, zero3 or dispatch" in refused(capsys, *flags)
 
 
-def test_section_of_collect_counts_for_plan(falcon_40b, tmp_path, capsys):
+def test_section_of_collect_counts_for_plan(falcon_shallow, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("collect:\n  num_positive: 10\n  num_negative: 20\nplan:\n  num_negative: 5\n")
-    report, _ = planned(capsys, "--config", str(file), *falcon_40b[:4])
+    report, _ = planned(capsys, "--config", str(file), *falcon_shallow[:4])
     assert report["store"]["num_rows"] == 15

@@ -27,7 +27,7 @@ GPU = Machine(gpu=True)
 # a layer of 1 GB, a tenth of it kept whole under tensor parallelism; embeddings of 2 GB
 WORK = Work(
     weights=WeightSizes(((100_000_000, 900_000_000),) * 10, (2_000_000_000, 0), 2_000_000_000),
-    forward=ForwardCost(1e6, 0, 1e5, 2e9, 1e5),
+    forward=ForwardCost(1e6, 0, 0, 1e5, 2e9, 1e5),
     neurons=((4096, 256), (1024, 64)) * 10,
     stored_bytes=4,
     pooled_bytes=2,
@@ -177,7 +177,7 @@ def test_ranks_needed_are_the_fewest():
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200).map(sorted), st.integers(1, 600))
 def test_schedule_counts_every_row_once(num_tokens, tokens_per_batch):
-    plan = schedule(num_tokens, 32, tokens_per_batch, ForwardCost(0, 0, 0, 3.0, 0.0))
+    plan = schedule(num_tokens, 32, tokens_per_batch, ForwardCost(0, 0, 0, 0, 3.0, 0.0))
     assert plan.num_tokens == sum(num_tokens) <= plan.num_padded_tokens
     assert plan.flops == pytest.approx(3.0 * plan.num_padded_tokens)
     assert len(num_tokens) / 32 <= plan.num_batches <= len(num_tokens)
