@@ -63,6 +63,10 @@ def render(report: Report) -> str:
     )
 
 
+def _ranks(report: Report) -> str:
+    return f"{report.world_size} rank{'s' if report.world_size > 1 else ''}"
+
+
 def _model(report: Report) -> list[str]:
     lines = [f"model    {report.model}"]
     lines += [f"  {kind:<9} {n:>5,} modules {neurons:>12,} neurons" for kind, (n, neurons) in report.kinds.items()]
@@ -89,7 +93,7 @@ def _work(report: Report) -> list[str]:
         f"({batches.num_padded_tokens:,} with padding)",
         f"  rows: {report.rows}",
         f"  {batches.flops:.3g} FLOPs: {report.compute_seconds:,.0f} s at {report.tflops:g} TFLOP/s on each of "
-        f"{report.world_size} ranks",
+        f"{_ranks(report)}",
     ]
     if report.stream_seconds:
         lines.append(f"  offloaded weights brought in: {report.stream_seconds:,.0f} s more; {seconds:,.0f} s in all")
@@ -99,7 +103,7 @@ def _work(report: Report) -> list[str]:
 def _memory(report: Report) -> list[str]:
     memory, replicas = report.memory, report.num_replicas
     lines = [
-        f"memory   of one rank, {report.sharding} on {report.world_size} ranks"
+        f"memory   of one rank, {report.sharding} on {_ranks(report)}"
         f" ({replicas} replica{'s' if replicas > 1 else ''}), {report.tokens_per_batch:,} tokens a batch"
     ]
     for place, parts, total in (
@@ -108,7 +112,8 @@ def _memory(report: Report) -> list[str]:
     ):
         if parts:
             lines.append(
-                f"  {place:<5} {show_bytes(total):>8}: " + ", ".join(f"{k} {show_bytes(v)}" for k, v in parts.items())
+                f"  {place:<5} {show_bytes(total):>8}: "
+                + ", ".join(f"{k} {show_bytes(v)}" for k, v in parts.items() if v)
             )
     peak, before = show_bytes(report.anonymous_bytes), show_bytes(memory.preparing)
     lines.append(f"  peak of anonymous memory {peak} ({before} while texts are read)")
@@ -125,7 +130,7 @@ def _fits(report: Report) -> list[str]:
         for size, what in ((report.machine.device_bytes, "a GPU"), (report.machine.host_bytes, "a machine"))
         if size is not None
     ]
-    lines = [f"what fits {report.world_size} ranks" + (f" of {', '.join(limits)}" if limits else " (no limit given)")]
+    lines = [f"what fits {_ranks(report)}" + (f" of {', '.join(limits)}" if limits else " (no limit given)")]
     for name, device, host, largest in report.fits:
         sizes = (f"{show_bytes(device):>8} a GPU, " if report.machine.gpu else "") + f"{show_bytes(host):>8} a machine"
         verdict = "does not fit" if largest is None else f"fits, up to {largest:,} tokens a batch"
