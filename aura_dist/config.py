@@ -96,7 +96,7 @@ class PlanConfig(CollectConfig):
     device_memory: str | None = option("memory of one GPU, such as 80GB; plans for a GPU wherever it is run", None)
     host_memory: str | None = option("memory of one machine, such as 512GB", None)
     tflops: Annotated[float, Meta(gt=0.0)] | None = option(
-        "sustained TFLOP/s of one rank (default: 120 on a GPU in 16 bits, 12 in float32; 0.08 on a CPU)", None
+        "sustained TFLOP/s of one rank (default: 120 on a GPU in 16 bits, 12 in float32; 0.15 on a CPU)", None
     )
     json: bool = option("print JSON instead of tables", False)
 

@@ -10,8 +10,8 @@ from aura_dist.core.partition import make_batches
 from aura_dist.core.work import ForwardCost
 
 # sustained TFLOP/s of one rank where none is stated: about 40 % of an A100's 312 in 16 bits and two thirds of its 19.5
-# in float32 (NVIDIA A100 data sheet); two cores of a server's processor
-TFLOPS = {("cuda", 2): 120.0, ("cuda", 4): 12.0, ("cpu", 4): 0.08, ("cpu", 2): 0.03}
+# in float32 (NVIDIA A100 data sheet); a CPU's is that of two idle cores of an AMD EPYC (Zen 3) in float32
+TFLOPS = {("cuda", 2): 120.0, ("cuda", 4): 12.0, ("cpu", 4): 0.15, ("cpu", 2): 0.15}
 # bytes a second from the host's memory to a GPU (PCIe 4.0 × 16) and from a local NVMe disk
 HOST_RATE = 20e9
 DISK_RATE = 2e9

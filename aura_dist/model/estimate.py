@@ -14,7 +14,7 @@ from aura_dist.model.sharding import DTYPES, ModelSource, check_positions, skele
 from aura_dist.model.sites import SiteTable, find_sites
 from aura_dist.model.sizes import is_mapped, prepare, splits_layers, tokenizer_bytes, weight_sizes
 from aura_dist.model.trace import forward_cost
-from aura_dist.store.schema import stored_dtype
+from aura_dist.store.schema import SELECTING_POOLINGS, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Estimate:
     ----------
     table, sites
         All sites of the model, and the captured ones.
-    stored_items
-        Bytes of a stored value, by pooling.
+    precisions
+        The dtype that a pooled value has, by pooling: a mean is a float32 number, the others are the layer's own.
     splits
         Whether tensor parallelism can split the decoder layers.
     work
@@ -35,7 +35,7 @@ class Estimate:
 
     table: SiteTable
     sites: tuple[Site, ...]
-    stored_items: tuple[int, ...]
+    precisions: tuple[str, ...]
     splits: bool
     work: Work
 
@@ -67,13 +67,14 @@ def estimate(
     table = find_sites(model)
     sites = table.select(modules)
     prepare(model, 1 + max(s.layer for s in sites), source.dtype)
-    stored = tuple(np.dtype(stored_dtype(p, source.dtype)).itemsize for p in poolings)
+    stored = [np.dtype(stored_dtype(p, source.dtype)).itemsize for p in poolings]
+    precisions = tuple(source.dtype if p in SELECTING_POOLINGS else "float32" for p in poolings)
     work = Work(
         weights=weight_sizes(model),
         forward=forward_cost(model, sites, poolings, longest),
         neurons=tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites),
         stored_bytes=sum(stored),
-        pooled_bytes=sum(4 if p == "mean" else DTYPES[source.dtype].itemsize for p in poolings),
+        pooled_bytes=sum(DTYPES[p].itemsize for p in precisions),
         rows_chunk=rows_per_chunk(num_rows),
         shortest=shortest,
         longest=longest,
@@ -82,4 +83,4 @@ def estimate(
         data_bytes=data_bytes,
         mapped=not gpu and is_mapped(model, source),
     )
-    return Estimate(table, sites, stored, splits_layers(model), work)
+    return Estimate(table, sites, precisions, splits_layers(model), work)

@@ -175,14 +175,14 @@ def make_report(
     tflops = config.tflops or TFLOPS["cuda" if machine.gpu else "cpu", DTYPES[config.dtype].itemsize]
     compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops)
     by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in ("attention", "mlp", "norm")}
-    widths, items = [s.width for s in found.sites], found.stored_items
+    widths = [s.width for s in found.sites]
     report = Report(
         model=f"{config.model} ({found.table.model_class}, {config.dtype})",
         kinds={kind: (len(w), sum(w)) for kind, w in by_kind.items()},
         captured=(len(widths), sum(widths)),
         uncaptured=len(found.table.experts),
         rows=rows.origin,
-        store=store_size(len(num_tokens), work.rows_chunk, widths, config.dtype, items),
+        store=store_size(len(num_tokens), work.rows_chunk, widths, found.precisions),
         rows_chunk=work.rows_chunk,
         columns_chunk=tuple(sorted({c for _, c in work.neurons})),
         num_tasks=len(tasks_of(num_tokens, config.tokens_per_batch)),

@@ -55,10 +55,12 @@ def refused(capsys, *arguments):
     return error
 
 
-def test_plan_says_what_collect_makes(tmp_path, sentences_csv, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_plan_says_what_collect_makes(dtype, tmp_path, sentences_csv, capsys):
     model = save_tiny("llama", tmp_path / "model")
     flags = ["--model", str(model), "--data", sentences_csv, "--concepts", "toxic", "--num-positive", "40"]
-    flags += ["--num-negative", "30", "--pooling", "max", "mean", "--tokens-per-batch", "256", "--device", "cpu"]
+    flags += ["--num-negative", "30", "--pooling", "max", "mean", "--tokens-per-batch", "256"]
+    flags += ["--device", "cpu", "--dtype", dtype]
     report, _ = planned(capsys, *flags)
     assert main(["collect", *flags, "--store", str(tmp_path / "s.zarr")]) == 0
     group = zarr.open_group(tmp_path / "s.zarr", mode="r")

@@ -193,10 +193,13 @@ def test_seconds_are_shared_by_all_ranks_and_offloaded_weights_come_in_for_every
 
 
 def test_store_size_is_that_of_its_arrays():
-    size = store_size(2500, 64, [2048, 640], "bfloat16", [4, 4])
+    size = store_size(2500, 64, [2048, 640], ["bfloat16", "float32"])
     assert (size.num_arrays, size.num_neurons, size.raw_bytes) == (4, 2688, 2 * 4 * 2500 * 2688)
     assert size.num_chunks == 2 * 40 * (16 + 16)
-    assert size.compressed_bytes == pytest.approx(COMPRESSED["bfloat16"] * size.raw_bytes, abs=1)
+    half = size.raw_bytes / 2
+    expected = half * (COMPRESSED["bfloat16"] + COMPRESSED["float32"])
+    assert size.compressed_bytes == pytest.approx(expected, abs=1)
+    assert store_size(2500, 64, [2048], ["float16"]).raw_bytes == 2 * 2500 * 2048
 
 
 @pytest.mark.parametrize(
