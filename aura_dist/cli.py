@@ -19,6 +19,7 @@ from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedEr
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_UNSAID: tuple[object, ...] = (None, "", [], {}, False)
 EXIT_BROKEN_PIPE = 141
 CONFIG_HELP = "YAML file of settings; flags override it"
 
@@ -66,9 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) -> None:
     default = spec.default if spec.default_factory is MISSING else spec.default_factory()
-    note = (
-        "required" if default is MISSING else "" if default in (None, [], {}, False) else f"default: {_show(default)}"
-    )
+    note = "required" if default is MISSING else "" if default in _UNSAID else f"default: {_show(default)}"
     text = spec.metadata["help"] + (f" ({note})" if note else "")
     common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if hint is bool:

@@ -99,6 +99,23 @@ class CollectConfig(ModelOptions, InterventionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig(CollectConfig):
+    """Say what a collection takes, in bytes and seconds, and refuse what cannot fit; reads no weights."""
+
+    data: str = option("labelled text; without it, --num-positive and --num-negative texts of --max-tokens", "")
+    concepts: list[str] = option("label columns; without them, of all rows the longest", [], distinct=True)
+    store: str = option("the store that would be written (not touched)", "")
+    world_size: PositiveInt = option("ranks of the launch", 1)
+    ranks_per_host: PositiveInt | None = option("ranks that share one machine's memory (default: all, at most 8)", None)
+    device_memory: str | None = option("memory of one GPU, such as 80GB; plans for a GPU wherever it is run", None)
+    host_memory: str | None = option("memory of one machine, such as 512GB", None)
+    tflops: Annotated[float, Meta(gt=0.0)] | None = option(
+        "sustained TFLOP/s of one rank (default: 120 on a GPU in 16 bits, 12 in float32; 0.15 on a CPU)", None
+    )
+    json: bool = option("print JSON instead of tables", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """Compute every statistic of every neuron of a store, out of core."""
 
@@ -196,10 +213,14 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: its settings, and the stage module whose `run(config)` does the work."""
+    """One command: its settings, and the stage module whose `run(config)` does the work.
+
+    The section of a settings file that belongs to the verb `inherits` counts for this one too, below its own.
+    """
 
     config: type
     stage: str
+    inherits: str | None = None
 
     @property
     def summary(self) -> str:
@@ -207,6 +228,7 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
+    "plan": Verb(PlanConfig, "aura_dist.stages.plan", inherits="collect"),
     "collect": Verb(CollectConfig, "aura_dist.stages.collect"),
     "score": Verb(ScoreConfig, "aura_dist.stages.score"),
     "fit": Verb(FitConfig, "aura_dist.stages.fit"),
@@ -228,7 +250,7 @@ def hints(config: type) -> dict[str, Any]:
 
 
 def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `verb` by order of force: top of the file < its section < flags.
+    """Settings of `verb` by order of force: top of the file < section it inherits < its section < flags.
 
     Raises
     ------
@@ -246,7 +268,8 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
         else:
             _check_key(str(key), shared | set(VERBS), "config file")
     top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
-    return {**top, **(document.get(verb) or {}), **flags}
+    inherited = document.get(VERBS[verb].inherits or "") or {}
+    return {**top, **inherited, **(document.get(verb) or {}), **flags}
 
 
 def _check_key(name: str, known: set[str], where: str) -> None:

@@ -32,6 +32,10 @@ class StoreError(AuraError):
     """A store or an artifact is missing, damaged, unfinished, or of something else."""
 
 
+class BudgetError(AuraError):
+    """What was planned does not fit into the memory that there is."""
+
+
 class ClusterError(AuraError):
     """Workers cannot be started, reached or kept."""
 

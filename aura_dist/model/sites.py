@@ -105,7 +105,7 @@ def _width(module: nn.Module) -> int | None:
         return int(module.nf)
     weight = getattr(module, "weight", None)
     if "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.ndim == 1:
-        return int(weight.shape[0])
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO 3 keeps the whole shape aside
     return None
 
 

@@ -13,7 +13,7 @@ from aura_dist.config import FitConfig
 from aura_dist.core.affine import METHODS, Scores, fit_maps, needed_statistics
 from aura_dist.core.sites import Site, matching
 from aura_dist.errors import ConfigError, InputError
-from aura_dist.store.access import open_group
+from aura_dist.store.access import contains, local_path, open_group
 from aura_dist.store.artifact import Intervention
 from aura_dist.store.schema import StoreSpec
 from aura_dist.store.view import read_scores

@@ -1,0 +1,86 @@
+"""A model's configuration and the rows' lengths → the work of a collection, as `core/budget.py` takes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
+
+from aura_dist.core.partition import columns_per_chunk, rows_per_chunk
+from aura_dist.core.sites import Site
+from aura_dist.core.work import Work
+from aura_dist.model.sharding import DTYPES, ModelSource, check_positions, skeleton
+from aura_dist.model.sites import SiteTable, find_sites
+from aura_dist.model.sizes import is_mapped, prepare, splits_layers, tokenizer_bytes, weight_sizes
+from aura_dist.model.trace import forward_cost
+from aura_dist.store.schema import SELECTING_POOLINGS, stored_dtype
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a collection will do, found without weights.
+
+    Attributes
+    ----------
+    table, sites
+        All sites of the model, and the captured ones.
+    precisions
+        The dtype that a pooled value has, by pooling: a mean is a float32 number, the others are the layer's own.
+    splits
+        Whether tensor parallelism can split the decoder layers.
+    work
+        Sizes and costs, whatever the sharding.
+    """
+
+    table: SiteTable
+    sites: tuple[Site, ...]
+    precisions: tuple[str, ...]
+    splits: bool
+    work: Work
+
+
+def estimate(
+    source: ModelSource,
+    config: PretrainedConfig,
+    modules: Sequence[str],
+    poolings: Sequence[str],
+    num_tokens: NDArray[np.int32],
+    tokens_per_batch: int,
+    *,
+    shortest: int,
+    data_bytes: int,
+    gpu: bool,
+) -> Estimate:
+    """The estimate of a collection of rows of `num_tokens` tokens (ascending), of which `shortest` bounds the least.
+
+    Raises
+    ------
+    ConfigError
+        Texts are longer than the model's positions.
+    ModelError
+        `modules` match nothing, or the forward cannot be traced.
+    """
+    num_rows, longest = len(num_tokens), int(num_tokens[-1])
+    check_positions(config, longest, "--max-tokens")
+    model = skeleton(config)
+    table = find_sites(model)
+    sites = table.select(modules)
+    prepare(model, 1 + max(s.layer for s in sites), source.dtype)
+    stored = [np.dtype(stored_dtype(p, source.dtype)).itemsize for p in poolings]
+    precisions = tuple(source.dtype if p in SELECTING_POOLINGS else "float32" for p in poolings)
+    work = Work(
+        weights=weight_sizes(model),
+        forward=forward_cost(model, sites, poolings, longest),
+        neurons=tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites),
+        stored_bytes=sum(stored),
+        pooled_bytes=sum(DTYPES[p].itemsize for p in precisions),
+        rows_chunk=rows_per_chunk(num_rows),
+        shortest=shortest,
+        longest=longest,
+        tokens_per_batch=tokens_per_batch,
+        tokenizer_bytes=tokenizer_bytes(source),
+        data_bytes=data_bytes,
+        mapped=not gpu and is_mapped(model, source),
+    )
+    return Estimate(table, sites, precisions, splits_layers(model), work)

@@ -1,0 +1,99 @@
+"""The contract of `plan`: the peak that `collect` reaches stays at or below what was predicted, and not far below."""
+
+import csv
+import json
+
+import pytest
+import torch
+import transformers as hf
+
+from aura_dist.cli import main
+from tests.memory import peak_of
+from tests.models import tiny_tokenizer
+
+MOST_ABOVE = 2.0
+LLAMA = {"num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+# name → a configuration; weights of 50 to 500 MB
+CONFIGS = {
+    "llama": lambda: hf.LlamaConfig(
+        vocab_size=4000, hidden_size=768, intermediate_size=3072, num_hidden_layers=6, **LLAMA
+    ),
+    "llama-wide": lambda: hf.LlamaConfig(
+        vocab_size=32000, hidden_size=1536, intermediate_size=8192, num_hidden_layers=2, **LLAMA
+    ),
+    "falcon-40b-style": lambda: hf.FalconConfig(
+        vocab_size=65024, hidden_size=512, num_hidden_layers=4, num_attention_heads=16, num_kv_heads=4,
+        new_decoder_architecture=True, alibi=False, bias=False,
+    ),
+    "falcon-alibi": lambda: hf.FalconConfig(
+        vocab_size=1000, hidden_size=768, num_hidden_layers=3, num_attention_heads=12, multi_query=True,
+        parallel_attn=False, alibi=True, bias=True,
+    ),
+    "mpt": lambda: hf.MptConfig(vocab_size=1000, d_model=768, n_layers=3, n_heads=12, max_seq_len=1024),
+    "bloom": lambda: hf.BloomConfig(vocab_size=1000, hidden_size=768, n_layer=3, n_head=12),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(
+        vocab_size=1000, hidden_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=1024, decoder_sparse_step=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts_csv(tmp_path_factory):
+    """Texts of 10 to some 600 tokens."""
+    path = tmp_path_factory.mktemp("texts") / "texts.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "toxic"])
+        writer.writerows([" ".join(["you are such a person"] * (2 + i)), i % 2] for i in range(64))
+    return path
+
+
+def compare(model, data, scratch, capsys, *settings):
+    """(predicted, measured) peak of anonymous memory."""
+    flags = ["--model", str(model), "--data", str(data), "--concepts", "toxic", "--device", "cpu", *settings]
+    capsys.readouterr()  # a tokenizer's training talks
+    assert main(["plan", *flags, "--json"]) == 0
+    predicted = json.loads(capsys.readouterr().out)["anonymous_bytes"]
+    measured = peak_of(["collect", *flags, "--store", str(scratch / "store.zarr")], timeout_seconds=900)
+    with capsys.disabled():
+        print(f"\npredicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB: {predicted / measured:.2f}")
+    return predicted, measured
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("name", "saved", "dtype", "tokens"),
+    [
+        ("llama", "float32", "float32", 128),
+        ("llama", "float32", "bfloat16", 128),
+        ("llama", "bfloat16", "bfloat16", 512),
+        ("llama-wide", "bfloat16", "float32", 128),
+        ("falcon-40b-style", "float32", "float32", 128),
+        ("falcon-40b-style", "bfloat16", "float32", 512),
+        ("falcon-alibi", "float32", "float32", 512),
+        ("mpt", "float32", "float32", 512),
+        ("bloom", "float32", "float32", 512),
+        ("qwen3-moe", "float32", "float32", 128),
+    ],
+)
+def test_measured_peak_is_within_the_plan(name, saved, dtype, tokens, texts_csv, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=getattr(torch, saved))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    del model
+    settings = ["--dtype", dtype, "--max-tokens", str(tokens)]
+    predicted, measured = compare(tmp_path / "model", texts_csv, tmp_path, capsys, *settings)
+    assert measured <= predicted <= MOST_ABOVE * measured
+
+
+@pytest.mark.slow
+@pytest.mark.realmodel
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gemma_stays_within_the_plan(dtype, gemma_dir, jigsaw_csv, tmp_path, capsys):
+    sampling = ["--num-positive", "40", "--num-negative", "40", "--dtype", dtype]
+    predicted, measured = compare(gemma_dir, jigsaw_csv, tmp_path, capsys, *sampling)
+    assert measured <= predicted <= MOST_ABOVE * measured
