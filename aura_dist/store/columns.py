@@ -1,6 +1,7 @@
 """A worker's part of scoring: read one chunk column, score it, write it. Runs on any machine that sees the store."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.buffer.cpu import NDBuffer
 
 from aura_dist.core.statistics import STATISTICS, statistics_by_concept
 from aura_dist.errors import StoreError
 from aura_dist.store.access import chunk_name, get_array, missing_chunks, open_group, read_array
 from aura_dist.store.schema import activation_path
 from aura_dist.store.scores import MARKER, Column, score_path
+
+_thread = threading.local()
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -116,14 +120,25 @@ _AGAIN = "collect again with --overwrite"
 
 
 def _read_runs(array: "zarr.Array[Any]", runs: Runs, columns: slice) -> NDArray[Any]:
-    if len(runs) == 1:
-        return np.asarray(array[slice(*runs[0]), columns])
-    values_NM = np.empty((sum(stop - start for start, stop in runs), columns.stop - columns.start), array.dtype)
+    """The rows of `runs`, in this thread's own memory: valid until the thread reads again."""
+    num_rows, num_columns = sum(stop - start for start, stop in runs), columns.stop - columns.start
+    values_NM = _own_memory(num_rows * num_columns * array.dtype.itemsize).view(array.dtype)
+    values_NM = values_NM.reshape(num_rows, num_columns)
     filled = 0
     for start, stop in runs:
-        values_NM[filled : filled + stop - start] = array[start:stop, columns]
+        part = values_NM[filled : filled + stop - start]
+        array.get_basic_selection((slice(start, stop), columns), out=NDBuffer.from_numpy_array(part))
         filled += stop - start
     return values_NM
+
+
+def _own_memory(num_bytes: int) -> NDArray[np.uint8]:
+    """Memory that a thread uses again for every column: clearing fresh pages took half of the time of reading."""
+    memory: NDArray[np.uint8] | None = getattr(_thread, "memory", None)
+    if memory is None or memory.size < num_bytes:
+        memory = _thread.memory = None  # the old goes before the new comes
+        memory = _thread.memory = np.empty(num_bytes, np.uint8)
+    return memory[:num_bytes]
 
 
 def _chunks_of(

@@ -198,6 +198,24 @@ def test_unfinished_store_is_refused_or_scored_in_part(tmp_path, capsys, caplog)
     assert aura_dist.open_store(part)["scores"].attrs["partial"] is False
 
 
+def test_rows_missing_in_the_middle_are_left_out(tmp_path):
+    store = make_store(tmp_path / "store.zarr", 400, (96,), CONCEPTS, dtype="float16")
+    view = aura_dist.open_store(store)
+    labels_CN, values = view["samples"]["label"].values.T, view["activations"]["layers.0.up"]["max"].values
+    assert values.dtype == np.float16
+    tasks = sorted((store / "progress" / "done" / "c").iterdir(), key=lambda f: int(f.name))
+    assert len(tasks) > 3
+    tasks[1].unlink()
+    assert score(store, "--partial") == 0
+    scores = aura_dist.open_store(store)["scores"]
+    there = np.ones(400, bool)
+    there[32:64] = False  # the second row chunk, which is a task of its own
+    assert scores.attrs["num_rows"] == there.sum()
+    expected = statistics_by_concept(values[there], labels_CN[:, there], OVER_COLUMNS)
+    for name in OVER_COLUMNS:
+        np.testing.assert_array_equal(scores["layers.0.up"]["max"][name].values, expected[name], err_msg=name)
+
+
 def test_part_without_a_class_is_refused(tmp_path, capsys):
     store = make_store(tmp_path / "store.zarr", 64, (32,), num_unfinished=0)
     done = sorted((store / "progress" / "done" / "c").iterdir())
