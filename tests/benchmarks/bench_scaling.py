@@ -90,10 +90,12 @@ def plot(neurons: dict[int, float], rows: dict[str, dict[int, float]], path: Pat
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    left.plot(list(neurons), list(neurons.values()), "o-", label="measured")
-    first = min(neurons)
-    left.plot(list(neurons), [neurons[first] * n / first for n in neurons], "--", label="linear from the first")
-    left.set(xlabel="neurons", ylabel="seconds", title="2,500 rows, all statistics, two processes", ylim=0, xlim=0)
+    thousands, first = [n // 1000 for n in neurons], min(neurons)
+    left.plot(thousands, list(neurons.values()), "o-", label="measured")
+    left.plot(thousands, [neurons[first] * n / first for n in neurons], "--", label="linear from the first")
+    left.set(
+        xlabel="neurons, thousands", ylabel="seconds", title="2,500 rows, all statistics, two processes", ylim=0, xlim=0
+    )
     for name, found in rows.items():
         right.loglog(list(found), list(found.values()), "o-", label=name)
         right.loglog(list(found), list(linearithmic(found).values()), "--", label=f"N log N from 1,000, {name}")
