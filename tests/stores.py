@@ -66,5 +66,5 @@ def make_store(
                 values = values.astype(ml_dtypes.bfloat16)
             array[:there, first : first + width] = values[:there].astype(array.dtype)
     for task in tasks[: len(tasks) - num_unfinished]:
-        commit(group, task.index)
+        commit(group, task.index, {})
     return path

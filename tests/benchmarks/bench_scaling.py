@@ -44,7 +44,7 @@ def part_of(store: Path, num_sites: int, path: Path) -> Path:
         (path / "activations" / f"layers.{i}.up").symlink_to(store / "activations" / f"layers.{i}.up")
     group = open_group(str(path))
     for task in unfinished(group):
-        commit(group, task)
+        commit(group, task, {})
     return path
 
 

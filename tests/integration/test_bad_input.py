@@ -278,7 +278,10 @@ def test_store_of_other_data(refused, scored, tiny_dir, sentences_csv, tmp_path)
     ("arguments", "message"),
     [
         ("score --store {}/nothing.zarr", "expected a store that `collect` wrote, found none"),
-        ("score --store {}/store.zarr --dask slurmy", "--dask: expected one of threads, processes, got 'slurmy'"),
+        (
+            "score --store {}/store.zarr --dask slurmy",
+            "--dask: expected one of threads, processes, slurm, tcp://HOST:PORT, got 'slurmy'",
+        ),
         ("score --store {}/store.zarr --memory-limit lots", "--memory-limit: expected a size such as 4GB"),
         ("fit --store {}/store.zarr --concept rude --out {}/x", "--concept: expected one of toxic, got 'rude'"),
         (

@@ -19,15 +19,14 @@ FIRST, LAST = "model.layers.0.mlp.gate_proj", "model.layers.2.mlp.gate_proj"
 EXTRA = ("q_value", "mean_positive", "mean_negative", "linear_act_scale", "linear_act_shift")
 
 
-def collect(tiny, data, store, *more):
+def collect(tiny, data, store, *more, poolings=("max", "mean")):
     arguments = [
         "--num-positive",
         "30",
         "--num-negative",
         "40",
         "--pooling",
-        "max",
-        "mean",
+        *poolings,
         "--tokens-per-batch",
         "512",
     ]
@@ -98,7 +97,7 @@ def test_act_maps_use_the_mean_pooling_and_carry_one_class_to_the_other(store, t
 
 def test_pooling_that_the_store_lacks_names_collects_flag(tiny_dir, sentences_csv, tmp_path, capsys):
     place = tmp_path / "store.zarr"
-    assert collect(tiny_dir("llama"), sentences_csv, place, "--pooling", "max", "--modules", FIRST) == 0
+    assert collect(tiny_dir("llama"), sentences_csv, place, "--modules", FIRST, poolings=("max",)) == 0
     assert main(["score", "--store", str(place)]) == 0
     assert fit(place, tmp_path / "out", "linear-act") == 2
     assert "got 'mean'; collect with `--pooling max mean` for it" in capsys.readouterr().err

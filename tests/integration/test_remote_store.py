@@ -52,11 +52,11 @@ def s3():
 def command(tiny_dir, sentences_csv):
     """`command(store)`: arguments that collect one module of 160 sentences: 5 tasks, 80 chunks."""
 
-    def arguments(store, *more):
+    def arguments(store, *more, rows=80):
         return [
             "collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic",
-            "--store", str(store), "--tokens-per-batch", "128", "--modules", SITE, "--num-positive", "80",
-            "--num-negative", "80", *more,
+            "--store", str(store), "--tokens-per-batch", "128", "--modules", SITE, "--num-positive", str(rows),
+            "--num-negative", str(rows), *more,
         ]  # fmt: skip
 
     return arguments
@@ -170,7 +170,7 @@ def test_failure_that_stays_is_one_error_and_the_store_resumes(s3, command, loca
 
 def test_missing_and_damaged_chunks_and_overwrite(s3, command, capsys):
     store = f"{s3}/holes.zarr"
-    few = command(store, "--num-positive", "20", "--num-negative", "20")
+    few = command(store, rows=20)
     assert main(few) == 0
     chunk = f"{store}/activations/{SITE}/max/c/1/3"
     files = s3fs.S3FileSystem(use_listings_cache=False)
