@@ -18,14 +18,15 @@ import torch
 from aura_dist.config import CollectConfig
 from aura_dist.core.partition import make_batches, row_chunks, rows_per_chunk
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer
-from aura_dist.model.capture import row_buffer
-from aura_dist.model.sharding import DTYPES, ModelSource, load_base
+from aura_dist.model.sharding import DTYPES, ModelSource, column_plans, load_base
+from aura_dist.model.stream import Run, stream
+from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.memory import keep_memory_flat
+from aura_dist.runtime.signals import StopFlag
 from aura_dist.runtime.world import World
-from aura_dist.stages.collect import load_samples, make_spec, stream
+from aura_dist.stages.collect import load_samples, make_spec
 from aura_dist.store.access import open_group
-from aura_dist.store.schema import StoreSpec, create_store, tasks_of
-from aura_dist.store.writer import ChunkWriter
+from aura_dist.store.schema import StoreSpec, chunk_widths, create_store, tasks_of
 
 NAIVE_BATCH = 16
 
@@ -49,10 +50,13 @@ def bare(model, spec: StoreSpec, tokens: TokenizedTexts) -> float:
 def collect(model, spec: StoreSpec, samples, tokens: TokenizedTexts, path: str) -> float:
     create_store(path, spec, samples, {})
     group = open_group(path)
-    start = time.perf_counter()
-    with ChunkWriter(group, spec, lambda: row_buffer(spec, rows_per_chunk(len(samples)), "cpu")) as writer:
-        stream(model, spec, tokens, tasks_of(samples.num_tokens, spec.tokens_per_batch), writer)
-    return time.perf_counter() - start
+    with start_team("replicate", "cpu") as team:
+        plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
+        run = Run(spec, tokens, plans, team, StopFlag())
+        start = time.perf_counter()
+        with run.writer(group) as writer:
+            stream(model, run, tasks_of(samples.num_tokens, spec.tokens_per_batch), writer)
+        return time.perf_counter() - start
 
 
 def naive(config: CollectConfig, spec: StoreSpec, texts: list[str]) -> float:
