@@ -195,6 +195,8 @@ def with_strength(
         raise InputError(f"--strength: expected a finite number of at least 0, got {strength}")
     if strength == 1.0:
         return scale, shift
+    if strength == 0.0:  # also of a map that is not finite
+        return np.ones_like(scale), None if shift is None else np.zeros_like(shift)
     s = np.float64(strength)
     scaled = (1.0 + s * (scale.astype(np.float64) - 1.0)).astype(np.float32)
     return scaled, None if shift is None else (s * shift).astype(np.float32)

@@ -88,7 +88,9 @@ def store_at(store: str) -> str | RemoteStore:
         The URL has no driver here.
     """
     place = local_path(store)
-    return open_remote(store) if place is None else str(place)
+    if place is None:
+        return open_remote(store)
+    return str(place.resolve() if place.is_symlink() else place)
 
 
 def contains(store: str, path: str) -> bool:
@@ -106,6 +108,7 @@ def exists(path: str) -> bool:
         Something else stands there: it is never replaced.
     """
     place = store_at(path)
+    _check_not_nested(path)
     try:
         if _is_empty(place):
             return False
@@ -116,6 +119,15 @@ def exists(path: str) -> bool:
     if attributes.get("format") != FORMAT:
         raise StoreError(f"--store {path!r}: expected a store or nothing, found something else; choose another path")
     return attributes.get("created") is True
+
+
+def _check_not_nested(path: str) -> None:
+    """StoreError for a place within another store: replacing that one would delete this."""
+    place = local_path(path)
+    for parent in [] if place is None else place.resolve().parents:
+        file = parent / "zarr.json"
+        if file.is_file() and f'"format": "{FORMAT}"' in file.read_text(encoding="utf-8", errors="replace"):
+            raise StoreError(f"--store {path!r}: expected a place outside any store, got one within {str(parent)!r}")
 
 
 def _is_empty(place: str | RemoteStore) -> bool:

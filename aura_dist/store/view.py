@@ -63,7 +63,9 @@ def open_store(path: str | Path) -> xr.DataTree:
                     {s: (("concept", "neuron"), _lazy(group, score_path(site.name, pooling, s))) for s in names},
                     coords={"concept": list(spec.concepts), **of_site},
                 )
-    return xr.DataTree.from_dict(nodes)
+    tree = xr.DataTree.from_dict(nodes)
+    tree.encoding["source"] = str(path)  # as xarray does for files
+    return tree
 
 
 def _samples(group: zarr.Group, spec: StoreSpec) -> xr.Dataset:
@@ -152,17 +154,17 @@ def best_neurons(table: pd.DataFrame, k: int) -> pd.DataFrame:
     return best.assign(site=best["site"].astype(str))
 
 
-def top_neurons(store: str | Path, concept: str, k: int, pooling: str | None = None) -> pd.DataFrame:
+def top_neurons(store: str | Path | xr.DataTree, concept: str, k: int, pooling: str | None = None) -> pd.DataFrame:
     """The `k` neurons of highest AUROC, best first.
 
     Parameters
     ----------
     store
-        Path of a scored store.
+        A scored store: its path, or what `open_store` gave.
     concept
         One of the store's concepts.
     k
-        Number of neurons.
+        Number of neurons, at least 1.
     pooling
         By default the store's first.
 
@@ -171,6 +173,8 @@ def top_neurons(store: str | Path, concept: str, k: int, pooling: str | None = N
     Columns `site`, `kind`, `layer`, `unit`, `auroc`, `auroc_se`, `q_value`, `mean_positive`, `mean_negative`; what
     has not been computed is NaN. `attrs` hold `num_rows`, `total_rows` and `partial`.
     """
-    group = open_group(str(store))
+    if not isinstance(k, int) or k < 1:
+        raise InputError(f"k: expected an integer of at least 1, got {k!r}")
+    group = open_group(str(store.encoding["source"] if isinstance(store, xr.DataTree) else store))
     spec = StoreSpec.from_attributes(group.attrs)
     return best_neurons(score_table(group, spec, concept, pooling or spec.poolings[0]), k)

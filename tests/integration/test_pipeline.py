@@ -103,6 +103,9 @@ def test_top_neurons_are_the_best_in_order(run_dir):
     store = aura_dist.open_store(run_dir / "store.zarr")
     everything = np.concatenate([store["scores"][s]["max"]["auroc"].values[0] for s in store["scores"]])
     np.testing.assert_array_equal(top["auroc"], np.sort(everything)[::-1][:5])
+    assert aura_dist.top_neurons(store, "toxic", 5).equals(top), "the opened store will do"
+    with pytest.raises(ValueError, match="k: expected an integer of at least 1, got -1"):
+        aura_dist.top_neurons(store, "toxic", -1)
     best = top.iloc[0]
     assert store["scores"][best.site]["max"]["auroc"].values[0, best.unit] == best.auroc
 

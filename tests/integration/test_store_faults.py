@@ -58,6 +58,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(batches, whole, tiny_dir, sent
     assert chunk_files(store) == chunk_files(whole)
 
 
+def test_no_store_is_made_within_another(whole, tiny_dir, sentences_csv, capsys):
+    for inner in ("inner.zarr", "activations/inner.zarr"):
+        assert main(arguments(tiny_dir("llama"), sentences_csv, whole / inner)) == 2
+        assert f"expected a place outside any store, got one within {str(whole)!r}" in capsys.readouterr().err
+        assert not (whole / inner).exists()
+
+
+def test_linked_store_is_replaced_where_it_lies(whole, tiny_dir, sentences_csv, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    few = arguments(tiny_dir("llama"), sentences_csv, tmp_path / "link", "--num-positive", "8", "--num-negative", "8")
+    for command in (few, few, [*few, "--overwrite"]):
+        assert main(command) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "scratch" / "zarr.json").is_file()
+
+
 def test_finished_store_is_left_alone(whole, tiny_dir, sentences_csv, monkeypatch):
     before = {f: f.stat().st_mtime_ns for f in whole.rglob("*") if f.is_file()}
     monkeypatch.setattr("aura_dist.stages.collect.load_base", None)

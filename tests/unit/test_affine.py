@@ -193,3 +193,10 @@ def test_changed_neurons_are_counted_once():
     scales = {"a": np.array([1, 0.5, 0], np.float32), "b": np.ones(2, np.float32)}
     shifts = {"a": np.array([0, 1, 0], np.float32), "c": np.array([3, 0], np.float32)}
     assert count_changed(scales, shifts) == 3
+
+
+def test_strength_zero_is_the_identity_whatever_the_map():
+    scale, shift = with_strength(np.array([np.nan, np.inf, 0.5], np.float32), np.array([1, np.nan, 2], np.float32), 0.0)
+    assert scale.tolist() == [1, 1, 1]
+    assert shift is not None
+    assert shift.tolist() == [0, 0, 0]
