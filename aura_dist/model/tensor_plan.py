@@ -114,6 +114,8 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
         plan = own | _whole_heads(own, model, num_ranks)
     elif model.config.model_type in PLANS:
         plan = own | {f"{prefix}{name}": style for name, style in PLANS[model.config.model_type].items()}
+        if base is not model:  # its weight is often that of the embeddings, which are split
+            plan["lm_head"] = _GATHER
     else:
         transposed = any(_is_transposed(module) for module in modules.values())
         why = "its Conv1D layers lie transposed and cannot be split" if transposed else "write one with --tensor-plan"
