@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from tests.distributed.intervened import logits_and_greedy, run_plan
+from aura_dist.cli import main
+from tests.distributed.intervened import logits_and_greedy, random_map, run_plan
 from tests.distributed.launch import run_ranks
+from tests.distributed.test_strategies import assert_same
 
 TOLERANCE = 1e-5
 MODELS = ("llama", "falcon-rotary", "falcon-40b-style", "mpt", "gpt2", "gemma3", "opt")
@@ -31,3 +33,13 @@ def test_logits_equal_those_of_one_process(num_ranks, sharding, models, alone, t
             difference = np.abs(seen["logits"] - expected).max() / np.abs(expected).max()
             assert difference < TOLERANCE, f"{name}, rank {rank}: {difference:.1e}"
             assert seen["tokens"].tolist() == tokens, name
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "tensor", "zero3"])
+def test_collection_under_an_intervention(sharding, tiny_dir, sentences_csv, tmp_path):
+    random_map(str(tiny_dir("llama"))).save(tmp_path / "map")
+    what = ["--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic", "--num-positive", "20"]
+    how = ["--num-negative", "20", "--tokens-per-batch", "256", "--intervention", str(tmp_path / "map")]
+    assert main(["collect", *what, *how, "--store", str(tmp_path / "alone")]) == 0
+    run_ranks(2, ["collect", *what, *how, "--store", str(tmp_path / "ranks"), "--sharding", sharding])
+    assert_same(tmp_path / "ranks", tmp_path / "alone", sharding)
