@@ -38,6 +38,7 @@ def test_shape_of_a_worker():
 
 
 def test_machine_without_slurm_is_named(monkeypatch, tmp_path):
+    pytest.importorskip("dask_jobqueue", reason="the extra `slurm` is not installed")
     monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
     with pytest.raises(ClusterError, match="expected Slurm's sbatch on this machine"), dask_client("slurm", 1, "1GB"):
         pass
