@@ -140,7 +140,8 @@ def decoder_layers_name(model: PreTrainedModel) -> str:
 def _are_layers(modules: nn.ModuleList, whole: set[str]) -> bool:
     if whole:  # FSDP2 puts a class of its own in front of a layer's
         return all(any(kind.__name__ in whole for kind in type(m).__mro__) for m in modules)
-    return len({type(m) for m in modules}) == 1 and any(isinstance(m, (nn.Linear, Conv1D)) for m in modules[0].modules())
+    one_class = len({type(m) for m in modules}) == 1
+    return one_class and any(isinstance(m, (nn.Linear, Conv1D)) for m in modules[0].modules())
 
 
 def own_names(model: PreTrainedModel) -> Callable[[str], str]:
