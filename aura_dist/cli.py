@@ -133,10 +133,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     config: Any = resolve(VERBS[name].config, merge(name, document, flags))
 
     from aura_dist.runtime.log import configure_logging
-    from aura_dist.runtime.memory import keep_memory_flat
+    from aura_dist.runtime.memory import keep_freed_memory
 
     configure_logging(debug=debug)
-    keep_memory_flat()
+    keep_freed_memory()
     import_module(VERBS[name].stage).run(config)
 
 

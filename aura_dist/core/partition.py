@@ -11,6 +11,7 @@ from itertools import pairwise
 from math import ceil
 
 MIN_ROWS_PER_CHUNK = 32
+SMALL_STORE_ROWS = 128
 MAX_ROWS_PER_CHUNK = 256
 MAX_COLUMNS_PER_CHUNK = 1024
 MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
@@ -30,11 +31,14 @@ class Task:
 
 
 def rows_per_chunk(num_rows: int) -> int:
-    """Rows of one chunk: the power of two at or below `num_rows` / 32, between 32 and 256.
+    """Rows of one chunk: the power of two at or below `num_rows` / 32, between 64 and 256; 32 for fewer than 128 rows.
 
-    At least 32 row chunks from 1,024 rows on, so that many ranks have work; larger chunks for larger stores.
+    At least 32 row chunks from 2,048 rows on, so that many ranks have work; larger chunks for larger stores. Every
+    chunk column of every site makes a file a row chunk: the fewer, the better for a small store.
     """
-    rows = MIN_ROWS_PER_CHUNK
+    if num_rows < SMALL_STORE_ROWS:
+        return MIN_ROWS_PER_CHUNK
+    rows = 2 * MIN_ROWS_PER_CHUNK
     while rows < MAX_ROWS_PER_CHUNK and 2 * rows * 32 <= num_rows:
         rows *= 2
     return rows

@@ -5,20 +5,21 @@ import os
 import sys
 
 # glibc's mallopt(3)
-_M_MMAP_THRESHOLD = -3
-_MAPPED_BYTES = 2**20
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
-def keep_memory_flat() -> None:
-    """Map every large block on its own, in huge pages, so that freed memory goes back at once.
+def keep_freed_memory() -> None:
+    """Take freed memory again, rather than giving it back to the system and having it cleared anew.
 
-    A forward on the CPU frees and takes tens of megabytes in every layer, in sizes that change with the batch. In
-    glibc's heap small objects settle in the holes, and a long run keeps growing. Blocks mapped on their own
-    cannot fragment; torch's huge pages make up for the page faults. Call before torch allocates. Does nothing
-    where the C library is not glibc.
+    A forward on the CPU frees and takes tens of megabytes in every layer. glibc maps such blocks one by one, and
+    clearing their pages took a fifth of the time of large batches. Kept in the heap, and in huge pages, they cost
+    nothing; the longest batches run first, so that the heap has its full size from the beginning. Call before
+    torch allocates. Does nothing where the C library is not glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, -1)

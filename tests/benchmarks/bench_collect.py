@@ -21,7 +21,7 @@ from aura_dist.data.tokens import TokenizedTexts, load_tokenizer
 from aura_dist.model.sharding import DTYPES, ModelSource, column_plans, load_base
 from aura_dist.model.stream import Run, stream
 from aura_dist.runtime.launch import start_team
-from aura_dist.runtime.memory import keep_memory_flat
+from aura_dist.runtime.memory import keep_freed_memory
 from aura_dist.runtime.signals import StopFlag
 from aura_dist.runtime.world import World
 from aura_dist.stages.collect import load_samples, make_spec
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip-naive", action="store_true")
     args = parser.parse_args()
-    keep_memory_flat()  # for all alike
+    keep_freed_memory()  # for all alike
     config = CollectConfig(
         model=args.model, dtype=args.dtype, data=args.data, concepts=["toxic"], num_positive=args.rows // 2,
         num_negative=args.rows // 2, store="unused",

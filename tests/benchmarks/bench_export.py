@@ -70,10 +70,10 @@ EXPORT = """
 import sys, time
 from aura_dist.config import ExportConfig
 from aura_dist.runtime.log import configure_logging
-from aura_dist.runtime.memory import keep_memory_flat
+from aura_dist.runtime.memory import keep_freed_memory
 from aura_dist.stages import export
 configure_logging()
-keep_memory_flat()
+keep_freed_memory()
 start = time.perf_counter()
 export.run(ExportConfig(model=sys.argv[1], intervention=sys.argv[2], out=sys.argv[3]))
 print(time.perf_counter() - start)

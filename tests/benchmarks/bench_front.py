@@ -25,7 +25,7 @@ from aura_dist.evaluation.generation import Decoding, continuations
 from aura_dist.evaluation.perplexity import negative_log_likelihoods
 from aura_dist.model.sharding import ModelSource
 from aura_dist.model.use import LoadedModel, load_for_use
-from aura_dist.runtime.memory import keep_memory_flat
+from aura_dist.runtime.memory import keep_freed_memory
 from aura_dist.runtime.world import World
 from aura_dist.store.artifact import Intervention
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--comments", type=int, default=500)
     args = parser.parse_args()
-    keep_memory_flat()
+    keep_freed_memory()
     args.run_dir.mkdir(parents=True, exist_ok=True)
     fitted, seen = fit_all(args)
     prompts = held_out_prompts(args, seen)

@@ -21,7 +21,7 @@ import aura_dist
 from aura_dist.config import ExportConfig
 from aura_dist.model.sharding import DTYPES
 from aura_dist.model.sites import find_sites
-from aura_dist.runtime.memory import keep_memory_flat
+from aura_dist.runtime.memory import keep_freed_memory
 from aura_dist.stages import export
 from aura_dist.store.artifact import Intervention
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=11)
     args = parser.parse_args()
-    keep_memory_flat()
+    keep_freed_memory()
     rng = np.random.default_rng(0)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).eval()
     widths = {s.name: (s.width, s.kind) for s in find_sites(model).sites}

@@ -152,7 +152,7 @@ def test_failure_that_stays_is_one_error_and_the_store_resumes(s3, command, loca
     request = s3fs.S3FileSystem._pipe_file
 
     async def broken(self, path, *args, **kwargs):
-        if "/c/3/" in path:
+        if "/c/2/" in path:
             raise ConnectionResetError("connection reset by peer")
         return await request(self, path, *args, **kwargs)
 
