@@ -5,7 +5,7 @@ and no model class needs position ids.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ from aura_dist.errors import ConfigError, InputError, ModelError, brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# a tokenizer's own record of a text takes some 10 KB until its ids are taken out
+TEXTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def tokenize(
             f"got {max_tokens}"
         )
     limit = min(max_tokens, np.iinfo(np.int32).max)  # the tokenizer's own integer is finite
-    ids = [np.asarray(i, dtype=np.int32) for i in _encode(list(texts), tokenizer, limit, source)]
+    ids = [np.asarray(i, dtype=np.int32) for i in _encode(texts, tokenizer, limit, source)]
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
     for row, row_ids in enumerate(ids):
         counted = row_ids[~np.isin(row_ids, special)] if skip_special else row_ids
@@ -150,21 +153,23 @@ def tokenize(
     return TokenizedTexts(ids, special, skip_special)
 
 
-def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase", limit: int, source: str) -> list[list[int]]:
-    """Token ids; InputError that names the first row that the tokenizer fails on."""
+def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", limit: int, source: str) -> Iterator[list[int]]:
+    """Token ids of each text; InputError that names the first row that the tokenizer fails on."""
 
-    def encode(some: list[str]) -> list[list[int]]:
-        encoded: list[list[int]] = tokenizer(some, truncation=True, max_length=limit, verbose=False)["input_ids"]
+    def encode(some: Sequence[str]) -> list[list[int]]:
+        encoded: list[list[int]] = tokenizer(list(some), truncation=True, max_length=limit, verbose=False)["input_ids"]
         return encoded
 
-    try:
-        return encode(texts)
-    except Exception as error:  # its backend raises a bare Exception
-        for row, text in enumerate(texts):
-            try:
-                encode([text])
-            except Exception as failure:
-                raise InputError(
-                    f"data {source!r}: row {row}: the model's tokenizer cannot take it: {brief(failure)}"
-                ) from failure
-        raise InputError(f"data {source!r}: the model's tokenizer cannot take it: {brief(error)}") from error
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        block = texts[start : start + TEXTS_AT_ONCE]
+        try:
+            yield from encode(block)
+        except Exception as error:  # its backend raises a bare Exception
+            for row, text in enumerate(block, start):
+                try:
+                    encode([text])
+                except Exception as failure:
+                    raise InputError(
+                        f"data {source!r}: row {row}: the model's tokenizer cannot take it: {brief(failure)}"
+                    ) from failure
+            raise InputError(f"data {source!r}: the model's tokenizer cannot take it: {brief(error)}") from error

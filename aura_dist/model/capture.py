@@ -74,6 +74,8 @@ class Capture:
         self._exchange = exchange
         self._device = torch.device(device)
         self._batch: Batch | None = None
+        self._buffer: RowBuffer = {}
+        self._at = 0
         self._masks: dict[torch.device, TokenMask] = {}
         self._called: set[str] = set()
         self._pooled: dict[tuple[str, str], Tensor] = {}
@@ -102,7 +104,7 @@ class Capture:
         ModelError
             A site was not called, called twice, or gave an output of another shape.
         """
-        self._batch = batch
+        self._batch, self._buffer, self._at = batch, buffer, at
         self._masks.clear()
         self._pooled.clear()
         self._called.clear()
@@ -112,7 +114,7 @@ class Capture:
             raise ModelError(f"module {missing!r} was not called in the forward pass; leave it out of --modules")
         for key, pooled_BD in self._pooled.items():
             with self._beside_forward(pooled_BD):
-                self._copy_out(key, pooled_BD, buffer, at)
+                self._copy_out(key, pooled_BD)
 
     def skip(self, batch: Batch) -> None:
         """Forward `batch` and drop the result: keeps step with ranks that still have rows."""
@@ -147,12 +149,19 @@ class Capture:
         pooled_BD.record_stream(stream)
         return torch.cuda.stream(stream)
 
-    def _copy_out(self, key: tuple[str, str], pooled_BD: Tensor, buffer: RowBuffer, at: int) -> None:
+    def _keep(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
+        """On a GPU until all is launched; on the CPU it goes out at once, lest it split the heap's free blocks."""
+        if pooled_BD.device.type == "cpu":
+            self._copy_out(key, pooled_BD)
+        else:
+            self._pooled[key] = pooled_BD
+
+    def _copy_out(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
         plan = self._plans[key[0]]
-        rows = slice(at, at + len(pooled_BD))
+        rows = slice(self._at, self._at + len(pooled_BD))
         first = _needed(plan).start
         for move in plan.keeps:
-            target = torch.from_numpy(buffer[key])[rows, slice(*move.target)]
+            target = torch.from_numpy(self._buffer[key])[rows, slice(*move.target)]
             target.copy_(pooled_BD[:, move.source[0] - first : move.source[1] - first], non_blocking=True)
         if self._exchange is not None:
             self._exchange.stage(key, pooled_BD, rows)
@@ -177,7 +186,7 @@ class Capture:
             if needed.stop > needed.start:
                 mask = self._mask_on(acts_BTD.device)
                 for pooling in self._poolings:
-                    self._pooled[name, pooling] = getattr(mask, pooling)(acts_BTD[..., needed])
+                    self._keep((name, pooling), getattr(mask, pooling)(acts_BTD[..., needed]))
 
         return pool
 
