@@ -6,7 +6,8 @@ import sys
 
 # glibc's mallopt(3)
 _M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
+_M_MMAP_THRESHOLD = -3
+_MAPPED_BYTES = 2**26
 
 
 def keep_freed_memory() -> None:
@@ -14,12 +15,13 @@ def keep_freed_memory() -> None:
 
     A forward on the CPU frees and takes tens of megabytes in every layer. glibc maps such blocks one by one, and
     clearing their pages took a fifth of the time of large batches. Kept in the heap, and in huge pages, they cost
-    nothing; the longest batches run first, so that the heap has its full size from the beginning. Call before
-    torch allocates. Does nothing where the C library is not glibc.
+    nothing; the longest batches run first, so that the heap has its full size from the beginning. Blocks of 64 MB
+    and more, which are weights as a rule, are still mapped one by one: holes of their size would be a waste. Call
+    before torch allocates. Does nothing where the C library is not glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
             libc.mallopt(_M_TRIM_THRESHOLD, -1)
