@@ -12,6 +12,7 @@ from aura_dist.errors import AuraError, StoreError
 from aura_dist.evaluation.report.evaluations import Evaluation, read_evaluation
 from aura_dist.evaluation.report.rundir import (
     INTERVENTIONS,
+    JOBS,
     RESULTS,
     RunDirectory,
     is_run_directory,
@@ -49,20 +50,43 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Job:
+    """A sweep's job: `state` is queued, running, done or failed; why it failed; seconds of its last attempt."""
+
+    name: str
+    state: str
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class RunStatus:
-    """A run's parts in the order of the pipeline, and when a file of it last changed (seconds of the epoch) or None."""
+    """How far a run is.
+
+    Attributes
+    ----------
+    name
+        Of the run.
+    parts
+        In the order of the pipeline; `collect` and `score` of each store.
+    jobs
+        Of a sweep.
+    changed
+        When a file of it last changed (seconds since the epoch), or None.
+    """
 
     name: str
     parts: tuple[Part, ...]
+    jobs: tuple[Job, ...]
     changed: float | None
 
     @property
     def is_finished(self) -> bool:
-        return all(part.state == FINISHED for part in self.parts)
+        return all(part.state == FINISHED for part in self.parts) and all(job.state == "done" for job in self.jobs)
 
     def seems_running(self, now: float) -> bool:
         """Whether something is half done and a file has just changed: all that files can tell."""
-        half = any(part.state == HALF_DONE for part in self.parts)
+        half = any(part.state == HALF_DONE for part in self.parts) or any(job.state == "running" for job in self.jobs)
         return half and self.changed is not None and now - self.changed < FRESH_SECONDS
 
 
@@ -79,14 +103,23 @@ def find_runs(path: str) -> list[RunDirectory]:
 
 def run_status(run: RunDirectory) -> RunStatus:
     """How far a run is; what is damaged is the state of a part, never an error."""
-    parts = [*_store_parts(run.store), _interventions(run), _results(run)]
+    stores = [part for store in run.stores for part in _store_parts(store)]
+    parts = [*(stores or [Part("collect", NOTHING), Part("score", NOTHING)]), _interventions(run), _results(run)]
     changed = max(_changes(run), default=None)
-    return RunStatus(run.name, tuple(parts), changed)
+    return RunStatus(run.name, tuple(parts), tuple(_jobs(run)), changed)
 
 
-def _store_parts(store: str | None) -> list[Part]:
-    if store is None:
-        return [Part("collect", NOTHING), Part("score", NOTHING)]
+def _jobs(run: RunDirectory) -> Iterator[Job]:
+    """The jobs of a sweep, by their state files; what is no state file is left out."""
+    for path in _files(run.path / JOBS):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            yield Job(found["job"], found["state"], float(found.get("seconds") or 0), str(found.get("reason") or ""))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+
+
+def _store_parts(store: str) -> list[Part]:
     try:
         group = open_group(store)
         spec = StoreSpec.from_attributes(group.attrs)
@@ -169,10 +202,10 @@ def _listed(name: str, whole: list[str], half: list[str], broken: list[str]) -> 
 def _changes(run: RunDirectory) -> Iterator[float]:
     """When directories and files changed in which stages write; of a store those alone that tell of progress."""
     places = [*_files(run.path / RESULTS), *run.intervention_paths]
-    places += [run.path / part for part in (RESULTS, INTERVENTIONS)]
-    store = local_path(run.store) if run.store is not None else None
-    if store is not None:
-        places += _store_places(store)
+    places += [run.path / part for part in (RESULTS, INTERVENTIONS, JOBS)]
+    for path in run.stores:
+        store = local_path(path)
+        places += [] if store is None else _store_places(store)
     for place in places:
         try:
             yield place.stat().st_mtime

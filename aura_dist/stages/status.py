@@ -1,12 +1,15 @@
 """status: how far a run or a directory of runs is, from its files alone. Never imports torch."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from aura_dist.config import StatusConfig
 from aura_dist.evaluation.report.rundir import named_apart
-from aura_dist.evaluation.status import RunStatus, find_runs, run_status
+from aura_dist.evaluation.status import DAMAGED, NOTHING, Part, RunStatus, find_runs, run_status
 from aura_dist.runtime.progress import clock
+
+STAGES = ("collect", "score", "fit", "evaluate")
 
 
 def run(config: StatusConfig) -> None:
@@ -16,23 +19,30 @@ def run(config: StatusConfig) -> None:
 
 
 def _one(status: RunStatus) -> str:
-    """A line a part."""
-    rows = [(p.name, p.state, p.count, p.detail) for p in status.parts]
-    return "\n".join([f"{status.name}: last change {_ago(status)}", *_aligned(rows)])
+    """A line a part, and a line a job of a sweep."""
+    parts = [(p.name, p.state, p.count, p.detail) for p in status.parts]
+    lines = [f"{status.name}: last change {_ago(status)}", *_aligned(parts)]
+    if status.jobs:
+        counts = Counter(job.state for job in status.jobs)
+        lines += ["", "jobs: " + ", ".join(f"{n} {state}" for state, n in counts.items())]
+        lines += _aligned([(j.name, j.state, clock(j.seconds) if j.seconds else "", j.reason) for j in status.jobs])
+    return "\n".join(lines)
 
 
 def _many(found: Sequence[RunStatus]) -> str:
-    """A line a run, and below what is damaged."""
-    header = ("run", *(part.name for part in found[0].parts), "last change")
-    rows = [(s.name, *(_cell(part.state, part.count) for part in s.parts), _ago(s)) for s in found]
-    damaged = [f"{s.name}: {p.name}: {p.detail}" for s in found for p in s.parts if p.state == "damaged"]
-    whole = sum(s.is_finished for s in found)
-    summary = f"{whole} of {len(found)} runs have every part"
-    return "\n".join([*_aligned([header, *rows]), summary, *damaged])
+    """A line a run, and below what is damaged or failed."""
+    rows = [(s.name, *(_cell([p for p in s.parts if p.name == stage]) for stage in STAGES), _ago(s)) for s in found]
+    faults = [f"{s.name}: {p.name} damaged: {p.detail}" for s in found for p in s.parts if p.state == DAMAGED]
+    faults += [f"{s.name}: {j.name} failed: {j.reason}" for s in found for j in s.jobs if j.state == "failed"]
+    summary = f"{sum(s.is_finished for s in found)} of {len(found)} runs have every part"
+    return "\n".join([*_aligned([("run", *STAGES, "last change"), *rows]), summary, *faults])
 
 
-def _cell(state: str, count: str) -> str:
-    return f"{state} {count}".strip() if state != "nothing" else "–"
+def _cell(parts: Sequence[Part]) -> str:
+    """One stage of one run; several stores are counted by their state."""
+    if len(parts) == 1:
+        return f"{parts[0].state} {parts[0].count}".strip() if parts[0].state != NOTHING else "–"
+    return ", ".join(f"{n} {state}" for state, n in Counter(part.state for part in parts).items())
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

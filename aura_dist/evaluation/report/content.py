@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from aura_dist.evaluation.report import facts, figures, tables, tradeoff
 from aura_dist.evaluation.report.continuations import SideBySide, side_by_side
 from aura_dist.evaluation.report.distributions import Bar, median_of, total_histogram
+from aura_dist.evaluation.report.evaluations import plain_first
 from aura_dist.evaluation.report.facts import Table
-from aura_dist.evaluation.report.rundir import RunDirectory
+from aura_dist.evaluation.report.rundir import STORE, RunDirectory
 from aura_dist.evaluation.report.scored import Scores, StoreSummary, read_scores_of, read_store
 from aura_dist.evaluation.report.svg import Picture
 from aura_dist.store.describe import CONFOUNDED_MEDIAN
@@ -71,12 +73,14 @@ class ScoreSection:
 
 @dataclass(frozen=True)
 class ComparisonSection:
-    """Evaluations on the same prompts and texts."""
+    """Evaluations on the same prompts and texts; `outside` names those that the picture leaves out."""
 
     title: str
     headline: str | None
     picture: Picture | None
+    outside: str
     table: Table
+    split: Table
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,12 @@ class Content:
 
 def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
     """Read and draw; AuraError for whatever of a run is damaged."""
-    evaluations = [e for run in runs for e in run.evaluations()]
+    evaluations = [e for run in runs for e in plain_first(run.evaluations())]
     labels = tables.labels_of(evaluations)
     label_of = dict(zip(map(id, evaluations), labels, strict=True))
     stores, scores, left_out = _stores(runs, shown)
     side = side_by_side(evaluations, shown.num_prompts, MAX_COLUMNS)
-    named = [(run.name, section.store) for section in stores for run in runs if run.name == section.runs[0]]
+    named = [(section.runs[0], section.store) for section in stores]
     return Content(
         runs=[run.name for run in runs],
         shown=shown,
@@ -131,20 +135,26 @@ def _stores(runs: Sequence[RunDirectory], shown: Shown) -> tuple[list[StoreSecti
     """Each store once, however many runs share it, and the scores of the first `MAX_SCORES` concepts and poolings."""
     users: dict[str, list[str]] = {}
     for run in runs:
-        if run.store is not None:
-            users.setdefault(run.store, []).append(run.name)
+        for store in run.stores:
+            users.setdefault(store, []).append(run.name if len(run.stores) == 1 else _name_within(run, store))
     stores: list[StoreSection] = []
     sections: list[ScoreSection] = []
     left_out = 0
     for path, names in users.items():
-        group, store = read_store(path)
-        stores.append(StoreSection(tuple(names), store, facts.facts_of(store)))
-        for pooling in store.spec.poolings:
+        group, summary = read_store(path)
+        stores.append(StoreSection(tuple(names), summary, facts.facts_of(summary)))
+        for pooling in summary.spec.poolings:
             room = MAX_SCORES - len(sections)
-            found = read_scores_of(group, store.spec, pooling, shown.bar, shown.num_neurons) if room > 0 else []
-            left_out += len(store.spec.concepts) - room if room < len(store.spec.concepts) and store.basis else 0
+            found = read_scores_of(group, summary.spec, pooling, shown.bar, shown.num_neurons) if room > 0 else []
+            left_out += max(len(summary.spec.concepts) - max(room, 0), 0) if summary.basis else 0
             sections += [_score_section(names[0], s, shown, len(sections) + i) for i, s in enumerate(found[:room], 1)]
     return stores, sections, left_out
+
+
+def _name_within(run: RunDirectory, store: str) -> str:
+    """A run's name and which of its stores: `collections/gemma/store.zarr` → `gemma`."""
+    path = Path(store)
+    return f"{run.name}/{path.parent.name if path.name == STORE else path.stem}"
 
 
 def _score_section(run: str, scores: Scores, shown: Shown, number: int) -> ScoreSection:
@@ -166,5 +176,7 @@ def _comparison(compared: tradeoff.Comparison, labels: list[str], name: str) -> 
         compared.title,
         tables.headline(compared.evaluations, labels),
         tradeoff.draw(compared, name),
+        ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in compared.outside),
         tables.results_table(compared.evaluations, labels),
+        tables.split_table(compared.evaluations, labels),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from aura_dist.errors import InputError, brief
-from aura_dist.evaluation.report.evaluations import Evaluation
+from aura_dist.evaluation.report.evaluations import Evaluation, plain_first
 
 TOXIC = 0.5
 MAX_CHARACTERS = 600
@@ -52,11 +52,14 @@ class SideBySide:
         Those shown.
     num_prompts
         How many there are.
+    num_left_out
+        Evaluations of the same prompts that are not shown.
     """
 
     evaluations: tuple[Evaluation, ...]
     prompts: tuple[Prompt, ...]
     num_prompts: int
+    num_left_out: int
 
 
 def side_by_side(evaluations: Sequence[Evaluation], num_shown: int, max_columns: int) -> list[SideBySide]:
@@ -68,21 +71,21 @@ def side_by_side(evaluations: Sequence[Evaluation], num_shown: int, max_columns:
             sets.setdefault((one.model, prompts), []).append(one)
     tables = []
     for group in sets.values():
-        ordered = sorted(group, key=lambda e: (e.method != "none", e.preprompt is not None))  # stable
-        table = _table(ordered[:max_columns], num_shown)
+        table = _table(plain_first(group), num_shown, max_columns)
         if table.prompts:
             tables.append(table)
     return tables
 
 
-def _table(evaluations: Sequence[Evaluation], num_shown: int) -> SideBySide:
-    files = [e.continuations for e in evaluations if e.continuations is not None]
+def _table(evaluations: Sequence[Evaluation], num_shown: int, max_columns: int) -> SideBySide:
+    columns = evaluations[:max_columns]
+    files = [e.continuations for e in columns if e.continuations is not None]
     scores = {row["prompt"]: _probability(row) for row in _first_samples(files[0])}
     chosen = choose(scores, num_shown)
     wanted = set(chosen)
     found = [{row["prompt"]: row for row in _first_samples(file) if row["prompt"] in wanted} for file in files]
     prompts = [_prompt(index, [rows.get(index) for rows in found]) for index in chosen]
-    return SideBySide(tuple(evaluations), tuple(prompts), len(scores))
+    return SideBySide(tuple(columns), tuple(prompts), len(scores), len(evaluations) - len(columns))
 
 
 def choose(scores: Mapping[int, float | None], num_shown: int) -> list[int]:

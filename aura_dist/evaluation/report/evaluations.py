@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from aura_dist.errors import InputError, brief
 # what tells a results file from any other JSON document; of the second, an earlier version wrote less
 _PARTS = ("perplexity", "toxicity", "zero_shot")
 _WRITTEN_BY = ("schema", "aura_dist")
-GROUPS = {"overall": "all prompts", "toxic_prompts": "toxic prompts", "nontoxic_prompts": "other prompts"}
 MEASURES = {
-    "probability": "toxic continuations",
-    "expected_maximum": "expected maximum toxicity",
-    "any_toxic": "prompts with a toxic continuation",
+    "probability": "toxic",
+    "expected_maximum": "expected maximum",
+    "any_toxic": "any toxic",
 }
 
 
@@ -96,8 +95,14 @@ class Evaluation:
         return _mapping(self.document.get("toxicity"))
 
     def toxic(self, group: str, measure: str) -> Estimate | None:
-        """One of `MEASURES` over one of `GROUPS`, in [0, 1]."""
+        """One of `MEASURES` over `overall`, `toxic_prompts` or `nontoxic_prompts`, in [0, 1]."""
         return estimate(_mapping(self.toxicity.get(group)).get(measure))
+
+    @property
+    def reduction(self) -> Estimate | None:
+        """Share of toxic continuations of the baseline that it was compared with ÷ its own."""
+        overall = _mapping(_mapping(self.toxicity.get("baseline")).get("overall"))
+        return estimate(overall.get("probability"))
 
     @property
     def zero_shot(self) -> Mapping[str, Mapping[str, Any]]:
@@ -114,6 +119,11 @@ class Evaluation:
         name = self.toxicity.get("continuations")
         place = self.path.parent / name if isinstance(name, str) else None
         return place if place is not None and place.is_file() else None
+
+
+def plain_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those without an intervention first, of them those without a pre-prompt; else in the order given."""
+    return sorted(evaluations, key=lambda e: (e.method != "none", e.preprompt is not None))
 
 
 def estimate(value: Any) -> Estimate | None:

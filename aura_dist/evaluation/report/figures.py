@@ -29,14 +29,17 @@ def histogram(scores: Scores, bar: Bar, name: str) -> Picture:
     kinds = colours_of(scores.sites)
     with style(name):
         figure, ax = new_figure(400, 280)
+        least = 100.0
         for kind, colour in kinds.items():
             counts = total_histogram([s for s in scores.sites if s.site.kind == kind])
             share = 100 * counts / max(int(counts.sum()), 1)
-            ax.stairs(np.where(share > 0, share, np.nan), EDGES, label=kind, linewidth=1.5, color=colour, baseline=None)
+            least = min([least, *share[share > 0]])
+            ax.stairs(share, EDGES, label=kind, linewidth=1.5, color=colour, baseline=None)
         _mark(ax, bar, horizontal=False)
         filled = np.flatnonzero(total_histogram(scores.sites))
         if len(filled):
-            ax.set_yscale("log")
+            ax.set_yscale("log", nonpositive="clip")
+            ax.set_ylim(bottom=0.5 * least)
             ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xlim(max(EDGES[filled[0]] - 0.02, 0), min(EDGES[filled[-1] + 1] + 0.02, 1))
         ax.set_xlabel(f"AUROC of a neuron for “{scores.concept}”")

@@ -1,4 +1,7 @@
-"""A run directory: `config.yaml`, `store.zarr`, `interventions/<name>/`, `results/<name>.json`; any may be missing."""
+"""A run directory: `config.yaml`, `store.zarr`, `interventions/<name>/`, `results/<name>.json`; any may be missing.
+
+One whose runs share their parts, as a sweep's does, holds several stores, and the state of each of its jobs.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,9 @@ from aura_dist.errors import StoreError, brief
 from aura_dist.evaluation.report.evaluations import Evaluation, read_evaluation
 from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE, Intervention
 
-CONFIG, STORE, INTERVENTIONS, RESULTS = "config.yaml", "store.zarr", "interventions", "results"
+CONFIG, STORE, INTERVENTIONS, RESULTS, JOBS = "config.yaml", "store.zarr", "interventions", "results", "jobs"
+# where stores of a directory of shared parts lie
+_STORES = ("collections/*/*.zarr", "stores/*.zarr")
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,13 @@ class RunDirectory:
     ----------
     path, name
         The directory, and what tells it from the others of a page.
-    store
-        Path or URL of its store: within it, else that which `config.yaml` names; None without one.
+    stores
+        Paths of its stores: within it, else path or URL of that which `config.yaml` names.
     """
 
     path: Path
     name: str
-    store: str | None
+    stores: tuple[str, ...]
 
     @property
     def intervention_paths(self) -> list[Path]:
@@ -70,7 +75,14 @@ def _entries(place: Path) -> list[Path]:
 
 def is_run_directory(path: Path) -> bool:
     """Whether some part of a run stands in the directory."""
-    return any((path / part).exists() for part in (STORE, INTERVENTIONS, RESULTS)) or _config_store(path) is not None
+    return any((path / part).exists() for part in (STORE, INTERVENTIONS, RESULTS)) or bool(_stores(path))
+
+
+def _stores(path: Path) -> tuple[str, ...]:
+    own = [path / STORE] if (path / STORE).exists() else []
+    shared = [found for pattern in _STORES for found in sorted(path.glob(pattern))]
+    named = _config_store(path)
+    return tuple(str(store) for store in [*own, *shared]) or (() if named is None else (named,))
 
 
 def open_run(path: str) -> RunDirectory:
@@ -92,8 +104,7 @@ def open_run(path: str) -> RunDirectory:
             f"RUN_DIR {path!r}: expected {STORE}, {INTERVENTIONS}/, {RESULTS}/ or a {CONFIG} that names a store, "
             "found none of them; name the directory that --store and --out were given in"
         )
-    own = place / STORE
-    return RunDirectory(place, place.resolve().name, str(own) if own.exists() else _config_store(place))
+    return RunDirectory(place, place.resolve().name, _stores(place))
 
 
 def named_apart(runs: Sequence[RunDirectory]) -> list[RunDirectory]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from aura_dist.evaluation.report.evaluations import GROUPS, MEASURES, Estimate, Evaluation
+from aura_dist.evaluation.report.evaluations import MEASURES, Estimate, Evaluation
 from aura_dist.evaluation.report.facts import Table
 from aura_dist.evaluation.report.scored import Neuron
 
@@ -16,6 +16,9 @@ _NEURON_HEADER = {
 }
 
 
+AFFORDABLE = 1.1
+
+
 def labels_of(evaluations: Sequence[Evaluation]) -> list[str]:
     """Names of evaluations on the page: the file's, with the run's where several runs are shown."""
     several = len({e.run for e in evaluations}) > 1
@@ -23,7 +26,7 @@ def labels_of(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def results_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
-    """One line an evaluation: what lay over the model, perplexity, toxicity. Columns without a number are left out."""
+    """One line an evaluation: what lay over the model, perplexity, toxicity of all prompts."""
     columns: list[tuple[str, list[str]]] = [
         ("method", [e.method for e in evaluations]),
         ("strength", ["–" if e.strength is None else f"{e.strength:g}" for e in evaluations]),
@@ -33,12 +36,28 @@ def results_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> T
     ]
     first = next((e.perplexity for e in evaluations if e.method == "none" and not e.preprompt), None)
     columns.append(("change", [_change(e.perplexity, first) for e in evaluations]))
-    for group, where in GROUPS.items():
-        for measure, what in MEASURES.items():
-            shown = [_interval(e.toxic(group, measure), 100.0, 1) for e in evaluations]
-            columns.append((f"{what} (%)" if group == "overall" else f"{what}, {where} (%)", shown))
+    columns += _toxicity(evaluations, "overall", "")
+    columns.append(("times fewer toxic", [_interval(e.reduction, 1.0, 2) for e in evaluations]))
+    return _columned(columns, labels)
+
+
+def split_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
+    """Toxicity by the prompt's own; empty where it was not split."""
+    names = {"toxic_prompts": "toxic prompts: ", "nontoxic_prompts": "other prompts: "}
+    return _columned([c for group, name in names.items() for c in _toxicity(evaluations, group, name)], labels)
+
+
+def _toxicity(evaluations: Sequence[Evaluation], group: str, prefix: str) -> list[tuple[str, list[str]]]:
+    return [
+        (f"{prefix}{what} (%)", [_interval(e.toxic(group, measure), 100.0, 1) for e in evaluations])
+        for measure, what in MEASURES.items()
+    ]
+
+
+def _columned(columns: Sequence[tuple[str, list[str]]], labels: Sequence[str]) -> Table:
+    """A line a label; columns without a number are left out."""
     kept = [(name, cells) for name, cells in columns if set(cells) - {"–", "0.00"}]
-    rows = [(label, *(cells[i] for _, cells in kept)) for i, label in enumerate(labels)]
+    rows = [(label, *(cells[i] for _, cells in kept)) for i, label in enumerate(labels)] if kept else []
     texts = (0, *(i for i, (name, _) in enumerate(kept, 1) if name in ("method", "pre-prompt")))
     return Table(("evaluation", *(name for name, _ in kept)), tuple(rows), texts)
 
@@ -62,21 +81,31 @@ def _interval(one: Estimate | None, scale: float, digits: int) -> str:
 
 
 def headline(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> str | None:
-    """The strongest reduction of toxicity among evaluations of the same prompts, in a sentence; None without two."""
+    """The strongest reduction of toxicity that costs little perplexity, in a sentence; None without a comparison."""
     measured = [(e, label, t) for e, label in zip(evaluations, labels, strict=True) if (t := _toxic(e)) is not None]
     base = next(((e, t) for e, _, t in measured if e.method == "none" and not e.preprompt), None)
     others = [m for m in measured if base is not None and m[0] is not base[0]]
     if base is None or not others:
         return None
-    best, label, toxic = min(others, key=lambda m: m[2].value)
-    before, after = base[1].value, toxic.value
-    if after >= before:
-        return f"no evaluation has fewer toxic continuations than without intervention ({before:.1%})"
-    ratio = f", {before / after:.1f} times fewer" if after > 0 else ""
+    before = base[1].value
+    cheap = [m for m in others if _cost(m[0], base[0]) <= AFFORDABLE and m[2].value < before]
+    if not cheap:
+        return (
+            f"no evaluation lowers the {before:.1%} of toxic continuations at no more than {AFFORDABLE - 1:.0%} "
+            "more perplexity"
+        )
+    best, label, toxic = min(cheap, key=lambda m: m[2].value)
+    ratio = f", {before / toxic.value:.1f} times fewer" if toxic.value > 0 else ""
     perplexity = ""
     if base[0].perplexity and best.perplexity:
         perplexity = f"; perplexity {base[0].perplexity.value:.2f} → {best.perplexity.value:.2f}"
-    return f"{label}: toxic continuations {before:.1%} → {after:.1%}{ratio}{perplexity}"
+    bound = f" (the fewest at no more than {AFFORDABLE - 1:.0%} more perplexity)" if perplexity else ""
+    return f"{label}: toxic continuations {before:.1%} → {toxic.value:.1%}{ratio}{perplexity}{bound}"
+
+
+def _cost(one: Evaluation, base: Evaluation) -> float:
+    """Perplexity as a multiple of that without intervention; 1 where it was not measured."""
+    return one.perplexity.value / base.perplexity.value if one.perplexity and base.perplexity else 1.0
 
 
 def _toxic(one: Evaluation) -> Estimate | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_LABELS = 16
 LOG_FROM = 4.0
+OUTSIDE = 4.0
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
@@ -33,11 +34,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Evaluations of one model on the same prompts and texts, in the order given; `points` are those that have both."""
+    """Evaluations of one model on the same prompts and texts.
+
+    Attributes
+    ----------
+    title
+        The model.
+    evaluations
+        Those without intervention first.
+    points
+        Those drawn: with both figures.
+    outside
+        Those of a perplexity so high that the others would fall together: told, not drawn.
+    """
 
     title: str
     evaluations: tuple[Evaluation, ...]
     points: tuple[Point, ...]
+    outside: tuple[Point, ...]
 
 
 def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[Comparison]:
@@ -48,9 +62,13 @@ def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> lis
     found = []
     for group in sets.values():
         ordered = sorted(group, key=lambda pair: (pair[0].method != "none", pair[0].preprompt is not None))
-        points = [_point(one, label) for one, label in ordered]
-        kept = tuple(p for p in points if p is not None)
-        found.append(Comparison(short_name(ordered[0][0].model), tuple(one for one, _ in ordered), kept))
+        points = [p for p in (_point(one, label) for one, label in ordered) if p is not None]
+        far = OUTSIDE * min((p.x.value for p in points), default=0.0)
+        near = [p for p in points if p.x.value <= far]
+        drawn = near if len(near) > len(points) / 2 else points
+        outside = tuple(p for p in points if p not in drawn)
+        evaluated = tuple(one for one, _ in ordered)
+        found.append(Comparison(short_name(ordered[0][0].model), evaluated, tuple(drawn), outside))
     return found
 
 
@@ -84,41 +102,50 @@ def draw(comparison: Comparison, name: str) -> Picture | None:
         return None
     methods = list(dict.fromkeys(p.method for p in points if p.method != "none"))
     with style(name):
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         figure, ax = new_figure(430, 350)
+        signs: list[Any] = []
         for method in ["none", *methods]:
             i = methods.index(method) if method in methods else -1
             look = (INK, "*") if i < 0 else (SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)])
             for prompted in (False, True):
-                _series(ax, [p for p in points if (p.method, p.prompted) == (method, prompted)], look)
+                signs += _series(ax, [p for p in points if (p.method, p.prompted) == (method, prompted)], look)
         xs = [p.x.value for p in points]
         if min(xs) > 0 and max(xs) / min(xs) > LOG_FROM:
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:,g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         ax.margins(0.12)
         ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]))
         ax.set_xlabel("perplexity (lower is better)")
         ax.set_ylabel("toxic continuations (%, lower is better)")
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(handles=signs, loc="outside lower center", ncols=3)
         figure.draw_without_rendering()
         if len(points) <= MAX_LABELS:
             _label(ax, points)
         return to_picture(figure, name, f"Toxic continuations against perplexity of {comparison.title}")
 
 
-def _series(ax: "Axes", points: Sequence[Point], look: tuple[str, str]) -> None:
+def _series(ax: "Axes", points: Sequence[Point], look: tuple[str, str]) -> list[Any]:
+    """Draw the points of one method; what stands for them in the legend."""
     if not points:
-        return
+        return []
     colour, marker = look
     ordered = sorted(points, key=lambda p: (p.strength is None, p.strength or 0.0))
     x, y = [p.x.value for p in ordered], [100 * p.y.value for p in ordered]
     first = ordered[0]
     label = ("no intervention" if first.method == "none" else first.method) + (", pre-prompt" if first.prompted else "")
     joined = len({p.strength for p in ordered}) == len(ordered) > 1
-    ax.errorbar(
-        x, y, xerr=_reach([p.x for p in ordered], 1), yerr=_reach([p.y for p in ordered], 100), label=label,
+    drawn = ax.errorbar(
+        x, y, xerr=_reach([p.x for p in ordered], 1), yerr=_reach([p.y for p in ordered], 100),
         color=colour, marker=marker, markersize=9 if marker == "*" else 6.5, markeredgewidth=1.4,
         markerfacecolor="none" if first.prompted else colour, linestyle=":" if joined else "none", linewidth=1.2,
         elinewidth=1.0, capsize=2,
     )  # fmt: skip
+    drawn.lines[0].set_label(label)
+    return [drawn.lines[0]]
 
 
 def _reach(estimates: Sequence[Estimate], scale: float) -> Any:
