@@ -8,7 +8,7 @@ from aura_dist.config import ReportConfig
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.evaluation.report.content import Content, Shown, make_content
 from aura_dist.evaluation.report.distributions import Bar
-from aura_dist.evaluation.report.page import render
+from aura_dist.evaluation.report.page import check_extra, render
 from aura_dist.evaluation.report.rundir import RunDirectory, named_apart, open_run
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ def run(config: ReportConfig) -> None:
         raise ConfigError(f"--out: expected a file that ends in .html, got {config.out!r}")
     if out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {config.out!r}")
+    check_extra()
     runs: list[RunDirectory] = named_apart([open_run(path) for path in config.run_dirs])
     shown = Shown(Bar(config.expert_auroc, config.expert_q), config.num_neurons, config.num_prompts)
     content = make_content(runs, shown)

@@ -160,7 +160,8 @@ def test_drawing_takes_the_theme_of_the_page():
         '<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "x">\n<svg width="72pt" height="72pt" viewBox="0 0 72 72">'
         "<metadata><a>program</a></metadata><defs><style>*{stroke: red}</style></defs>"
         f'<path id="m1" style="stroke: {SERIES[0]}; fill: {INK}"/><use xlink:href="#m1" style="stroke: {FAINT}"/>'
-        "<g clip-path=\"url(#p1)\"><text style=\"font-size: 11px; font-family: 'DejaVu Sans', sans-serif\">a</text></g></svg>"
+        '<g clip-path="url(#p1)">'
+        "<text style=\"font-size: 11px; font-family: 'DejaVu Sans', sans-serif\">a</text></g></svg>"
     )
     tidied = tidy(raw)
     assert "program" not in tidied

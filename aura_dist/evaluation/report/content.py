@@ -106,12 +106,13 @@ class Content:
 
 
 def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
-    """Read and draw; AuraError for whatever of a run is damaged."""
+    """Read, then draw; AuraError for whatever of a run is damaged."""
+    fitted = [(run.name, one) for run in runs for one in run.interventions()]
     evaluations = [e for run in runs for e in plain_first(run.evaluations())]
     labels = tables.labels_of(evaluations)
     label_of = dict(zip(map(id, evaluations), labels, strict=True))
-    stores, scores, left_out = _stores(runs, shown)
     side = side_by_side(evaluations, shown.num_prompts, MAX_COLUMNS)
+    stores, scores, left_out = _stores(runs, shown)
     named = [(section.runs[0], section.store) for section in stores]
     return Content(
         runs=[run.name for run in runs],
@@ -119,7 +120,7 @@ def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
         stores=stores,
         scores=scores,
         num_scores_left_out=left_out,
-        interventions=facts.intervention_table([(run.name, one) for run in runs for one in run.interventions()]),
+        interventions=facts.intervention_table(fitted),
         comparisons=[
             _comparison(c, [label_of[id(e)] for e in c.evaluations], f"toxicity-perplexity-{i}")
             for i, c in enumerate(tradeoff.comparisons(evaluations, labels), 1)

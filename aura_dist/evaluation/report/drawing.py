@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from aura_dist.errors import ConfigError
 from aura_dist.evaluation.report.svg import FAINT, INK, Picture, tidy
 
 if TYPE_CHECKING:
@@ -42,17 +41,9 @@ _STYLE: Any = {  # matplotlib types the keys as literals, of which a dictionary'
 
 @contextmanager
 def style(name: str) -> Iterator[None]:
-    """Context in which a figure is made and written; `name` makes its ids.
+    """Context in which a figure is made and written; `name` makes its ids."""
+    import matplotlib
 
-    Raises
-    ------
-    ConfigError
-        The extra is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("report needs matplotlib: pip install 'aura-dist[report]'") from error
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         yield
 

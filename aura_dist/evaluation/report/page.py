@@ -1,6 +1,7 @@
 """The page from its content: one HTML file that needs nothing else."""
 
 from datetime import datetime
+from importlib import import_module
 from importlib.resources import files
 
 from aura_dist import __version__
@@ -9,6 +10,15 @@ from aura_dist.evaluation.report.content import Content
 from aura_dist.evaluation.report.svg import inline
 
 TEMPLATE = "page.html.jinja"
+
+
+def check_extra() -> None:
+    """ConfigError before any work, if what draws and fills the page is not installed."""
+    for package in ("jinja2", "matplotlib"):
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ConfigError(f"report needs {package}: pip install 'aura-dist[report]'") from error
 
 
 def render(content: Content, made: datetime) -> str:
@@ -20,16 +30,9 @@ def render(content: Content, made: datetime) -> str:
         What it shows.
     made
         The time that it says it was made at.
-
-    Raises
-    ------
-    ConfigError
-        The extra is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ConfigError("report needs jinja2: pip install 'aura-dist[report]'") from error
+    import jinja2
+
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
