@@ -318,11 +318,8 @@ def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
         if spec.name in settings:
             values[spec.name] = _convert(spec, settings[spec.name], types[spec.name])
         elif _required(spec):
-            place = place_of(spec)
-            wanted = (
-                f"{flag(spec.name)} is required: give the flag" if place is None else f"{place} is required: give it"
-            )
-            raise ConfigError(f"{wanted}, or {spec.name!r} in the config file")
+            give = "give it" if place_of(spec) else "give the flag"
+            raise ConfigError(f"{shown_name(spec)} is required: {give}, or {spec.name!r} in the config file")
     return config(**values)
 
 
@@ -332,13 +329,18 @@ def place_of(spec: "Field[Any]") -> str | None:
     return place
 
 
+def shown_name(spec: "Field[Any]") -> str:
+    """How messages name a setting: by its flag or its place."""
+    return place_of(spec) or flag(spec.name)
+
+
 def _required(spec: "Field[Any]") -> bool:
     return spec.default is MISSING and spec.default_factory is MISSING
 
 
 def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     name, distinct = spec.name, spec.metadata["distinct"]
-    shown = place_of(spec) or flag(name)
+    shown = shown_name(spec)
     if get_origin(hint) is list and isinstance(value, (str, int, float)):
         value = [value]
     if _holds_nul(value):

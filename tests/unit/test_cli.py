@@ -11,7 +11,7 @@ import pytest
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.config import VERBS, flag, place_of
+from aura_dist.config import VERBS, shown_name
 from aura_dist.errors import StoreError
 from aura_dist.stages import score
 
@@ -50,7 +50,7 @@ def test_every_verb_has_help_on_every_setting(verb, capsys):
     shown = capsys.readouterr().out
     assert "--config FILE" in shown
     for spec in fields(VERBS[verb].config):
-        name = place_of(spec) or flag(spec.name)
+        name = shown_name(spec)
         assert f"{name} " in shown or f"{name}," in shown, name
 
 
