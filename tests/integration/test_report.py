@@ -11,6 +11,8 @@ import pytest
 
 import aura_dist
 from aura_dist.cli import main
+from aura_dist.errors import RunInterruptedError
+from aura_dist.model.stream import stream
 from aura_dist.store.access import open_group
 from aura_dist.store.times import COLLECTED, SCORED, add_times, read_times
 from tests.results import PROMPTS, write_results
@@ -208,6 +210,29 @@ def test_report_and_status_do_without_torch(report_run, tmp_path):
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert shown.stdout.splitlines()[-1] == "[]"
+
+
+def test_interrupted_launches_count(tiny_dir, sentences_csv, tmp_path, monkeypatch):
+    store = str(tmp_path / "store.zarr")
+    command = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
+    command += ["--num-positive", "60", "--num-negative", "60", "--tokens-per-batch", "256", "--store", store]
+
+    def interrupted(model, run, tasks, writer):
+        stream(model, run, tasks[:1], writer)
+        raise RunInterruptedError("a signal", 15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aura_dist.stages.collect.stream", interrupted)
+        assert main(command) == 143
+    first = read_times(open_group(store), COLLECTED)
+    assert first["launches"] == 1
+    assert 0 < first["rows"] < 120
+    assert main(command) == 0
+    both = read_times(open_group(store), COLLECTED)
+    assert (both["launches"], both["rows"]) == (2, 120)
+    assert both["tokens"] == aura_dist.open_store(store)["samples"]["num_tokens"].sum()
+    assert main(command) == 0
+    assert read_times(open_group(store), COLLECTED) == both, "nothing was left to do"
 
 
 def test_times_are_sums_over_launches(report_run, tmp_path):

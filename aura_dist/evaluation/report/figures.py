@@ -97,6 +97,8 @@ def _mark(ax: "Axes", bar: Bar, *, horizontal: bool) -> None:
 
 def experts(scores: Scores, name: str) -> Picture:
     """Module × layer: how many neurons clear the bar."""
+    from matplotlib.ticker import MaxNLocator
+
     groups = by_module(scores.sites)
     numbers, counts_ML = expert_map(groups)
     numbered = len(numbers) <= MAX_NUMBERED_LAYERS
@@ -118,7 +120,10 @@ def experts(scores: Scores, name: str) -> Picture:
         ax.set_xlabel("layer")
         if not numbered:
             shrink = min(1.0, 320 / width)
-            scale = figure.colorbar(mesh, ax=ax, location="bottom", shrink=shrink, aspect=40, label="experts")
+            whole = MaxNLocator(6, integer=True)
+            scale = figure.colorbar(
+                mesh, ax=ax, location="bottom", shrink=shrink, aspect=40, label="experts", ticks=whole
+            )
             scale.outline.set_visible(False)
             assert scale.solids is not None
             scale.solids.set(rasterized=False, edgecolor="face")  # else a picture within the picture, or stripes

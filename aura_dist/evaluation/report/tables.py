@@ -146,4 +146,6 @@ def neuron_table(neurons: Sequence[Neuron]) -> Table:
 def _statistic(name: str, value: float) -> str:
     if math.isnan(value):
         return "–"
-    return f"{value:.1e}" if name == "q_value" else f"{value:#.3g}" if name.startswith("mean") else f"{value:.4f}"
+    if name == "q_value":
+        return f"{value:.1e}" if value else "0"  # below what a float64 holds
+    return f"{value:#.3g}" if name.startswith("mean") else f"{value:.4f}"
