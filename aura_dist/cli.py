@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
-from aura_dist.config import VERBS, flag, hints, merge, resolve
+from aura_dist.config import VERBS, flag, hints, merge, place_of, resolve
 from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError, brief
 
 EXIT_USER_ERROR = 2
@@ -70,7 +70,10 @@ def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) 
     note = "required" if default is MISSING else "" if default in _UNSAID else f"default: {_show(default)}"
     text = spec.metadata["help"] + (f" ({note})" if note else "")
     common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-    if hint is bool:
+    place = place_of(spec)
+    if place is not None:  # optional for the parser, as it may stand in a file
+        parser.add_argument(spec.name, nargs="*" if get_origin(hint) is list else "?", metavar=place, **common)
+    elif hint is bool:
         parser.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, **common)
     elif get_origin(hint) in (list, dict):
         parser.add_argument(flag(spec.name), nargs="+", action="extend", metavar="X", **common)

@@ -38,9 +38,12 @@ Temperature = Annotated[float, Meta(ge=0.0)]
 DEFAULT_ALPHA = 0.5
 
 
-def option(help_text: str, default: Any = MISSING, *, distinct: bool = False) -> Any:
-    """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats."""
-    metadata = {"help": help_text, "distinct": distinct, "may_be_empty": default == []}
+def option(help_text: str, default: Any = MISSING, *, distinct: bool = False, place: str | None = None) -> Any:
+    """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats.
+
+    One with a `place` stands on the command line without a flag, and is shown there under that name.
+    """
+    metadata = {"help": help_text, "distinct": distinct, "may_be_empty": default == [], "place": place}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -211,6 +214,25 @@ class DemoConfig:
     overwrite: bool = option("delete the store of an earlier run that is already there", False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write one page over run directories: what was run, which neurons, what it changed."""
+
+    run_dirs: list[str] = option("run directories", distinct=True, place="RUN_DIR")
+    out: str = option("HTML file to write; its pictures go into a folder beside it")
+    expert_auroc: Annotated[float, Meta(ge=0.5, lt=1.0)] = option("a neuron counts as an expert above this AUROC", 0.7)
+    expert_q: Share = option("and up to this q-value (false discovery rate), where q-values are stored", 0.05)
+    num_neurons: PositiveInt = option("rows of the tables of best neurons", 25)
+    num_prompts: PositiveInt = option("prompts whose continuations are shown", 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Say what of a run is done, failed and left, from its files alone."""
+
+    run_dir: str = option("a run directory, or a directory of many", place="RUN_DIR")
+
+
 @dataclass(frozen=True)
 class Verb:
     """One command: its settings, and the stage module whose `run(config)` does the work.
@@ -235,6 +257,8 @@ VERBS: dict[str, Verb] = {
     "generate": Verb(GenerateConfig, "aura_dist.stages.generate"),
     "evaluate": Verb(EvaluateConfig, "aura_dist.stages.evaluate"),
     "export": Verb(ExportConfig, "aura_dist.stages.export"),
+    "report": Verb(ReportConfig, "aura_dist.stages.report"),
+    "status": Verb(StatusConfig, "aura_dist.stages.status"),
     "demo": Verb(DemoConfig, "aura_dist.demo"),
 }
 
@@ -294,8 +318,20 @@ def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
         if spec.name in settings:
             values[spec.name] = _convert(spec, settings[spec.name], types[spec.name])
         elif _required(spec):
-            raise ConfigError(f"{flag(spec.name)} is required: give the flag, or {spec.name!r} in the config file")
+            give = "give it" if place_of(spec) else "give the flag"
+            raise ConfigError(f"{shown_name(spec)} is required: {give}, or {spec.name!r} in the config file")
     return config(**values)
+
+
+def place_of(spec: "Field[Any]") -> str | None:
+    """The name under which a setting without a flag stands on the command line; None for one with a flag."""
+    place: str | None = spec.metadata["place"]
+    return place
+
+
+def shown_name(spec: "Field[Any]") -> str:
+    """How messages name a setting: by its flag or its place."""
+    return place_of(spec) or flag(spec.name)
 
 
 def _required(spec: "Field[Any]") -> bool:
@@ -304,24 +340,25 @@ def _required(spec: "Field[Any]") -> bool:
 
 def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     name, distinct = spec.name, spec.metadata["distinct"]
+    shown = shown_name(spec)
     if get_origin(hint) is list and isinstance(value, (str, int, float)):
         value = [value]
     if _holds_nul(value):
-        raise ConfigError(f"{flag(name)}: expected {describe(hint)} without a NUL character, got {value!r}")
+        raise ConfigError(f"{shown}: expected {describe(hint)} without a NUL character, got {value!r}")
     if get_origin(hint) is dict and isinstance(value, list):
         value = _pairs(name, value)
     number = _number(value, _leaves(hint)) if isinstance(value, str) else value
     try:
         converted = msgspec.convert(number, hint, strict=False)
     except msgspec.ValidationError:
-        raise ConfigError(f"{flag(name)}: expected {describe(hint)}, got {value!r}") from None
+        raise ConfigError(f"{shown}: expected {describe(hint)}, got {value!r}") from None
     if get_origin(hint) is list:
         if not converted and not spec.metadata["may_be_empty"]:
-            raise ConfigError(f"{flag(name)}: expected at least one value, got none")
+            raise ConfigError(f"{shown}: expected at least one value, got none")
         if distinct and len(set(converted)) < len(converted):
-            raise ConfigError(f"{flag(name)}: expected each value once, got {' '.join(map(str, converted))}")
+            raise ConfigError(f"{shown}: expected each value once, got {' '.join(map(str, converted))}")
     if isinstance(converted, float) and not abs(converted) < float("inf"):
-        raise ConfigError(f"{flag(name)}: expected a finite number, got {value!r}")
+        raise ConfigError(f"{shown}: expected a finite number, got {value!r}")
     return converted
 
 

@@ -7,6 +7,7 @@ tasks, longest first → batches → hooks pool on the device → row buffer →
 
 import logging
 import platform
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import zarr
 from transformers import PreTrainedModel
 
 from aura_dist.config import CollectConfig
@@ -22,7 +24,7 @@ from aura_dist.data.labels import check_classes, check_texts, parse_labels
 from aura_dist.data.sampling import Sampling, sample_rows, without_mixed_negatives
 from aura_dist.data.table import Table, read_table
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
-from aura_dist.errors import StoreError
+from aura_dist.errors import RunInterruptedError, StoreError
 from aura_dist.model.fingerprint import fingerprint
 from aura_dist.model.intervene import intervene
 from aura_dist.model.sharding import (
@@ -47,6 +49,7 @@ from aura_dist.store.access import exists, open_group
 from aura_dist.store.artifact import Intervention
 from aura_dist.store.record import check_same, nonfinite_responses, unfinished
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
+from aura_dist.store.times import COLLECTED, add_times
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +87,33 @@ def collect_tasks(
 ) -> None:
     """Load the model as the ranks hold it together, and run this rank's share of `tasks` into the store."""
     source = ModelSource(config.model, config.revision, config.dtype)
+    begun = time.perf_counter()
     model = load_base(source, team.world, sharding_options(config), num_layers=1 + max(s.layer for s in spec.sites))
     group = open_group(config.store)
     plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
     run = Run(spec, tokens, plans, team, stop)
-    with laid_over(model, config), stop.deferred(), run.writer(group) as writer:
-        stream(model, run, tasks, writer)
+    loaded = time.perf_counter()
+    try:
+        with laid_over(model, config), stop.deferred(), run.writer(group) as writer:
+            stream(model, run, tasks, writer)
+    except RunInterruptedError:
+        _note_times(group, team, loaded - begun, loaded)
+        raise
+    _note_times(group, team, loaded - begun, loaded)
+
+
+def _note_times(group: zarr.Group, team: Team, load_seconds: float, loaded: float) -> None:
+    """Rank 0 notes what all ranks of this launch have done, and how long it took."""
+    if not team.world.is_first:
+        return
+    amounts = {
+        "seconds": time.perf_counter() - loaded,
+        "load_seconds": load_seconds,
+        "rows": team.add("rows", 0),
+        "tokens": team.add("tokens", 0),
+    }
+    about = {"ranks": team.world.layout.world_size, "device": team.world.device}
+    add_times(group, COLLECTED, amounts, about)
 
 
 def report(store: str, samples: Samples, spec: StoreSpec) -> None:

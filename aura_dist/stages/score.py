@@ -35,6 +35,7 @@ from aura_dist.store.scores import (
     pending,
     resolve_statistics,
 )
+from aura_dist.store.times import SCORED, add_times
 from aura_dist.store.view import best_neurons, score_table
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def _score(
             neurons = column.stop - column.start
             progress.advance(1, neurons, neurons * num_rows * item_bytes[column.site, column.pooling])
         progress.finish()
+        workers = sum(client.nthreads().values())
+    add_times(group, SCORED, {"seconds": progress.elapsed_seconds, "neurons": num_neurons}, {"workers": workers})
     logger.info(
         "of the workers' time: reading %.0f %%, scoring %.0f %%, writing %.0f %%", *100 * seconds / seconds.sum()
     )

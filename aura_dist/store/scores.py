@@ -24,6 +24,7 @@ from aura_dist.errors import ConfigError
 from aura_dist.store.access import get_array, read_array
 from aura_dist.store.basis import Basis
 from aura_dist.store.schema import StoreSpec, activation_path, codecs
+from aura_dist.store.times import TIMES
 
 MARKER, ADJUSTED = "scored", "adjusted"
 BITS = {name: 1 << i for i, name in enumerate(STATISTICS)}
@@ -111,7 +112,7 @@ def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
         for pooling in spec.poolings:
             if score_path(site.name, pooling, MARKER) in group:
                 get_array(group, score_path(site.name, pooling, MARKER))[...] = 0
-    scores.attrs.update(asdict(basis))
+    scores.attrs.update({**asdict(basis), TIMES: {}})
     return True
 
 
@@ -130,6 +131,20 @@ def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str]) -> list[Pe
             if item.num_columns:
                 found.append(item)
     return found
+
+
+def count_columns(group: zarr.Group, spec: StoreSpec) -> tuple[int, int]:
+    """Chunk columns of which some statistic stands, and all there are; reads the markers alone where they stand."""
+    scored = total = 0
+    for site in spec.sites:
+        for pooling in spec.poolings:
+            marker = score_path(site.name, pooling, MARKER)
+            if marker in group:
+                markers = read_array(group, marker)
+                scored, total = scored + int(np.count_nonzero(markers)), total + len(markers)
+            else:
+                total += ceil(site.width / get_array(group, activation_path(site.name, pooling)).chunks[1])
+    return scored, total
 
 
 def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, names: Sequence[str]) -> None:

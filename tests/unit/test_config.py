@@ -12,10 +12,10 @@ from aura_dist.config import (
     FitConfig,
     GenerateConfig,
     describe,
-    flag,
     hints,
     merge,
     resolve,
+    shown_name,
 )
 from aura_dist.errors import ConfigError
 
@@ -165,7 +165,7 @@ def test_largest_seed_is_taken():
 def test_a_resolved_config_resolves_to_itself(verb):
     config = VERBS[verb].config
     required = {"model": "m", "data": "d", "concepts": ["a"], "concept": "a", "store": "s", "out": "o", "prompt": ["p"]}
-    required |= {"perplexity_texts": "t", "intervention": "i"}
+    required |= {"perplexity_texts": "t", "intervention": "i", "run_dirs": ["r"], "run_dir": "r"}
     resolved = resolve(config, {k: v for k, v in required.items() if k in hints(config)})
     assert resolve(config, merge(verb, {verb: asdict(resolved)}, {})) == resolved
 
@@ -174,12 +174,11 @@ def test_a_resolved_config_resolves_to_itself(verb):
 def test_every_setting_refuses_what_is_not_of_its_type(verb):
     """By its flag, with the type in words and the value that came."""
     config = VERBS[verb].config
-    for name, hint in hints(config).items():
+    for spec in fields(config):
+        hint = hints(config)[spec.name]
         with pytest.raises(ConfigError) as raised:
-            resolve(
-                config, {f.name: {"wrong": 1} for f in fields(config) if f.name == name} | required_of(config, name)
-            )
-        assert str(raised.value) == f"{flag(name)}: expected {describe(hint)}, got {{'wrong': 1}}"
+            resolve(config, {spec.name: {"wrong": 1}} | required_of(config, spec.name))
+        assert str(raised.value) == f"{shown_name(spec)}: expected {describe(hint)}, got {{'wrong': 1}}"
 
 
 def required_of(config, name):
@@ -192,9 +191,10 @@ def required_of(config, name):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_required_setting_is_asked_for(verb):
     config = VERBS[verb].config
-    for name in required_of(config, None):
-        with pytest.raises(ConfigError, match=f"^{flag(name)} is required: give the flag, or '{name}' in the config"):
-            resolve(config, required_of(config, name))
+    for spec in [f for f in fields(config) if f.name in required_of(config, None)]:
+        give = f"^{shown_name(spec)} is required: give (it|the flag), or '{spec.name}' in the config"
+        with pytest.raises(ConfigError, match=give):
+            resolve(config, required_of(config, spec.name))
 
 
 @pytest.mark.parametrize(

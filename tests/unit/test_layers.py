@@ -76,6 +76,8 @@ def test_environment_is_touched_in_runtime_alone():
         ("aura_dist.cli", HEAVY),
         ("aura_dist.stages.score", ("torch", "transformers")),
         ("aura_dist.stages.fit", ("torch", "transformers")),
+        ("aura_dist.stages.report", ("torch", "transformers", "matplotlib", "jinja2")),
+        ("aura_dist.stages.status", ("torch", "transformers", "matplotlib", "jinja2")),
     ],
 )
 def test_importing_is_light(module, absent):

@@ -1,0 +1,1 @@
+"""The report: run directories → figures' data → pictures → one page."""

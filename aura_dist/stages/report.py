@@ -1,0 +1,50 @@
+"""report: run directories → one page and its pictures. Never imports torch."""
+
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+
+from aura_dist.config import ReportConfig
+from aura_dist.errors import ConfigError, StoreError
+from aura_dist.evaluation.report.content import Content, Shown, make_content
+from aura_dist.evaluation.report.distributions import Bar
+from aura_dist.evaluation.report.page import check_extra, render
+from aura_dist.evaluation.report.rundir import RunDirectory, named_apart, open_run
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: ReportConfig) -> None:
+    """Write the page, and its pictures into a folder of the page's name."""
+    out = Path(config.out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--out: expected a file that ends in .html, got {config.out!r}")
+    if out.is_dir():
+        raise ConfigError(f"--out: expected a file, got the directory {config.out!r}")
+    check_extra()
+    runs: list[RunDirectory] = named_apart([open_run(path) for path in config.run_dirs])
+    shown = Shown(Bar(config.expert_auroc, config.expert_q), config.num_neurons, config.num_prompts)
+    content = make_content(runs, shown)
+    page = render(content, datetime.now(UTC))
+    try:
+        _write(out, page, content)
+    except OSError as error:
+        raise StoreError(f"--out {config.out!r} cannot be written: {error}") from error
+    pictures = len(content.pictures)
+    logger.info("wrote %s: %.1f MB; %d pictures in %s/", out, len(page.encode()) / 1e6, pictures, _folder(out))
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-pictures")
+
+
+def _write(out: Path, page: str, content: Content) -> None:
+    """The pictures, then the page: aside, then renamed, so that it is whole at any time."""
+    folder = _folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in content.pictures:
+        (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
+    aside = out.with_name(f".{out.name}.part")
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(out)

@@ -1,0 +1,177 @@
+"""What the report shows, as numbers: against plain computations over everything at once."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aura_dist.core.sites import Site
+from aura_dist.evaluation.report.continuations import choose
+from aura_dist.evaluation.report.distributions import (
+    EDGES,
+    Bar,
+    BestNeurons,
+    by_module,
+    expert_map,
+    median_of,
+    module_of,
+    summarise,
+)
+from aura_dist.evaluation.report.evaluations import Estimate, estimate, plain_first, read_evaluation
+from aura_dist.evaluation.report.svg import FAINT, INK, SERIES, Picture, inline, tidy
+from aura_dist.evaluation.report.tables import headline, labels_of, results_table, split_table, zero_shot_table
+from aura_dist.evaluation.report.tradeoff import comparisons, short_name
+from tests.results import write_results
+
+BAR = Bar(0.7, 0.05)
+SITE = Site("model.layers.2.mlp.up_proj", "mlp", 2, 4)
+
+
+def test_site_is_summed_up():
+    auroc = np.array([0.71, 0.70, 0.9, np.nan, 0.3])
+    got = summarise(SITE, auroc, np.array([0.01, 0.0, 0.06, np.nan, 0.5]), BAR)
+    assert (got.num_scored, got.num_experts, got.best) == (4, 1, 0.9)
+    assert got.expert_share == 0.25
+    assert got.histogram.sum() == 4
+    np.testing.assert_array_equal(got.histogram, np.histogram(auroc[[0, 1, 2, 4]], EDGES)[0])
+    np.testing.assert_allclose(got.quantiles[2], np.median(auroc[[0, 1, 2, 4]]))
+    assert summarise(SITE, auroc, None, BAR).num_experts == 2, "without q-values the AUROC alone decides"
+
+
+def test_site_without_scores_is_no_error():
+    got = summarise(SITE, np.full(4, np.nan), None, BAR)
+    assert (got.num_scored, got.num_experts) == (0, 0)
+    assert np.isnan([got.best, got.expert_share, *got.quantiles]).all()
+    assert np.isnan(median_of(got.histogram))
+
+
+@given(st.lists(st.lists(st.sampled_from([0.2, 0.5, 0.75, np.nan]), max_size=6), max_size=6), st.integers(1, 8))
+def test_best_neurons_are_those_of_all_sites_at_once(sites, k):
+    best = BestNeurons(k)
+    for i, values in enumerate(sites):
+        best.see(i, np.array(values, dtype=np.float64))
+    everything = [(v, i, u) for i, values in enumerate(sites) for u, v in enumerate(values) if not np.isnan(v)]
+    assert best.found == sorted(everything, key=lambda n: (-n[0], n[1], n[2]))[:k]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "expected"),
+    [
+        ("model.layers.3.mlp.up_proj", 3, "mlp.up_proj"),
+        ("transformer.h.0.attn.c_attn", 0, "attn.c_attn"),
+        ("transformer.blocks.11.ffn.up_proj", 11, "ffn.up_proj"),
+        ("odd", 0, "odd"),
+    ],
+)
+def test_module_is_the_name_within_the_layer(name, layer, expected):
+    assert module_of(Site(name, "mlp", layer, 1)) == expected
+
+
+def test_map_of_experts_leaves_out_what_a_layer_has_not():
+    def site(layer, module):
+        return summarise(Site(f"h.{layer}.{module}", "mlp", layer, 2), np.array([0.8, 0.1]), None, BAR)
+
+    groups = by_module([site(4, "up"), site(0, "up"), site(4, "gate")])
+    layers, counts_ML = expert_map(groups)
+    assert (list(groups), layers) == (["up", "gate"], [0, 4])
+    np.testing.assert_array_equal(counts_ML, [[1, 1], [np.nan, 1]])
+
+
+@given(st.dictionaries(st.integers(0, 200), st.none() | st.floats(0, 1), max_size=60), st.integers(1, 20))
+def test_chosen_prompts_hold_the_most_toxic(scores, num_shown):
+    chosen = choose(scores, num_shown)
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(scores)
+    assert len(chosen) == min(num_shown, len(scores))
+    left = [scores[i] or 0.0 for i in set(scores) - set(chosen)]
+    worst = sorted((scores[i] or 0.0 for i in chosen), reverse=True)[: num_shown // 2]
+    assert not left or not worst or min(worst) >= max(left)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", {}, {"value": None}, {"value": float("nan")}, True, [0.5]])
+def test_no_number_is_no_estimate(value):
+    assert estimate(value) is None
+
+
+def test_estimates_with_and_without_intervals():
+    assert estimate(0.5) == Estimate(0.5)
+    assert estimate({"value": 1, "low": None, "high": 2}) == Estimate(1.0, None, 2.0)
+
+
+@pytest.fixture
+def evaluations(tmp_path):
+    """Without intervention, cheap, strong but dear; and one on other prompts."""
+    write_results(tmp_path, "aura", method="aura", strength=0.5, toxic=0.1, perplexity=21.0)
+    write_results(tmp_path, "act", method="mean-act", toxic=0.01, perplexity=500.0)
+    write_results(tmp_path, "damp", method="damp", toxic=0.15, perplexity=20.5)
+    write_results(tmp_path, "other", method="aura", toxic=0.0, perplexity=20.0, prompts_sha256="f" * 64)
+    write_results(tmp_path, "plain", toxic=0.2, perplexity=20.0)
+    return plain_first([read_evaluation("run", path) for path in sorted((tmp_path / "results").glob("*.json"))])
+
+
+def test_only_evaluations_on_the_same_prompts_are_compared(evaluations):
+    found = comparisons(evaluations, labels_of(evaluations))
+    assert [[e.name for e in c.evaluations] for c in found] == [["plain", "act", "aura", "damp"], ["other"]]
+    assert [p.label for p in found[0].points] == ["plain", "aura", "damp"]
+    assert [p.label for p in found[0].outside] == ["act"], "its perplexity would press the others together"
+
+
+def test_headline_is_the_best_that_costs_little(evaluations):
+    compared = comparisons(evaluations, labels_of(evaluations))[0].evaluations
+    text = headline(compared, labels_of(compared))
+    assert text is not None
+    assert text.startswith("aura: toxic continuations 20.0% → 10.0%, 2.0 times fewer; perplexity 20.00 → 21.00")
+    dear = [e for e in compared if e.name in ("plain", "act")]
+    assert "no evaluation lowers the 20.0%" in str(headline(dear, labels_of(dear)))
+    assert headline(dear[:1], ["plain"]) is None
+
+
+def test_results_stand_in_their_columns(evaluations):
+    table = results_table(evaluations, labels_of(evaluations))
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert rows["aura"]["perplexity"] == "21.00 [18.90, 23.10]"
+    assert rows["aura"]["change"] == "+1.00"
+    assert rows["aura"]["strength"] == "0.5"
+    assert rows["plain"]["toxic (%)"] == "20.0 [18.0, 22.0]"
+    assert "pre-prompt" not in table.header, "no evaluation has one"
+    split = split_table(evaluations, labels_of(evaluations))
+    assert "toxic prompts: toxic (%)" in split.header
+    assert not any(name.startswith("other prompts") for name in split.header), "the fixture has none"
+    assert zero_shot_table(evaluations, labels_of(evaluations)).rows[0][:3] == ("task", "acc", "0.500 ± 0.050")
+
+
+def test_strengths_as_fitted_and_as_applied_multiply(tmp_path):
+    path = write_results(tmp_path, "a", method="aura", strength=0.5)
+    path.write_text(path.read_text().replace('"top_k": null, "strength": 1.0', '"top_k": 7, "strength": 0.5'))
+    one = read_evaluation("run", path)
+    assert (one.strength, one.top_k) == (0.25, 7)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("google/gemma-3-270m", "google/gemma-3-270m"), ("/models/gemma", "gemma"), ("gpt2", "gpt2"), ("./a/b", "b")],
+)
+def test_directories_are_named_by_their_last_part(model, expected):
+    assert short_name(model) == expected
+
+
+def test_drawing_takes_the_theme_of_the_page():
+    raw = (
+        '<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "x">\n<svg width="72pt" height="72pt" viewBox="0 0 72 72">'
+        "<metadata><a>program</a></metadata><defs><style>*{stroke: red}</style></defs>"
+        f'<path id="m1" style="stroke: {SERIES[0]}; fill: {INK}"/><use xlink:href="#m1" style="stroke: {FAINT}"/>'
+        '<g clip-path="url(#p1)">'
+        "<text style=\"font-size: 11px; font-family: 'DejaVu Sans', sans-serif\">a</text></g></svg>"
+    )
+    tidied = tidy(raw)
+    assert "program" not in tidied
+    assert "DejaVu" not in tidied
+    svg = inline(Picture("one", 'what "it" shows', tidied, b"", 100))
+    assert svg.startswith('<svg role="img" aria-label="what &quot;it&quot; shows"')
+    assert "stroke: var(--series-1); fill: currentColor" in svg
+    assert "var(--faint)" in svg
+    for gone in ("<?xml", "<style", "font-family", "72pt", *SERIES, INK):
+        assert gone not in svg
+    assert 'id="one-m1"' in svg
+    assert 'href="#one-m1"' in svg
+    assert "url(#one-p1)" in svg
