@@ -36,6 +36,8 @@ num_tokens, toxicity: probability}.
 
 import json
 import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -43,6 +45,7 @@ from typing import Any
 from aura_dist.errors import InputError, StoreError
 
 SCHEMA = 1
+PACKAGES = ("aura_dist", "torch", "transformers", "numpy", "lm_eval", "alt-profanity-check")
 
 
 def read_results(path: str) -> dict[str, Any]:
@@ -94,3 +97,14 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    """Package → version, of those that the figures depend on and that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
