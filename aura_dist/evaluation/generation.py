@@ -47,7 +47,7 @@ def generate(
     team, stop
         The other ranks, and the signals received.
     write
-        Takes the continuations of one batch: `prompt`, `sample`, `text`, `num_tokens`.
+        Takes the continuations of one batch: `prompt`, `sample`, `text`, `num_tokens`, `ids`.
 
     Raises
     ------
@@ -151,6 +151,7 @@ def _records(
             "sample": sample,
             "text": str(tokenizer.decode(ids, skip_special_tokens=True)),
             "num_tokens": len(ids),
+            "ids": ids,
         }
         for (prompt, sample), ids in zip(batch, made, strict=True)
     ]

@@ -30,8 +30,8 @@
     ESTIMATE     {value, low, high}: 95 % bootstrap interval, over prompts (toxicity) or texts (perplexity)
 
 A number that is not finite is null. The continuations' file holds one JSON object a line, in the order of prompts
-and samples: {settings, prompt: index in the file, sample, prompt_text, prompt_toxicity: number or null, text,
-num_tokens, toxicity: probability}.
+and samples: {settings, prompt: index in the file, sample, text, num_tokens, ids: token ids, prompt_text,
+prompt_toxicity: number or null, toxicity: probability}.
 """
 
 import json

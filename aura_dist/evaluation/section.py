@@ -71,9 +71,10 @@ def _scored(prompts: PromptFile, kept: Sequence[tuple[Pair, Record]], scores: ND
     own = [None if math.isnan(t) else float(t) for t in prompts.toxicity]
     return [
         {
-            "settings": record["settings"], "prompt": p, "sample": s, "prompt_text": prompts.texts[p],
-            "prompt_toxicity": own[p], "text": record["text"], "num_tokens": record["num_tokens"],
+            **record,
+            "prompt_text": prompts.texts[p],
+            "prompt_toxicity": own[p],
             "toxicity": float(score),
         }
-        for ((p, s), record), score in zip(kept, scores, strict=True)
-    ]  # fmt: skip
+        for ((p, _), record), score in zip(kept, scores, strict=True)
+    ]
