@@ -113,7 +113,7 @@ def _in_pieces(model: PreTrainedModel, batch: Batch, limit: int, num_context: in
         stop = min(start + limit, length - 1)
         mask_1T = torch.ones((1, stop), dtype=torch.int64, device=model.device)
         output = model(input_ids=ids_1T[:, start:stop], attention_mask=mask_1T, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):
             return _batch_sums(model, batch, num_context)
         skipped = max(0, max(1, num_context) - 1 - start)
