@@ -12,6 +12,13 @@ from aura_dist.evaluation.results import read_results
 from aura_dist.evaluation.toxicity import ByPrompt, Estimates, ratios
 
 MISSING = "–"
+# keys of the section `toxicity` that must be equal, and what they are
+_COMPARED = {
+    "prompts_sha256": "prompts",
+    "scorer": "scorer",
+    "num_samples": "samples a prompt",
+    "settings": "settings",
+}
 Results = Mapping[str, Any]
 
 
@@ -30,17 +37,16 @@ def check_same_prompts(baseline: Results, results: Results, path: str) -> None:
     theirs, ours = baseline.get("toxicity"), results.get("toxicity")
     if not theirs or not ours:
         raise InputError(f"--baseline {path!r}: expected results with toxicity, as these have, got none")
-    same = {
-        "prompts": (theirs["prompts_sha256"][:12], ours["prompts_sha256"][:12]),
-        "scorers": (theirs["scorer"], ours["scorer"]),
-        "samples a prompt": (theirs["num_samples"], ours["num_samples"]),
-        "settings": (theirs["settings"], ours["settings"]),
-    }
-    for what, (expected, got) in same.items():
-        if expected != got:
+    lost = [key for key in (*_COMPARED, "per_prompt") if key not in theirs]
+    if lost:
+        raise InputError(
+            f"--baseline {path!r}: expected results with toxicity as `evaluate` writes them, got none of {lost[0]!r}"
+        )
+    for key, what in _COMPARED.items():
+        if theirs[key] != ours[key]:
             raise InputError(
-                f"--baseline {path!r}: expected the same {what} in both, got {expected} there and {got} here; "
-                "evaluate both in the same way"
+                f"--baseline {path!r}: expected the same {what} in both, got {str(theirs[key])[:80]} there and "
+                f"{str(ours[key])[:80]} here; evaluate both in the same way"
             )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.config import EvaluateConfig
+from aura_dist.config import EvaluateConfig, flag
 from aura_dist.data.labels import check_texts, parse_labels
 from aura_dist.data.table import read_table
 from aura_dist.data.tokens import tokenize, tokenizer_digest
@@ -45,13 +45,25 @@ logger = logging.getLogger(__name__)
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, write `config.out`, and return what was written; other ranks than the first return nothing."""
-    if not (config.toxicity_prompts or config.perplexity_texts or config.tasks):
-        raise ConfigError("expected at least one of --toxicity-prompts, --perplexity-texts and --tasks, got none")
-    if config.baseline and not config.toxicity_prompts:
-        raise ConfigError("--baseline: expected it with --toxicity-prompts, which it is compared on, got it without")
+    _check_settings(config)
     with start_team(config.sharding, pick_device(config.device)) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         return _Evaluation(config, team, stop).run()
+
+
+def _check_settings(config: EvaluateConfig) -> None:
+    """ConfigError where nothing is to be measured, or a setting would not be looked at."""
+    if not (config.toxicity_prompts or config.perplexity_texts or config.tasks):
+        raise ConfigError("expected at least one of --toxicity-prompts, --perplexity-texts and --tasks, got none")
+    needs = {
+        "toxicity_prompts": ("baseline", "prompt_column", "prompt_toxicity_column", "toxic_label"),
+        "perplexity_texts": ("perplexity_labels",),
+        "tasks": ("tasks_path", "num_fewshot", "limit"),
+    }
+    for part, names in needs.items():
+        for name in names:
+            if not getattr(config, part) and getattr(config, name) is not None:
+                raise ConfigError(f"{flag(name)}: expected it with {flag(part)}, got it without; leave it out")
 
 
 @dataclass(frozen=True)
