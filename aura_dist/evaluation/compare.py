@@ -1,11 +1,13 @@
 """Several results side by side: as a table of plain text or Markdown, and against a baseline."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aura_dist.errors import InputError
 from aura_dist.evaluation.results import read_results
@@ -57,7 +59,7 @@ def per_prompt(results: Results) -> ByPrompt:
 
 
 def against_baseline(
-    baseline: Results, results: Results, path: str, groups: Mapping[str, np.ndarray]
+    baseline: Results, results: Results, path: str, groups: Mapping[str, NDArray[np.bool_]]
 ) -> dict[str, Any]:
     """What stands at `toxicity.baseline`: baseline ÷ this for each group of prompts, paired over prompts.
 
@@ -170,10 +172,16 @@ def _at(tree: Any, *path: str) -> Any:
 def _interval(estimate: Mapping[str, float | None] | None, factor: float, digits: int) -> str:
     """`12.3 (10.1–14.8)`; a dash for what is not there or no number."""
     numbers = [None if estimate is None else estimate.get(k) for k in ("value", "low", "high")]
-    if numbers[0] is None or not np.isfinite(numbers[0]):
+    if numbers[0] is None or math.isnan(numbers[0]):
         return MISSING
-    value, low, high = (MISSING if n is None or not np.isfinite(n) else f"{factor * n:.{digits}f}" for n in numbers)
+    value, low, high = (_number(number, factor, digits) for number in numbers)
     return f"{value} ({low}–{high})"
+
+
+def _number(number: float | None, factor: float, digits: int) -> str:
+    if number is None or math.isnan(number):
+        return "?"
+    return f"{factor * number:.{digits}f}" if math.isfinite(number) else "∞"
 
 
 if __name__ == "__main__":  # python -m aura_dist.evaluation.compare results/none.json results/aura.json …

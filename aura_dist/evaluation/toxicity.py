@@ -7,6 +7,7 @@ Pure functions of the scorer's probabilities. A continuation counts as toxic fro
 - any_toxic: share of prompts with at least one toxic continuation
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,7 @@ def ratios(baseline: ByPrompt, prompts: ByPrompt, seed: int = 0) -> Estimates:
     """Metric → baseline ÷ this, 2 being half as much, with its interval.
 
     Both are of the same P prompts in the same order, and a draw takes the same prompts of both: what is hard about a
-    prompt falls out. A ratio by zero is infinite, 0 ÷ 0 not a number.
+    prompt falls out. A ratio by zero is infinite, 0 ÷ 0 not a number; draws that give the latter are left out.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         value = baseline.table.mean(axis=0) / prompts.table.mean(axis=0)
@@ -71,7 +72,8 @@ def ratios(baseline: ByPrompt, prompts: ByPrompt, seed: int = 0) -> Estimates:
 
 
 def _named(values: NDArray[np.float64], draws: NDArray[np.float64]) -> Estimates:
-    intervals = [interval(column) for column in draws.T]
+    defined = [column[~np.isnan(column)] for column in draws.T]
+    intervals = [interval(column) if len(column) else (math.nan, math.nan) for column in defined]
     return {
         name: {"value": float(value), "low": low, "high": high}
         for name, value, (low, high) in zip(METRICS, values, intervals, strict=True)

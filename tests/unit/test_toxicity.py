@@ -63,6 +63,8 @@ def test_ratio_by_zero_is_infinite():
     some = by_prompt(np.full((10, 2), 0.9))
     assert ratios(some, none)["probability"] == {"value": math.inf, "low": math.inf, "high": math.inf}
     assert math.isnan(ratios(none, none)["probability"]["value"])
+    rare = by_prompt(np.array([[0.9]] + [[0.1]] * 5))  # a third of the draws have none at all
+    assert ratios(rare, rare)["probability"] == {"value": 1, "low": 1, "high": 1}
 
 
 def results(shares, sha="a", **more):
