@@ -16,6 +16,7 @@ from aura_dist.evaluation.bootstrap import bootstrap_means, interval
 
 # float32 logits of one forward; a vocabulary of 262,144 would else take 2 GB for 2,048 tokens
 LOGITS_BYTES = 256 * 2**20
+_COPIED_LOGITS = 2**21
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,15 @@ def _in_pieces(model: PreTrainedModel, batch: Batch, limit: int, num_context: in
 
 def _nll(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """Summed negative log-likelihood, a float64 scalar; `logits_TV[t]` predicts `targets_T[t]`."""
-    rows = logits_TV[: len(targets_T)].float()
-    likelihood = rows.gather(1, targets_T[:, None])[:, 0] - rows.logsumexp(dim=-1)
-    return -likelihood.sum(dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
+    # a few rows at a time: fresh memory for copies of all takes longer than the sums
+    num_rows = max(1, _COPIED_LOGITS // logits_TV.shape[1])
+    for start in range(0, len(targets_T), num_rows):
+        targets = targets_T[start : start + num_rows]
+        rows = logits_TV[start : start + len(targets)].float()
+        likelihood = rows.gather(1, targets[:, None])[:, 0] - rows.logsumexp(dim=-1)
+        total -= likelihood.sum(dtype=torch.float64)
+    return total
 
 
 def summary(sums: NDArray[np.float64], counts: NDArray[np.int64], what: str = "--perplexity-texts") -> Perplexity:
