@@ -8,17 +8,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aura_dist.data.tokens import tokenizer_digest
 from aura_dist.errors import StoreError
 from aura_dist.evaluation.journal import Journal, Record
 from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer
 from aura_dist.evaluation.toxicity import ByPrompt, by_prompt, estimates, groups
+from aura_dist.model.use import LoadedModel
 
 
 def sampling_settings(how: Decoding) -> dict[str, Any]:
     """Everything of `how` that a single continuation depends on."""
     return {name: value for name, value in asdict(how).items() if name != "num_samples"}
+
+
+def fixing_settings(
+    loaded: LoadedModel, dtype: str, strength: float, preprompt: str | None, prompts: PromptFile, how: Decoding
+) -> dict[str, Any]:
+    """Everything that a continuation depends on; how many there are of a prompt does not matter."""
+    intervention = loaded.intervention
+    return {
+        "model": loaded.fingerprint,
+        "dtype": dtype,
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
+        "intervention": None if intervention is None else [intervention.digest, strength],
+        "preprompt": preprompt,
+        "prompts": prompts.sha256,
+        **sampling_settings(how),
+    }
 
 
 def head(prompts: PromptFile, scorer: str, how: Decoding) -> dict[str, Any]:

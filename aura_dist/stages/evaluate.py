@@ -13,27 +13,21 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from aura_dist.config import EvaluateConfig, flag
-from aura_dist.data.labels import check_texts, parse_labels
-from aura_dist.data.table import read_table
-from aura_dist.data.tokens import tokenize, tokenizer_digest
 from aura_dist.errors import ConfigError
 from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
 from aura_dist.evaluation.generation import generate
 from aura_dist.evaluation.journal import Journal, settings_key
-from aura_dist.evaluation.perplexity import both_sides, negative_log_likelihoods, summary
 from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
-from aura_dist.evaluation.prompts import PromptFile, TokenizedPrompts, read_prompts, tokenize_prompts
+from aura_dist.evaluation.prompts import PromptFile, read_prompts, tokenize_prompts
 from aura_dist.evaluation.results import SCHEMA, check_writable, finite, read_results, versions, write_results
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, load_scorer
-from aura_dist.evaluation.section import head, sampling_settings, score
+from aura_dist.evaluation.section import fixing_settings, head, score
+from aura_dist.evaluation.texts import TextFile, measure, read_texts, tokenize_texts
 from aura_dist.evaluation.toxicity import groups
 from aura_dist.evaluation.zero_shot import ZeroShot
-from aura_dist.model.sharding import ModelSource, check_positions, check_vocabulary, pick_device, sharding_options
+from aura_dist.model.sharding import ModelSource, pick_device, sharding_options
 from aura_dist.model.use import LoadedModel, load_for_use
 from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
@@ -48,7 +42,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     _check_settings(config)
     with start_team(config.sharding, pick_device(config.device)) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
-        return _Evaluation(config, team, stop).run()
+        how = Decoding(
+            config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_k
+        )
+        return _Evaluation(config, how, team, stop).run()
 
 
 def _check_settings(config: EvaluateConfig) -> None:
@@ -67,88 +64,97 @@ def _check_settings(config: EvaluateConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Texts:
-    """Texts whose perplexity is measured: `labels` [N] are 1, 0 or -1, or None where there is no such column."""
+class _Inputs:
+    """Everything that is read before a weight is; the scorer on the first rank alone, which uses it."""
 
-    texts: list[str]
-    sha256: str
-    labels: NDArray[np.int8] | None
+    preprompt: str | None
+    prompts: PromptFile | None
+    texts: TextFile | None
+    tasks: ZeroShot | None
+    baseline: dict[str, Any] | None
+    scorer: Scorer | None
+
+
+def _read_inputs(config: EvaluateConfig, how: Decoding, *, device: str | None) -> _Inputs:
+    """What can be wrong shows here; `device` is the scorer's, None on a rank that does not score."""
+    check_writable(config.out)
+    preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
+    prompts = texts = baseline = scorer = None
+    if config.perplexity_texts:
+        texts = read_texts(config.perplexity_texts, config.text_column, config.perplexity_labels)
+    if config.toxicity_prompts:
+        prompts = read_prompts(config.toxicity_prompts, config.prompt_column, config.prompt_toxicity_column)
+        if config.baseline is not None:
+            baseline = read_results(config.baseline)
+            check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, how)}, config.baseline)
+    tasks = ZeroShot(config.tasks, config.tasks_path) if config.tasks else None
+    if prompts is not None and device is not None:
+        scorer = load_scorer(config.scorer, config.toxic_label, device)
+    return _Inputs(preprompt, prompts, texts, tasks, baseline, scorer)
 
 
 @dataclass
 class _Evaluation:
-    """One evaluation as one rank sees it."""
+    """One evaluation as one rank sees it; `seconds` by part."""
 
     config: EvaluateConfig
+    how: Decoding
     team: Team
     stop: StopFlag
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def how(self) -> Decoding:
-        c = self.config
-        return Decoding(c.num_samples, c.max_new_tokens, c.temperature, c.top_p, c.seed, c.top_k)
-
     def run(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        config = self.config
-        check_writable(config.out)
-        preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
-        prompts, texts, tasks, scorer, baseline = self._inputs()
+        began, first = time.perf_counter(), self.team.world.is_first
+        inputs = _read_inputs(self.config, self.how, device=self.team.world.device if first else None)
+        results, journal = self._measure(inputs)
+        if not first:
+            return {}
+        if inputs.prompts is not None:
+            assert journal is not None
+            results["toxicity"] = self._toxicity(inputs, inputs.prompts, journal, results)
+        results["seconds"] = {**self.seconds, "total": time.perf_counter() - began}
+        results = {key: finite(value) for key, value in results.items()}
+        write_results(self.config.out, results)
+        _show(results, inputs.baseline, self.config)
+        return results
+
+    def _measure(self, inputs: _Inputs) -> tuple[dict[str, Any], Journal | None]:
+        """What needs the model: it is gone once this returns, before a scorer takes its place."""
+        config, prefix, journal = self.config, None, None
         source = ModelSource(config.model, config.revision, config.dtype)
         with self._timed("load"):
             loaded = load_for_use(source, self.team.world, config.intervention, sharding_options(config))
-        prefix = None if preprompt is None else make_prefix(preprompt, loaded.tokenizer)
-        results = self._about(loaded, preprompt)
+        if inputs.preprompt is not None:
+            prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
+        results = _about(config, loaded, inputs.preprompt)
         with loaded.intervened(config.strength):
             # the shortest first: what is wrong with a text shows before hours of generation
-            if texts is not None:
-                results["perplexity"] = self._perplexity(loaded, texts, prefix)
-            journal = None if prompts is None else self._continue(loaded, prompts, prefix, preprompt)
-            if tasks is not None:
+            if inputs.texts is not None:
+                tokens = tokenize_texts(inputs.texts, loaded, prefix, config.max_tokens)
+                with self._timed("perplexity"):
+                    results["perplexity"] = measure(inputs.texts, loaded, tokens, prefix, config.tokens_per_batch)
+            if inputs.prompts is not None:
+                journal = self._continue(loaded, inputs.prompts, prefix, inputs.preprompt)
+            if inputs.tasks is not None:
                 with self._timed("zero_shot"):
-                    results["zero_shot"] = tasks.run(
+                    results["zero_shot"] = inputs.tasks.run(
                         loaded.model, loaded.tokenizer,
-                        num_fewshot=config.num_fewshot, limit=config.limit, preprompt=preprompt,
+                        num_fewshot=config.num_fewshot, limit=config.limit, preprompt=inputs.preprompt,
                     )  # fmt: skip
-        del loaded
-        if not self.team.world.is_first:
-            return {}
-        if prompts is not None and journal is not None:
-            assert scorer is not None
-            with self._timed("scoring"):
-                results["toxicity"] = score(prompts, journal, scorer, self.how)
-            own = groups(prompts.toxicity)
-            if baseline is not None:
-                assert config.baseline is not None
-                results["toxicity"]["baseline"] = against_baseline(baseline, results, config.baseline, own)
-        results["seconds"] = {**self.seconds, "total": time.perf_counter() - began}
-        results = {key: finite(value) for key, value in results.items()}
-        write_results(config.out, results)
-        _show(results, baseline, config)
-        return results
+        return results, journal
 
-    def _inputs(
-        self,
-    ) -> tuple[PromptFile | None, _Texts | None, ZeroShot | None, Scorer | None, dict[str, Any] | None]:
-        """Everything that can be wrong before a weight is read; the scorer on the first rank alone, which uses it."""
-        config = self.config
-        prompts = scorer = texts = None
-        if config.perplexity_texts:
-            labels = [config.perplexity_labels] if config.perplexity_labels else []
-            read = read_table(config.perplexity_texts, [config.text_column, *labels])
-            labelled = parse_labels(read, labels)[:, 0] if labels else None
-            texts = _Texts(check_texts(read, config.text_column), read.sha256, labelled)
-        if config.toxicity_prompts:
-            prompts = read_prompts(config.toxicity_prompts, config.prompt_column, config.prompt_toxicity_column)
-        baseline = None if config.baseline is None else read_results(config.baseline)
-        if baseline is not None and prompts is not None:
-            assert config.baseline is not None
-            check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, self.how)}, config.baseline)
-        tasks = ZeroShot(config.tasks, config.tasks_path) if config.tasks else None
-        if prompts is not None and self.team.world.is_first:
-            scorer = load_scorer(config.scorer, config.toxic_label, self.team.world.device)
-        return prompts, texts, tasks, scorer, baseline
+    def _toxicity(
+        self, inputs: _Inputs, prompts: PromptFile, journal: Journal, results: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Score and measure the continuations, and compare them with the baseline's."""
+        assert inputs.scorer is not None
+        with self._timed("scoring"):
+            section = score(prompts, journal, inputs.scorer, self.how)
+        if inputs.baseline is not None and self.config.baseline is not None:
+            everything = {**results, "toxicity": section}
+            own = groups(prompts.toxicity)
+            section["baseline"] = against_baseline(inputs.baseline, everything, self.config.baseline, own)
+        return section
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -156,104 +162,54 @@ class _Evaluation:
         yield
         self.seconds[part] = time.perf_counter() - start
 
-    def _about(self, loaded: LoadedModel, preprompt: str | None) -> dict[str, Any]:
-        """What was evaluated, and with what."""
-        config, intervention = self.config, None
-        if loaded.intervention is not None:
-            intervention = {
-                **loaded.intervention.meta,
-                "directory": config.intervention,
-                "digest": loaded.intervention.digest,
-                "strength": config.strength,
-            }
-        return {
-            "schema": SCHEMA,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": asdict(config),
-            "versions": versions(),
-            "model": {
-                "name": config.model,
-                "revision": config.revision,
-                "dtype": config.dtype,
-                "fingerprint": loaded.fingerprint,
-            },
-            "model_fingerprint": loaded.fingerprint,
-            "intervention": intervention,
-            "preprompt": preprompt,
-        }
-
-    def _perplexity(self, loaded: LoadedModel, texts: _Texts, prefix: Prefix | None) -> dict[str, Any]:
-        config = self.config
-        assert config.perplexity_texts is not None
-        tokens = tokenize(
-            texts.texts, loaded.tokenizer,
-            max_tokens=config.max_tokens, skip_special=False, source=config.perplexity_texts,
-        )  # fmt: skip
-        tokens = tokens if prefix is None else prefix.before(tokens)
-        check_positions(loaded.model.config, int(tokens.num_tokens.max()), "--max-tokens")
-        check_vocabulary(loaded.model.config, tokens.largest_id)
-        with self._timed("perplexity"):
-            sums, counts = negative_log_likelihoods(
-                loaded.model, tokens, config.tokens_per_batch, num_context=1 if prefix is None else len(prefix.ids)
-            )
-        measured = asdict(summary(sums, counts))
-        about: dict[str, Any] = {"texts": config.perplexity_texts, "column": config.text_column, "sha256": texts.sha256}
-        if texts.labels is not None:
-            about |= {"labels": config.perplexity_labels, **both_sides(sums, counts, texts.labels)}
-        return {**about, **measured}
-
     def _continue(
         self, loaded: LoadedModel, prompts: PromptFile, prefix: Prefix | None, preprompt: str | None
     ) -> Journal:
         """Make the continuations that are not there yet, by all ranks."""
-        config, team = self.config, self.team
+        config, team, how = self.config, self.team, self.how
         tokenized = tokenize_prompts(
-            prompts.texts, loaded.tokenizer, loaded.model.config, self.how, prefix=prefix, flag="--toxicity-prompts"
+            prompts.texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix, flag="--toxicity-prompts"
         )
-        journal = Journal(config.out, settings_key(self._fixing(loaded, prompts, preprompt)))
+        fixing = fixing_settings(loaded, config.dtype, config.strength, preprompt, prompts, how)
+        journal = Journal(config.out, settings_key(fixing))
         team.from_first("journal", lambda: _fold(journal))
         kept = journal.read().keys()
-        wanted = [(p, s) for p in range(len(prompts.texts)) for s in range(config.num_samples)]
-        missing = [pair for pair in wanted if pair not in kept]
+        missing = [(p, s) for p in range(len(prompts.texts)) for s in range(how.num_samples) if (p, s) not in kept]
         with self._timed("generation"):
-            self._generate(loaded, tokenized, missing, journal)
+            if missing:
+                with self.stop.deferred(), journal.part(team.world.global_rank) as part:
+                    rows = config.continuations_per_batch
+                    generate(loaded, tokenized, missing, how, rows, team, self.stop, part.append)
         self.seconds["num_generated"] = len(missing)
         self.seconds["continuations_per_second"] = len(missing) / max(self.seconds["generation"], 1e-9)
         return journal
 
-    def _generate(
-        self,
-        loaded: LoadedModel,
-        prompts: TokenizedPrompts,
-        missing: list[tuple[int, int]],
-        journal: Journal,
-    ) -> None:
-        if not missing:
-            return
-        with self.stop.deferred(), journal.part(self.team.world.global_rank) as part:
-            generate(
-                loaded,
-                prompts,
-                missing,
-                self.how,
-                self.config.continuations_per_batch,
-                self.team,
-                self.stop,
-                part.append,
-            )
 
-    def _fixing(self, loaded: LoadedModel, prompts: PromptFile, preprompt: str | None) -> dict[str, Any]:
-        """Everything that a continuation depends on; how many there are of a prompt does not matter."""
-        config, intervention = self.config, loaded.intervention
-        return {
-            "model": loaded.fingerprint,
-            "dtype": config.dtype,
-            "tokenizer": tokenizer_digest(loaded.tokenizer),
-            "intervention": None if intervention is None else [intervention.digest, config.strength],
-            "preprompt": preprompt,
-            "prompts": prompts.sha256,
-            **sampling_settings(self.how),
+def _about(config: EvaluateConfig, loaded: LoadedModel, preprompt: str | None) -> dict[str, Any]:
+    """What was evaluated, and with what."""
+    intervention = None
+    if loaded.intervention is not None:
+        intervention = {
+            **loaded.intervention.meta,
+            "directory": config.intervention,
+            "digest": loaded.intervention.digest,
+            "strength": config.strength,
         }
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": asdict(config),
+        "versions": versions(),
+        "model": {
+            "name": config.model,
+            "revision": config.revision,
+            "dtype": config.dtype,
+            "fingerprint": loaded.fingerprint,
+        },
+        "model_fingerprint": loaded.fingerprint,
+        "intervention": intervention,
+        "preprompt": preprompt,
+    }
 
 
 def _fold(journal: Journal) -> int:
