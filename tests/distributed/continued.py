@@ -1,6 +1,7 @@
 """Continuations of two runs, compared: where they part, the two choices were nearly tied."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from aura_dist.evaluation.noise import prompt_keys, sample_key
 from aura_dist.evaluation.sampling import Decoding, noisy_candidates
+from aura_dist.runtime.launch import start_team
 
 NEAR = 1e-4
 
@@ -61,3 +63,12 @@ def assert_same_but_for_ties(
             assert found < NEAR, f"prompt {p}, sample {s}, step {step}: {a} and {b} are {found} apart"
             parted += 1
     assert parted <= 0.002 * len(mine)
+
+
+def agree(arguments: Sequence[str]) -> int:
+    """Every rank of a launch runs this: the ranks of a row worker go on with the ids of its first."""
+    with start_team(arguments[0], "cpu") as team:
+        own = torch.tensor([team.world.global_rank, 7])
+        first = team.world.global_rank - team.world.column_rank
+        assert team.agreed(own).tolist() == [first, 7]
+    return 0

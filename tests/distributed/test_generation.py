@@ -11,7 +11,7 @@ import torch
 from aura_dist.cli import main
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.model.intervene import intervene
-from tests.distributed.continued import assert_same_but_for_ties, gap, parting, read
+from tests.distributed.continued import agree, assert_same_but_for_ties, gap, parting, read
 from tests.distributed.intervened import random_map
 from tests.distributed.launch import Launch, launched, run_ranks
 from tests.models import tiny_causal, tiny_tokenizer
@@ -140,6 +140,10 @@ def test_more_samples_go_on_with_those_there(evaluate, tmp_path):
     both = read(tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["seconds"]["num_generated"] == len(TEXTS)
     assert {pair: both[pair]["ids"] for pair in first} == {pair: r["ids"] for pair, r in first.items()}
+
+
+def test_ranks_of_a_row_worker_agree():
+    run_ranks(4, ["fsdp=2,tensor=2"], agree)
 
 
 def test_gap_tells_a_tie_from_what_is_none():

@@ -224,6 +224,21 @@ def test_tasks_at_strength_zero_are_lm_evals_own(tiny_dir, tasks_path, tmp_path)
     assert found["0"] != found["1"]
 
 
+def test_preprompt_leads_every_context_of_a_task(tiny_dir, tasks_path, tmp_path, monkeypatch):
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="the extra `evaluation` is not installed").HFLM
+    seen, original = [], harness.loglikelihood
+
+    def recorded(self, requests, **options):
+        seen.extend(request.args[0] for request in requests)
+        return original(self, requests, **options)
+
+    monkeypatch.setattr(harness, "loglikelihood", recorded)
+    what = ["--tasks", "tiny_sums", "--tasks-path", tasks_path, "--limit", "4", "--preprompt", "Think twice."]
+    assert main(["evaluate", "--model", str(tiny_dir("llama")), *what, "--out", str(tmp_path / "r.json")]) == 0
+    assert len(seen) == 12
+    assert all(context.startswith("Think twice.\n0 and ") for context in seen)
+
+
 @pytest.mark.parametrize("sharding", ["fsdp", "tensor", "zero3"])
 def test_tasks_on_sharded_models(sharding, tiny_dir, tasks_path, tmp_path):
     pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
