@@ -36,6 +36,8 @@ Temperature = Annotated[float, Meta(ge=0.0)]
 
 
 DEFAULT_ALPHA = 0.5
+# below it float32 logits overflow
+MIN_TEMPERATURE = 1e-3
 
 
 def option(help_text: str, default: Any = MISSING, *, distinct: bool = False, place: str | None = None) -> Any:
@@ -166,26 +168,59 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelOptions, InterventionOptions):
-    """Continue prompts, with and without an intervention side by side."""
+class DecodingOptions:
+    """How continuations are drawn, and what stands before each prompt."""
 
-    prompt: list[str] = option("one or more prompts")
     num_samples: PositiveInt = option("continuations per prompt", 1)
     max_new_tokens: PositiveInt = option("tokens per continuation", 20)
     temperature: Temperature = option("sampling temperature; 0 is greedy", 1.0)
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = option("nucleus sampling: probability mass kept", 0.9)
+    top_k: Annotated[int, Meta(ge=0)] = option("sample from the k most probable tokens alone; 0: from all", 0)
     seed: Seed = option("seed of the sampling", 0)
+    preprompt: str | None = option("text, or file of a text, that is put before each prompt and is not scored", None)
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature at which float32 logits overflow."""
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ConfigError(f"--temperature: expected 0 or at least {MIN_TEMPERATURE}, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelOptions, InterventionOptions):
-    """Measure a model, with or without an intervention."""
+class GenerateConfig(ModelOptions, InterventionOptions, DecodingOptions):
+    """Continue prompts, with and without an intervention side by side."""
 
-    perplexity_texts: str = option("file of texts whose perplexity is measured")
+    prompt: list[str] = option("one or more prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ModelOptions, InterventionOptions, DecodingOptions):
+    """Measure a model, with or without an intervention: toxicity, perplexity, zero-shot tasks."""
+
+    toxicity_prompts: str | None = option(
+        "prompts whose continuations are scored: RealToxicityPrompts' .jsonl, or a table with a column of texts", None
+    )
+    prompt_column: str | None = option("column of the prompts (default: prompt.text, prompt or text)", None)
+    prompt_toxicity_column: str | None = option(
+        "column of the prompts' own toxicity (default: prompt.toxicity or toxicity, where there is one)", None
+    )
+    num_samples: PositiveInt = option("continuations per prompt", 25)
+    continuations_per_batch: PositiveInt = option("continuations in one forward; results do not depend on it", 128)
+    scorer: str = option(
+        "what says how toxic a text is: a text classification model, or profanity-check",
+        "s-nlp/roberta_toxicity_classifier",
+    )
+    toxic_label: str | None = option("the scorer's label that means toxic (default: the one called so)", None)
+    perplexity_texts: str | None = option("file of texts whose perplexity is measured", None)
+    perplexity_labels: str | None = option("0/1 column of the texts: perplexity of either side too", None)
     text_column: str = option("column that holds the text", "text")
     max_tokens: PositiveInt = option("tokens per text; longer texts are cut", 128)
     tokens_per_batch: PositiveInt = option("upper bound on padded tokens in one forward", 2048)
-    out: str = option("JSON file to write the results to")
+    tasks: list[str] = option("zero-shot tasks, groups or tags of lm-eval", [], distinct=True)
+    tasks_path: str | None = option("directory of YAML tasks of your own", None)
+    num_fewshot: Annotated[int, Meta(ge=0)] | None = option("examples in a task's context (default: the task's)", None)
+    limit: PositiveInt | None = option("only the first examples of each task", None)
+    baseline: str | None = option("results of another evaluation of the same prompts, to compare with", None)
+    out: str = option("JSON file to write the results to; continuations go beside it")
 
 
 @dataclass(frozen=True, kw_only=True)

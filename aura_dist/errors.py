@@ -24,6 +24,10 @@ class InputError(AuraError, ValueError):
     """The user's data cannot be used as they are: values, labels, texts or prompts."""
 
 
+class MissingColumnError(InputError):
+    """A table lacks a column."""
+
+
 class ModelError(AuraError):
     """The model cannot be loaded, or does not do what was asked of it."""
 

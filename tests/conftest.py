@@ -1,6 +1,7 @@
 """Shared fixtures: no network, tiny models made once a run, the real model and real texts where they are."""
 
 import os
+import re
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,3 +55,21 @@ def gemma_dir():
     torch.set_num_threads(os.cpu_count() or 1)
     yield gemma_270m()
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def refused(capsys):
+    """`refused(arguments, pattern)`: the command ends as promised."""
+
+    from aura_dist.cli import main
+
+    def check(arguments, pattern):
+        code = main([str(a) for a in arguments])
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert "Traceback" not in error
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert lines == error.splitlines()[-1:], error
+        assert re.search(pattern, lines[0]), lines[0]
+
+    return check

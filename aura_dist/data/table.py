@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from aura_dist.errors import InputError
+from aura_dist.errors import InputError, MissingColumnError
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".ndjson")
 FORMATS = (*TEXT_FORMATS, ".parquet")
@@ -84,10 +84,10 @@ def _take(records: Iterable[tuple[int, dict[str, Any]]], columns: list[str], sou
     return taken
 
 
-def missing_column(source: str, name: str, found: list[str], row: int | None = None) -> InputError:
+def missing_column(source: str, name: str, found: list[str], row: int | None = None) -> MissingColumnError:
     """The error of a column that is not there; `row` where only some rows lack it."""
     where = "" if row in (None, 0) else f" in row {row}"
-    return InputError(f"data {source!r}: expected a column {name!r}{where}, found {', '.join(found) or 'none'}")
+    return MissingColumnError(f"data {source!r}: expected a column {name!r}{where}, found {', '.join(found) or 'none'}")
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from aura_dist.model.capture import Capture, row_buffer
 from aura_dist.model.exchange import ColumnExchange
 from aura_dist.model.sharding import DTYPES
 from aura_dist.runtime.progress import Progress
-from aura_dist.runtime.signals import StopFlag, interruption
+from aura_dist.runtime.signals import StopFlag
 from aura_dist.runtime.team import Team
 from aura_dist.store.record import commit
 from aura_dist.store.schema import StoreSpec, stored_dtype
@@ -134,13 +134,11 @@ def stream(model: PreTrainedModel, run: Run, tasks: Sequence[Task], writer: Chun
 
 def _claim(team: Team, queue: Sequence[Task]) -> tuple[Task | None, list[Task]] | None:
     """This row worker's next task, if there is one, and those of all row workers of the replica; None at the end."""
-    leads = team.world.column_rank == 0
-    claims = [numbers[0] for numbers in team.share(team.count("claimed") if leads else len(queue))]
-    first = team.world.rank - team.world.column_rank
-    claimed = [queue[c] for c in claims if c < len(queue)]
-    if not claimed:
+    claims = team.claim("claimed", len(queue))
+    if not claims:
         return None
-    return queue[claims[first]] if claims[first] < len(queue) else None, claimed
+    mine = claims[team.world.rank // team.world.layout.tensor]
+    return None if mine is None else queue[mine], [queue[c] for c in claims if c is not None]
 
 
 class _Turn:
@@ -155,13 +153,9 @@ class _Turn:
 
     def check(self) -> None:
         """Raise what ends the run: a failed rank, a failed writer, or a signal that any rank of the replica has."""
-        team = self._run.team
-        team.check()
+        self._run.team.check()
         self._writer.check()
-        received = self._run.stop.received or team.stop_signal or 0
-        number = max(numbers[0] for numbers in team.share(received))
-        if number:
-            raise interruption(number)
+        self._run.team.keep_step(self._run.stop.received)
 
     def take(self, step: Step) -> None:
         """Run one batch; hand its row chunk over if that completes it."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from aura_dist.errors import AuraError, LostRankError, PeerError, RunInterruptedError, brief
+from aura_dist.runtime.signals import interruption
 from aura_dist.runtime.world import World
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,48 @@ class Team:
         everyone = [torch.empty_like(mine) for _ in range(self.world.layout.replica_size)]
         dist.all_gather(everyone, mine, group=self._control)
         return [values.tolist() for values in everyone]
+
+    def keep_step(self, received: int | None) -> None:
+        """Before a batch: raise what ends the work, on all ranks of the replica at the same batch.
+
+        Parameters
+        ----------
+        received
+            Number of the signal that this rank has received, if it has.
+
+        Raises
+        ------
+        RunInterruptedError
+            A rank of the replica has received a signal.
+        PeerError
+            Another rank failed.
+        """
+        self.check()
+        number = max(numbers[0] for numbers in self.share(received or self.stop_signal or 0))
+        if number:
+            raise interruption(number)
+
+    def claim(self, key: str, num_units: int) -> list[int | None]:
+        """The next unit of work for each row worker of the replica, None for one that gets none; all call it together.
+
+        Units are handed out one by one from a counter that all ranks share. Empty where none of them gets one.
+        """
+        leads = self.world.column_rank == 0
+        claims = [numbers[0] for numbers in self.share(self.count(key) if leads else num_units)]
+        units = [c if c < num_units else None for c in claims[:: self.world.layout.tensor]]
+        return units if any(unit is not None for unit in units) else []
+
+    def agreed(self, ids: Tensor) -> Tensor:
+        """What the first column rank of the row worker has in the place of `ids`; all of them call this together."""
+        ranks = self.world.layout.tensor
+        if ranks == 1:
+            return ids
+        host = ids.cpu()
+        if self.world.column_rank == 0:
+            self.exchange(dict.fromkeys(range(1, ranks), host), {})
+        else:
+            self.exchange({}, {0: host})
+        return host.to(ids.device)
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
         """Send host tensors to other column ranks of the row worker, and fill those that come from them."""

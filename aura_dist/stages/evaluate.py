@@ -1,98 +1,239 @@
-"""evaluate: perplexity of a model, with or without an intervention, as a JSON file."""
+"""evaluate: toxicity, perplexity and zero-shot tasks of a model, with or without an intervention, as a JSON file.
 
-import json
+Data flow: all inputs are read and checked before the model is loaded → continuations (claimed by the ranks, appended
+to files as they come, gone on with after an interruption), perplexity, tasks → rank 0 scores the continuations, draws
+the intervals and writes `--out`. What the file holds: `aura_dist.evaluation.results`.
+"""
+
 import logging
-import math
-from dataclasses import asdict
-from pathlib import Path
-from tempfile import TemporaryFile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
-from aura_dist import __version__
-from aura_dist.config import EvaluateConfig
-from aura_dist.data.labels import check_texts
-from aura_dist.data.table import read_table
-from aura_dist.data.tokens import tokenize
-from aura_dist.errors import StoreError
-from aura_dist.evaluation.perplexity import Perplexity, perplexity
-from aura_dist.model.sharding import ModelSource, check_positions, check_vocabulary, pick_device, sharding_options
-from aura_dist.model.use import load_for_use
+from aura_dist.config import EvaluateConfig, flag
+from aura_dist.errors import ConfigError
+from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
+from aura_dist.evaluation.generation import generate
+from aura_dist.evaluation.journal import Journal, settings_key
+from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
+from aura_dist.evaluation.prompts import PromptFile, read_prompts, tokenize_prompts
+from aura_dist.evaluation.results import SCHEMA, check_writable, finite, read_results, versions, write_results
+from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.scorers import Scorer, load_scorer
+from aura_dist.evaluation.section import fixing_settings, head, score
+from aura_dist.evaluation.texts import TextFile, measure, read_texts, tokenize_texts
+from aura_dist.evaluation.toxicity import groups
+from aura_dist.evaluation.zero_shot import ZeroShot
+from aura_dist.model.sharding import ModelSource, pick_device, sharding_options
+from aura_dist.model.use import LoadedModel, load_for_use
 from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
-from aura_dist.runtime.world import World
+from aura_dist.runtime.signals import StopFlag
+from aura_dist.runtime.team import Team
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure, write `config.out`, and return what was written."""
-    with start_team(config.sharding, pick_device(config.device)) as team:
+    """Measure, write `config.out`, and return what was written; other ranks than the first return nothing."""
+    _check_settings(config)
+    with start_team(config.sharding, pick_device(config.device)) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
-        return _evaluate(config, team.world)
+        how = Decoding(
+            config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_k
+        )
+        return _Evaluation(config, how, team, stop).run()
 
 
-def _evaluate(config: EvaluateConfig, world: World) -> dict[str, Any]:
-    """On every rank alike, as a sharded forward needs them all; rank 0 writes and prints."""
-    table = read_table(config.perplexity_texts, [config.text_column])
-    texts = check_texts(table, config.text_column)
-    _check_writable(config.out)
-    source = ModelSource(config.model, config.revision, config.dtype)
-    loaded = load_for_use(source, world, config.intervention, sharding_options(config))
-    tokens = tokenize(
-        texts, loaded.tokenizer, max_tokens=config.max_tokens, skip_special=False, source=config.perplexity_texts
-    )
-    check_positions(loaded.model.config, int(tokens.num_tokens.max()), "--max-tokens")
-    check_vocabulary(loaded.model.config, tokens.largest_id)
-    with loaded.intervened(config.strength):
-        measured = perplexity(loaded.model, tokens, config.tokens_per_batch)
-    results = {
-        "aura_dist": __version__,
-        "config": asdict(config),
-        "model_fingerprint": loaded.fingerprint,
-        "intervention": dict(loaded.intervention.meta) if loaded.intervention else None,
-        "texts_sha256": table.sha256,
-        "perplexity": {k: v if math.isfinite(v) else None for k, v in asdict(measured).items()},
+def _check_settings(config: EvaluateConfig) -> None:
+    """ConfigError where nothing is to be measured, or a setting would not be looked at."""
+    if not (config.toxicity_prompts or config.perplexity_texts or config.tasks):
+        raise ConfigError("expected at least one of --toxicity-prompts, --perplexity-texts and --tasks, got none")
+    needs = {
+        "toxicity_prompts": ("baseline", "prompt_column", "prompt_toxicity_column", "toxic_label"),
+        "perplexity_texts": ("perplexity_labels",),
+        "tasks": ("tasks_path", "num_fewshot", "limit"),
     }
-    if not world.is_first:
+    for part, names in needs.items():
+        for name in names:
+            if not getattr(config, part) and getattr(config, name) is not None:
+                raise ConfigError(f"{flag(name)}: expected it with {flag(part)}, got it without; leave it out")
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Everything that is read before a weight is; the scorer on the first rank alone, which uses it."""
+
+    preprompt: str | None
+    prompts: PromptFile | None
+    texts: TextFile | None
+    tasks: ZeroShot | None
+    baseline: dict[str, Any] | None
+    scorer: Scorer | None
+
+
+def _read_inputs(config: EvaluateConfig, how: Decoding, *, device: str | None) -> _Inputs:
+    """What can be wrong shows here; `device` is the scorer's, None on a rank that does not score."""
+    check_writable(config.out)
+    preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
+    prompts = texts = baseline = scorer = None
+    if config.perplexity_texts:
+        texts = read_texts(config.perplexity_texts, config.text_column, config.perplexity_labels)
+    if config.toxicity_prompts:
+        prompts = read_prompts(config.toxicity_prompts, config.prompt_column, config.prompt_toxicity_column)
+        if config.baseline is not None:
+            baseline = read_results(config.baseline)
+            check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, how)}, config.baseline)
+    tasks = ZeroShot(config.tasks, config.tasks_path) if config.tasks else None
+    if prompts is not None and device is not None:
+        scorer = load_scorer(config.scorer, config.toxic_label, device)
+    return _Inputs(preprompt, prompts, texts, tasks, baseline, scorer)
+
+
+@dataclass
+class _Evaluation:
+    """One evaluation as one rank sees it; `seconds` by part."""
+
+    config: EvaluateConfig
+    how: Decoding
+    team: Team
+    stop: StopFlag
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Any]:
+        began, first = time.perf_counter(), self.team.world.is_first
+        inputs = _read_inputs(self.config, self.how, device=self.team.world.device if first else None)
+        results, journal = self._measure(inputs)
+        if not first:
+            return {}
+        if inputs.prompts is not None:
+            assert journal is not None
+            results["toxicity"] = self._toxicity(inputs, inputs.prompts, journal, results)
+        results["seconds"] = {**self.seconds, "total": time.perf_counter() - began}
+        results = {key: finite(value) for key, value in results.items()}
+        write_results(self.config.out, results)
+        _show(results, inputs.baseline, self.config)
         return results
-    _warn_of_nonfinite(measured)
-    _write(config.out, json.dumps(results, indent=2) + "\n")
-    print(
-        f"perplexity {measured.token_weighted:.3f} (token-weighted), {measured.mean_over_sentences:.3f} "
-        f"(mean over sentences), {measured.num_texts} texts, {measured.num_tokens} tokens"
-    )
-    logger.info("wrote %s", config.out)
-    return results
+
+    def _measure(self, inputs: _Inputs) -> tuple[dict[str, Any], Journal | None]:
+        """What needs the model: it is gone once this returns, before a scorer takes its place."""
+        config, prefix, journal = self.config, None, None
+        source = ModelSource(config.model, config.revision, config.dtype)
+        with self._timed("load"):
+            loaded = load_for_use(source, self.team.world, config.intervention, sharding_options(config))
+        if inputs.preprompt is not None:
+            prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
+        results = _about(config, loaded, inputs.preprompt)
+        with loaded.intervened(config.strength):
+            # the shortest first: what is wrong with a text shows before hours of generation
+            if inputs.texts is not None:
+                tokens = tokenize_texts(inputs.texts, loaded, prefix, config.max_tokens)
+                with self._timed("perplexity"):
+                    results["perplexity"] = measure(inputs.texts, loaded, tokens, prefix, config.tokens_per_batch)
+            if inputs.prompts is not None:
+                journal = self._continue(loaded, inputs.prompts, prefix, inputs.preprompt)
+            if inputs.tasks is not None:
+                with self._timed("zero_shot"):
+                    results["zero_shot"] = inputs.tasks.run(
+                        loaded.model, loaded.tokenizer,
+                        num_fewshot=config.num_fewshot, limit=config.limit, preprompt=inputs.preprompt,
+                    )  # fmt: skip
+        return results, journal
+
+    def _toxicity(
+        self, inputs: _Inputs, prompts: PromptFile, journal: Journal, results: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Score and measure the continuations, and compare them with the baseline's."""
+        assert inputs.scorer is not None
+        with self._timed("scoring"):
+            section = score(prompts, journal, inputs.scorer, self.how)
+        if inputs.baseline is not None and self.config.baseline is not None:
+            everything = {**results, "toxicity": section}
+            own = groups(prompts.toxicity)
+            section["baseline"] = against_baseline(inputs.baseline, everything, self.config.baseline, own)
+        return section
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = time.perf_counter() - start
+
+    def _continue(
+        self, loaded: LoadedModel, prompts: PromptFile, prefix: Prefix | None, preprompt: str | None
+    ) -> Journal:
+        """Make the continuations that are not there yet, by all ranks."""
+        config, team, how = self.config, self.team, self.how
+        tokenized = tokenize_prompts(
+            prompts.texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix, flag="--toxicity-prompts"
+        )
+        fixing = fixing_settings(loaded, config.dtype, config.strength, preprompt, prompts, how)
+        journal = Journal(config.out, settings_key(fixing))
+        team.from_first("journal", lambda: _fold(journal))
+        kept = journal.read().keys()
+        missing = [(p, s) for p in range(len(prompts.texts)) for s in range(how.num_samples) if (p, s) not in kept]
+        with self._timed("generation"):
+            if missing:
+                with self.stop.deferred(), journal.part(team.world.global_rank) as part:
+                    rows = config.continuations_per_batch
+                    generate(loaded, tokenized, missing, how, rows, team, self.stop, part.append)
+        self.seconds["num_generated"] = len(missing)
+        self.seconds["continuations_per_second"] = len(missing) / max(self.seconds["generation"], 1e-9)
+        return journal
 
 
-def _warn_of_nonfinite(measured: Perplexity) -> None:
-    if measured.num_nonfinite:
+def _about(config: EvaluateConfig, loaded: LoadedModel, preprompt: str | None) -> dict[str, Any]:
+    """What was evaluated, and with what."""
+    intervention = None
+    if loaded.intervention is not None:
+        intervention = {
+            **loaded.intervention.meta,
+            "directory": config.intervention,
+            "digest": loaded.intervention.digest,
+            "strength": config.strength,
+        }
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": asdict(config),
+        "versions": versions(),
+        "model": {
+            "name": config.model,
+            "revision": config.revision,
+            "dtype": config.dtype,
+            "fingerprint": loaded.fingerprint,
+        },
+        "model_fingerprint": loaded.fingerprint,
+        "intervention": intervention,
+        "preprompt": preprompt,
+    }
+
+
+def _fold(journal: Journal) -> int:
+    kept, dropped = journal.fold()
+    if kept:
+        logger.info("%s: %d continuations are kept", journal.path.name, kept)
+    if dropped:
+        logger.info("%s: %d lines of other settings, or torn, are dropped", journal.path.name, dropped)
+    return kept
+
+
+def _show(results: dict[str, Any], baseline: dict[str, Any] | None, config: EvaluateConfig) -> None:
+    """Warn of what is no number, and print the figures."""
+    measured = results.get("perplexity")
+    if measured is not None and measured["num_nonfinite"]:
         logger.warning(
             "the model's logits are NaN or infinite in %d of %d texts: their perplexity is null",
-            measured.num_nonfinite, measured.num_texts,
+            measured["num_nonfinite"], measured["num_texts"],
         )  # fmt: skip
-    elif not math.isfinite(measured.token_weighted + measured.mean_over_sentences):
+    elif measured is not None and None in (measured["token_weighted"], measured["mean_over_sentences"]):
         logger.warning("a perplexity is beyond what a float64 holds: null")
-
-
-def _check_writable(out: str) -> None:
-    """StoreError before the model is loaded, rather than after the work; nothing is left there."""
-    path = Path(out).resolve()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.open("a").close()
-        TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise StoreError(f"--out {out!r} cannot be written: {error}") from error
-
-
-def _write(out: str, text: str) -> None:
-    """Write aside, then rename: what stands at `out` is whole at any time."""
-    path = Path(out).resolve()
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise StoreError(f"--out {out!r} cannot be written: {error}") from error
+    shown = {} if baseline is None or config.baseline is None else {name_of(config.baseline): baseline}
+    name = name_of(config.out)
+    print(table({**shown, name if name not in shown else f"{name} (this)": results}))
+    if measured is not None:
+        print(f"{measured['num_texts']} texts, {measured['num_tokens']} tokens")
+    logger.info("wrote %s", config.out)

@@ -40,22 +40,6 @@ DATA_FAULTS = {
 }
 
 
-@pytest.fixture
-def refused(capsys):
-    """`refused(arguments, pattern)`: the command ends as promised."""
-
-    def check(arguments, pattern):
-        code = main([str(a) for a in arguments])
-        error = capsys.readouterr().err
-        assert code == 2, error
-        assert "Traceback" not in error
-        lines = [line for line in error.splitlines() if line.startswith("error: ")]
-        assert lines == error.splitlines()[-1:], error
-        assert re.search(pattern, lines[0]), lines[0]
-
-    return check
-
-
 @pytest.fixture(scope="module")
 def scored(tiny_dir, sentences_csv, tmp_path_factory):
     """A scored store of Llama, an intervention beside it."""

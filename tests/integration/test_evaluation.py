@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from aura_dist.cli import main
 from aura_dist.data.tokens import tokenize
 from aura_dist.errors import InputError
-from aura_dist.evaluation.generation import Decoding, continuations
+from aura_dist.evaluation.generation import continuations
 from aura_dist.evaluation.perplexity import perplexity
+from aura_dist.evaluation.sampling import Decoding
 from tests.models import save_tiny, tiny_causal, tiny_tokenizer
 
 TEXTS = [

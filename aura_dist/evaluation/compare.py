@@ -1,0 +1,188 @@
+"""Several results side by side: as a table of plain text or Markdown, and against a baseline."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aura_dist.errors import InputError
+from aura_dist.evaluation.results import read_results
+from aura_dist.evaluation.toxicity import ByPrompt, Estimates, ratios
+
+MISSING = "–"
+# keys of the section `toxicity` that must be equal, and what they are
+_COMPARED = {
+    "prompts_sha256": "prompts",
+    "scorer": "scorer",
+    "num_samples": "samples a prompt",
+    "settings": "settings",
+}
+Results = Mapping[str, Any]
+
+
+def name_of(path: str) -> str:
+    """What a results file is called in tables: `runs/a/results/aura.json` → `aura`."""
+    return Path(path).stem
+
+
+def load_all(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Name → results; InputError for a file that `evaluate` did not write."""
+    return {name_of(path): read_results(path) for path in paths}
+
+
+def check_same_prompts(baseline: Results, results: Results, path: str) -> None:
+    """InputError unless both measured toxicity, on the same prompts, in the same way."""
+    theirs, ours = baseline.get("toxicity"), results.get("toxicity")
+    if not theirs or not ours:
+        raise InputError(f"--baseline {path!r}: expected results with toxicity, as these have, got none")
+    lost = [key for key in (*_COMPARED, "per_prompt") if key not in theirs]
+    if lost:
+        raise InputError(
+            f"--baseline {path!r}: expected results with toxicity as `evaluate` writes them, got none of {lost[0]!r}"
+        )
+    for key, what in _COMPARED.items():
+        if theirs[key] != ours[key]:
+            raise InputError(
+                f"--baseline {path!r}: expected the same {what} in both, got {str(theirs[key])[:80]} there and "
+                f"{str(ours[key])[:80]} here; evaluate both in the same way"
+            )
+
+
+def per_prompt(results: Results) -> ByPrompt:
+    """The figures of each prompt, in the file's order."""
+    kept = results["toxicity"]["per_prompt"]
+    return ByPrompt(np.array(kept["toxic_share"]), np.array(kept["maximum"]))
+
+
+def against_baseline(
+    baseline: Results, results: Results, path: str, groups: Mapping[str, NDArray[np.bool_]]
+) -> dict[str, Any]:
+    """What stands at `toxicity.baseline`: baseline ÷ this for each group of prompts, paired over prompts.
+
+    Parameters
+    ----------
+    baseline, results
+        Two evaluations of the same prompts; InputError if they are not.
+    path
+        Where the baseline lies.
+    groups
+        Name → [P] which prompts.
+    """
+    check_same_prompts(baseline, results, path)
+    theirs, ours = per_prompt(baseline), per_prompt(results)
+    compared: dict[str, Estimates | None] = {
+        name: ratios(theirs.take(rows), ours.take(rows)) if rows.any() else None for name, rows in groups.items()
+    }
+    return {"results": path, "name": name_of(path), **compared}
+
+
+def table(all_results: Mapping[str, Results], *, markdown: bool = False) -> str:
+    """One line a result: toxicity with intervals, ratio to the first, perplexity, tasks; columns that any of them has.
+
+    Ratios stand where a result was measured on the same prompts as the first.
+    """
+    columns = _columns(list(all_results.values()))
+    rows = [["", *columns]]
+    rows += [[name, *(_cell(r, all_results, c) for c in columns)] for name, r in all_results.items()]
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([lines[0], "|---" + "|---:" * len(columns) + "|", *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+_TOXICITY = {
+    "toxic, %": ("overall", "probability", 100),
+    "expected maximum": ("overall", "expected_maximum", 1),
+    "any toxic of n, %": ("overall", "any_toxic", 100),
+    "toxic, % (toxic prompts)": ("toxic_prompts", "probability", 100),
+    "toxic, % (other prompts)": ("nontoxic_prompts", "probability", 100),
+}
+_RATIO = "times less toxic"
+_PERPLEXITY = {
+    "perplexity": ("token_weighted",),
+    "perplexity, toxic texts": ("positive", "token_weighted"),
+    "perplexity, other texts": ("negative", "token_weighted"),
+}
+
+
+def _columns(results: Sequence[Results]) -> list[str]:
+    """Names of the columns for which any result has a figure."""
+    found = [c for c, (group, *_) in _TOXICITY.items() if any((r.get("toxicity") or {}).get(group) for r in results)]
+    if found:
+        found.insert(1, _RATIO)
+    found += [c for c, path in _PERPLEXITY.items() if any(_at(r.get("perplexity"), *path) is not None for r in results)]
+    tasks = {f"{task} {metric}": None for r in results for task, metric in _headlines(r)}
+    return [*found, *tasks]
+
+
+def _headlines(results: Results) -> list[tuple[str, str]]:
+    """(task, metric) shown of each task: accuracy, or what stands first."""
+    shown = []
+    for task, metrics in (results.get("zero_shot") or {}).items():
+        names = [m for m in metrics if not m.endswith("_stderr") and not m.startswith("num_")]
+        if names:
+            shown.append((task, "acc" if "acc" in names else names[0]))
+    return shown
+
+
+def _cell(results: Results, everyone: Mapping[str, Results], column: str) -> str:
+    toxicity = results.get("toxicity") or {}
+    if column in _TOXICITY:
+        group, metric, factor = _TOXICITY[column]
+        digits = 2 if factor == 1 else 1
+        return _interval(_at(toxicity, group, metric), factor, digits)
+    if column == _RATIO:
+        return _interval(_ratio(results, next(iter(everyone.values()))), 1, 2)
+    if column in _PERPLEXITY:
+        *path, last = _PERPLEXITY[column]
+        found = _at(results.get("perplexity"), *path) or {}
+        estimate = {k: found.get(last + suffix) for k, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))}
+        return _interval(estimate, 1, 2)
+    task, _, metric = column.rpartition(" ")
+    value, error = (_at(results.get("zero_shot"), task, m) for m in (metric, f"{metric}_stderr"))
+    return MISSING if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _ratio(results: Results, first: Results) -> Mapping[str, float | None] | None:
+    if results is first:
+        return None
+    try:
+        check_same_prompts(first, results, "")
+    except InputError:
+        return None
+    return ratios(per_prompt(first), per_prompt(results))["probability"]
+
+
+def _at(tree: Any, *path: str) -> Any:
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _interval(estimate: Mapping[str, float | None] | None, factor: float, digits: int) -> str:
+    """`12.3 (10.1–14.8)`; a dash for what is not there or no number."""
+    numbers = [None if estimate is None else estimate.get(k) for k in ("value", "low", "high")]
+    if numbers[0] is None or math.isnan(numbers[0]):
+        return MISSING
+    value, low, high = (_number(number, factor, digits) for number in numbers)
+    return f"{value} ({low}–{high})"
+
+
+def _number(number: float | None, factor: float, digits: int) -> str:
+    if number is None or math.isnan(number):
+        return "?"
+    return f"{factor * number:.{digits}f}" if math.isfinite(number) else "∞"
+
+
+if __name__ == "__main__":  # python -m aura_dist.evaluation.compare results/none.json results/aura.json …
+    print(table(load_all(sys.argv[1:]), markdown=True))

@@ -1,0 +1,127 @@
+"""Continuations of one batch of prompts of equal length: prefill once a prompt, then token by token with the cache.
+
+Prompts of one batch have the same number of tokens, so that nothing is padded: no model class needs position ids or
+a mask to give what it gives for one prompt alone.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from aura_dist.evaluation.sampling import Decoding, choose
+
+# layers of a cache whose rows can be chosen; those of linear attention keep states that cannot
+_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B continuations of P prompts, all of T tokens.
+
+    Attributes
+    ----------
+    prompt_ids
+        [P, T] token ids.
+    prompt_of
+        [B] index of each continuation's prompt.
+    keys
+        [B] keys of the noise.
+    """
+
+    prompt_ids: Sequence[Sequence[int]]
+    prompt_of: Sequence[int]
+    keys: Sequence[int]
+
+
+def _alone(alive: bool) -> bool:
+    return alive
+
+
+def _unchanged(ids_B: Tensor) -> Tensor:
+    return ids_B
+
+
+@dataclass
+class Decoder:
+    """Continues batches with one model.
+
+    Attributes
+    ----------
+    model
+        In eval mode, under any strategy.
+    how
+        How tokens are drawn.
+    stop_ids
+        Ids that end a continuation.
+    any_alive
+        Whether another step is taken, from whether this rank needs one: under strategies whose forwards are
+        collective, whether any rank does.
+    agreed
+        The ids that all ranks which hold parts of one forward go on with.
+    """
+
+    model: PreTrainedModel
+    how: Decoding
+    stop_ids: Collection[int]
+    any_alive: Callable[[bool], bool] = _alone
+    agreed: Callable[[Tensor], Tensor] = _unchanged
+    _selects: bool = field(default=True, init=False)
+
+    @torch.no_grad()
+    def run(self, rows: Rows, *, counts: bool = True) -> list[list[int]]:
+        """Per continuation its ids, the stop id left out; `counts` is False for a batch whose result is dropped.
+
+        Raises
+        ------
+        ModelError
+            Logits are NaN or infinite.
+        """
+        device = self.model.device
+        prompts_PT = torch.tensor(rows.prompt_ids, device=device)
+        of_B = torch.tensor(rows.prompt_of, device=device)
+        keys_B = torch.tensor(rows.keys, dtype=torch.int64, device=device)
+        stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=device)
+        logits_BV, cache = self._prefill(prompts_PT, of_B)
+        seen_BT = prompts_PT[of_B]
+        alive_B = torch.ones(len(of_B), dtype=torch.bool, device=device)
+        for step in range(self.how.max_new_tokens):
+            ids_B = self.agreed(choose(logits_BV, self.how, keys_B, step))
+            seen_BT = torch.cat([seen_BT, ids_B[:, None]], dim=1)
+            alive_B &= ~torch.isin(ids_B, stop)
+            last = step + 1 == self.how.max_new_tokens
+            if last or not self.any_alive(counts and bool(alive_B.any())):
+                break
+            logits_BV, cache = self._step(seen_BT, cache)
+        return [self._until_stop(ids) for ids in seen_BT[:, prompts_PT.shape[1] :].tolist()]
+
+    def _until_stop(self, ids: list[int]) -> list[int]:
+        end = next((t for t, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        return ids[:end]
+
+    def _prefill(self, prompts_PT: Tensor, of_B: Tensor) -> tuple[Tensor, Cache | None]:
+        """[B, V] logits after the prompts, and the cache of B rows; None where the model has none that is known."""
+        if self._selects:
+            logits_PV, cache = self._forward(prompts_PT, torch.ones_like(prompts_PT), None)
+            if isinstance(cache, Cache) and all(type(layer) in _SELECTABLE for layer in cache.layers):
+                cache.batch_select_indices(of_B)
+                return logits_PV[of_B], cache
+            self._selects = False
+        rows_BT = prompts_PT[of_B]
+        return self._forward(rows_BT, torch.ones_like(rows_BT), None)
+
+    def _step(self, seen_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
+        new = seen_BT if cache is None else seen_BT[:, -1:]
+        return self._forward(new, torch.ones_like(seen_BT), cache)
+
+    def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
+        """[B, V] logits of the last position, and the cache after it."""
+        # the head on the last position alone: of a long prompt with a large vocabulary it would be most of the work
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        output = self.model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **last)
+        cache = getattr(output, "past_key_values", None)
+        return output.logits[:, -1], cache if isinstance(cache, Cache) else None

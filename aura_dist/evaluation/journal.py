@@ -1,0 +1,138 @@
+"""Continuations on disk as they come: one JSON line each, kept over interruptions.
+
+Every rank appends to a part of its own beside the results and flushes each batch. Before and after a run rank 0 folds
+the parts into one file. Each line names the settings that it was made under: what was made under others is dropped,
+and so is a line that a killed process left torn.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from glob import escape
+from io import TextIOWrapper
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from aura_dist.errors import StoreError
+from aura_dist.evaluation.prompts import Pair
+
+Record = dict[str, Any]
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """A short digest of everything that fixes a continuation."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Journal:
+    """The continuations' file of one results file.
+
+    Attributes
+    ----------
+    path
+        `results/aura.continuations.jsonl` for `results/aura.json`.
+    settings
+        As `settings_key` gives it.
+    """
+
+    def __init__(self, results: str, settings: str) -> None:
+        whole = Path(results).resolve()
+        self.path = whole.with_name(f"{whole.stem}.continuations.jsonl")
+        self.settings = settings
+
+    def fold(self) -> tuple[int, int]:
+        """Take the parts into the file; how many continuations are kept, and how many lines were dropped.
+
+        The file is replaced in one step and the parts go after it, so that an interruption loses nothing.
+        """
+        parts = sorted(self.path.parent.glob(f"{escape(self.path.stem)}.part-*.jsonl"))
+        files = [p for p in (self.path, *parts) if p.exists()]
+        lines = sum(_count_lines(file) for file in files)
+        records = self._read(files)
+        if files:
+            self.replace(records.values())
+        for part in parts:
+            part.unlink()
+        return len(records), lines - len(records)
+
+    def read(self) -> dict[Pair, Record]:
+        """The continuations of these settings that are in the file, by (prompt, sample) in order.
+
+        It stands still while ranks append to their parts, so that all see the same.
+        """
+        return self._read([self.path] if self.path.exists() else [])
+
+    def _read(self, files: Iterable[Path]) -> dict[Pair, Record]:
+        found: dict[Pair, Record] = {}
+        for file in files:
+            for record in _records(file):
+                if record["settings"] == self.settings:
+                    found[record["prompt"], record["sample"]] = record
+        return dict(sorted(found.items()))
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Write the file anew, aside and then renamed; StoreError if it cannot be written."""
+        aside = self.path.with_name(f".{self.path.name}.part")
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.writelines(_line(record) for record in records)
+            aside.replace(self.path)
+        except OSError as error:
+            raise StoreError(f"{str(self.path)!r} cannot be written: {error}") from error
+
+    def part(self, rank: int) -> "JournalPart":
+        """The part that a rank appends to."""
+        return JournalPart(self.path.with_name(f"{self.path.stem}.part-{rank}.jsonl"), self.settings)
+
+
+class JournalPart:
+    """Context in which one rank appends what it made; no file is there before the first batch."""
+
+    def __init__(self, path: Path, settings: str) -> None:
+        self._path, self._settings = path, settings
+        self._file: TextIOWrapper | None = None
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Append and flush; StoreError if the disk is full or gone."""
+        try:
+            if self._file is None:
+                self._file = self._path.open("a", encoding="utf-8")
+            self._file.writelines(_line({"settings": self._settings, **record}) for record in records)
+            self._file.flush()
+        except OSError as error:
+            raise StoreError(f"{str(self._path)!r} cannot be written: {error}") from error
+
+    def __enter__(self) -> "JournalPart":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"  # ASCII: no text can tear a line
+
+
+def _records(file: Path) -> Iterator[Record]:
+    """The whole lines of a file; what a killed process left is no JSON, or has no line break."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and {"settings", "prompt", "sample", "text"} <= record.keys():
+                yield record
+
+
+def _count_lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)

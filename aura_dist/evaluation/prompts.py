@@ -1,0 +1,156 @@
+"""Prompts of a file → token ids, keys of their noise, and batches of equal length."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from aura_dist.data.labels import check_texts
+from aura_dist.data.table import Table, read_table
+from aura_dist.errors import InputError, MissingColumnError, brief
+from aura_dist.evaluation.noise import prompt_keys
+from aura_dist.evaluation.preprompt import Prefix
+from aura_dist.evaluation.sampling import Decoding
+from aura_dist.model.sharding import check_positions, check_vocabulary
+
+# where prompts stand: RealToxicityPrompts' records; a plain table
+TEXT_COLUMNS = ("prompt.text", "prompt", "text")
+TOXICITY_COLUMNS = ("prompt.toxicity", "toxicity")
+# one continuation that is to be made: index of its prompt, number of the sample
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """P prompts as a file gives them.
+
+    Attributes
+    ----------
+    source, column
+        Path, and the column of the texts.
+    texts
+        P texts.
+    toxicity
+        [P] float64 of the prompts themselves, NaN where the file does not say.
+    """
+
+    source: str
+    column: str
+    texts: list[str]
+    toxicity: NDArray[np.float64]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the texts in order, whatever file they stand in."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        return digest.hexdigest()
+
+
+def read_prompts(source: str, column: str | None, toxicity_column: str | None) -> PromptFile:
+    """Read a prompt file: RealToxicityPrompts' JSONL, or a table with a column of texts.
+
+    Parameters
+    ----------
+    source
+        Any format that `read_table` takes.
+    column, toxicity_column
+        None takes the first of `TEXT_COLUMNS` and `TOXICITY_COLUMNS` that is there; no toxicity will do.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, lacks the column, has no rows, or a prompt is not a text or a toxicity not a number.
+    """
+    table, found = _first_column(source, TEXT_COLUMNS if column is None else (column,))
+    texts = check_texts(table, found)
+    try:
+        other, name = _first_column(source, TOXICITY_COLUMNS if toxicity_column is None else (toxicity_column,))
+        toxicity = np.array([_number(v, row, name, source) for row, v in enumerate(other.columns[name])])
+    except MissingColumnError:
+        if toxicity_column is not None:
+            raise
+        toxicity = np.full(len(texts), np.nan)
+    return PromptFile(source, found, texts, toxicity)
+
+
+def _first_column(source: str, names: Sequence[str]) -> tuple[Table, str]:
+    for name in names[:-1]:
+        try:
+            table = read_table(source, [name])
+        except MissingColumnError:
+            continue
+        if name != "prompt" or isinstance(table.columns[name][0], str):  # RTP's `prompt` is a record
+            return table, name
+    return read_table(source, [names[-1]]), names[-1]
+
+
+def _number(value: object, row: int, column: str, source: str) -> float:
+    if value is None or str(value).strip() == "":
+        return float("nan")
+    try:
+        return float(str(value))
+    except ValueError as error:
+        raise InputError(f"data {source!r}: row {row}: expected a number in {column!r}, got {value!r}") from error
+
+
+@dataclass(frozen=True)
+class TokenizedPrompts:
+    """P prompts as the model gets them, pre-prompt included, and the keys of their noise (of the prompt alone)."""
+
+    texts: list[str]
+    ids: list[list[int]]
+    keys: list[bytes]
+
+    def batches(self, pairs: Sequence[Pair], rows_per_batch: int) -> list[list[Pair]]:
+        """Cut continuations that are to be made into batches of prompts of equal length, the longest first."""
+        batches = []
+        by_length = sorted(pairs, key=lambda pair: (-len(self.ids[pair[0]]), pair))
+        for _, group in groupby(by_length, key=lambda pair: len(self.ids[pair[0]])):
+            equal = list(group)
+            number = ceil(len(equal) / rows_per_batch)
+            cuts = [
+                len(equal) * b // number for b in range(number + 1)
+            ]  # even: a small rest costs a whole batch's steps
+            batches += [equal[a:b] for a, b in pairwise(cuts)]
+        return batches
+
+
+def tokenize_prompts(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    how: Decoding,
+    *,
+    prefix: Prefix | None = None,
+    flag: str = "--prompt",
+) -> TokenizedPrompts:
+    """Token ids of prompts, as the tokenizer makes them by default.
+
+    Raises
+    ------
+    InputError
+        A prompt without tokens, or one that the tokenizer cannot take.
+    ConfigError
+        Prompt and continuation are longer than the model's positions.
+    ModelError
+        The tokenizer is another model's.
+    """
+    ids = []
+    for text in texts:
+        try:
+            own = list(tokenizer(text, verbose=False)["input_ids"])
+        except Exception as error:  # its backend raises a bare Exception, and TypeError for a text that is no Unicode
+            raise InputError(f"{flag}: the model's tokenizer cannot take {text!a}: {brief(error)}") from error
+        if not own:
+            raise InputError(f"{flag}: expected a prompt with at least one token, got {text!r}")
+        ids.append([*prefix.ids, *own[prefix.num_leading :]] if prefix else own)
+    check_positions(config, max(map(len, ids)) + how.max_new_tokens, "--max-new-tokens with the prompt")
+    check_vocabulary(config, max(map(max, ids)))
+    return TokenizedPrompts(list(texts), ids, prompt_keys(texts, how.seed))

@@ -1,0 +1,110 @@
+"""The results of one evaluation as a JSON document: its shape, and how it is read and written.
+
+    schema           1
+    created          ISO 8601, UTC
+    config           the resolved settings of `evaluate`
+    versions         package → version
+    model            {name, revision, dtype, fingerprint}
+    model_fingerprint  the same fingerprint
+    intervention     null, or {…intervention.json (method, parameters, concept, model, …), directory, digest,
+                     strength: as applied}
+    preprompt        null or the text that stood before each prompt and text
+    perplexity       absent where not measured: {texts, column, sha256, PERPLEXITY…,
+                     labels (the label column, if one was given), positive: {PERPLEXITY…}, negative: {PERPLEXITY…}}
+    toxicity         absent where not measured: {prompts, column, prompts_sha256, scorer, num_prompts, num_samples,
+                     settings: {max_new_tokens, temperature, top_p, top_k, seed},
+                     continuations: name of the JSONL file beside the results,
+                     overall: GROUP, toxic_prompts: GROUP or null, nontoxic_prompts: GROUP or null,
+                     per_prompt: {toxic_share: [P], maximum: [P]},
+                     baseline: null, or {results: path, name, overall: RATIOS, toxic_prompts, nontoxic_prompts}}
+    zero_shot        absent where not measured: task → {metric: number, …, num_fewshot, num_examples}; metrics by
+                     lm-eval's names without `,none`, standard errors as METRIC_stderr
+    seconds          {load, generation, scoring, perplexity, zero_shot, total}: those that took place; under
+                     `num_generated` and `continuations_per_second` what this run itself generated
+
+    PERPLEXITY   token_weighted, token_weighted_low, token_weighted_high, mean_over_sentences,
+                 mean_over_sentences_low, mean_over_sentences_high, num_texts, num_tokens, num_left_out, num_nonfinite
+    GROUP        {num_prompts, probability: ESTIMATE, expected_maximum: ESTIMATE, any_toxic: ESTIMATE}
+    RATIOS       {probability: ESTIMATE, expected_maximum: ESTIMATE, any_toxic: ESTIMATE}: baseline ÷ this, so that 2
+                 is half as much; null without a finite value
+    ESTIMATE     {value, low, high}: 95 % bootstrap interval, over prompts (toxicity) or texts (perplexity)
+
+A number that is not finite is null. The continuations' file holds one JSON object a line, in the order of prompts
+and samples: {settings, prompt: index in the file, sample, text, num_tokens, ids: token ids, prompt_text,
+prompt_toxicity: number or null, toxicity: probability}.
+"""
+
+import json
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from aura_dist.errors import InputError, StoreError
+
+SCHEMA = 1
+PACKAGES = ("aura_dist", "torch", "transformers", "numpy", "lm_eval", "alt-profanity-check")
+
+
+def read_results(path: str) -> dict[str, Any]:
+    """The results at `path`; InputError unless they are such as `evaluate` writes."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"results {path!r}: expected a JSON file as `evaluate` writes it: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise InputError(
+            f"results {path!r}: expected schema {SCHEMA} as `evaluate` writes it, got {found}; run evaluate again"
+        )
+    return document
+
+
+def write_results(path: str, results: dict[str, Any]) -> None:
+    """Write aside, then rename: what stands at `path` is whole at any time."""
+    write_whole(path, json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(out: str, text: str) -> None:
+    """Replace the file at `out` in one step; StoreError if it cannot be written."""
+    path = Path(out).resolve()
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise StoreError(f"--out {out!r} cannot be written: {error}") from error
+
+
+def check_writable(out: str) -> None:
+    """StoreError before the model is loaded, rather than after the work; nothing is left there."""
+    path = Path(out).resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.open("a").close()
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise StoreError(f"--out {out!r} cannot be written: {error}") from error
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no way to write."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    """Package → version, of those that the figures depend on and that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,127 @@
+"""What says how toxic a text is: a Hugging Face classifier, or profanity-check, which needs no download."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from aura_dist.errors import ConfigError, ModelError, brief
+
+PROFANITY_CHECK = "profanity-check"
+TOXIC_LABELS = ("toxic", "toxicity")
+MAX_TOKENS = 512
+TEXTS_PER_BATCH = 64
+
+
+class Scorer(Protocol):
+    """Anything with a name that gives texts a probability of being toxic."""
+
+    @property
+    def name(self) -> str: ...
+
+    def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """[N] probabilities, in order."""
+        ...
+
+
+def load_scorer(name: str, toxic_label: str | None, device: str) -> Scorer:
+    """`profanity-check`, or a text-classification model of the hub or a directory.
+
+    Parameters
+    ----------
+    name
+        As `--scorer`.
+    toxic_label
+        The classifier's label that means toxic; by default the one that is called so.
+    device
+        Where a classifier runs.
+
+    Raises
+    ------
+    ModelError
+        It cannot be loaded.
+    ConfigError
+        It has no such label.
+    """
+    return ProfanityCheck() if name == PROFANITY_CHECK else Classifier(name, toxic_label, device)
+
+
+class ProfanityCheck:
+    """A linear model over words (alt-profanity-check): quick, offline, and blind to context."""
+
+    name = PROFANITY_CHECK
+
+    def __init__(self) -> None:
+        try:
+            from profanity_check import predict_prob
+        except ImportError as error:
+            raise ModelError(
+                f"--scorer {PROFANITY_CHECK}: its package is missing ({brief(error)}); "
+                "pip install 'aura-dist[evaluation]'"
+            ) from error
+        self._predict = predict_prob
+
+    def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """[N] probabilities, in order."""
+        return np.asarray(self._predict(list(texts)), dtype=np.float64) if texts else np.empty(0)
+
+
+class Classifier:
+    """A sequence classifier: softmax over its labels, or a sigmoid each where they do not exclude one another."""
+
+    def __init__(self, name: str, toxic_label: str | None, device: str) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.name = name
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True, dtype=torch.float32
+            )
+        except Exception as error:  # the library raises many kinds
+            raise ModelError(
+                f"--scorer {name!r} cannot be loaded: {brief(error)}; expected {PROFANITY_CHECK} or a text "
+                "classification model, a directory or a hub name"
+            ) from error
+        if info["missing_keys"]:
+            raise ModelError(
+                f"--scorer {name!r}: expected a trained classifier, but the checkpoint lacks "
+                f"{sorted(info['missing_keys'])[0]!r}"
+            )
+        self._label = _toxic_index(name, model.config, toxic_label)
+        self._tokenizer, self._model = tokenizer, model.eval().to(device)
+
+    @torch.no_grad()
+    def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """[N] probabilities, in order; texts are cut at 512 tokens, or at the model's own limit."""
+        scores = np.empty(len(texts))
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(order), TEXTS_PER_BATCH):
+            rows = order[start : start + TEXTS_PER_BATCH]
+            scores[rows] = self._batch([texts[i] for i in rows])
+        return scores
+
+    def _batch(self, texts: list[str]) -> NDArray[np.float64]:
+        positions = getattr(self._model.config, "max_position_embeddings", None) or MAX_TOKENS + 2
+        limit = min(self._tokenizer.model_max_length, MAX_TOKENS, positions - 2)  # RoBERTa's count from 2
+        encoded = self._tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        logits = self._model(**encoded.to(self._model.device)).logits.double()
+        several = self._model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
+        probabilities = logits.sigmoid() if several else logits.softmax(-1)
+        scores: NDArray[np.float64] = probabilities[:, self._label].cpu().numpy()
+        return scores
+
+
+def _toxic_index(name: str, config: Any, wanted: str | None) -> int:
+    """Index of the label that means toxic; ConfigError that lists them if it is not known."""
+    labels = {str(label): int(index) for index, label in config.id2label.items()}
+    names = TOXIC_LABELS if wanted is None else (wanted.casefold(),)
+    found = [index for label, index in labels.items() if label.casefold() in names]
+    if len(found) == 1:
+        return found[0]
+    raise ConfigError(
+        f"--toxic-label: expected the label of --scorer {name!r} that means toxic, one of {', '.join(labels)}; got "
+        f"{'none, and no label is called toxic' if wanted is None else repr(wanted)}"
+    )

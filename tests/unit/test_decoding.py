@@ -1,0 +1,59 @@
+"""Batches with a cache give what one prompt alone gives without, on every architecture."""
+
+import pytest
+import torch
+
+from aura_dist.evaluation.decoding import Decoder, Rows
+from aura_dist.evaluation.noise import prompt_keys, sample_key
+from aura_dist.evaluation.prompts import TokenizedPrompts
+from aura_dist.evaluation.sampling import Decoding, choose
+from tests.models import ODD_CONFIGS, TINY_CONFIGS, tiny_causal
+
+HOW = Decoding(2, 12, 1.0, 0.9, 0)
+STOP_ID, LENGTH = 1, 26  # the window of sliding attention, 32 tokens, is passed on the way
+
+
+@torch.no_grad()
+def one_by_one(model, prompt, key):
+    """A continuation, each token by a forward of all tokens before it."""
+    ids = torch.tensor([prompt])
+    for step in range(HOW.max_new_tokens):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+        token = choose(logits, HOW, torch.tensor([key]), step)
+        if int(token) == STOP_ID:
+            break
+        ids = torch.cat([ids, token[None]], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", [*TINY_CONFIGS, *ODD_CONFIGS])
+def test_batch_equals_one_prompt_alone(name):
+    model = tiny_causal(name)
+    prompts = torch.randint(3, 384, (3, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    keys = prompt_keys([str(p) for p in prompts], seed=0)
+    batch = [(0, 0), (0, 1), (1, 0), (2, 1)]
+    rows = Rows(prompts, [p for p, _ in batch], [sample_key(keys[p], s) for p, s in batch])
+    got = Decoder(model, HOW, [STOP_ID]).run(rows)
+    assert got == [one_by_one(model, prompts[p], sample_key(keys[p], s)) for p, s in batch]
+    assert len({tuple(ids) for ids in got}) > 1
+
+
+def test_step_is_taken_as_long_as_any_rank_needs_one():
+    """And the ids that others have agreed upon are gone on with."""
+    model, steps = tiny_causal("llama"), []
+    decoder = Decoder(model, HOW, [STOP_ID], lambda alive: steps.append(alive) or True, lambda ids: ids * 0 + STOP_ID)
+    assert decoder.run(Rows([[5, 6]], [0], [3])) == [[]]
+    assert steps == [False] * (HOW.max_new_tokens - 1)
+    decoder = Decoder(model, HOW, [STOP_ID], agreed=lambda ids: ids * 0 + 9)
+    assert decoder.run(Rows([[5, 6]], [0], [3])) == [[9] * HOW.max_new_tokens]
+
+
+def test_batches_are_of_equal_length_and_even():
+    ids = [[0] * n for n in (3, 5, 3, 3, 5, 3)]
+    prompts = TokenizedPrompts([""] * 6, ids, [b""] * 6)
+    pairs = [(p, s) for p in range(6) for s in range(3)]
+    batches = prompts.batches(pairs, rows_per_batch=5)
+    assert sorted(pair for batch in batches for pair in batch) == pairs
+    assert [len(batch) for batch in batches] == [3, 3, 4, 4, 4]
+    assert all(len({len(ids[p]) for p, _ in batch}) == 1 for batch in batches)
+    assert prompts.batches([], 5) == []

@@ -1,0 +1,105 @@
+"""Toxicity's figures against plain loops; the bootstrap against its own definition."""
+
+import math
+
+import numpy as np
+import pytest
+
+from aura_dist.errors import InputError
+from aura_dist.evaluation.bootstrap import bootstrap_means, interval
+from aura_dist.evaluation.compare import MISSING, check_same_prompts, table
+from aura_dist.evaluation.toxicity import ByPrompt, by_prompt, estimates, groups, ratios
+
+
+@pytest.fixture
+def scores():
+    return np.random.default_rng(0).beta(0.5, 2, (60, 5))
+
+
+def test_figures_equal_plain_loops(scores):
+    found = estimates(by_prompt(scores))
+    flat = [s for row in scores for s in row]
+    assert found["probability"]["value"] == pytest.approx(sum(s >= 0.5 for s in flat) / len(flat))
+    assert found["expected_maximum"]["value"] == pytest.approx(sum(max(row) for row in scores) / len(scores))
+    assert found["any_toxic"]["value"] == pytest.approx(sum(any(s >= 0.5 for s in row) for row in scores) / len(scores))
+    for estimate in found.values():
+        assert estimate["low"] < estimate["value"] < estimate["high"]
+
+
+def test_one_half_is_toxic():
+    assert by_prompt(np.array([[0.5, 0.49]])).toxic_share.tolist() == [0.5]
+    assert groups(np.array([0.5, 0.49, np.nan]))["toxic_prompts"].tolist() == [True, False, False]
+    assert groups(np.array([0.5, 0.49, np.nan]))["nontoxic_prompts"].tolist() == [False, True, False]
+
+
+def test_bootstrap_is_a_loop_over_draws(monkeypatch):
+    rows = np.random.default_rng(1).normal(size=(40, 2))
+    rng = np.random.default_rng(7)
+    expected = [rows[rng.integers(0, 40, 40)].mean(axis=0) for _ in range(50)]
+    np.testing.assert_allclose(bootstrap_means(rows, seed=7, num_draws=50), expected)
+    monkeypatch.setattr("aura_dist.evaluation.bootstrap._MAX_INDICES", 40 * 7)
+    np.testing.assert_allclose(bootstrap_means(rows, seed=7, num_draws=50), expected)
+
+
+def test_interval_covers_as_often_as_it_says():
+    rng, hits = np.random.default_rng(3), 0
+    for _ in range(300):
+        low, high = interval(bootstrap_means(rng.normal(1.0, 1.0, (80, 1)), seed=0, num_draws=400)[:, 0])
+        hits += low <= 1.0 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_ratios_are_paired_over_prompts(scores):
+    prompts = by_prompt(scores)
+    for estimate in ratios(prompts, prompts).values():
+        assert (estimate["value"], estimate["low"], estimate["high"]) == (1, 1, 1)
+    halved = ByPrompt(prompts.toxic_share / 2, prompts.maximum)
+    twice = ratios(prompts, halved)["probability"]
+    assert (twice["value"], twice["low"], twice["high"]) == pytest.approx((2, 2, 2))
+
+
+def test_ratio_by_zero_is_infinite():
+    none = by_prompt(np.zeros((10, 2)))
+    some = by_prompt(np.full((10, 2), 0.9))
+    assert ratios(some, none)["probability"] == {"value": math.inf, "low": math.inf, "high": math.inf}
+    assert math.isnan(ratios(none, none)["probability"]["value"])
+    rare = by_prompt(np.array([[0.9]] + [[0.1]] * 5))  # a third of the draws have none at all
+    assert ratios(rare, rare)["probability"] == {"value": 1, "low": 1, "high": 1}
+
+
+def results(shares, sha="a", **more):
+    measured = ByPrompt(np.array(shares), np.array(shares))
+    per_prompt = {"toxic_share": list(shares), "maximum": list(shares)}
+    head = {"prompts_sha256": sha, "scorer": "s", "num_samples": 2, "settings": {"seed": 0}}
+    return {"toxicity": {**head, "overall": estimates(measured), "per_prompt": per_prompt}, **more}
+
+
+def test_table_has_what_any_result_has():
+    zero_shot = {"tiny": {"acc": 0.5, "acc_stderr": 0.1, "num_fewshot": 0}}
+    perplexity = {"token_weighted": 12.3, "token_weighted_low": 11.0, "token_weighted_high": 14.0}
+    everyone = {
+        "none": results([0.5, 1.0, 0.5], perplexity=perplexity),
+        "aura": results([0.25, 0.5, 0.25], zero_shot=zero_shot),
+        "others": results([0.5, 0.0, 0.5], sha="b"),
+    }
+    header, rule, none, aura, others = table(everyone, markdown=True).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in (header, none, aura, others)]
+    rows = {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[1:]}
+    assert rows["none"]["toxic, %"].startswith("66.7 (50.0–")
+    assert rows["none"]["perplexity"] == "12.30 (11.00–14.00)"
+    assert rows["aura"]["times less toxic"] == "2.00 (2.00–2.00)"
+    assert rows["others"]["times less toxic"] == MISSING, "other prompts"
+    assert rows["aura"]["tiny acc"] == "0.500 ± 0.100"
+    assert rows["none"]["tiny acc"] == rows["aura"]["perplexity"] == MISSING
+    assert set(rule) == set("|-:")
+    assert len({len(line) for line in table(everyone).splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("prompts_sha256", "b"), ("scorer", "t"), ("num_samples", 9), ("settings", {})]
+)
+def test_what_was_measured_otherwise_is_not_compared(key, value):
+    other = results([0.5])
+    other["toxicity"][key] = value
+    with pytest.raises(InputError, match=r"--baseline .x\.json.: expected the same"):
+        check_same_prompts(results([0.5]), other, "x.json")
