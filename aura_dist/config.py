@@ -38,9 +38,12 @@ Temperature = Annotated[float, Meta(ge=0.0)]
 DEFAULT_ALPHA = 0.5
 
 
-def option(help_text: str, default: Any = MISSING, *, distinct: bool = False) -> Any:
-    """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats."""
-    metadata = {"help": help_text, "distinct": distinct, "may_be_empty": default == []}
+def option(help_text: str, default: Any = MISSING, *, distinct: bool = False, file_only: bool = False) -> Any:
+    """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats.
+
+    What is `file_only` has no flag: it is too large for a command line.
+    """
+    metadata = {"help": help_text, "distinct": distinct, "may_be_empty": default == [], "file_only": file_only}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -211,16 +214,34 @@ class DemoConfig:
     overwrite: bool = option("delete the store of an earlier run that is already there", False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Run a grid of settings, every collection, scoring and fit once, on this machine or on Slurm."""
+
+    grid: Any = option("setting → list of values, or a list of such grids; see configs/sweep-*.yaml", file_only=True)
+    out: str = option("directory of the sweep, on a file system that all its machines see")
+    launcher: Literal["local", "slurm"] = option("where the jobs run", "local")
+    jobs: PositiveInt = option("local: jobs that run at the same time; they share the GPUs", 1)
+    ranks: PositiveInt = option("local: processes of a collection or an evaluation, started by torchrun", 1)
+    resources: dict[str, Any] = option(
+        "slurm: submitit's parameters, such as timeout_min=60; in a file, a stage's own under its name", {}
+    )
+    retries: Annotated[int, Meta(ge=0)] = option("how often a job that failed is tried again", 2)
+    dry_run: bool = option("print cells, jobs and what the collections take, and run nothing", False)
+
+
 @dataclass(frozen=True)
 class Verb:
     """One command: its settings, and the stage module whose `run(config)` does the work.
 
     The section of a settings file that belongs to the verb `inherits` counts for this one too, below its own.
+    A verb that `takes_file` is called `run(config, document)`, with all that the file says.
     """
 
     config: type
     stage: str
     inherits: str | None = None
+    takes_file: bool = False
 
     @property
     def summary(self) -> str:
@@ -235,6 +256,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb(GenerateConfig, "aura_dist.stages.generate"),
     "evaluate": Verb(EvaluateConfig, "aura_dist.stages.evaluate"),
     "export": Verb(ExportConfig, "aura_dist.stages.export"),
+    "sweep": Verb(SweepConfig, "aura_dist.stages.sweep", takes_file=True),
     "demo": Verb(DemoConfig, "aura_dist.demo"),
 }
 
