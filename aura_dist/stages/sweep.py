@@ -196,9 +196,10 @@ class Sweep:
     def write_table(self) -> None:
         """Replace table.parquet and table.csv."""
         import pandas as pd
+        from pandas.api.types import is_object_dtype
 
         table = pd.DataFrame(self.rows()).convert_dtypes()
-        for name in table.columns[table.dtypes == object]:  # of several types; a column of Parquet is of one
+        for name in filter(lambda n: is_object_dtype(table[n]), table):  # of several types; Parquet takes one
             table[name] = table[name].map(str, na_action="ignore").astype("string")
         aside = self._out / ".table.parquet"
         table.to_parquet(aside, index=False)
