@@ -99,6 +99,9 @@ class CollectConfig(ModelOptions, InterventionOptions):
     store: str = option("the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
     overwrite: bool = option("delete a store that is already there", False)
     tokens_per_batch: PositiveInt = option("upper bound on padded tokens in one forward", 4096)
+    max_attempts: Annotated[int, Meta(ge=0)] = option(
+        "stop if so many launches in all died in the same task; 0 goes on for ever", 3
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

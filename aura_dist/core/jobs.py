@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from aura_dist.core.grid import EXECUTION, STAGES, Cell
@@ -110,7 +109,7 @@ def _job(stage: str, settings: Mapping[str, Any], before: Mapping[str, Job]) -> 
 
 def _label(stage: str, settings: Mapping[str, Any], parents: Sequence[Job]) -> str:
     """What a person looks for first; a function of the settings alone."""
-    model = PurePath(str(settings.get("model", ""))).name
+    model = str(settings.get("model", "")).rstrip("/").rpartition("/")[2]
     if stage == "collect":
         words = [model, *settings.get("modules", ["mlp"]), *settings.get("pooling", ["max"])]
     elif stage == "fit":

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import zarr
 from transformers import PreTrainedModel
 
 from aura_dist.config import CollectConfig
@@ -45,7 +46,7 @@ from aura_dist.runtime.signals import StopFlag
 from aura_dist.runtime.team import Team
 from aura_dist.store.access import exists, open_group
 from aura_dist.store.artifact import Intervention
-from aura_dist.store.record import check_same, nonfinite_responses, unfinished
+from aura_dist.store.record import check_same, counted_attempts, most_attempted, nonfinite_responses, unfinished
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,20 @@ def prepare_store(config: CollectConfig, spec: StoreSpec, samples: Samples) -> l
         create_store(config.store, spec, samples, _provenance(config))
     group = open_group(config.store)
     check_same(config.store, group, spec, samples)
+    check_attempts(config, group, tasks_of(samples.num_tokens, spec.tokens_per_batch))
     return unfinished(group)
+
+
+def check_attempts(config: CollectConfig, group: zarr.Group, tasks: Sequence[Task]) -> None:
+    """StoreError if launches die in the same task again and again."""
+    index, attempts = most_attempted(group)
+    if config.max_attempts and attempts >= config.max_attempts:
+        task = tasks[index]
+        raise StoreError(
+            f"--store {config.store!r}: {attempts} launches died in task {index} (rows {task.start} to "
+            f"{task.stop - 1}, {task.num_tokens} tokens): expected fewer than {config.max_attempts}; see their last "
+            f"words, give the ranks more memory, and go on with --max-attempts {attempts + 1}"
+        )
 
 
 def collect_tasks(
@@ -88,8 +102,8 @@ def collect_tasks(
     group = open_group(config.store)
     plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
     run = Run(spec, tokens, plans, team, stop)
-    with laid_over(model, config), stop.deferred(), run.writer(group) as writer:
-        stream(model, run, tasks, writer)
+    with laid_over(model, config), stop.deferred(), counted_attempts(group) as begin, run.writer(group) as writer:
+        stream(model, run, tasks, writer, begin)
 
 
 def report(store: str, samples: Samples, spec: StoreSpec) -> None:

@@ -76,6 +76,7 @@ def test_environment_is_touched_in_runtime_alone():
         ("aura_dist.cli", HEAVY),
         ("aura_dist.stages.score", ("torch", "transformers")),
         ("aura_dist.stages.fit", ("torch", "transformers")),
+        ("aura_dist.stages.sweep", ("torch", "transformers", "dask", "zarr", "numba")),
     ],
 )
 def test_importing_is_light(module, absent):
