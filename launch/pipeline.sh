@@ -3,15 +3,17 @@
 #   bash launch/pipeline.sh configs/falcon-40b.yaml
 #
 # collect → score → fit → evaluate as four jobs, each once the one before has succeeded; prints their numbers. RANKS and
-# STEP are sbatch's flags for the stages of many ranks (collect, evaluate) and of one process. The same command again
-# does what is left: a finished store, and finished scores, are left alone.
+# STEP are sbatch's flags for the stages of many ranks (collect, evaluate) and of one process. With WORKERS=N scoring is
+# done by N Dask workers (see score_dask.sh); RANKS_SCRIPT=launch/multi_node.sbatch starts ranks by torchrun. The same
+# command again does what is left: a finished store, and finished scores, are left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 config=${1:?usage: bash launch/pipeline.sh CONFIG.yaml}
 after=""
 for verb in collect score fit evaluate; do
   case $verb in
-  collect | evaluate) script=launch/ranks.sbatch flags=${RANKS:-} ;;
+  collect | evaluate) script=${RANKS_SCRIPT:-launch/ranks.sbatch} flags=${RANKS:-} ;;
+  score) script=launch/$([ -n "${WORKERS:-}" ] && echo score_dask.sh || echo step.sbatch) flags=${STEP:-} ;;
   *) script=launch/step.sbatch flags=${STEP:-} ;;
   esac
   # shellcheck disable=SC2086
