@@ -115,11 +115,16 @@ def interrupt_and_resume(slurm, settings, directory, times):
     for restart in range(1, times + 1):
         wait_until(lambda: num_done(store) > before, log)  # noqa: B023 (called within the turn)
         assert slurm.run("scancel", "--signal=USR1", job).returncode == 0
-        wait_until(lambda: f"Restarts={restart} " in slurm.run("scontrol", "show", "job", job).stdout, log)  # noqa: B023
+        wait_until(lambda: is_requeued(slurm, job, restart), log)  # noqa: B023
         before = num_done(store)
-        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets a requeued job wait
+        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets it wait for two minutes
     assert slurm.wait(job, 180, log) == "COMPLETED", log.read_text()
     assert log.read_text().count("requeued as job") == times, log.read_text()
+
+
+def is_requeued(slurm, job: str, times: int) -> bool:
+    shown = slurm.run("scontrol", "show", "job", job).stdout
+    return f"Restarts={times} " in shown and "JobState=PENDING" in shown
 
 
 def wait_until(reached: Callable[[], bool], log: Path) -> None:
