@@ -318,6 +318,8 @@ def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     for spec in fields(config):  # type: ignore[arg-type]
         if spec.name in settings:
             values[spec.name] = _convert(spec, settings[spec.name], types[spec.name])
+        elif _required(spec) and spec.metadata["file_only"]:
+            raise ConfigError(f"{spec.name!r} is required in the config file: {spec.metadata['help']}")
         elif _required(spec):
             raise ConfigError(f"{flag(spec.name)} is required: give the flag, or {spec.name!r} in the config file")
     return config(**values)

@@ -24,7 +24,7 @@ _OURS = {
 # how a stage is run, not what it computes: no axis of a grid, and no part of a job's identity
 EXECUTION = frozenset({
     "sharding", "offload", "max_memory", "offload_folder", "tensor_plan", "device", "dask", "num_workers",
-    "memory_limit", "slurm", "overwrite", "max_attempts",
+    "memory_limit", "slurm", "overwrite", "max_attempts", "continuations_per_batch",
 })  # fmt: skip
 # shared fits: a strength is laid on where the model is evaluated, unless a section says otherwise
 _STRENGTH_OF = "evaluate"

@@ -50,7 +50,7 @@ def cell_row(cell: Cell, chain: Sequence[Job], states: Mapping[str, Mapping[str,
     return {
         **{name: show(value) for name, value in cell.values.items()},
         "state": state,
-        "reason": f"{failed[0].id}: {failed[1]['reason']}" if failed else "",
+        "reason": f"{failed[0].id}: {failed[1]['reason']}" if failed else None,
         "seconds": of[-1]["seconds"],
         "attempts": of[-1]["attempts"],
         "output": chain[-1].product,

@@ -40,7 +40,7 @@ def run(config: SweepConfig, document: Mapping[str, Any]) -> None:
     """Run what is left of the grid; SweepError that names a reason if cells failed."""
     known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
     cells = make_cells(document, known)
-    graph = make_graph(cells, [_resolved(cell) for cell in cells])
+    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
     if config.dry_run:
         print(dry_run(config, document, cells, graph))
         return
@@ -55,7 +55,7 @@ def run(config: SweepConfig, document: Mapping[str, Any]) -> None:
     sweep.report()
 
 
-def _resolved(cell: Cell) -> dict[str, dict[str, Any]]:
+def resolved_settings(cell: Cell) -> dict[str, dict[str, Any]]:
     """Stage → checked settings that differ from their defaults."""
     found = {}
     for stage, settings in cell.settings.items():

@@ -107,10 +107,11 @@ def test_failed_and_killed_cells_leave_the_others_alone_and_a_rerun_does_what_is
         assert (sweep / after[name]["log"]).read_text().count("wrote") == 1, "collected once"
 
 
+@pytest.mark.slow
 def test_warned_collection_of_a_sweep_goes_on_where_it_was(slurm, grid, tmp_path):
     """Over two nodes, one rank each; submitit queues the job again at Slurm's warning."""
     document = yaml.safe_load(grid.read_text())
-    document["collect"] |= {"num_positive": 150, "num_negative": 150, "tokens_per_batch": 48, "modules": ["all"]}
+    document["collect"] |= {"num_positive": 200, "num_negative": 200, "tokens_per_batch": 48, "modules": ["all"]}
     document |= {"sharding": "fsdp", "grid": {"method": ["aura"]}}
     document["resources"]["collect"] = {"nodes": 2, "tasks_per_node": 1}
     grid.write_text(yaml.safe_dump(document))
@@ -118,7 +119,7 @@ def test_warned_collection_of_a_sweep_goes_on_where_it_was(slurm, grid, tmp_path
     slurm.env["MASTER_ADDR"] = "127.0.0.1"  # no host of this machine is named n1
     driver = start(slurm, grid)
     number = str(wait_for(lambda: running(sweep, "collect")))
-    wait_for(lambda: any(f.read_bytes() != b"" for f in sweep.glob("collections/*/store.zarr/activations/*/max/c/0/0")))
+    wait_for(lambda: any(f.read_bytes() != b"" for f in sweep.glob("collections/*/store.zarr/activations/*/max/c/*/0")))
     assert slurm.run("scancel", "--signal=USR1", number).returncode == 0
     wait_for(lambda: slurm.queue().get(number) == "PENDING")
     (state,) = (s for s in states(sweep).values() if s["stage"] == "collect")
