@@ -117,7 +117,7 @@ def interrupt_and_resume(slurm, settings, directory, times):
         assert slurm.run("scancel", "--signal=USR1", job).returncode == 0
         wait_until(lambda: is_requeued(slurm, job, restart), log)  # noqa: B023
         before = num_done(store)
-        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets it wait for two minutes
+        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+4")  # Slurm lets it wait for two minutes
     assert slurm.wait(job, 180, log) == "COMPLETED", log.read_text()
     assert log.read_text().count("requeued as job") == times, log.read_text()
 

@@ -124,7 +124,7 @@ def test_warned_collection_of_a_sweep_goes_on_where_it_was(slurm, grid, tmp_path
     wait_for(lambda: slurm.queue().get(number) == "PENDING")
     (state,) = (s for s in states(sweep).values() if s["stage"] == "collect")
     assert (state["state"], state["attempts"]) == ("queued", 0), "a warning is no failure"
-    slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+    slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now+4")
     said = driver.communicate(timeout=200)[1]
     assert driver.returncode == 0, f"{said}\n{tail(list((sweep / 'logs').iterdir()))}"
     (state,) = (s for s in states(sweep).values() if s["stage"] == "collect")
