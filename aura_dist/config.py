@@ -387,7 +387,7 @@ def _holds_nul(value: Any) -> bool:
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,999}")  # Python reads no more than 4,300 digits
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Any: "a value"}
 _BOUNDS = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
 
 
