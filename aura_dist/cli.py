@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks of errors")
         types = hints(verb.config)
         for spec in fields(verb.config):
-            _add_option(sub, spec, types[spec.name])
+            if not spec.metadata["file_only"]:
+                _add_option(sub, spec, types[spec.name])
     return parser
 
 
@@ -140,7 +141,11 @@ def run(argv: Sequence[str] | None = None) -> None:
 
     configure_logging(debug=debug)
     keep_freed_memory()
-    import_module(VERBS[name].stage).run(config)
+    stage = import_module(VERBS[name].stage)
+    if VERBS[name].takes_file:
+        stage.run(config, document)
+    else:
+        stage.run(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,12 +40,21 @@ DEFAULT_ALPHA = 0.5
 MIN_TEMPERATURE = 1e-3
 
 
-def option(help_text: str, default: Any = MISSING, *, distinct: bool = False, place: str | None = None) -> Any:
+def option(
+    help_text: str, default: Any = MISSING, *, distinct: bool = False, place: str | None = None, file_only: bool = False
+) -> Any:
     """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats.
 
-    One with a `place` stands on the command line without a flag, and is shown there under that name.
+    One with a `place` stands on the command line without a flag, and is shown there under that name. What is
+    `file_only` has no flag: it is too large for a command line.
     """
-    metadata = {"help": help_text, "distinct": distinct, "may_be_empty": default == [], "place": place}
+    metadata = {
+        "help": help_text,
+        "distinct": distinct,
+        "may_be_empty": default == [],
+        "place": place,
+        "file_only": file_only,
+    }
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -101,6 +110,9 @@ class CollectConfig(ModelOptions, InterventionOptions):
     store: str = option("the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
     overwrite: bool = option("delete a store that is already there", False)
     tokens_per_batch: PositiveInt = option("upper bound on padded tokens in one forward", 4096)
+    max_attempts: Annotated[int, Meta(ge=0)] = option(
+        "stop if so many launches in all died in the same task; 0 goes on for ever", 3
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,16 +280,34 @@ class StatusConfig:
     run_dir: str = option("a run directory, or a directory of many", place="RUN_DIR")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Run a grid of settings, every collection, scoring and fit once, on this machine or on Slurm."""
+
+    grid: Any = option("setting → list of values, or a list of such grids; see configs/sweep-*.yaml", file_only=True)
+    out: str = option("directory of the sweep, on a file system that all its machines see")
+    launcher: Literal["local", "slurm"] = option("where the jobs run", "local")
+    jobs: PositiveInt = option("local: jobs that run at the same time; they share the GPUs", 1)
+    ranks: PositiveInt = option("local: processes of a collection or an evaluation, started by torchrun", 1)
+    resources: dict[str, Any] = option(
+        "slurm: submitit's parameters, such as timeout_min=60; in a file, a stage's own under its name", {}
+    )
+    retries: Annotated[int, Meta(ge=0)] = option("how often a job that failed is tried again", 2)
+    dry_run: bool = option("print cells, jobs and what the collections take, and run nothing", False)
+
+
 @dataclass(frozen=True)
 class Verb:
     """One command: its settings, and the stage module whose `run(config)` does the work.
 
     The section of a settings file that belongs to the verb `inherits` counts for this one too, below its own.
+    A verb that `takes_file` is called `run(config, document)`, with all that the file says.
     """
 
     config: type
     stage: str
     inherits: str | None = None
+    takes_file: bool = False
 
     @property
     def summary(self) -> str:
@@ -294,6 +324,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb(ExportConfig, "aura_dist.stages.export"),
     "report": Verb(ReportConfig, "aura_dist.stages.report"),
     "status": Verb(StatusConfig, "aura_dist.stages.status"),
+    "sweep": Verb(SweepConfig, "aura_dist.stages.sweep", takes_file=True),
     "demo": Verb(DemoConfig, "aura_dist.demo"),
 }
 
@@ -352,6 +383,8 @@ def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     for spec in fields(config):  # type: ignore[arg-type]
         if spec.name in settings:
             values[spec.name] = _convert(spec, settings[spec.name], types[spec.name])
+        elif _required(spec) and spec.metadata["file_only"]:
+            raise ConfigError(f"{spec.name!r} is required in the config file: {spec.metadata['help']}")
         elif _required(spec):
             give = "give it" if place_of(spec) else "give the flag"
             raise ConfigError(f"{shown_name(spec)} is required: {give}, or {spec.name!r} in the config file")
@@ -432,7 +465,7 @@ def _holds_nul(value: Any) -> bool:
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,999}")  # Python reads no more than 4,300 digits
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Any: "a value"}
 _BOUNDS = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
 
 

@@ -64,3 +64,7 @@ class RunInterruptedError(AuraError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+class SweepError(AuraError):
+    """Some cells of a sweep failed; the others are done."""

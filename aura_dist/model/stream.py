@@ -6,7 +6,7 @@ stop, and one that has no batch left runs an empty turn.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,8 +97,16 @@ class Run:
             commit(group, task, found)
 
 
-def stream(model: PreTrainedModel, run: Run, tasks: Sequence[Task], writer: ChunkWriter) -> None:
+def stream(
+    model: PreTrainedModel,
+    run: Run,
+    tasks: Sequence[Task],
+    writer: ChunkWriter,
+    begin: Callable[[int], None] = lambda task: None,
+) -> None:
     """Run this rank's share of `tasks` through a base model and hand the pooled responses to the writer.
+
+    `begin` is called with each task that this row worker begins, by its first rank.
 
     Raises
     ------
@@ -117,6 +125,8 @@ def stream(model: PreTrainedModel, run: Run, tasks: Sequence[Task], writer: Chun
         turn = _Turn(run, writer, capture, exchange, progress)
         while (round_ := _claim(team, queue)) is not None:
             mine, longest = round_
+            if mine is not None and team.world.column_rank == 0:
+                begin(mine.index)
             steps = run.steps(mine) if mine is not None else []
             for step in range(max(len(run.steps(task)) for task in longest)):
                 turn.check()

@@ -56,7 +56,7 @@ class StopFlag:
             signal.signal(number, handler)
 
 
-def interruption(number: int) -> RunInterruptedError:
-    """The error of a run that signal `number` ended."""
+def interruption(number: int, note: str = "") -> RunInterruptedError:
+    """The error of a run that signal `number` ended; `note` is added to what the user is told."""
     name = signal.Signals(number).name
-    return RunInterruptedError(f"{name} received; finished tasks are kept: run the same command to go on", number)
+    return RunInterruptedError(f"{name} received; finished tasks are kept: run the same command to go on{note}", number)

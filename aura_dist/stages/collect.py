@@ -47,7 +47,7 @@ from aura_dist.runtime.signals import StopFlag
 from aura_dist.runtime.team import Team
 from aura_dist.store.access import exists, open_group
 from aura_dist.store.artifact import Intervention
-from aura_dist.store.record import check_same, nonfinite_responses, unfinished
+from aura_dist.store.record import check_same, counted_attempts, most_attempted, nonfinite_responses, unfinished
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
 from aura_dist.store.times import COLLECTED, add_times
 
@@ -79,7 +79,20 @@ def prepare_store(config: CollectConfig, spec: StoreSpec, samples: Samples) -> l
         create_store(config.store, spec, samples, _provenance(config))
     group = open_group(config.store)
     check_same(config.store, group, spec, samples)
+    check_attempts(config, group, tasks_of(samples.num_tokens, spec.tokens_per_batch))
     return unfinished(group)
+
+
+def check_attempts(config: CollectConfig, group: zarr.Group, tasks: Sequence[Task]) -> None:
+    """StoreError if launches die in the same task again and again."""
+    index, attempts = most_attempted(group)
+    if config.max_attempts and attempts >= config.max_attempts:
+        task = tasks[index]
+        raise StoreError(
+            f"--store {config.store!r}: {attempts} launches died in task {index} (rows {task.start} to "
+            f"{task.stop - 1}, {task.num_tokens} tokens): expected fewer than {config.max_attempts}; see their last "
+            f"words, give the ranks more memory, and go on with --max-attempts {attempts + 1}"
+        )
 
 
 def collect_tasks(
@@ -94,8 +107,8 @@ def collect_tasks(
     run = Run(spec, tokens, plans, team, stop)
     loaded = time.perf_counter()
     try:
-        with laid_over(model, config), stop.deferred(), run.writer(group) as writer:
-            stream(model, run, tasks, writer)
+        with laid_over(model, config), stop.deferred(), counted_attempts(group) as begin, run.writer(group) as writer:
+            stream(model, run, tasks, writer, begin)
     except RunInterruptedError:
         _note_times(group, team, loaded - begun, loaded)
         raise

@@ -1,14 +1,15 @@
 """The record of finished tasks, and the comparison that stands before going on with a store."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import zarr
 
-from aura_dist.errors import StoreError
+from aura_dist.errors import AuraError, StoreError
 from aura_dist.store.access import get_array, read_array
-from aura_dist.store.schema import DONE, NONFINITE, Samples, StoreSpec, activation_path
+from aura_dist.store.schema import ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
 
 # names for people: a moved file or a renamed directory is still the same data and model
 _NOT_COMPARED = {"name", "revision", "path"}
@@ -68,6 +69,47 @@ def commit(group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
         counts = np.array([nonfinite.get(name, 0) for name in response_names(group)], dtype=np.int64)
         get_array(group, NONFINITE)[task] = counts
     get_array(group, DONE)[task] = 1
+    if ATTEMPTS in group:
+        get_array(group, ATTEMPTS)[task] = 0
+
+
+def most_attempted(group: zarr.Group) -> tuple[int, int]:
+    """Of the unfinished tasks the one that most launches died in, and how many; (0, 0) where none is left."""
+    left = unfinished(group)
+    if not left or ATTEMPTS not in group:  # a store of an earlier version
+        return 0, 0
+    attempts = read_array(group, ATTEMPTS)
+    task = max(left, key=lambda t: int(attempts[t]))
+    return task, int(attempts[task])
+
+
+@contextmanager
+def counted_attempts(group: zarr.Group) -> Iterator[Callable[[int], None]]:
+    """Context in which a rank runs tasks; gives what to call when it begins one.
+
+    The count of a task is raised when it is begun and set back when it is committed, or when the run ends in an
+    orderly way: by a signal, by an error that says what to change, by another rank's failure. What is left is the
+    count of launches that died in it.
+    """
+    begun: list[int] = []
+
+    def begin(task: int) -> None:
+        if ATTEMPTS in group:
+            _add_attempt(group, task, 1)
+            begun.append(task)
+
+    try:
+        yield begin
+    except (AuraError, KeyboardInterrupt):
+        with suppress(OSError, StoreError):  # the error that ends the run is the one to be told
+            for task in set(begun) & set(unfinished(group)):
+                _add_attempt(group, task, -1)
+        raise
+
+
+def _add_attempt(group: zarr.Group, task: int, amount: int) -> None:
+    array = get_array(group, ATTEMPTS)
+    array[task] = max(0, min(255, int(np.asarray(array[task])) + amount))
 
 
 def nonfinite_responses(group: zarr.Group) -> dict[str, int]:

@@ -5,6 +5,7 @@ STORE.zarr                             attributes: see `StoreSpec`; `created`, w
   samples/{row, num_tokens, label}     [sample], [sample], [sample, concept]
   activations/<site>/<pooling>         [sample, neuron]
   progress/done                        [task] uint8, one chunk each
+  progress/attempts                    [task] uint8, one chunk each: launches that died in it (see `record.py`)
   progress/nonfinite                   [task, response array] int64, one chunk a task: NaN and infinite responses
   scores/<site>/<pooling>/<statistic>  [concept, neuron]   (see `scores.py`)
 ```
@@ -24,7 +25,7 @@ from aura_dist.core.sites import Site
 from aura_dist.errors import StoreError
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, fast_codecs, get_array, store_at
 
-DONE, NONFINITE = "progress/done", "progress/nonfinite"
+DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"
 
 # poolings that return one of the layer's own outputs: exact in the layer's own dtype
 SELECTING_POOLINGS = frozenset({"max", "min", "last", "absmax"})
@@ -160,6 +161,7 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
             _add(root, "samples/label", samples.label, ("sample", "concept"))
             done = np.zeros(len(tasks_of(samples.num_tokens, spec.tokens_per_batch)), dtype=np.uint8)
             _add(root, DONE, done, ("task",), chunks=(1,))
+            _add(root, ATTEMPTS, done, ("task",), chunks=(1,))
             num_arrays = len(spec.sites) * len(spec.poolings)
             _empty(root, NONFINITE, (len(done), num_arrays), (1, num_arrays), np.int64, ("task", "array"), 0)
             for site in spec.sites:

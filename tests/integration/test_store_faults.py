@@ -1,5 +1,6 @@
 """What is written stays written: interruption, resume, failing writes, damaged chunks, flat memory."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from aura_dist.cli import main
 from aura_dist.model.capture import Capture
 from aura_dist.store import writer as writer_module
 from aura_dist.store.access import open_group
-from aura_dist.store.record import nonfinite_responses
+from aura_dist.store.record import most_attempted, nonfinite_responses, unfinished
 from tests.memory import peak_of
 from tests.models import LLAMA_LIKE, tiny_tokenizer
 
@@ -54,6 +55,53 @@ def test_resumed_equals_uninterrupted_bit_for_bit(batches, whole, tiny_dir, sent
     assert main(command) == 130
     monkeypatch.setattr(Capture, "run", run)
     assert main(["score", "--store", str(store)]) == 2, "an unfinished store is not scored"
+    assert main(command) == 0
+    assert chunk_files(store) == chunk_files(whole)
+
+
+def fail_always(monkeypatch, error):
+    """Every launch dies in the batch after the fifth."""
+    run, turns = Capture.run, {"left": 0}
+
+    def failing(self, *args):
+        turns["left"] -= 1
+        if turns["left"] < 0:
+            raise error
+        run(self, *args)
+
+    monkeypatch.setattr(Capture, "run", failing)
+
+    def attempt(command):
+        turns["left"] = 5
+        return main(command)
+
+    return attempt
+
+
+def test_task_in_which_three_launches_died_stops_the_fourth(whole, tiny_dir, sentences_csv, tmp_path, capsys):
+    store = tmp_path / "store.zarr"
+    command = arguments(tiny_dir("llama"), sentences_csv, store)
+    with pytest.MonkeyPatch.context() as patch:
+        attempt = fail_always(patch, RuntimeError("CUDA out of memory"))
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                attempt(command)
+            assert "launches died" not in capsys.readouterr().err
+        assert attempt(command) == 2
+    assert re.search(
+        "error: --store .*: 3 launches died in task [0-9]+ .*go on with --max-attempts 4", capsys.readouterr().err
+    )
+    assert main([*command, "--max-attempts", "4"]) == 0
+    assert chunk_files(store) == chunk_files(whole)
+
+
+def test_orderly_ends_are_not_counted(whole, tiny_dir, sentences_csv, tmp_path):
+    store = tmp_path / "store.zarr"
+    command = arguments(tiny_dir("llama"), sentences_csv, store)
+    with pytest.MonkeyPatch.context() as patch:
+        attempt = fail_always(patch, KeyboardInterrupt())
+        assert [attempt(command) for _ in range(4)] == [130] * 4
+    assert most_attempted(open_group(str(store))) == (min(unfinished(open_group(str(store)))), 0)
     assert main(command) == 0
     assert chunk_files(store) == chunk_files(whole)
 

@@ -30,6 +30,9 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
+SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=0,bf_interval=1,bf_min_age_reserve=0
+MinJobAge=300
+JobRequeue=1
 MpiDefault=none
 SlurmctldPort=16917
 StateSaveLocation=$state/control

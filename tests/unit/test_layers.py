@@ -78,6 +78,7 @@ def test_environment_is_touched_in_runtime_alone():
         ("aura_dist.stages.fit", ("torch", "transformers")),
         ("aura_dist.stages.report", ("torch", "transformers", "matplotlib", "jinja2")),
         ("aura_dist.stages.status", ("torch", "transformers", "matplotlib", "jinja2")),
+        ("aura_dist.stages.sweep", ("torch", "transformers", "dask", "zarr", "numba")),
     ],
 )
 def test_importing_is_light(module, absent):

@@ -1,0 +1,90 @@
+"""Jobs as processes of this machine, some at a time."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from aura_dist.runtime.job_command import JobCommand
+
+STOP_SECONDS = 60.0
+_INTERRUPTED = 128 + signal.SIGTERM
+
+
+class LocalLauncher:
+    """Starts jobs as processes; each of `num_slots` runs one job at a time, on its share of the GPUs.
+
+    Parameters
+    ----------
+    num_slots
+        Jobs that run at the same time.
+    keep_open
+        File that the processes inherit, so that a lock on it lasts as long as they do.
+    """
+
+    poll_seconds = 0.1
+
+    def __init__(self, num_slots: int, keep_open: int | None = None) -> None:
+        self._slots: list[tuple[JobCommand, subprocess.Popen[str]] | None] = [None] * num_slots
+        self._keep_open = () if keep_open is None else (keep_open,)
+        self._gpus = visible_gpus()
+
+    @property
+    def room(self) -> int:
+        """Jobs that can be started now."""
+        return self._slots.count(None)
+
+    def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
+        """Jobs that go on from an earlier run of the sweep: none, as its processes end with it."""
+        return []
+
+    def start(self, commands: Sequence[JobCommand]) -> None:
+        for command in commands:
+            slot = self._slots.index(None)
+            command.write(command.state.begun())
+            with command.open_log() as log:
+                process = command.start(log, gpus=self._share(slot, command.ranks), keep_open=self._keep_open)
+            self._slots[slot] = command, process
+
+    def ended(self) -> list[str]:
+        """Names of the jobs that have ended since the last call; their states are written."""
+        found = []
+        for slot, running in enumerate(self._slots):
+            if running is not None and (code := running[1].poll()) is not None:
+                running[0].end(code)
+                self._slots[slot] = None
+                found.append(running[0].job)
+        return found
+
+    def stop(self) -> str:
+        """End all processes, in an orderly way where they can; what to tell the user."""
+        running = [entry for entry in self._slots if entry is not None]
+        for _, process in running:
+            process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + STOP_SECONDS
+        for command, process in running:
+            try:
+                code = process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait()
+            command.end(0 if code == 0 else _INTERRUPTED)
+        self._slots = [None] * len(self._slots)
+        return ""
+
+    def _share(self, slot: int, ranks: int) -> list[str]:
+        """GPUs of a slot; none named if one slot has all, or there are too few to share."""
+        if len(self._slots) == 1 or len(self._gpus) < len(self._slots) * ranks:
+            return self._gpus[slot * ranks % len(self._gpus) :][:ranks] if self._gpus and len(self._slots) > 1 else []
+        size = len(self._gpus) // len(self._slots)
+        return self._gpus[slot * size : (slot + 1) * size]
+
+
+def visible_gpus() -> list[str]:
+    """Those that CUDA_VISIBLE_DEVICES names, else all of this machine."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    return sorted((p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia[0-9]*")), key=int)

@@ -1,0 +1,216 @@
+"""Jobs through Slurm, submitted as arrays by submitit. A job keeps its own state file, so that it needs no driver.
+
+Whether a job is still in the queue is asked of `squeue`: submitit asks Slurm's accounting, which many sites lack.
+"""
+
+import getpass
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from aura_dist.errors import ClusterError, ConfigError, brief
+from aura_dist.runtime.job_command import JobCommand
+
+logger = logging.getLogger(__name__)
+
+# Slurm's warning; submitit's own choice, USR2, would kill the stages, which Slurm signals too
+WARNING = "USR1"
+SQUEUE_SECONDS = 5.0
+# a requeued or ending job may be missing from one answer
+MISSES = 2
+# a collection goes on where it was: any number of time limits is well
+MAX_TIMEOUTS = 1000
+_RANKED = ("collect", "evaluate")
+_LOST = "the Slurm job is gone without a word: cancelled, killed or out of memory; see {log} and `sacct`"
+
+
+class SlurmLauncher:
+    """Submits jobs, one array a stage, and follows them.
+
+    Parameters
+    ----------
+    directory
+        Of the sweep; Slurm's and submitit's own files go into its `slurm`.
+    resources
+        Parameters of submitit's AutoExecutor; a mapping under a stage's name is for that stage.
+    """
+
+    poll_seconds = 1.0
+
+    def __init__(self, directory: Path, resources: Mapping[str, Any]) -> None:
+        if shutil.which("sbatch") is None:
+            raise ClusterError("--launcher slurm: expected Slurm's sbatch on this machine, found none; use local")
+        self._directory, self._resources = directory, resources
+        self._executors: dict[str, Any] = {}
+        self._watched: dict[str, _Watched] = {}
+        self._asked = 0.0
+
+    @property
+    def room(self) -> int:
+        """Jobs that can be submitted now: Slurm's queue holds any number; `slurm_array_parallelism` limits it."""
+        return 1000
+
+    def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
+        """Jobs of an earlier run of the sweep that are still in the queue."""
+        listed = _queue() or set()
+        for command in commands:
+            path = self._id_path(command)
+            slurm_id = path.read_text().strip() if path.exists() else ""
+            if slurm_id in listed:
+                self._watched[command.job] = _Watched(command, slurm_id)
+        return list(self._watched)
+
+    def start(self, commands: Sequence[JobCommand]) -> None:
+        for stage in dict.fromkeys(command.stage for command in commands):
+            mine = [command for command in commands if command.stage == stage]
+            executor = self._executor(stage)
+            try:
+                with executor.batch():
+                    submitted = [executor.submit(JobTask(command)) for command in mine]
+                ids = [job.job_id for job in submitted]
+            except Exception as error:  # of submitit's and of sbatch's own kinds
+                raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
+            for command, slurm_id in zip(mine, ids, strict=True):
+                self._id_path(command).write_text(f"{slurm_id}\n")
+                self._watched[command.job] = _Watched(command, slurm_id)
+            logger.info("%s: %d jobs submitted as %s", stage, len(mine), ids[0].partition("_")[0])
+
+    def ended(self) -> list[str]:
+        """Names of the jobs that have ended since the last call."""
+        ended = [job for job, entry in self._watched.items() if entry.command.state.state in ("done", "failed")]
+        ended += [job for job in self._gone() if job not in ended]
+        for job in ended:
+            del self._watched[job]
+        return ended
+
+    def stop(self) -> str:
+        """Leave the jobs in the queue."""
+        if not self._watched:
+            return ""
+        arrays = sorted({entry.slurm_id.partition("_")[0] for entry in self._watched.values()})
+        return f"; {len(self._watched)} jobs stay in Slurm's queue (to end them: scancel {' '.join(arrays)})"
+
+    def _gone(self) -> list[str]:
+        """Jobs that left the queue without an end of their own; writes that they failed."""
+        if time.monotonic() - self._asked < SQUEUE_SECONDS:
+            return []
+        self._asked = time.monotonic()
+        listed = _queue()
+        found = []
+        for job, entry in self._watched.items():
+            entry.missed = 0 if listed is None or entry.slurm_id in listed else entry.missed + 1
+            state = entry.command.state
+            if entry.missed >= MISSES and state.state not in ("done", "failed"):
+                entry.command.write(state.lost(_LOST.format(log=state.log)))
+                found.append(job)
+        return found
+
+    def _id_path(self, command: JobCommand) -> Path:
+        return command.config.with_suffix(".slurm")
+
+    def _executor(self, stage: str) -> Any:
+        if stage not in self._executors:
+            self._executors[stage] = make_executor(self._directory / "slurm", stage, self._resources)
+        return self._executors[stage]
+
+
+@dataclass
+class _Watched:
+    """A job in Slurm's queue, and how many answers of squeue in a row lacked it."""
+
+    command: JobCommand
+    slurm_id: str
+    missed: int = 0
+
+
+def stage_resources(resources: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """The parameters of one stage's jobs; `score` and `fit` are single processes."""
+    shared = {name: value for name, value in resources.items() if not isinstance(value, Mapping)}
+    found = {**shared, **(resources.get(stage) or {})}
+    return found if stage in _RANKED else {**found, "nodes": 1, "tasks_per_node": 1}
+
+
+def make_executor(folder: Path, stage: str, resources: Mapping[str, Any]) -> Any:
+    """submitit's executor for one stage's jobs; ConfigError for a parameter that it does not know."""
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = WARNING  # read when submitit is imported, here and in the job
+    try:
+        import submitit
+    except ImportError as error:
+        raise ConfigError("--launcher slurm needs submitit: pip install 'aura-dist[slurm]'") from error
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=MAX_TIMEOUTS)
+    parameters = {"name": f"aura-{stage}", **stage_resources(resources, stage)}
+    try:
+        executor.update_parameters(**parameters)
+    except (ValueError, TypeError, NameError) as error:
+        raise ConfigError(f"resources of {stage}: {brief(error)}") from error
+    return executor
+
+
+def _queue() -> set[str] | None:
+    """Ids of this user's jobs in the queue, array tasks one by one; None if Slurm does not answer."""
+    command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.debug("squeue: %s", error)
+        return None
+    return set(done.stdout.split())
+
+
+class JobTask:
+    """What submitit runs within a Slurm job, on every task of its step; task 0 keeps the state.
+
+    The stage is a process of its own on each task, and forms its ranks from Slurm's variables. Slurm's warning
+    reaches it too; it ends between two batches, and submitit queues the job again.
+    """
+
+    def __init__(self, command: JobCommand) -> None:
+        self.command = command
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self) -> int:
+        leads = os.environ.get("SLURM_PROCID", "0") == "0"
+        if leads:
+            self.command.write(self.command.state.begun())
+        with self.command.open_log() as log:
+            self._process = self.command.start(log)
+            before = signal.signal(signal.SIGTERM, self._forward)
+            try:
+                code = self._process.wait()
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        if leads:
+            self.command.end(code)
+        return code
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def checkpoint(self) -> Any:
+        """submitit's call at Slurm's warning: end the stage, and say with what the requeued job begins."""
+        from submitit.helpers import DelayedSubmission
+
+        code = 0 if self._process is None else _ended(self._process)
+        interrupted = 128 + getattr(signal, f"SIG{WARNING}")
+        self.command.end(code if code == 0 else interrupted)
+        return None if code == 0 else DelayedSubmission(JobTask(self.command))
+
+
+def _ended(process: "subprocess.Popen[str]") -> int:
+    """Exit code of a process after the warning; not through `wait`, whose lock the interrupted call holds."""
+    try:
+        os.kill(process.pid, getattr(signal, f"SIG{WARNING}"))
+        found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    except (ProcessLookupError, ChildProcessError):  # waited for already
+        return 1 if process.returncode is None else process.returncode
+    assert found is not None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status

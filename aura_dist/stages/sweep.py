@@ -1,0 +1,251 @@
+"""sweep: a grid of settings → jobs that share what they have in common → one table. Never imports torch.
+
+Data flow: grid file → cells → graph of jobs (`core/`) → a launcher starts each job as `aura-dist STAGE` once what it
+needs is done, and keeps a state file of it → results files → table. What is done is read from these files alone, so
+that a sweep can be stopped and started again, and grown.
+"""
+
+import csv
+import fcntl
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aura_dist.config import VERBS, SweepConfig, resolve
+from aura_dist.core.grid import STAGES, Cell, make_cells
+from aura_dist.core.jobs import Graph, Job, make_graph
+from aura_dist.core.sweep_table import cell_row, figures, render_plan
+from aura_dist.errors import ConfigError, StoreError, SweepError
+from aura_dist.runtime.job_command import JobCommand
+from aura_dist.runtime.job_cost import Cost, plan_costs
+from aura_dist.runtime.local_jobs import LocalLauncher
+from aura_dist.runtime.signals import StopFlag, interruption
+from aura_dist.runtime.slurm_jobs import SlurmLauncher, stage_resources
+
+logger = logging.getLogger(__name__)
+
+# ranks share what these stages do
+_RANKED = ("collect", "evaluate")
+_PLACES = {"store": "sweep.zarr", "out": "sweep", "intervention": None}
+
+
+def run(config: SweepConfig, document: Mapping[str, Any]) -> None:
+    """Run what is left of the grid; SweepError that names a reason if cells failed."""
+    known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
+    cells = make_cells(document, known)
+    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    if config.dry_run:
+        print(dry_run(config, document, cells, graph))
+        return
+    out = Path(config.out)
+    with locked(out) as lock, StopFlag() as stop, stop.deferred():
+        sweep = Sweep(config, cells, graph)
+        sweep.prepare(document)
+        launcher = (
+            LocalLauncher(config.jobs, lock) if config.launcher == "local" else SlurmLauncher(out, config.resources)
+        )
+        sweep.work(launcher, stop)
+    sweep.report()
+
+
+def resolved_settings(cell: Cell) -> dict[str, dict[str, Any]]:
+    """Stage → checked settings that differ from their defaults."""
+    found = {}
+    for stage, settings in cell.settings.items():
+        specs = fields(VERBS[stage].config)
+        names = {spec.name for spec in specs}
+        # `intervention` of a collection is the user's; of an evaluation it is what the sweep fits
+        places = {k: v for k, v in _PLACES.items() if k in names and not (stage == "collect" and k == "intervention")}
+        try:
+            config: Any = resolve(VERBS[stage].config, {**settings, **places})
+        except ConfigError as error:
+            place = ", ".join(f"{name} {value}" for name, value in cell.values.items() if value is not None)
+            raise ConfigError(f"{stage} of the cell {place}: {error}") from error
+        defaults = {s.name: s.default if s.default_factory is MISSING else s.default_factory() for s in specs}
+        values = {name: getattr(config, name) for name in names - set(places)}
+        found[stage] = {name: value for name, value in values.items() if value != defaults[name]}
+    return found
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[int]:
+    """Within, no other sweep runs in the directory; gives the lock's descriptor. StoreError if one does."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a")
+    except OSError as error:
+        raise StoreError(f"--out {str(out)!r} cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"--out {str(out)!r}: expected no other sweep in it, got one that runs, or a job that it left; "
+                "wait for it, or end it"
+            ) from error
+        yield file.fileno()
+
+
+class Sweep:
+    """The jobs of a sweep and how they stand, by their files."""
+
+    def __init__(self, config: SweepConfig, cells: list[Cell], graph: Graph) -> None:
+        self._config, self._cells, self._graph = config, cells, graph
+        self._out = Path(config.out)
+        local = config.launcher == "local"
+        self._commands = {
+            job.id: JobCommand(
+                self._out, job.id, job.stage, job.needs, config.ranks if local and job.stage in _RANKED else 1
+            )
+            for job in graph.jobs.values()
+        }
+
+    def is_done(self, job: Job) -> bool:
+        """Whether it said so, and what it made is there."""
+        return self._commands[job.id].state.state == "done" and (self._out / job.product).exists()
+
+    def left(self) -> list[Job]:
+        """Jobs that are not done and that some cell still needs, each after those that it needs."""
+        wanted: set[str] = set()
+        for job in reversed(list(self._graph.jobs.values())):
+            if (job.id in self._graph.last or job.id in wanted) and not self.is_done(job):
+                wanted |= {job.id, *job.needs}
+        return [job for job in self._graph.jobs.values() if job.id in wanted and not self.is_done(job)]
+
+    def prepare(self, document: Mapping[str, Any]) -> None:
+        """Write the grid and every job's settings."""
+        (self._out / "jobs").mkdir(exist_ok=True)
+        _replace(self._out / "sweep.yaml", yaml.safe_dump(dict(document), sort_keys=False))
+        for job in self._graph.jobs.values():
+            _replace(self._commands[job.id].config, yaml.safe_dump(self.settings(job), sort_keys=False))
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Of a job, with its paths."""
+        return {**job.settings, **{name: str(self._out / path) for name, path in job.paths.items()}}
+
+    def work(self, launcher: LocalLauncher | SlurmLauncher, stop: StopFlag) -> None:
+        """Start jobs as they become ready, until none is left, or RunInterruptedError at a signal."""
+        left = {job.id: job for job in self.left()}
+        running = set(launcher.adopt([self._commands[job] for job in left]))
+        for job in left.values():
+            if job.id not in running:
+                self._queue(job)
+        logger.info("%d cells: %d jobs, %d to run", len(self._cells), len(self._graph.jobs), len(left))
+        while True:
+            ready = [job for job in left.values() if job.id not in running and self._is_ready(job, left)]
+            starting = [self._commands[job.id] for job in ready[: launcher.room]]
+            launcher.start(starting)
+            running |= {command.job for command in starting}
+            if not running:
+                break
+            time.sleep(launcher.poll_seconds)
+            if stop.received is not None:
+                note = launcher.stop()
+                self.write_table()
+                raise interruption(stop.received, note)
+            for job_id in launcher.ended():
+                running.remove(job_id)
+                self._settle(job_id, left)
+        self.write_table()
+
+    def _queue(self, job: Job) -> None:
+        """As if it had not been tried."""
+        command = self._commands[job.id]
+        command.write(command.state.renewed())
+
+    def _is_ready(self, job: Job, left: Mapping[str, Job]) -> bool:
+        return not any(needed in left for needed in job.needs)
+
+    def _settle(self, job_id: str, left: dict[str, Job]) -> None:
+        """Take a job that is done off the list, one that failed too often with all that waits for it."""
+        state = self._commands[job_id].state
+        if state.state == "done":
+            del left[job_id]
+            logger.info("%s: done in %.0f s; %d jobs left", job_id, state.seconds, len(left))
+        elif state.state == "failed" and state.attempts > self._config.retries:
+            logger.error("%s failed: %s", job_id, state.reason)
+            self._drop(job_id, left)
+        elif state.state == "failed":
+            logger.warning("%s failed, to be tried again: %s", job_id, state.reason)
+        if job_id in self._graph.last:
+            self.write_table()
+
+    def _drop(self, job_id: str, left: dict[str, Job]) -> None:
+        del left[job_id]
+        for waiting in [job.id for job in left.values() if job_id in job.needs]:
+            self._drop(waiting, left)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table: a row a cell."""
+        states = {job: {**asdict(command.state)} for job, command in self._commands.items()}
+        rows = []
+        for cell, last in zip(self._cells, self._graph.last, strict=True):
+            row = cell_row(cell, self._graph.ancestry(last), states)
+            path = self._out / row["output"]
+            found = figures(json.loads(path.read_text())) if row["state"] == "done" and path.suffix == ".json" else {}
+            rows.append({**row, **{name: value for name, value in found.items() if name not in row}})
+        return rows
+
+    def write_table(self) -> None:
+        """Replace table.parquet and table.csv."""
+        import pandas as pd
+        from pandas.api.types import is_object_dtype
+
+        table = pd.DataFrame(self.rows()).convert_dtypes()
+        for name in filter(lambda n: is_object_dtype(table[n]), table):  # of several types; Parquet takes one
+            table[name] = table[name].map(str, na_action="ignore").astype("string")
+        aside = self._out / ".table.parquet"
+        table.to_parquet(aside, index=False)
+        aside.replace(self._out / "table.parquet")
+        _replace(self._out / "table.csv", table.to_csv(index=False, quoting=csv.QUOTE_MINIMAL))
+
+    def report(self) -> None:
+        """Say how the cells stand; SweepError if some failed."""
+        rows = self.rows()
+        failed = [row for row in rows if row["state"] == "failed"]
+        logger.info("wrote %s: %d of %d cells done", self._out / "table.parquet", len(rows) - len(failed), len(rows))
+        names = list(self._cells[0].values)
+        for row in failed:
+            logger.error("failed: %s: %s", ", ".join(f"{name} {row[name]}" for name in names), row["reason"])
+        if failed:
+            raise SweepError(
+                f"{len(failed)} of {len(rows)} cells failed, the first by {failed[0]['reason']}; "
+                "mend the cause and run the same command: it does what is left"
+            )
+
+
+def dry_run(config: SweepConfig, document: Mapping[str, Any], cells: list[Cell], graph: Graph) -> str:
+    """Cells, jobs, and what `plan` says of the collections that are left."""
+    sweep = Sweep(config, cells, graph)
+    left = sweep.left()
+    shared = {k: v for k, v in (document.get("plan") or {}).items() if k not in ("data", "store")}
+    wanted = {job.id: {**sweep.settings(job), **shared, **_launch(config)} for job in left if job.stage == "collect"}
+    costs = plan_costs(wanted)
+    total = Cost.total(costs.values())
+    text = render_plan(cells, graph, left, {job: cost.words for job, cost in costs.items()})
+    note = "scoring, fits and evaluations are not in it" if left else "nothing is left"
+    return f"{text}\n\n{total.words if costs else '0 GPU-hours of collections'} in all; {note}"
+
+
+def _launch(config: SweepConfig) -> dict[str, Any]:
+    """Plan's flags that say how a collection would be started."""
+    if config.launcher == "local":
+        return {"world_size": config.ranks}
+    resources = stage_resources(config.resources, "collect")
+    tasks = int(resources.get("nodes", 1)) * int(resources.get("tasks_per_node", 1))
+    gpu = any("gpu" in name or name == "slurm_gres" for name in resources)
+    return {"world_size": tasks, **({"device": "cuda"} if gpu else {})}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write aside, then rename."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# sbatch launch/score_dask.sh score --config run.yaml [more flags]     (or bash, from a node that may submit jobs)
+#
+# Scoring by Dask workers that are Slurm jobs of their own: WORKERS (4) of them, each as DASK_WORKER says, in words of
+# dask-jobqueue's SLURMCluster ("queue=main cores=8 memory=32GB walltime=1:00:00"), or as `score: {slurm: …}` in the file.
+#SBATCH --job-name=aura-score
+#SBATCH --ntasks=1
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+source launch/site.sh
+# shellcheck disable=SC2086
+exec $CONTAINER python -m aura_dist "$@" --dask slurm --num-workers "${WORKERS:-4}" \
+  ${DASK_WORKER:+--slurm $DASK_WORKER}

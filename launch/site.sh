@@ -1,0 +1,16 @@
+# Sourced by every other script here: what your site needs before Python starts. Nothing of one site stands here: give
+# yours in a file of your own, named by $SITE (module load …, export NCCL_SOCKET_IFNAME=…, CONTAINER=…).
+#   CONTAINER   words put in front of Python's commands, such as "apptainer exec --nv image.sif"
+if [ -n "${SITE:-}" ]; then
+  # shellcheck disable=SC1090
+  source "$SITE"
+fi
+if [ -z "${CONTAINER:-}" ] && [ -f .venv/bin/activate ]; then
+  source .venv/bin/activate
+fi
+CONTAINER=${CONTAINER:-}
+# where ranks meet: the first node of the allocation, at a port that follows from the job's number
+if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+  head_node=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  head_port=${HEAD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+fi

@@ -1,0 +1,154 @@
+"""Sweeps on this machine: one table, every job once, failures with their reason, stop, start and growth."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from aura_dist.cli import main
+from aura_dist.errors import StoreError
+from aura_dist.stages.sweep import locked
+from tests.distributed.launch import REPOSITORY
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def sweep(tiny_dir, sentences_csv, tmp_path):
+    """`sweep(grid, …)`: writes a grid file over a tiny model, without evaluation unless a section says so."""
+
+    def write(grid, **more) -> str:
+        document = {
+            "model": str(tiny_dir("gemma3")),
+            "out": str(tmp_path / "sweep"),
+            "retries": 1,
+            "jobs": 2,
+            "collect": {"data": sentences_csv, "concepts": ["toxic"], "num_positive": 20, "num_negative": 20},
+            "grid": grid,
+            **more,
+        }
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return str(path)
+
+    return write
+
+
+def states(tmp_path) -> dict[str, dict]:
+    return {p.stem: json.loads(p.read_text()) for p in sorted((tmp_path / "sweep" / "jobs").glob("*.json"))}
+
+
+def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_only(sweep, tmp_path):
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\nThe library opens at nine.\nIt rained all day.\n")
+    evaluate = {"perplexity_texts": str(texts)}
+    config = sweep({"method": ["none", "aura"]}, evaluate=evaluate)
+    assert main(["sweep", "--config", config]) == 0
+    before = states(tmp_path)
+    assert Counter(s["stage"] for s in before.values()) == {"collect": 1, "score": 1, "fit": 1, "evaluate": 2}
+
+    config = sweep({"method": ["none", "aura"], "strength": [0.5, 1.0]}, evaluate=evaluate)
+    assert main(["sweep", "--config", config]) == 0
+    after = states(tmp_path)
+    assert {name: after[name] for name in before} == before, "what was done is not done again"
+    assert [s["stage"] for name, s in after.items() if name not in before] == ["evaluate"]
+    table = pd.read_parquet(tmp_path / "sweep" / "table.parquet")
+    assert table[["method", "strength"]].values.tolist()[1:] == [["aura", 0.5], ["aura", 1.0]]
+    written = pd.read_csv(tmp_path / "sweep" / "table.csv")
+    pd.testing.assert_frame_equal(table, written.astype(table.dtypes))
+
+    job = after[next(name for name in after if name.startswith("evaluate-") and "s0.5" in name)]
+    settings = yaml.safe_load((tmp_path / "sweep" / "jobs" / f"{job['job']}.yaml").read_text())
+    by_hand = ["evaluate", "--model", settings["model"], "--perplexity-texts", str(texts), "--strength", "0.5"]
+    more = ["--intervention", settings["intervention"], "--out", str(tmp_path / "by-hand.json")]
+    assert main([*by_hand, *more]) == 0
+    expected = json.loads((tmp_path / "by-hand.json").read_text())["perplexity"]["token_weighted"]
+    assert table["perplexity.token_weighted"][1] == pytest.approx(expected, rel=1e-6)
+    assert len(set(table["perplexity.token_weighted"])) == 3, "every cell has its own figure"
+
+
+def test_failed_cell_is_retried_then_listed_and_takes_no_other_with_it(sweep, tmp_path, capsys):
+    config = sweep({"method": ["aura", "mean-act", "det0"]})
+    assert main(["sweep", "--config", config]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: 1 of 3 cells failed, the first by fit-mean-act-")
+    assert "collect with `--pooling max mean`" in error
+    table = pd.read_csv(tmp_path / "sweep" / "table.csv").set_index("method")
+    assert table["state"].to_dict() == {"aura": "done", "mean-act": "failed", "det0": "done"}
+    assert "--pooling" in table["reason"]["mean-act"]
+    starts = {s["job"].split("-")[1]: s["starts"] for s in states(tmp_path).values() if s["stage"] == "fit"}
+    assert starts == {"aura": 1, "det0": 1, "mean": 2}
+
+
+def test_interrupted_sweep_leaves_no_process_and_goes_on(sweep, tmp_path):
+    config = sweep({"seed": [0, 1], "method": ["aura"]})
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "aura_dist", "sweep", "--config", config]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        while not any(s["state"] == "running" for s in states(tmp_path).values()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+        assert second.returncode == 2
+        assert "expected no other sweep in it, got one that runs" in second.stderr
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped: SIGINT received; finished tasks are kept: run the same command to go on" in said
+    assert {s["state"] for s in states(tmp_path).values()} == {"queued"}
+    with locked(tmp_path / "sweep"):
+        pass  # no process of the sweep is left: it would hold the lock
+    assert main(["sweep", "--config", config]) == 0
+    assert {s["state"] for s in states(tmp_path).values()} == {"done"}
+
+
+def test_lock_outlives_the_sweep_as_long_as_a_job_runs(tmp_path):
+    with locked(tmp_path) as lock:
+        job = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+    try:
+        with pytest.raises(StoreError, match="or a job that it left"), locked(tmp_path):
+            pass
+    finally:
+        job.kill()
+        job.wait()
+    with locked(tmp_path):
+        pass
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(sweep, tmp_path, capsys):
+    config = sweep(
+        {"seed": [0, 1], "method": ["aura", "det0"]},
+        plan={"device_memory": "80GB", "world_size": 4, "tflops": 1e-9},
+    )
+    assert main(["sweep", "--config", config, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 cells" in shown
+    assert "8 jobs, 8 to run" in shown
+    assert "  collect      2, 2 to run" in shown
+    assert shown.count("GPU-hours") == 3
+    hours = [float(line.split(": ")[1].split()[0]) for line in shown.splitlines() if line.startswith("  collect-")]
+    total = float(shown.strip().splitlines()[-1].split()[0])
+    assert hours[0] > 0
+    assert total == pytest.approx(sum(hours), rel=0.01)
+    assert not Path(tmp_path / "sweep").exists()
+
+
+def test_slurm_is_refused_where_there_is_none(sweep, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["sweep", "--config", sweep({"method": ["aura"]}), "--launcher", "slurm"]) == 2
+    assert "error: --launcher slurm: expected Slurm's sbatch on this machine, found none" in capsys.readouterr().err
+
+
+def test_command_line_refuses_a_grid_that_is_not_there(tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    path.write_text("out: x\n")
+    assert main(["sweep", "--config", str(path)]) == 2
+    assert "error: 'grid' is required" in capsys.readouterr().err

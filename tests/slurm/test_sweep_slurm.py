@@ -1,0 +1,132 @@
+"""Sweeps through submitit on a real Slurm: shared collections, failing and killed cells, stop, start and requeue."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.slurm.conftest import REPOSITORY, tail
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def grid(tiny_dir, sentences_csv, tmp_path):
+    """24 cells over two collections, and one that cannot be fitted as long as a directory is missing."""
+    document = {
+        "model": str(tiny_dir("gemma3")),
+        "out": str(tmp_path / "sweep"),
+        "retries": 0,
+        "resources": {"slurm_partition": "main", "timeout_min": 10, "cpus_per_task": 1, "slurm_mem": "1500MB"},
+        "collect": {"data": sentences_csv, "concepts": ["toxic"], "num_positive": 20, "num_negative": 20},
+        "grid": [
+            {"seed": [0, 1], "method": ["aura", "damp", "det0"], "top_k": [2, 4, 6, 8]},
+            {"seed": [0], "method": ["aura"], "fit": {"onto": [str(tmp_path / "missing")]}},
+        ],
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def start(slurm, grid: Path) -> "subprocess.Popen[str]":
+    """The sweep's command, as a user starts it on a login node."""
+    command = [sys.executable, "-m", "aura_dist", "sweep", "--config", str(grid), "--launcher", "slurm"]
+    return subprocess.Popen(command, env=slurm.env, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+
+
+def states(sweep: Path) -> dict[str, dict[str, object]]:
+    return {p.stem: json.loads(p.read_text()) for p in sorted((sweep / "jobs").glob("*.json"))}
+
+
+def wait_for(found: Callable[[], object], seconds: float = 90) -> object:
+    """What `found` gives once it gives something."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
+
+
+def running(sweep: Path, stage: str) -> str | None:
+    """Slurm's number of a job of that stage that is under way."""
+    for name, state in states(sweep).items():
+        number = sweep / "jobs" / f"{name}.slurm"
+        if state["stage"] == stage and state["state"] == "running" and number.exists():
+            return number.read_text().strip()
+    return None
+
+
+def test_failed_and_killed_cells_leave_the_others_alone_and_a_rerun_does_what_is_left(slurm, grid, tmp_path):
+    sweep = tmp_path / "sweep"
+    first = start(slurm, grid)
+    wait_for(lambda: running(sweep, "collect"))
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=30)[1]
+    assert first.returncode == 130, said
+    assert "2 jobs stay in Slurm's queue" in said
+
+    second = start(slurm, grid)
+    killed = wait_for(lambda: running(sweep, "fit"))
+    assert slurm.run("scancel", "--signal=KILL", killed).returncode == 0
+    said = second.communicate(timeout=200)[1]
+    logs = tail(sorted((sweep / "slurm").glob("*.err"))[-2:])
+    assert second.returncode == 2, f"{said}\n{logs}"
+    assert "error: 2 of 25 cells failed" in said, f"{said}\n{logs}"
+    table = pd.read_parquet(sweep / "table.parquet")
+    assert Counter(table["state"]) == {"done": 23, "failed": 2}
+    reasons = " / ".join(table["reason"])
+    assert "missing" in reasons
+    assert re.search("killed by SIGTERM|killed by SIGKILL|the Slurm job is gone without a word", reasons)
+    before = states(sweep)
+    assert Counter(s["stage"] for s in before.values()) == {"collect": 2, "score": 2, "fit": 25}
+
+    # a hand mends the one, and the other is tried again
+    done = next((sweep / "interventions").iterdir())
+    shutil.copytree(done, tmp_path / "missing")
+    third = start(slurm, grid)
+    said = third.communicate(timeout=120)[1]
+    assert third.returncode == 0, said
+    assert set(pd.read_csv(sweep / "table.csv")["state"]) == {"done"}
+    after = states(sweep)
+    again = {name for name in after if after[name] != before[name]}
+    assert again == {name for name, state in before.items() if state["state"] == "failed"}
+    assert {after[name]["starts"] for name in again} == {2}
+    assert {after[name]["starts"] for name in set(after) - again} == {1}
+    for name in (n for n in after if n.startswith("collect")):
+        assert (sweep / after[name]["log"]).read_text().count("wrote") == 1, "collected once"
+
+
+@pytest.mark.slow
+def test_warned_collection_of_a_sweep_goes_on_where_it_was(slurm, grid, tmp_path):
+    """Over two nodes, one rank each; submitit queues the job again at Slurm's warning."""
+    document = yaml.safe_load(grid.read_text())
+    document["collect"] |= {"num_positive": 200, "num_negative": 200, "tokens_per_batch": 48, "modules": ["all"]}
+    document |= {"sharding": "fsdp", "grid": {"method": ["aura"]}}
+    document["resources"]["collect"] = {"nodes": 2, "tasks_per_node": 1}
+    grid.write_text(yaml.safe_dump(document))
+    sweep = tmp_path / "sweep"
+    slurm.env["MASTER_ADDR"] = "127.0.0.1"  # no host of this machine is named n1
+    driver = start(slurm, grid)
+    number = str(wait_for(lambda: running(sweep, "collect")))
+    wait_for(lambda: any(f.read_bytes() != b"" for f in sweep.glob("collections/*/store.zarr/activations/*/max/c/*/0")))
+    assert slurm.run("scancel", "--signal=USR1", number).returncode == 0
+    wait_for(lambda: slurm.queue().get(number) == "PENDING")
+    (state,) = (s for s in states(sweep).values() if s["stage"] == "collect")
+    assert (state["state"], state["attempts"]) == ("queued", 0), "a warning is no failure"
+    slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now+4")
+    said = driver.communicate(timeout=200)[1]
+    assert driver.returncode == 0, f"{said}\n{tail(list((sweep / 'logs').iterdir()))}"
+    (state,) = (s for s in states(sweep).values() if s["stage"] == "collect")
+    assert (state["state"], state["starts"]) == ("done", 2)
+    assert "stopped: SIGUSR1 received; finished tasks are kept" in (sweep / state["log"]).read_text()
