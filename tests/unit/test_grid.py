@@ -51,7 +51,7 @@ def test_every_job_comes_after_those_it_needs():
 
 def test_plain_model_is_one_cell_whatever_the_other_values():
     cells, graph = graph_of(
-        {"method": ["none", "damp", "aura"], "strength": [0.5, 1.0], "alpha": [0.2, 0.5], "seed": [0, 1]}
+        {"method": ["none", "damp", "aura"], "strength": [0.5, 1.0], "alpha": [0.2, 0.5], "num_positive": [10, 20]}
     )
     values = [tuple(cell.values.values()) for cell in cells]
     assert values.count(("none", None, None, None)) == 1
