@@ -187,7 +187,7 @@ class DecodingOptions:
     max_new_tokens: PositiveInt = option("tokens per continuation", 20)
     temperature: Temperature = option("sampling temperature; 0 is greedy", 1.0)
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = option("nucleus sampling: probability mass kept", 0.9)
-    top_k: Annotated[int, Meta(ge=0)] = option("sample from the k most probable tokens alone; 0: from all", 0)
+    top_tokens: Annotated[int, Meta(ge=0)] = option("sample from the k most probable tokens alone; 0: from all", 0)
     seed: Seed = option("seed of the sampling", 0)
     preprompt: str | None = option("text, or file of a text, that is put before each prompt and is not scored", None)
 

@@ -43,7 +43,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with start_team(config.sharding, pick_device(config.device)) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         how = Decoding(
-            config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_k
+            config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
         )
         return _Evaluation(config, how, team, stop).run()
 

@@ -25,7 +25,7 @@ def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
     source = ModelSource(config.model, config.revision, config.dtype)
     loaded = load_for_use(source, team.world, config.intervention, sharding_options(config))
     how = Decoding(
-        config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_k
+        config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
     )
     prefix = None if preprompt is None else make_prefix(preprompt, loaded.tokenizer)
     prompts = tokenize_prompts(config.prompt, loaded.tokenizer, loaded.model.config, how, prefix=prefix)
