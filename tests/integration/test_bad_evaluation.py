@@ -60,7 +60,7 @@ def files(tmp_path_factory, tiny_dir):
         ),
         ("--toxicity-prompts {}/prompts.csv --scorer {}/tasks", "cannot be loaded"),
         ("--toxicity-prompts {}/prompts.csv --num-samples 0", "--num-samples: expected an integer of at least 1"),
-        ("--toxicity-prompts {}/prompts.csv --top-tokens -1", "--top-tokens: expected an integer of at least 0, got '-1'"),
+        ("--toxicity-prompts {}/prompts.csv --top-tokens -1", "--top-tokens: expected an integer of at least 0"),
         (TOXICITY + " --baseline {}/nowhere.json", "expected a JSON file as `evaluate` writes it"),
         (TOXICITY + " --baseline {}/broken.json", "expected a JSON file as `evaluate` writes it"),
         (TOXICITY + " --baseline {}/alien.json", "expected schema 1 as `evaluate` writes it, got None"),

@@ -73,7 +73,7 @@ def test_checkpoints_own_sampling_settings_do_not_leak_in():
     greedy = continuations(model, tokenizer, "You are", decoding(temperature=0.0))
     model.generation_config = hf.GenerationConfig(
         temperature=0.01,
-        top_tokens=1,
+        top_k=1,
         repetition_penalty=5.0,
         no_repeat_ngram_size=1,
         do_sample=True,
