@@ -62,6 +62,15 @@ def score_column(source: Source, column: Column) -> Scored:
     StoreError
         A chunk is missing or damaged, nothing is written for the column; or a score cannot be written.
     """
+    try:
+        return _score_column(source, column)
+    except StoreError as error:
+        # without its cause: not every library's errors can be sent to another process
+        bare = StoreError(str(error))
+    raise bare
+
+
+def _score_column(source: Source, column: Column) -> Scored:
     start = time.perf_counter()
     labels_CN = _labels(source)
     values_NM = read_columns(source, column.site, column.pooling, slice(column.start, column.stop))

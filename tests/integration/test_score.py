@@ -18,6 +18,7 @@ from scipy.stats import false_discovery_control
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.core.statistics import STATISTICS, statistics_by_concept
+from aura_dist.errors import StoreError
 from aura_dist.stages import score as stage
 from aura_dist.store import columns as worker
 from aura_dist.store.schema import tasks_of
@@ -234,6 +235,19 @@ def test_damaged_chunk_is_named_and_nothing_written_for_its_column(store, capsys
     assert score(store) == 2
     assert str(chunk) in capsys.readouterr().err
     assert not [f for f in score_files(store) if f.startswith("scores/layers.1.up/max") and f.endswith("/0/3")]
+
+
+def test_error_of_a_worker_reaches_the_client_as_it_is(tmp_path):
+    from distributed.core import clean_exception, error_message
+
+    (tmp_path / "no-store").mkdir()
+    column = worker.Column("site", "max", 0, 0, 16, ("auroc",), 1)
+    with pytest.raises(StoreError, match="expected a store that `collect` wrote") as raised:
+        worker.score_column(worker.Source(str(tmp_path / "no-store"), ((0, 32),), "token"), column)
+    message = error_message(raised.value)
+    _, received, _ = clean_exception(message["exception"].data, None)
+    assert isinstance(received, StoreError)
+    assert str(received) == str(raised.value)
 
 
 def test_too_small_a_memory_limit_is_refused_before_any_worker(store, monkeypatch, capsys):
