@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
-from aura_dist.errors import StoreError
+from aura_dist.errors import StoreError, brief
 from aura_dist.store.remote import RemoteStore, open_remote
 
 # written with the group itself: what has it, even half-made, is ours to replace; nothing else is
@@ -59,16 +59,33 @@ def clear(path: str) -> None:
 
 
 def get_array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
-    """An array of the store by its path."""
-    with fast_codecs():
-        array = group[name]
-    assert isinstance(array, zarr.Array)
+    """An array of the store by its path; StoreError if it is missing or its description is damaged."""
+    try:
+        with fast_codecs():
+            array = group[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(group, name, error) from error
+    if not isinstance(array, zarr.Array):
+        raise _damaged(group, name, "a group stands there")
     return array
 
 
 def read_array(group: zarr.Group, name: str) -> NDArray[Any]:
-    """All of an array of the store."""
-    return np.asarray(get_array(group, name)[...])
+    """All of an array of the store; StoreError if it is missing or damaged."""
+    array = get_array(group, name)
+    try:
+        return np.asarray(array[...])
+    except StoreError:  # the store could not be reached
+        raise
+    except Exception as error:  # the codec pipeline raises its own kinds
+        raise _damaged(group, name, error) from error
+
+
+def _damaged(group: zarr.Group, name: str, why: BaseException | str) -> StoreError:
+    return StoreError(
+        f"--store {str(group.store_path)!r}: expected an array {name!r}, found it missing or damaged: {brief(why)}; "
+        "collect again with --overwrite"
+    )
 
 
 def local_path(store: str) -> Path | None:

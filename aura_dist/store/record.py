@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
+from zarr.storage import LocalStore
 
-from aura_dist.errors import AuraError, StoreError
+from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.store.access import get_array, read_array
 from aura_dist.store.schema import ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
 
@@ -50,7 +52,7 @@ def _short(value: Any) -> str:
 
 def unfinished(group: zarr.Group) -> list[int]:
     """Indices of the tasks that are not committed."""
-    return [int(i) for i in np.flatnonzero(read_array(group, DONE) == 0)]
+    return [int(i) for i in np.flatnonzero(_marks(group, DONE) == 0)]
 
 
 def commit(group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
@@ -78,7 +80,7 @@ def most_attempted(group: zarr.Group) -> tuple[int, int]:
     left = unfinished(group)
     if not left or ATTEMPTS not in group:  # a store of an earlier version
         return 0, 0
-    attempts = read_array(group, ATTEMPTS)
+    attempts = _marks(group, ATTEMPTS)
     task = max(left, key=lambda t: int(attempts[t]))
     return task, int(attempts[task])
 
@@ -109,7 +111,35 @@ def counted_attempts(group: zarr.Group) -> Iterator[Callable[[int], None]]:
 
 def _add_attempt(group: zarr.Group, task: int, amount: int) -> None:
     array = get_array(group, ATTEMPTS)
-    array[task] = max(0, min(255, int(np.asarray(array[task])) + amount))
+    try:
+        array[task] = max(0, min(255, _mark(array, task) + amount))
+    except StoreError:  # the store could not be reached
+        raise
+    except Exception as error:  # the codec pipeline raises its own kinds
+        raise StoreError(
+            f"--store {group.store_path}: writing failed: {brief(error)}; "
+            "mend that and run the same command again: finished tasks are kept"
+        ) from error
+
+
+def _marks(group: zarr.Group, name: str) -> NDArray[Any]:
+    """One number a task. A local mark that a killed process left half-written counts as 0, as one never written."""
+    try:
+        return read_array(group, name)
+    except StoreError:
+        array = get_array(group, name)
+        if not isinstance(array.store, LocalStore):
+            raise
+    return np.array([_mark(array, task) for task in range(array.shape[0])])
+
+
+def _mark(array: "zarr.Array[Any]", task: int) -> int:
+    try:
+        return int(np.asarray(array[task]))
+    except StoreError:
+        raise
+    except Exception:  # the codec pipeline raises its own kinds
+        return 0
 
 
 def nonfinite_responses(group: zarr.Group) -> dict[str, int]:

@@ -181,6 +181,36 @@ def test_flipped_bit_is_an_error_that_names_the_chunk(whole, tmp_path, capsys):
     assert str(chunk) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["progress/done", "progress/attempts"])
+def test_mark_that_was_cut_short_is_one_that_was_never_made(name, whole, tiny_dir, sentences_csv, tmp_path):
+    store = tmp_path / "store.zarr"
+    shutil.copytree(whole, store)
+    for mark in ("progress/done", name):
+        (store / mark / "c" / "1").write_bytes(b"")
+    assert unfinished(open_group(str(store))) == [1]
+    assert main(arguments(tiny_dir("llama"), sentences_csv, store)) == 0
+    assert chunk_files(store) == chunk_files(whole)
+
+
+@pytest.mark.parametrize("name", ["samples/num_tokens", "samples/label", "progress/done"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
+def test_damaged_record_is_one_error_that_names_it(name, damage, whole, tmp_path, capsys):
+    store = tmp_path / "store.zarr"
+    shutil.copytree(whole, store)
+    described = store / name / "zarr.json"
+    if damage == "gone":
+        described.unlink()
+    elif damage == "cut":
+        described.write_text(described.read_text()[:50])
+    else:
+        chunk = next(f for f in sorted((store / name / "c").glob("**/*")) if f.is_file())
+        content = bytearray(chunk.read_bytes())
+        content[len(content) // 2] ^= 1
+        chunk.write_bytes(content)
+    assert main(["score", "--store", str(store)]) == 2
+    assert f"expected an array '{name}', found it missing or damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_responses_that_are_not_finite_are_counted_and_named(tiny_dir, sentences_csv, tmp_path, caplog):
     model = hf.AutoModelForCausalLM.from_pretrained(tiny_dir("gpt2"))
     model.transformer.h[2].mlp.c_fc.bias.data[5] = float("inf")
