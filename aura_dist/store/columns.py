@@ -16,7 +16,7 @@ from zarr.buffer.cpu import NDBuffer
 
 from aura_dist.core.statistics import STATISTICS, statistics_by_concept
 from aura_dist.errors import StoreError
-from aura_dist.store.access import chunk_name, get_array, missing_chunks, open_group, read_array
+from aura_dist.store.access import chunk_name, get_array, in_whole_chunks, missing_chunks, open_group, read_array
 from aura_dist.store.schema import activation_path
 from aura_dist.store.scores import MARKER, Column, score_path
 
@@ -108,7 +108,7 @@ def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> 
 
 def read_columns(source: Source, site: str, pooling: str, columns: slice) -> NDArray[Any]:
     """[N, M] responses of some neurons in the rows to score; StoreError with a chunk's path if one is unusable."""
-    array = _opened(source, activation_path(site, pooling))
+    array = _opened_whole(source, activation_path(site, pooling))
     # a missing chunk would read as fill values without a word
     for chunk in missing_chunks(array, (c for c, _ in _chunks_of(array, source.runs, columns))):
         raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is missing; {_AGAIN}")
@@ -129,16 +129,25 @@ _AGAIN = "collect again with --overwrite"
 
 
 def _read_runs(array: "zarr.Array[Any]", runs: Runs, columns: slice) -> NDArray[Any]:
-    """The rows of `runs`, in this thread's own memory: valid until the thread reads again."""
-    num_rows, num_columns = sum(stop - start for start, stop in runs), columns.stop - columns.start
+    """The rows of `runs`, in this thread's own memory: valid until the thread reads again.
+
+    Whole chunks are read, as parts of them would not be checked: the runs are of whole row chunks but for the
+    array's last row, and `columns` are whole chunk columns but for its last column.
+    """
+    rows_chunk, width = array.chunks
+    stops = [ceil(stop / rows_chunk) * rows_chunk for _, stop in runs]
+    num_rows = sum(whole_stop - start for (start, _), whole_stop in zip(runs, stops, strict=True))
+    whole_columns = slice(columns.start, ceil(columns.stop / width) * width)
+    num_columns = whole_columns.stop - whole_columns.start
     values_NM = _own_memory(num_rows * num_columns * array.dtype.itemsize).view(array.dtype)
     values_NM = values_NM.reshape(num_rows, num_columns)
     filled = 0
-    for start, stop in runs:
+    for (start, _), stop in zip(runs, stops, strict=True):
         part = values_NM[filled : filled + stop - start]
-        array.get_basic_selection((slice(start, stop), columns), out=NDBuffer.from_numpy_array(part))
+        array.get_basic_selection((slice(start, stop), whole_columns), out=NDBuffer.from_numpy_array(part))
         filled += stop - start
-    return values_NM
+    kept_NM = values_NM[: sum(stop - start for start, stop in runs), : columns.stop - columns.start]
+    return kept_NM if kept_NM.flags.c_contiguous else np.ascontiguousarray(kept_NM)
 
 
 def _own_memory(num_bytes: int) -> NDArray[np.uint8]:
@@ -170,6 +179,11 @@ def _opened_group(source: Source) -> zarr.Group:
 def _opened(source: Source, name: str) -> "zarr.Array[Any]":
     """A worker's handle on an array: opening costs more than reading a chunk."""
     return get_array(_opened_group(source), name)
+
+
+@lru_cache(maxsize=256)
+def _opened_whole(source: Source, name: str) -> "zarr.Array[Any]":
+    return in_whole_chunks(_opened(source, name))
 
 
 @lru_cache(maxsize=1)

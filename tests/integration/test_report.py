@@ -217,8 +217,8 @@ def test_interrupted_launches_count(tiny_dir, sentences_csv, tmp_path, monkeypat
     command = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
     command += ["--num-positive", "60", "--num-negative", "60", "--tokens-per-batch", "256", "--store", store]
 
-    def interrupted(model, run, tasks, writer):
-        stream(model, run, tasks[:1], writer)
+    def interrupted(model, run, tasks, writer, begin):
+        stream(model, run, tasks[:1], writer, begin)
         raise RunInterruptedError("a signal", 15)
 
     with monkeypatch.context() as patch:

@@ -227,8 +227,9 @@ def test_part_without_a_class_is_refused(tmp_path, capsys):
     assert "0 positive and 0 negative rows among the 0" in capsys.readouterr().err
 
 
-def test_damaged_chunk_is_named_and_nothing_written_for_its_column(store, capsys):
-    chunk = store / "activations" / "layers.1.up" / "max" / "c" / "2" / "3"
+@pytest.mark.parametrize("row_chunk", ["0", "2"], ids=["full", "the last, in part"])
+def test_damaged_chunk_is_named_and_nothing_written_for_its_column(row_chunk, store, capsys):
+    chunk = store / "activations" / "layers.1.up" / "max" / "c" / row_chunk / "3"
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 1
     chunk.write_bytes(content)
