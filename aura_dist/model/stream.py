@@ -124,11 +124,11 @@ def stream(
     with Capture(model, run.plans, run.spec.poolings, team.world.device, exchange) as capture:
         turn = _Turn(run, writer, capture, exchange, progress)
         while (round_ := _claim(team, queue)) is not None:
-            mine, longest = round_
+            mine, claimed = round_
             if mine is not None and team.world.column_rank == 0:
                 begin(mine.index)
             steps = run.steps(mine) if mine is not None else []
-            for step in range(max(len(run.steps(task)) for task in longest)):
+            for step in range(max(len(steps) if task is mine else len(run.steps(task)) for task in claimed)):
                 turn.check()
                 if step < len(steps):
                     turn.take(steps[step])

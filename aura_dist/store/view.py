@@ -11,7 +11,7 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.errors import InputError, StoreError
-from aura_dist.store.access import get_array, open_group, read_array
+from aura_dist.store.access import get_array, in_whole_chunks, open_group, read_array
 from aura_dist.store.schema import StoreSpec, activation_path
 from aura_dist.store.scores import score_attributes, score_path, scored_statistics
 
@@ -83,7 +83,14 @@ def _samples(group: zarr.Group, spec: StoreSpec) -> xr.Dataset:
 def _lazy(group: zarr.Group, name: str) -> Any:
     import dask.array as da
 
-    return da.from_zarr(get_array(group, name))
+    array = get_array(group, name)
+    return da.from_array(array, chunks=array.chunks, getitem=_block)
+
+
+def _block(array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
+    """One chunk, decoded in full and so checked; Dask narrows no getter but its own before it reads."""
+    whole = tuple(slice(i.start, i.start + chunk) for i, chunk in zip(index, array.chunks, strict=True))
+    return np.asarray(in_whole_chunks(array)[whole])[tuple(slice(i.stop - i.start) for i in index)]
 
 
 def read_scores(
@@ -113,7 +120,7 @@ def read_scores(
                 f"--store {group.store_path}: {site.name} has not been scored ({statistic}); "
                 "run `aura-dist score` first"
             )
-        scores[site.name] = np.asarray(get_array(group, score_path(site.name, pooling, statistic))[which])
+        scores[site.name] = read_array(group, score_path(site.name, pooling, statistic))[which]
     basis = score_attributes(group)
     if basis["partial"]:
         where = str(group.store_path)
@@ -142,7 +149,7 @@ def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) 
     there_by_site = [scored_statistics(group, site.name, pooling) for site in spec.sites]
     for name in SHOWN[1:]:
         there = all(name in names for names in there_by_site)
-        parts = [get_array(group, score_path(s.name, pooling, name))[which] for s in spec.sites] if there else []
+        parts = [read_array(group, score_path(s.name, pooling, name))[which] for s in spec.sites] if there else []
         table[name] = np.concatenate(parts) if parts else np.nan
     table.attrs = {key: score_attributes(group)[key] for key in ("num_rows", "total_rows", "partial")}
     return table

@@ -230,12 +230,29 @@ def test_part_without_a_class_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("row_chunk", ["0", "2"], ids=["full", "the last, in part"])
 def test_damaged_chunk_is_named_and_nothing_written_for_its_column(row_chunk, store, capsys):
     chunk = store / "activations" / "layers.1.up" / "max" / "c" / row_chunk / "3"
-    content = bytearray(chunk.read_bytes())
-    content[len(content) // 2] ^= 1
-    chunk.write_bytes(content)
+    flip(chunk)
     assert score(store) == 2
     assert str(chunk) in capsys.readouterr().err
     assert not [f for f in score_files(store) if f.startswith("scores/layers.1.up/max") and f.endswith("/0/3")]
+
+
+def flip(chunk: Path) -> None:
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+
+
+def test_damaged_chunks_are_not_read_in_part(scored, tmp_path):
+    """Neither of responses, in the last row chunk, nor of scores, for one concept of several."""
+    store = Path(shutil.copytree(scored, tmp_path / "store.zarr"))
+    responses = aura_dist.open_store(str(store))["activations"]["layers.1.up"]["max"]
+    assert np.isfinite(responses[140:145, :3].values).all()
+    flip(store / "activations" / "layers.1.up" / "max" / "c" / "2" / "0")
+    with pytest.raises(Exception, match="checksum"):
+        responses[140:145, :3].compute()
+    flip(store / "scores" / "layers.1.up" / "max" / "auroc" / "c" / "0" / "0")
+    with pytest.raises(StoreError, match=r"'scores/layers\.1\.up/max/auroc', found it missing or damaged"):
+        aura_dist.top_neurons(str(store), "toxic", 5)
 
 
 def test_error_of_a_worker_reaches_the_client_as_it_is(tmp_path):

@@ -9,7 +9,7 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.evaluation.report.distributions import Bar, BestNeurons, SiteSummary, summarise
-from aura_dist.store.access import get_array, open_group, read_array
+from aura_dist.store.access import open_group, read_array
 from aura_dist.store.record import nonfinite_responses, unfinished
 from aura_dist.store.schema import DONE, StoreSpec
 from aura_dist.store.scores import score_attributes, score_path, scored_statistics
@@ -163,7 +163,7 @@ def _neurons(
     rows = []
     for _, i, unit in best.found:
         site = spec.sites[i]
-        arrays = {name: get_array(group, score_path(site.name, pooling, name)) for name in shown}
-        values = {name: float(np.asarray(array[concept, unit])) for name, array in arrays.items()}
+        arrays = {name: read_array(group, score_path(site.name, pooling, name)) for name in shown}
+        values = {name: float(array[concept, unit]) for name, array in arrays.items()}
         rows.append(Neuron(site.name, site.layer, unit, values))
     return tuple(rows)
