@@ -12,6 +12,7 @@ from math import ceil
 
 MIN_ROWS_PER_CHUNK = 32
 SMALL_STORE_ROWS = 128
+LARGE_STORE_ROWS = 8192
 MAX_ROWS_PER_CHUNK = 256
 MAX_COLUMNS_PER_CHUNK = 1024
 MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
@@ -31,17 +32,14 @@ class Task:
 
 
 def rows_per_chunk(num_rows: int) -> int:
-    """Rows of one chunk: the power of two at or below `num_rows` / 32, between 64 and 256; 32 for fewer than 128 rows.
+    """Rows of one chunk: 32 below 128 rows, 128 below 8,192, and 256.
 
-    At least 32 row chunks from 2,048 rows on, so that many ranks have work; larger chunks for larger stores. Every
-    chunk column of every site makes a file a row chunk: the fewer, the better for a small store.
+    Every chunk column of every site makes a file a row chunk, and making files is what a small store spends its time
+    on: hence not fewer. A task takes `tokens_per_batch` tokens in any case, mostly more than a chunk has.
     """
     if num_rows < SMALL_STORE_ROWS:
         return MIN_ROWS_PER_CHUNK
-    rows = 2 * MIN_ROWS_PER_CHUNK
-    while rows < MAX_ROWS_PER_CHUNK and 2 * rows * 32 <= num_rows:
-        rows *= 2
-    return rows
+    return MAX_ROWS_PER_CHUNK if num_rows >= LARGE_STORE_ROWS else MAX_ROWS_PER_CHUNK // 2
 
 
 def columns_per_chunk(width: int, num_rows: int, item_bytes: int) -> int:

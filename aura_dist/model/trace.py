@@ -113,7 +113,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _PoolingHooks:
-    """Hooks that pool as `Capture` does, on a batch whose rows are as ragged as can be; the values are given up."""
+    """Hooks that pool as `Capture` does, on a batch of two lengths; the values are given up."""
 
     def __init__(
         self, model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], shape: tuple[int, int]
@@ -169,8 +169,8 @@ def forward_cost(model: PreTrainedModel, sites: Sequence[Site], poolings: Sequen
 
     The peak of B rows of T tokens is the largest of sums of terms in 1, T, B, B T and B T², so convex in B and in T:
     the bilinear surface through the corners (two rows or a whole row chunk, two tokens or the longest text: with
-    fewer no row is ragged) lies above it; coefficients below 0 are raised to 0. FLOPs of B rows are B (a T + b T²)
-    exactly: products with weights, and attention, masked or not.
+    fewer all rows have one length) lies above it; coefficients below 0 are raised to 0. FLOPs of B rows are
+    B (a T + b T²) exactly: products with weights, and attention, masked or not.
     """
     few, many, short = 2, MAX_ROWS_PER_CHUNK, min(2, longest)
     long_few, long_many, short_few, short_many = (

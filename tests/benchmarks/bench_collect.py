@@ -110,8 +110,12 @@ def main() -> None:
     # stores are deleted at the end: ext4 is slow at making files just after it removed many
     scratch = tempfile.TemporaryDirectory()
     for repeat in range(args.repeats):
-        base.append(bare(model, spec, tokens))
-        ours.append(collect(model, spec, samples, tokens, f"{scratch.name}/{repeat}.zarr"))
+        turns = [
+            lambda: base.append(bare(model, spec, tokens)),
+            lambda path=f"{scratch.name}/{repeat}.zarr": ours.append(collect(model, spec, samples, tokens, path)),
+        ]
+        for turn in turns if repeat % 2 == 0 else reversed(turns):  # neither always goes first
+            turn()
         print(f"run {repeat}: bare {base[-1]:.2f} s, collect {ours[-1]:.2f} s, {ours[-1] / base[-1]:.3f}x", flush=True)
     num_tokens = int(samples.num_tokens.sum())
     mine = statistics.median(ours)
