@@ -12,7 +12,6 @@ from math import ceil
 
 MIN_ROWS_PER_CHUNK = 32
 SMALL_STORE_ROWS = 128
-LARGE_STORE_ROWS = 8192
 MAX_ROWS_PER_CHUNK = 256
 MAX_COLUMNS_PER_CHUNK = 1024
 MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
@@ -32,14 +31,19 @@ class Task:
 
 
 def rows_per_chunk(num_rows: int) -> int:
-    """Rows of one chunk: 32 below 128 rows, 128 below 8,192, and 256.
+    """Rows of one chunk, a power of two: at most `num_rows` / 32, but 64 at least and 256 at most; small stores differ.
 
-    Every chunk column of every site makes a file a row chunk, and making files is what a small store spends its time
-    on: hence not fewer. A task takes `tokens_per_batch` tokens in any case, mostly more than a chunk has.
+    So there are 32 row chunks or more from 2,048 rows on, for many ranks to share evenly, and larger chunks in larger
+    stores. Every chunk column of every site makes a file a row chunk, and making files is what a small store spends
+    its time on: stores of 128 to 255 rows, which are one or two tasks however they are cut, take 128. Smaller ones,
+    which take no time, are cut by 32.
     """
-    if num_rows < SMALL_STORE_ROWS:
-        return MIN_ROWS_PER_CHUNK
-    return MAX_ROWS_PER_CHUNK if num_rows >= LARGE_STORE_ROWS else MAX_ROWS_PER_CHUNK // 2
+    if num_rows < 2 * SMALL_STORE_ROWS:
+        return MIN_ROWS_PER_CHUNK if num_rows < SMALL_STORE_ROWS else SMALL_STORE_ROWS
+    rows = 2 * MIN_ROWS_PER_CHUNK
+    while rows < MAX_ROWS_PER_CHUNK and 2 * rows * 32 <= num_rows:
+        rows *= 2
+    return rows
 
 
 def columns_per_chunk(width: int, num_rows: int, item_bytes: int) -> int:

@@ -18,11 +18,10 @@ LINE = re.compile(r"collect: ([\d,]+) of ([\d,]+) rows, ([\d,]+) tokens/s")
 
 def tokens_per_second(num_ranks: int, arguments: list[str]) -> float:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    with tempfile.TemporaryDirectory() as scratch:
-        run = subprocess.run(
-            [sys.executable, *launcher, "-m", "aura_dist", "collect", *arguments, "--store", f"{scratch}/store.zarr"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, *launcher, "-m", "aura_dist", "collect", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     done, wanted, rate = (int(n.replace(",", "")) for n in LINE.findall(run.stderr)[-1])
     assert done == wanted, run.stderr
     return rate
@@ -39,8 +38,15 @@ def main() -> None:
     arguments = ["--model", args.model, "--data", args.data, "--concepts", "toxic"]
     arguments += ["--num-positive", half, "--num-negative", half]
     ratios = []
-    for _ in range(args.repeats):
-        one, two = (tokens_per_second(n, arguments) for n in (1, 2))
+    # stores are deleted at the end: ext4 is slow at making files just after it removed many
+    scratch = tempfile.TemporaryDirectory()
+    for repeat in range(args.repeats):
+        one, two = (
+            tokens_per_second(n, [*arguments, "--store", f"{scratch.name}/{repeat}-{n}.zarr"])
+            for n in ((1, 2) if repeat % 2 == 0 else (2, 1))
+        )
+        if repeat % 2:
+            one, two = two, one
         ratios.append(two / one)
         print(f"one rank {one:,.0f} tokens/s, two ranks {two:,.0f} tokens/s: {ratios[-1]:.2f}x", flush=True)
     print(f"{args.rows} rows, median ratio {statistics.median(ratios):.2f}")
