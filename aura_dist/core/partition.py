@@ -31,19 +31,15 @@ class Task:
 
 
 def rows_per_chunk(num_rows: int) -> int:
-    """Rows of one chunk, a power of two: at most `num_rows` / 32, but 64 at least and 256 at most; small stores differ.
+    """Rows of one chunk: as even a cut as there is into chunks of at most `num_rows` / 32, between 100 and 256.
 
-    So there are 32 row chunks or more from 2,048 rows on, for many ranks to share evenly, and larger chunks in larger
-    stores. Every chunk column of every site makes a file a row chunk, and making files is what a small store spends
-    its time on: stores of 128 to 255 rows, which are one or two tasks however they are cut, take 128. Smaller ones,
-    which take no time, are cut by 32.
+    So many ranks find work in a large store; and a small one, which spends its time on making files (one for every
+    chunk column of every site), has few, none of them for a handful of rows. Below 128 rows, chunks are of 32.
     """
-    if num_rows < 2 * SMALL_STORE_ROWS:
-        return MIN_ROWS_PER_CHUNK if num_rows < SMALL_STORE_ROWS else SMALL_STORE_ROWS
-    rows = 2 * MIN_ROWS_PER_CHUNK
-    while rows < MAX_ROWS_PER_CHUNK and 2 * rows * 32 <= num_rows:
-        rows *= 2
-    return rows
+    if num_rows < SMALL_STORE_ROWS:
+        return MIN_ROWS_PER_CHUNK
+    most = min(max(100, num_rows // 32), MAX_ROWS_PER_CHUNK)
+    return ceil(num_rows / ceil(num_rows / most))
 
 
 def columns_per_chunk(width: int, num_rows: int, item_bytes: int) -> int:

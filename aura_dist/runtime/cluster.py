@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ClusterError, ConfigError, brief
+from aura_dist.runtime.memory import KEEP_FREED_MEMORY
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -27,6 +28,7 @@ SETTINGS = {
     "distributed.worker.memory.spill": False,
     # A task is not to blame for workers that a scheduler takes away.
     "distributed.scheduler.allowed-failures": 10,
+    **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_FREED_MEMORY.items()},
 }
 
 
@@ -134,7 +136,9 @@ def _slurm(num_workers: int | None, limit: int, options: Mapping[Any, Any]) -> A
         raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
     if shutil.which("sbatch") is None:
         raise ClusterError("--dask slurm: expected Slurm's sbatch on this machine, found none")
+    exports = [f"export {name}={value}" for name, value in KEEP_FREED_MEMORY.items()]
     defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}
+    options = {**options, "job_script_prologue": [*exports, *options.get("job_script_prologue", ())]}
     cluster = SLURMCluster(**{**defaults, **options})
     cluster.scale(num_workers or SLURM_JOBS)
     logger.info("slurm: asked for %d workers; the job script:\n%s", num_workers or SLURM_JOBS, cluster.job_script())

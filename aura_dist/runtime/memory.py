@@ -8,6 +8,8 @@ import sys
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MAPPED_BYTES = 2**26
+# The same for a process yet to start. Dask has its workers give back all, and every chunk's pages were cleared anew.
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_MMAP_THRESHOLD_": str(_MAPPED_BYTES)}
 
 
 def keep_freed_memory() -> None:

@@ -9,6 +9,7 @@ import logging
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from aura_dist.config import ScoreConfig
 from aura_dist.core.column_sums import scoring_bytes
 from aura_dist.errors import ClusterError, ConfigError, StoreError, brief
 from aura_dist.runtime.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_shape
+from aura_dist.runtime.memory import keep_freed_memory
 from aura_dist.runtime.progress import Progress
 from aura_dist.store.access import open_group
 from aura_dist.store.basis import Basis, basis_of
@@ -109,6 +111,8 @@ def _score(
     with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
         if config.dask == "processes":  # every worker loads its kernels now, not within its first column
             client.run(compile_kernels, names)
+        elif config.dask == "threads":
+            keep_freed_memory()
         progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
         for column, scored in _results(client, source, _columns(group, spec, left, names)):
             num_unscored += scored.num_unscored
@@ -149,18 +153,17 @@ def _results(client: "Client", source: Source, columns: Iterator[Column]) -> Ite
 
     def submit() -> None:
         bound = max(MIN_IN_FLIGHT, IN_FLIGHT * sum(client.nthreads().values()))
-        for column in islice(columns, bound - len(in_flight)):
-            key = f"score-{source.token}-{column.site}-{column.pooling}-{column.index}"
-            future = client.submit(score_column, source, column, key=key, pure=False)
-            in_flight[key] = future, column
+        batch = list(islice(columns, bound - len(in_flight)))
+        keys = [f"score-{source.token}-{column.site}-{column.pooling}-{column.index}" for column in batch]
+        for future, column in zip(client.map(partial(score_column, source), batch, key=keys), batch, strict=True):
+            in_flight[future.key] = future, column
             finished.add(future)
 
     try:
         submit()
-        for future in finished:
-            column = in_flight[future.key][1]
-            yield column, future.result()
-            del in_flight[future.key]
+        for futures in finished.batches():
+            for future, scored in zip(futures, client.gather(futures), strict=True):
+                yield in_flight.pop(future.key)[1], scored
             if len(in_flight) <= MIN_IN_FLIGHT // 2:
                 submit()
     except (CancelledError, asyncio.CancelledError) as error:
@@ -168,6 +171,7 @@ def _results(client: "Client", source: Source, columns: Iterator[Column]) -> Ite
     except (ImportError, RuntimeError) as error:
         raise ClusterError(f"a worker cannot run tasks: {brief(error)}; install the same aura_dist there") from error
     except KilledWorker as error:
+        column = in_flight[str(error.task)][1]
         raise ClusterError(
             f"workers died again and again on {column.site}, neurons {column.start} to {column.stop}: expected them to "
             "live; raise --memory-limit, or see the workers' logs"

@@ -13,6 +13,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.buffer.cpu import NDBuffer
+from zarr.core.sync import sync
 
 from aura_dist.core.statistics import STATISTICS, statistics_by_concept
 from aura_dist.errors import StoreError
@@ -95,15 +96,18 @@ def _num_unscored(made: Mapping[str, NDArray[Any]]) -> int:
 
 
 def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> None:
-    """All statistics at once, in one turn of an event loop, and then the marker that they count."""
-    arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in made}
+    """All statistics at once, and then the marker that they count, in one turn of Zarr's event loop.
+
+    One of our own for each column, and its threads, cost more than the writing.
+    """
+    arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in (*made, MARKER)}
     region = (slice(None), slice(column.start, column.stop))
 
     async def write() -> None:
         await asyncio.gather(*(arrays[name].async_array.setitem(region, values) for name, values in made.items()))
+        await arrays[MARKER].async_array.setitem(column.index, column.marker)
 
-    asyncio.run(write())
-    _opened(source, score_path(column.site, column.pooling, MARKER))[column.index] = column.marker
+    sync(write())
 
 
 def read_columns(source: Source, site: str, pooling: str, columns: slice) -> NDArray[Any]:

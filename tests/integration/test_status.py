@@ -10,7 +10,7 @@ from aura_dist.cli import main
 from tests.results import write_results
 from tests.stores import make_store
 
-ROWS, WIDTHS = 200, [48, 80]
+ROWS, WIDTHS = 300, [48, 80]
 
 
 @pytest.fixture
