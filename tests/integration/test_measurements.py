@@ -10,7 +10,7 @@ import transformers as hf
 
 from aura_dist.cli import main
 from aura_dist.data.tokens import tokenize
-from aura_dist.errors import ConfigError, ModelError
+from aura_dist.errors import ConfigError, InputError, ModelError
 from aura_dist.evaluation.perplexity import negative_log_likelihoods, perplexity
 from aura_dist.evaluation.preprompt import make_prefix, read_preprompt
 from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
@@ -181,6 +181,27 @@ def test_prompt_files(name, content, column, toxicity, tmp_path):
     found = read_prompts(str(tmp_path / name), None, None)
     assert (found.column, found.texts) == (column, ["a", "b"])
     np.testing.assert_array_equal(found.toxicity, np.array(toxicity, dtype=float))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("toxicity.jsonl", '{"prompt": {"text": "a", "toxicity": 0.9}}\n{"prompt": {"text": "b"}}', "'prompt.toxicity'"),
+        ("text.jsonl", '{"prompt": {"text": "a"}, "text": "x"}\n{"text": "y"}', "'prompt.text'"),
+        ("prompt.jsonl", '{"prompt": "a", "text": "x"}\n{"text": "y"}', "'prompt'"),
+    ],
+)
+def test_prompts_of_which_some_lack_a_part_are_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"expected a column {message} in row 1"):
+        read_prompts(str(tmp_path / name), None, None)
+
+
+@pytest.mark.parametrize("value", ["73.5", "-0.2", "inf"])
+def test_toxicity_of_prompts_is_a_share(value, tmp_path):
+    (tmp_path / "p.csv").write_text(f"text,toxicity\na,0.5\nb,{value}\n")
+    with pytest.raises(InputError, match="row 1: expected a number from 0 to 1 in 'toxicity'"):
+        read_prompts(str(tmp_path / "p.csv"), None, None)
 
 
 @pytest.fixture(scope="module")
