@@ -2,20 +2,23 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from aura_dist.cli import main
 from aura_dist.data.tokens import tokenize
-from aura_dist.errors import ConfigError, InputError, ModelError
+from aura_dist.errors import ConfigError, InputError, ModelError, RunInterruptedError
 from aura_dist.evaluation.perplexity import negative_log_likelihoods, perplexity
 from aura_dist.evaluation.preprompt import make_prefix, read_preprompt
 from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.scorers import Classifier, load_scorer
+from aura_dist.evaluation.scorers import Classifier, checked_scores, load_scorer
+from aura_dist.runtime.signals import interruption
 from tests.distributed.intervened import random_map
 from tests.distributed.launch import run_ranks
 from tests.models import tiny_causal, tiny_tokenizer
@@ -158,6 +161,48 @@ def test_scorers_that_cannot_be_used(classifier, tiny_dir):
         Classifier(str(tiny_dir("llama")), None, "cpu")
 
 
+class Constant:
+    """A scorer that has one answer."""
+
+    def __init__(self, value):
+        self.name, self.value = "constant", value
+
+    def score(self, texts):
+        return np.full(len(texts), self.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, -0.1, 1.5, np.inf])
+def test_scores_that_are_no_probabilities_are_refused(value):
+    assert checked_scores(Constant(0.5), ["a"]).tolist() == [0.5]
+    with pytest.raises(ModelError, match="expected probabilities, got .* for 2 of 2 texts"):
+        checked_scores(Constant(value), ["a", "b"])
+
+
+def test_scorer_that_fails_on_texts_shows_at_load(classifier, tmp_path):
+    directory = shutil.copytree(classifier(["neutral", "toxic"]), tmp_path / "spoilt")
+    weights = load_file(directory / "model.safetensors")
+    weights["classifier.weight"][0, 0] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="expected probabilities, got nan for 3 of 3 texts"):
+        load_scorer(str(directory), None, "cpu")
+    directory = shutil.copytree(classifier(["neutral", "toxic"]), tmp_path / "unpadded")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(ModelError, match="cannot score texts: .*pad"):
+        load_scorer(str(directory), None, "cpu")
+
+
+def test_signal_while_a_scorer_loads_is_no_fault_of_it(classifier, monkeypatch):
+    def stopped(*given, **more):
+        raise interruption(15)
+
+    directory = classifier(["neutral", "toxic"])
+    monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", stopped)
+    with pytest.raises(RunInterruptedError):
+        load_scorer(directory, None, "cpu")
+
+
 def test_profanity_check_tells_the_two_apart():
     pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
     rude, kind = load_scorer("profanity-check", None, "cpu").score(["you fucking idiot", "what a fine day"])
@@ -186,7 +231,11 @@ def test_prompt_files(name, content, column, toxicity, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("toxicity.jsonl", '{"prompt": {"text": "a", "toxicity": 0.9}}\n{"prompt": {"text": "b"}}', "'prompt.toxicity'"),
+        (
+            "toxicity.jsonl",
+            '{"prompt": {"text": "a", "toxicity": 0.9}}\n{"prompt": {"text": "b"}}',
+            "'prompt.toxicity'",
+        ),
         ("text.jsonl", '{"prompt": {"text": "a"}, "text": "x"}\n{"text": "y"}', "'prompt.text'"),
         ("prompt.jsonl", '{"prompt": "a", "text": "x"}\n{"text": "y"}', "'prompt'"),
     ],
