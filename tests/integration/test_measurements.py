@@ -174,7 +174,7 @@ class Constant:
 @pytest.mark.parametrize("value", [np.nan, -0.1, 1.5, np.inf])
 def test_scores_that_are_no_probabilities_are_refused(value):
     assert checked_scores(Constant(0.5), ["a"]).tolist() == [0.5]
-    with pytest.raises(ModelError, match="expected probabilities, got .* for 2 of 2 texts"):
+    with pytest.raises(ModelError, match=r"expected probabilities, got .* for 2 of 2 texts"):
         checked_scores(Constant(value), ["a", "b"])
 
 
@@ -189,7 +189,7 @@ def test_scorer_that_fails_on_texts_shows_at_load(classifier, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(directory)
-    with pytest.raises(ModelError, match="cannot score texts: .*pad"):
+    with pytest.raises(ModelError, match=r"cannot score texts: .*pad"):
         load_scorer(str(directory), None, "cpu")
 
 
