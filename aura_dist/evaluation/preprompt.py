@@ -40,6 +40,11 @@ class Prefix:
     ids: tuple[int, ...]
     num_leading: int
 
+    @property
+    def num_context(self) -> int:
+        """Tokens that are not counted: the pre-prompt's, and a text's first where nothing predicts it without one."""
+        return len(self.ids) + (self.num_leading == 0)
+
     def before(self, tokens: TokenizedTexts) -> TokenizedTexts:
         """Each text with the pre-prompt in front; special tokens lead once."""
         head = np.array(self.ids, dtype=np.int32)

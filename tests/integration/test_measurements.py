@@ -21,7 +21,7 @@ from aura_dist.evaluation.scorers import Classifier, checked_scores, load_scorer
 from aura_dist.runtime.signals import interruption
 from tests.distributed.intervened import random_map
 from tests.distributed.launch import run_ranks
-from tests.models import tiny_causal, tiny_tokenizer
+from tests.models import save_tiny, tiny_causal, tiny_tokenizer
 
 TEXTS = ["Short one.", "A sentence of middling length about nothing much.", "Word " * 30, "Rivers carry silt."]
 VOCABULARY = 384
@@ -62,21 +62,36 @@ def test_intervals_hold_the_figures():
     assert measured.mean_over_sentences_low < measured.mean_over_sentences < measured.mean_over_sentences_high
 
 
+@pytest.mark.parametrize("special_bos", [True, False])
 @pytest.mark.parametrize("piece", [7, 1000])
-def test_preprompt_is_context_and_not_counted(piece):
-    model, tokenizer = tiny_causal("llama"), tiny_tokenizer()
+def test_preprompt_is_context_and_not_counted(piece, special_bos):
+    model, tokenizer = tiny_causal("llama"), tiny_tokenizer(special_bos=special_bos)
     tokens = tokenize(TEXTS, tokenizer, max_tokens=128, skip_special=False, source="t")
     prefix = make_prefix("Be kind to all.\n", tokenizer)
     joined = prefix.before(tokens)
     for plain, ids in zip(tokens.ids, joined.ids, strict=True):
-        assert ids[0] == plain[0] == tokenizer.bos_token_id
-        assert ids.tolist().count(tokenizer.bos_token_id) == 1
-        assert ids[len(prefix.ids) :].tolist() == plain[1:].tolist(), "the tokens that count are those without it"
+        if special_bos:
+            assert ids[0] == plain[0] == tokenizer.bos_token_id
+        assert ids.tolist().count(tokenizer.bos_token_id) == special_bos
+        assert ids[prefix.num_context :].tolist() == plain[1:].tolist(), "the tokens that count are those without it"
     sums, counts = negative_log_likelihoods(
-        model, joined, 4096, num_context=len(prefix.ids), logits_bytes=4 * VOCABULARY * piece
+        model, joined, 4096, num_context=prefix.num_context, logits_bytes=4 * VOCABULARY * piece
     )
-    np.testing.assert_allclose(sums, plain_loop(model, joined.ids, len(prefix.ids)), rtol=1e-5)
+    np.testing.assert_allclose(sums, plain_loop(model, joined.ids, prefix.num_context), rtol=1e-5)
     assert counts.tolist() == [len(ids) - 1 for ids in tokens.ids]
+
+
+@pytest.mark.parametrize("special_bos", [True, False])
+def test_figures_after_a_preprompt_are_of_the_same_tokens(special_bos, tmp_path):
+    model = save_tiny("gpt2", tmp_path / "model", special_bos=special_bos)
+    (tmp_path / "d.csv").write_text("text\n" + "\n".join(TEXTS) + "\n")
+    command = ["evaluate", "--model", str(model), "--perplexity-texts", str(tmp_path / "d.csv")]
+    found = []
+    for more in ([], ["--preprompt", "Be kind."]):
+        assert main([*command, *more, "--out", str(tmp_path / "r.json")]) == 0
+        found.append(json.loads((tmp_path / "r.json").read_text())["perplexity"])
+    assert found[0]["num_tokens"] == found[1]["num_tokens"]
+    assert found[0]["token_weighted"] != found[1]["token_weighted"]
 
 
 def test_preprompt_is_a_text_or_a_file(tmp_path):
