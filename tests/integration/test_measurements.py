@@ -99,6 +99,11 @@ def test_preprompt_is_a_text_or_a_file(tmp_path):
     file.write_text("Two\nlines\n\n")
     assert read_preprompt(str(file)) == "Two\nlines\n"
     assert read_preprompt("Be kind. " + "x" * 5000).startswith("Be kind.")
+    file.write_bytes(b"\xef\xbb\xbfBe kind.\r\n")
+    assert read_preprompt(str(file)) == "Be kind.\n", "a byte order mark is none of the text"
+    assert read_preprompt("Read kind.txt") == "Read kind.txt\n"
+    with pytest.raises(InputError, match=r"--preprompt .*kinds\.txt.* cannot be read: .*No such file"):
+        read_preprompt(str(tmp_path / "kinds.txt"))
 
 
 def test_preprompt_leads_every_prompt_but_not_its_noise():
