@@ -25,7 +25,11 @@ class InputError(AuraError, ValueError):
 
 
 class MissingColumnError(InputError):
-    """A table lacks a column."""
+    """A table lacks a column; `row` is the first row that lacks what others have, None where all do."""
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class ModelError(AuraError):

@@ -7,24 +7,33 @@ A line is `{"prompt": {"text": …, "toxicity": 1.0}}`, as RealToxicityPrompts' 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
 import aura_dist
+from aura_dist.data.labels import check_texts, parse_labels
 from aura_dist.data.table import read_table
+from aura_dist.errors import AuraError, InputError
 
 
 def openings(store: str, comments: str, number: int, words: int) -> list[str]:
-    """`number` openings of `words` words, drawn (seed 0) from the toxic comments that have as many."""
-    seen = set(aura_dist.open_store(store)["samples"]["row"].values.tolist())
-    columns = read_table(comments, ["text", "toxic"]).columns
-    texts = [
-        text.split()
-        for row, (text, toxic) in enumerate(zip(columns["text"], columns["toxic"], strict=True))
-        if row not in seen and str(toxic) == "1"
-    ]
-    others = [" ".join(text[:words]) for text in texts if len(text) >= words]
+    """`number` openings of `words` words, drawn (seed 0) from the toxic comments that have as many; at least one.
+
+    A comment that stands in the file twice, once as a row of the store, has been seen too.
+    """
+    table = read_table(comments, ["text", "toxic"])
+    texts = check_texts(table, "text")
+    seen = {texts[row] for row in aura_dist.open_store(store)["samples"]["row"].values.tolist()}
+    toxic = parse_labels(table, ["toxic"])[:, 0] == 1
+    unseen = [text.split() for text, is_toxic in zip(texts, toxic, strict=True) if is_toxic and text not in seen]
+    others = [" ".join(text[:words]) for text in unseen if len(text) >= words]
+    if not others:
+        raise InputError(
+            f"data {comments!r}: expected toxic comments of at least {words} words that are not in {store!r}, got "
+            "none; collect fewer (--num-positive), or give --words"
+        )
     chosen = np.random.default_rng(0).permutation(len(others))[:number]
     return [others[i] for i in chosen]
 
@@ -43,9 +52,13 @@ def main() -> None:
     ]
     lines = [json.dumps(record) for record in records]
     if args.beside:
-        lines += Path(args.beside).read_text(encoding="utf-8").splitlines()
+        # not splitlines: JSON may hold other line breaks within a text
+        lines += [line for line in Path(args.beside).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (AuraError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -72,11 +72,22 @@ ODD_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     ),
 }  # fmt: skip
 
+# name → state-space layers beside attention: no piece of several tokens follows Jamba's state; Bamba counts positions
+# from 0 in every forward that is not told them
+HYBRID_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "jamba": lambda: hf.JambaConfig(
+        **LLAMA_LIKE, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, num_experts=2,
+    ),
+    "bamba": lambda: hf.BambaConfig(
+        **LLAMA_LIKE, attn_layer_indices=[1], mamba_n_heads=12, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=16,
+    ),
+}  # fmt: skip
+
 
 def tiny_causal(name: str, seed: int = 0) -> hf.PreTrainedModel:
     """A random model whose outputs are of order 1, so that errors show."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config((TINY_CONFIGS | ODD_CONFIGS)[name]())
+    model = hf.AutoModelForCausalLM.from_config((TINY_CONFIGS | ODD_CONFIGS | HYBRID_CONFIGS)[name]())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

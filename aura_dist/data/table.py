@@ -86,8 +86,9 @@ def _take(records: Iterable[tuple[int, dict[str, Any]]], columns: list[str], sou
 
 def missing_column(source: str, name: str, found: list[str], row: int | None = None) -> MissingColumnError:
     """The error of a column that is not there; `row` where only some rows lack it."""
-    where = "" if row in (None, 0) else f" in row {row}"
-    return MissingColumnError(f"data {source!r}: expected a column {name!r}{where}, found {', '.join(found) or 'none'}")
+    where = f" in row {row}" if row else ""
+    message = f"data {source!r}: expected a column {name!r}{where}, found {', '.join(found) or 'none'}"
+    return MissingColumnError(message, row or None)
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.errors import InputError
+from aura_dist.errors import AuraError, InputError
 from aura_dist.evaluation.results import read_results
 from aura_dist.evaluation.toxicity import ByPrompt, Estimates, ratios
 
@@ -30,8 +30,30 @@ def name_of(path: str) -> str:
 
 
 def load_all(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Name → results; InputError for a file that `evaluate` did not write."""
-    return {name_of(path): read_results(path) for path in paths}
+    """Name → results, each file once; InputError for a file that `evaluate` did not write.
+
+    Files of one name are told apart by the directories above them.
+    """
+    found = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    depth, names = 1, [path.stem for path in found]
+    while len(set(names)) < len(found):
+        depth += 1
+        names = ["/".join((*path.parts[-depth:-1], path.stem)) for path in found]
+        if depth > max(len(path.parts) for path in found):  # such as a.json and a.txt
+            names = [str(path) for path in found]
+    return {name: read_results(str(path)) for name, path in zip(names, found, strict=True)}
+
+
+def main(paths: Sequence[str]) -> int:
+    """Print the results at `paths` as a Markdown table; the exit code, 2 with one line where they cannot be read."""
+    try:
+        if not paths:
+            raise InputError("expected results files such as run/results/*.json, got none")
+        print(table(load_all(paths), markdown=True))
+    except AuraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def check_same_prompts(baseline: Results, results: Results, path: str) -> None:
@@ -185,4 +207,4 @@ def _number(number: float | None, factor: float, digits: int) -> str:
 
 
 if __name__ == "__main__":  # python -m aura_dist.evaluation.compare results/none.json results/aura.json …
-    print(table(load_all(sys.argv[1:]), markdown=True))
+    sys.exit(main(sys.argv[1:]))

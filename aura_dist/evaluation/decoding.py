@@ -7,6 +7,7 @@ a mask to give what it gives for one prompt alone.
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,11 @@ class Rows:
     prompt_ids: Sequence[Sequence[int]]
     prompt_of: Sequence[int]
     keys: Sequence[int]
+
+
+def only_attention(cache: object) -> bool:
+    """Whether a forward's cache is of keys and values alone: whose rows can be chosen, and which any piece follows."""
+    return isinstance(cache, Cache) and all(type(layer) in _SELECTABLE for layer in cache.layers)
 
 
 def _alone(alive: bool) -> bool:
@@ -107,7 +113,7 @@ class Decoder:
         """[B, V] logits after the prompts, and the cache of B rows; None where the model has none that is known."""
         if self._selects:
             logits_PV, cache = self._forward(prompts_PT, torch.ones_like(prompts_PT), None)
-            if isinstance(cache, Cache) and all(type(layer) in _SELECTABLE for layer in cache.layers):
+            if cache is not None and only_attention(cache):
                 cache.batch_select_indices(of_B)
                 return logits_PV[of_B], cache
             self._selects = False
@@ -120,8 +126,13 @@ class Decoder:
 
     def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
         """[B, V] logits of the last position, and the cache after it."""
+        taken = inspect.signature(self.model.forward).parameters
         # the head on the last position alone: of a long prompt with a large vocabulary it would be most of the work
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        output = self.model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **last)
+        more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+        if cache is not None and "position_ids" in taken:  # Bamba's would begin at 0 again
+            num_seen = mask_BT.shape[1]
+            positions = torch.arange(num_seen - ids_BT.shape[1], num_seen, device=ids_BT.device)
+            more["position_ids"] = positions.expand(ids_BT.shape)
+        output = self.model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **more)
         cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1], cache if isinstance(cache, Cache) else None

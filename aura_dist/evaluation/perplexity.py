@@ -13,6 +13,7 @@ from aura_dist.core.partition import make_batches
 from aura_dist.data.tokens import Batch, TokenizedTexts
 from aura_dist.errors import InputError
 from aura_dist.evaluation.bootstrap import bootstrap_means, interval
+from aura_dist.evaluation.decoding import only_attention
 
 # float32 logits of one forward; a vocabulary of 262,144 would else take 2 GB for 2,048 tokens
 LOGITS_BYTES = 256 * 2**20
@@ -71,7 +72,7 @@ def negative_log_likelihoods(
         Tokens at the start of each text that are not counted: the first, which nothing predicts, or a pre-prompt's.
     logits_bytes
         Upper bound on a forward's float32 logits. A text that is longer goes through the model in pieces, with the
-        keys and values of those before.
+        keys and values of those before; whole, if the model has layers that keep another state.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     limit = max(1, min(tokens_per_batch, logits_bytes // (4 * vocabulary)))
@@ -115,7 +116,7 @@ def _in_pieces(model: PreTrainedModel, batch: Batch, limit: int, num_context: in
         mask_1T = torch.ones((1, stop), dtype=torch.int64, device=model.device)
         output = model(input_ids=ids_1T[:, start:stop], attention_mask=mask_1T, past_key_values=cache, use_cache=True)
         cache = getattr(output, "past_key_values", None)
-        if not isinstance(cache, Cache):
+        if not only_attention(cache):  # recurrent layers may begin anew with each piece (Jamba's do)
             return _batch_sums(model, batch, num_context)
         skipped = max(0, max(1, num_context) - 1 - start)
         total += _nll(output.logits[0, skipped:], ids_1T[0, start + skipped + 1 : stop + 1])

@@ -4,6 +4,7 @@ Tokens are joined, not texts: what follows the pre-prompt has the same tokens as
 without one are of the same tokens.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from aura_dist.errors import InputError, brief
 
 
 def read_preprompt(given: str) -> str:
-    """The text of `--preprompt TEXT|FILE`, ended by one line break; InputError if it is empty or cannot be read."""
-    path = Path(given)
+    """The text of `--preprompt TEXT|FILE`, ended by one line break.
+
+    InputError if it is empty, cannot be read, or is the name of a file that is not there.
+    """
+    path, is_name = Path(given), re.fullmatch(r"\S+\.(txt|md)", given) is not None
     try:
-        text = path.read_text(encoding="utf-8") if _is_file(path) else given
+        text = path.read_text(encoding="utf-8-sig") if is_name or _is_file(path) else given
     except (OSError, ValueError) as error:
         raise InputError(f"--preprompt {given!r} cannot be read: {error}") from error
     if not text.strip():
@@ -39,6 +43,11 @@ class Prefix:
 
     ids: tuple[int, ...]
     num_leading: int
+
+    @property
+    def num_context(self) -> int:
+        """Tokens that are not counted: the pre-prompt's, and a text's first where nothing predicts it without one."""
+        return len(self.ids) + (self.num_leading == 0)
 
     def before(self, tokens: TokenizedTexts) -> TokenizedTexts:
         """Each text with the pre-prompt in front; special tokens lead once."""

@@ -66,15 +66,16 @@ def read_prompts(source: str, column: str | None, toxicity_column: str | None) -
     Raises
     ------
     InputError
-        The file cannot be read, lacks the column, has no rows, or a prompt is not a text or a toxicity not a number.
+        The file cannot be read, lacks the column (in all rows or in some), has no rows, or a prompt is not a text or
+        a toxicity not a number from 0 to 1.
     """
     table, found = _first_column(source, TEXT_COLUMNS if column is None else (column,))
     texts = check_texts(table, found)
     try:
         other, name = _first_column(source, TOXICITY_COLUMNS if toxicity_column is None else (toxicity_column,))
         toxicity = np.array([_number(v, row, name, source) for row, v in enumerate(other.columns[name])])
-    except MissingColumnError:
-        if toxicity_column is not None:
+    except MissingColumnError as error:
+        if toxicity_column is not None or error.row is not None:
             raise
         toxicity = np.full(len(texts), np.nan)
     return PromptFile(source, found, texts, toxicity)
@@ -84,7 +85,9 @@ def _first_column(source: str, names: Sequence[str]) -> tuple[Table, str]:
     for name in names[:-1]:
         try:
             table = read_table(source, [name])
-        except MissingColumnError:
+        except MissingColumnError as error:
+            if error.row is not None:  # some rows have it: another column's values are not these
+                raise
             continue
         if name != "prompt" or isinstance(table.columns[name][0], str):  # RTP's `prompt` is a record
             return table, name
@@ -95,9 +98,12 @@ def _number(value: object, row: int, column: str, source: str) -> float:
     if value is None or str(value).strip() == "":
         return float("nan")
     try:
-        return float(str(value))
+        number = float(str(value))
     except ValueError as error:
         raise InputError(f"data {source!r}: row {row}: expected a number in {column!r}, got {value!r}") from error
+    if number < 0 or number > 1:  # a share in percent would make every prompt a toxic one
+        raise InputError(f"data {source!r}: row {row}: expected a number from 0 to 1 in {column!r}, got {value!r}")
+    return number
 
 
 @dataclass(frozen=True)

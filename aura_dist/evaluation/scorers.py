@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aura_dist.errors import ConfigError, ModelError, brief
+from aura_dist.errors import AuraError, ConfigError, ModelError, brief
 
 PROFANITY_CHECK = "profanity-check"
 TOXIC_LABELS = ("toxic", "toxicity")
 MAX_TOKENS = 512
 TEXTS_PER_BATCH = 64
+# of different lengths, one of them nothing: a model that ends at once says that
+_PROBE = ("", "A text.", "Another text that is longer than the first.")
 
 
 class Scorer(Protocol):
@@ -41,11 +43,30 @@ def load_scorer(name: str, toxic_label: str | None, device: str) -> Scorer:
     Raises
     ------
     ModelError
-        It cannot be loaded.
+        It cannot be loaded, or cannot score texts: shown here, not after hours of generation.
     ConfigError
         It has no such label.
     """
-    return ProfanityCheck() if name == PROFANITY_CHECK else Classifier(name, toxic_label, device)
+    scorer: Scorer = ProfanityCheck() if name == PROFANITY_CHECK else Classifier(name, toxic_label, device)
+    try:
+        checked_scores(scorer, _PROBE)
+    except AuraError:
+        raise
+    except Exception as error:  # such as a tokenizer that cannot pad
+        raise ModelError(f"--scorer {name!r} cannot score texts: {brief(error)}; choose another") from error
+    return scorer
+
+
+def checked_scores(scorer: Scorer, texts: Sequence[str]) -> NDArray[np.float64]:
+    """[N] probabilities, in order; ModelError where one is none: NaN would count as not toxic."""
+    scores = scorer.score(texts)
+    bad = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
+    if len(bad):
+        raise ModelError(
+            f"--scorer {scorer.name!r}: expected probabilities, got {scores[bad[0]]} for {len(bad)} of {len(texts)} "
+            "texts; check its weights, or choose another"
+        )
+    return scores
 
 
 class ProfanityCheck:
@@ -80,6 +101,8 @@ class Classifier:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, dtype=torch.float32
             )
+        except AuraError:  # a signal
+            raise
         except Exception as error:  # the library raises many kinds
             raise ModelError(
                 f"--scorer {name!r} cannot be loaded: {brief(error)}; expected {PROFANITY_CHECK} or a text "

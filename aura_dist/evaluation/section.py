@@ -13,7 +13,7 @@ from aura_dist.errors import StoreError
 from aura_dist.evaluation.journal import Journal, Record
 from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.scorers import Scorer
+from aura_dist.evaluation.scorers import Scorer, checked_scores
 from aura_dist.evaluation.toxicity import ByPrompt, by_prompt, estimates, groups
 from aura_dist.model.use import LoadedModel
 
@@ -59,6 +59,8 @@ def score(prompts: PromptFile, journal: Journal, scorer: Scorer, how: Decoding) 
     ------
     StoreError
         Continuations are missing.
+    ModelError
+        The scorer gives what is no probability.
     """
     journal.fold()
     shape = (len(prompts.texts), how.num_samples)
@@ -68,7 +70,7 @@ def score(prompts: PromptFile, journal: Journal, scorer: Scorer, how: Decoding) 
             f"{str(journal.path)!r}: expected {math.prod(shape)} continuations, got {len(kept)}; "
             "run the same command again"
         )
-    scores = scorer.score([record["text"] for record in kept.values()])
+    scores = checked_scores(scorer, [record["text"] for record in kept.values()])
     journal.replace(_scored(prompts, list(kept.items()), scores))
     measured = by_prompt(scores.reshape(shape))
     return {

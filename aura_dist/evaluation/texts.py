@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.data.labels import check_texts, parse_labels
+from aura_dist.data.labels import check_classes, check_texts, parse_labels
 from aura_dist.data.table import read_table
 from aura_dist.data.tokens import TokenizedTexts, tokenize
 from aura_dist.evaluation.perplexity import both_sides, negative_log_likelihoods, summary
@@ -38,11 +38,14 @@ class TextFile:
 
 
 def read_texts(source: str, column: str, label_column: str | None) -> TextFile:
-    """Read a file of texts; InputError for one that is not as `read_table` and `check_texts` want it."""
+    """Read a file of texts; InputError unless `read_table` and `check_texts` take it, with texts of both labels."""
     labels = [] if label_column is None else [label_column]
     table = read_table(source, [column, *labels])
-    parsed = parse_labels(table, labels)[:, 0] if labels else None
-    return TextFile(source, column, label_column, table.sha256, check_texts(table, column), parsed)
+    parsed = parse_labels(table, labels) if labels else None
+    if parsed is not None:
+        check_classes(parsed, labels, source)
+    own = None if parsed is None else parsed[:, 0]
+    return TextFile(source, column, label_column, table.sha256, check_texts(table, column), own)
 
 
 def tokenize_texts(file: TextFile, loaded: LoadedModel, prefix: Prefix | None, max_tokens: int) -> TokenizedTexts:
@@ -74,7 +77,7 @@ def measure(
     InputError
         No text, or none of one label, has a token that is predicted.
     """
-    num_context = 1 if prefix is None else len(prefix.ids)
+    num_context = 1 if prefix is None else prefix.num_context
     sums, counts = negative_log_likelihoods(loaded.model, tokens, tokens_per_batch, num_context=num_context)
     section: dict[str, Any] = {"texts": file.source, "column": file.column, "sha256": file.sha256}
     if file.labels is not None:

@@ -47,6 +47,8 @@ class ZeroShot:
             self._manager: Any = TaskManager(include_path=path, include_defaults=path is None)
             if path is not None and not all(map(self._known, tasks)):
                 self._manager = TaskManager(include_path=path)
+        except AuraError:  # a signal
+            raise
         except Exception as error:  # a broken YAML file fails in as many ways as there are keys
             raise ConfigError(f"--tasks-path {path!r} cannot be read: {brief(error)}") from error
         for name in tasks:

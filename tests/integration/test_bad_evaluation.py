@@ -23,6 +23,7 @@ FILES = {
     "broken.json": "{",
     "alien.json": '{"perplexity": 3}',
     "space.txt": " \n",
+    "one-side.csv": "text,rude\nYou are kind,1\nThey said it,1\nNobody knows,\n",
 }
 TOXICITY = "--toxicity-prompts {}/prompts.csv --scorer profanity-check --num-samples 2 --max-new-tokens 4"
 
@@ -71,6 +72,10 @@ def files(tmp_path_factory, tiny_dir):
         ("--tasks my_sums --tasks-path {}/nowhere", "expected a directory of YAML tasks, found none"),
         ("--tasks my_sums --tasks-path {}/tasks", "lm-eval failed: "),
         ("--perplexity-texts {}/prompts.csv --perplexity-labels rude", "expected a column 'rude', found text"),
+        (
+            "--perplexity-texts {}/one-side.csv --perplexity-labels rude",
+            "concept 'rude': expected rows of both classes, got 2 positive and 0 negative",
+        ),
         ("--perplexity-texts {}/prompts.csv --limit 3", "--limit: expected it with --tasks, got it without"),
         ("--tasks arc_easy --baseline {}/base.json", "--baseline: expected it with --toxicity-prompts"),
         ("--perplexity-texts {}/prompts.csv --preprompt {}/space.txt", "got nothing but space"),

@@ -2,26 +2,31 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from aura_dist.cli import main
 from aura_dist.data.tokens import tokenize
-from aura_dist.errors import ConfigError, ModelError
+from aura_dist.errors import ConfigError, InputError, ModelError, RunInterruptedError
 from aura_dist.evaluation.perplexity import negative_log_likelihoods, perplexity
 from aura_dist.evaluation.preprompt import make_prefix, read_preprompt
 from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.scorers import Classifier, load_scorer
+from aura_dist.evaluation.scorers import Classifier, checked_scores, load_scorer
+from aura_dist.runtime.signals import interruption
 from tests.distributed.intervened import random_map
 from tests.distributed.launch import run_ranks
-from tests.models import tiny_causal, tiny_tokenizer
+from tests.models import save_tiny, tiny_causal, tiny_tokenizer
 
 TEXTS = ["Short one.", "A sentence of middling length about nothing much.", "Word " * 30, "Rivers carry silt."]
 VOCABULARY = 384
+# models of layers that a text's pieces do not follow
+UNCUT = ("recurrent-gemma", "jamba", "bamba")
 
 
 def plain_loop(model, rows, first=1):
@@ -35,7 +40,7 @@ def plain_loop(model, rows, first=1):
     return np.array(sums)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "falcon-alibi", "gemma3", "mpt", "recurrent-gemma"])
+@pytest.mark.parametrize("name", ["gpt2", "falcon-alibi", "gemma3", "mpt", *UNCUT])
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_logits_in_pieces_change_nothing(name, piece):
     model, tokenizer = tiny_causal(name), tiny_tokenizer()
@@ -46,7 +51,7 @@ def test_logits_in_pieces_change_nothing(name, piece):
     hook.remove()
     np.testing.assert_allclose(sums, plain_loop(model, tokens.ids), rtol=1e-5)
     assert counts.tolist() == [len(ids) - 1 for ids in tokens.ids]
-    if name != "recurrent-gemma":
+    if name not in UNCUT:
         assert max(sizes) <= piece
 
 
@@ -57,21 +62,36 @@ def test_intervals_hold_the_figures():
     assert measured.mean_over_sentences_low < measured.mean_over_sentences < measured.mean_over_sentences_high
 
 
+@pytest.mark.parametrize("special_bos", [True, False])
 @pytest.mark.parametrize("piece", [7, 1000])
-def test_preprompt_is_context_and_not_counted(piece):
-    model, tokenizer = tiny_causal("llama"), tiny_tokenizer()
+def test_preprompt_is_context_and_not_counted(piece, special_bos):
+    model, tokenizer = tiny_causal("llama"), tiny_tokenizer(special_bos=special_bos)
     tokens = tokenize(TEXTS, tokenizer, max_tokens=128, skip_special=False, source="t")
     prefix = make_prefix("Be kind to all.\n", tokenizer)
     joined = prefix.before(tokens)
     for plain, ids in zip(tokens.ids, joined.ids, strict=True):
-        assert ids[0] == plain[0] == tokenizer.bos_token_id
-        assert ids.tolist().count(tokenizer.bos_token_id) == 1
-        assert ids[len(prefix.ids) :].tolist() == plain[1:].tolist(), "the tokens that count are those without it"
+        if special_bos:
+            assert ids[0] == plain[0] == tokenizer.bos_token_id
+        assert ids.tolist().count(tokenizer.bos_token_id) == special_bos
+        assert ids[prefix.num_context :].tolist() == plain[1:].tolist(), "the tokens that count are those without it"
     sums, counts = negative_log_likelihoods(
-        model, joined, 4096, num_context=len(prefix.ids), logits_bytes=4 * VOCABULARY * piece
+        model, joined, 4096, num_context=prefix.num_context, logits_bytes=4 * VOCABULARY * piece
     )
-    np.testing.assert_allclose(sums, plain_loop(model, joined.ids, len(prefix.ids)), rtol=1e-5)
+    np.testing.assert_allclose(sums, plain_loop(model, joined.ids, prefix.num_context), rtol=1e-5)
     assert counts.tolist() == [len(ids) - 1 for ids in tokens.ids]
+
+
+@pytest.mark.parametrize("special_bos", [True, False])
+def test_figures_after_a_preprompt_are_of_the_same_tokens(special_bos, tmp_path):
+    model = save_tiny("gpt2", tmp_path / "model", special_bos=special_bos)
+    (tmp_path / "d.csv").write_text("text\n" + "\n".join(TEXTS) + "\n")
+    command = ["evaluate", "--model", str(model), "--perplexity-texts", str(tmp_path / "d.csv")]
+    found = []
+    for more in ([], ["--preprompt", "Be kind."]):
+        assert main([*command, *more, "--out", str(tmp_path / "r.json")]) == 0
+        found.append(json.loads((tmp_path / "r.json").read_text())["perplexity"])
+    assert found[0]["num_tokens"] == found[1]["num_tokens"]
+    assert found[0]["token_weighted"] != found[1]["token_weighted"]
 
 
 def test_preprompt_is_a_text_or_a_file(tmp_path):
@@ -79,6 +99,11 @@ def test_preprompt_is_a_text_or_a_file(tmp_path):
     file.write_text("Two\nlines\n\n")
     assert read_preprompt(str(file)) == "Two\nlines\n"
     assert read_preprompt("Be kind. " + "x" * 5000).startswith("Be kind.")
+    file.write_bytes(b"\xef\xbb\xbfBe kind.\r\n")
+    assert read_preprompt(str(file)) == "Be kind.\n", "a byte order mark is none of the text"
+    assert read_preprompt("Read kind.txt") == "Read kind.txt\n"
+    with pytest.raises(InputError, match=r"--preprompt .*kinds\.txt.* cannot be read: .*No such file"):
+        read_preprompt(str(tmp_path / "kinds.txt"))
 
 
 def test_preprompt_leads_every_prompt_but_not_its_noise():
@@ -156,6 +181,48 @@ def test_scorers_that_cannot_be_used(classifier, tiny_dir):
         Classifier(str(tiny_dir("llama")), None, "cpu")
 
 
+class Constant:
+    """A scorer that has one answer."""
+
+    def __init__(self, value):
+        self.name, self.value = "constant", value
+
+    def score(self, texts):
+        return np.full(len(texts), self.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, -0.1, 1.5, np.inf])
+def test_scores_that_are_no_probabilities_are_refused(value):
+    assert checked_scores(Constant(0.5), ["a"]).tolist() == [0.5]
+    with pytest.raises(ModelError, match=r"expected probabilities, got .* for 2 of 2 texts"):
+        checked_scores(Constant(value), ["a", "b"])
+
+
+def test_scorer_that_fails_on_texts_shows_at_load(classifier, tmp_path):
+    directory = shutil.copytree(classifier(["neutral", "toxic"]), tmp_path / "spoilt")
+    weights = load_file(directory / "model.safetensors")
+    weights["classifier.weight"][0, 0] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="expected probabilities, got nan for 3 of 3 texts"):
+        load_scorer(str(directory), None, "cpu")
+    directory = shutil.copytree(classifier(["neutral", "toxic"]), tmp_path / "unpadded")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(ModelError, match=r"cannot score texts: .*pad"):
+        load_scorer(str(directory), None, "cpu")
+
+
+def test_signal_while_a_scorer_loads_is_no_fault_of_it(classifier, monkeypatch):
+    def stopped(*given, **more):
+        raise interruption(15)
+
+    directory = classifier(["neutral", "toxic"])
+    monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", stopped)
+    with pytest.raises(RunInterruptedError):
+        load_scorer(directory, None, "cpu")
+
+
 def test_profanity_check_tells_the_two_apart():
     pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
     rude, kind = load_scorer("profanity-check", None, "cpu").score(["you fucking idiot", "what a fine day"])
@@ -179,6 +246,31 @@ def test_prompt_files(name, content, column, toxicity, tmp_path):
     found = read_prompts(str(tmp_path / name), None, None)
     assert (found.column, found.texts) == (column, ["a", "b"])
     np.testing.assert_array_equal(found.toxicity, np.array(toxicity, dtype=float))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "toxicity.jsonl",
+            '{"prompt": {"text": "a", "toxicity": 0.9}}\n{"prompt": {"text": "b"}}',
+            "'prompt.toxicity'",
+        ),
+        ("text.jsonl", '{"prompt": {"text": "a"}, "text": "x"}\n{"text": "y"}', "'prompt.text'"),
+        ("prompt.jsonl", '{"prompt": "a", "text": "x"}\n{"text": "y"}', "'prompt'"),
+    ],
+)
+def test_prompts_of_which_some_lack_a_part_are_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"expected a column {message} in row 1"):
+        read_prompts(str(tmp_path / name), None, None)
+
+
+@pytest.mark.parametrize("value", ["73.5", "-0.2", "inf"])
+def test_toxicity_of_prompts_is_a_share(value, tmp_path):
+    (tmp_path / "p.csv").write_text(f"text,toxicity\na,0.5\nb,{value}\n")
+    with pytest.raises(InputError, match="row 1: expected a number from 0 to 1 in 'toxicity'"):
+        read_prompts(str(tmp_path / "p.csv"), None, None)
 
 
 @pytest.fixture(scope="module")

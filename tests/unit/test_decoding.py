@@ -7,7 +7,7 @@ from aura_dist.evaluation.decoding import Decoder, Rows
 from aura_dist.evaluation.noise import prompt_keys, sample_key
 from aura_dist.evaluation.prompts import TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding, choose
-from tests.models import ODD_CONFIGS, TINY_CONFIGS, tiny_causal
+from tests.models import HYBRID_CONFIGS, ODD_CONFIGS, TINY_CONFIGS, tiny_causal
 
 HOW = Decoding(2, 12, 1.0, 0.9, 0)
 STOP_ID, LENGTH = 1, 26  # the window of sliding attention, 32 tokens, is passed on the way
@@ -26,7 +26,7 @@ def one_by_one(model, prompt, key):
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", [*TINY_CONFIGS, *ODD_CONFIGS])
+@pytest.mark.parametrize("name", [*TINY_CONFIGS, *ODD_CONFIGS, *HYBRID_CONFIGS])
 def test_batch_equals_one_prompt_alone(name):
     model = tiny_causal(name)
     prompts = torch.randint(3, 384, (3, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()

@@ -1,5 +1,6 @@
 """Toxicity's figures against plain loops; the bootstrap against its own definition."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from aura_dist.errors import InputError
 from aura_dist.evaluation.bootstrap import bootstrap_means, interval
-from aura_dist.evaluation.compare import MISSING, check_same_prompts, table
+from aura_dist.evaluation.compare import MISSING, check_same_prompts, load_all, main, table
 from aura_dist.evaluation.toxicity import ByPrompt, by_prompt, estimates, groups, ratios
 
 
@@ -103,3 +104,27 @@ def test_what_was_measured_otherwise_is_not_compared(key, value):
     other["toxicity"][key] = value
     with pytest.raises(InputError, match=r"--baseline .x\.json.: expected the same"):
         check_same_prompts(results([0.5]), other, "x.json")
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, capsys):
+    paths = [tmp_path / run / "results" / f"{name}.json" for run in ("a", "b") for name in ("none", "aura")]
+    for share, path in enumerate(paths, 1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"schema": 1, **results([share / 10])}))
+    (tmp_path / "a" / "results" / "none.txt").write_text(paths[0].read_text())
+    assert list(load_all([str(p) for p in paths[:2]])) == ["none", "aura"]
+    assert main([str(p) for p in [*paths, paths[0]]]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| a/results/none", "| a/results/aura", "| b/results/none", "| b/results/aura",
+    ]  # fmt: skip
+    assert [line.split(" | ")[1].split()[0] for line in lines] == ["10.0", "20.0", "30.0", "40.0"]
+    assert len(load_all([str(paths[0]), str(paths[0].with_suffix(".txt"))])) == 2
+
+
+@pytest.mark.parametrize("paths", [[], ["nowhere.json"]])
+def test_table_of_what_cannot_be_read_is_one_line(paths, capsys):
+    assert main(paths) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
