@@ -79,7 +79,7 @@ def estimate(
     weights = weight_sizes(model, split)
     work = Work(
         weights=weights,
-        forward=forward_cost(model, sites, poolings, longest),
+        forward=forward_cost(model, sites, poolings, longest, on_cpu=not gpu),
         neurons=tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites),
         stored_bytes=sum(stored),
         pooled_bytes=sum(DTYPES[p].itemsize for p in precisions),

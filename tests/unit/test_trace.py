@@ -52,6 +52,16 @@ def test_cost_bounds_every_shorter_batch_and_gives_its_operations(name):
     assert cost.peak_bytes(64, 64, 64 * 64) == pytest.approx(full, rel=0.1)
 
 
+def test_mean_in_16_bits_is_summed_from_a_copy_on_a_cpu():
+    """Torch's CPU kernel copies the whole input as float32 first; a GPU's widens element by element."""
+    model, sites = prepared("llama", dtype="bfloat16")
+    widest = max(s.width for s in sites) * 16 * 64 * 4
+    on_gpu, on_cpu = (trace_forward(model, sites, ["mean"], (16, 64), on_cpu=c).peak_bytes for c in (False, True))
+    assert on_gpu + widest / 2 < on_cpu <= on_gpu + widest
+    narrow = [trace_forward(model, sites, ["max"], (16, 64), on_cpu=c).peak_bytes for c in (False, True)]
+    assert narrow[0] == narrow[1]
+
+
 def test_weights_are_not_counted_as_activations():
     model, sites = prepared("llama")
     traced = trace_forward(model, sites, ["max"], (1, 1))
