@@ -39,7 +39,7 @@ def store_size(num_rows: int, rows_chunk: int, widths: Sequence[int], precisions
     """
     row_chunks = ceil(num_rows / rows_chunk)
     items = [ITEM_BYTES[p] for p in precisions]
-    chunks = sum(row_chunks * ceil(w / columns_per_chunk(w, num_rows, i)) for w in widths for i in items)
+    chunks = len(items) * sum(row_chunks * ceil(w / columns_per_chunk(w, num_rows, max(items))) for w in widths)
     cells = num_rows * sum(widths)
     compressed = ceil(cells * sum(ITEM_BYTES[p] * COMPRESSED[p] for p in precisions))
     return StoreSize(num_rows, sum(widths), len(widths) * len(items), chunks, cells * sum(items), compressed)

@@ -74,7 +74,7 @@ def generate(
         if team.world.column_rank == 0:
             write(_records(batches[mine], made, loaded.tokenizer))
             progress.reach(*[team.add("continuations", len(made))] * 2)
-    team.meet("generated")
+    team.meet("generated", lambda: stop.received)
     if team.world.is_first:
         progress.reach(*[team.add("continuations", 0)] * 2)
         progress.finish()

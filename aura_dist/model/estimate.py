@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from aura_dist.core.partition import columns_per_chunk, rows_per_chunk
 from aura_dist.core.sites import Site
 from aura_dist.core.work import Work
+from aura_dist.errors import ModelError
 from aura_dist.model.sharding import DTYPES, ModelSource, check_positions, skeleton
 from aura_dist.model.sites import SiteTable, find_sites
-from aura_dist.model.sizes import is_mapped, prepare, splits_layers, tokenizer_bytes, weight_sizes
+from aura_dist.model.sizes import is_mapped, prepare, tokenizer_bytes, weight_sizes
+from aura_dist.model.tensor_plan import Plan, seen_columns, tensor_plan
 from aura_dist.model.trace import forward_cost
 from aura_dist.store.schema import SELECTING_POOLINGS, stored_dtype
 
@@ -51,27 +53,33 @@ def estimate(
     shortest: int,
     data_bytes: int,
     gpu: bool,
+    tensor_ranks: int = 1,
+    plan_file: str | None = None,
 ) -> Estimate:
     """The estimate of a collection of rows of `num_tokens` tokens (ascending), of which `shortest` bounds the least.
+
+    With `tensor_ranks` above 1 the columns will be split over them, by the user's `plan_file` if there is one.
 
     Raises
     ------
     ConfigError
         Texts are longer than the model's positions.
     ModelError
-        `modules` match nothing, or the forward cannot be traced.
+        `modules` match nothing, tensor parallelism is asked for and cannot split them, or the forward cannot be traced.
     """
     num_rows, longest = len(num_tokens), int(num_tokens[-1])
     check_positions(config, longest, "--max-tokens")
     model = skeleton(config)
     table = find_sites(model)
     sites = table.select(modules)
+    split = _tensor_plan(model, sites, tensor_ranks, plan_file)
     prepare(model, 1 + max(s.layer for s in sites), source.dtype)
     stored = [np.dtype(stored_dtype(p, source.dtype)).itemsize for p in poolings]
     precisions = tuple(source.dtype if p in SELECTING_POOLINGS else "float32" for p in poolings)
+    weights = weight_sizes(model, split)
     work = Work(
-        weights=weight_sizes(model),
-        forward=forward_cost(model, sites, poolings, longest),
+        weights=weights,
+        forward=forward_cost(model, sites, poolings, longest, on_cpu=not gpu),
         neurons=tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites),
         stored_bytes=sum(stored),
         pooled_bytes=sum(DTYPES[p].itemsize for p in precisions),
@@ -83,4 +91,17 @@ def estimate(
         data_bytes=data_bytes,
         mapped=not gpu and is_mapped(model, source),
     )
-    return Estimate(table, sites, precisions, splits_layers(model), work)
+    return Estimate(table, sites, precisions, any(part for _, part in weights.layers), work)
+
+
+def _tensor_plan(model: PreTrainedModel, sites: Sequence[Site], num_ranks: int, file: str | None) -> Plan:
+    """The plan by which columns are split, or would be: none where there is none, if no ranks are to share them."""
+    if num_ranks == 1 and file is None:
+        try:
+            return tensor_plan(model, 2)
+        except ModelError:
+            return {}
+    plan = tensor_plan(model, max(num_ranks, 2), file)
+    for site in sites:
+        seen_columns(plan, site.name, site, num_ranks)
+    return plan

@@ -1,19 +1,15 @@
 """Sizes of a model's weights, from its configuration alone: modules on the meta device, no checkpoint."""
 
-import fnmatch
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from aura_dist.core.work import WeightSizes
 from aura_dist.model.sharding import DTYPES, ModelSource
 from aura_dist.model.sites import decoder_layers_name
-
-# architectures without a plan of transformers' own whose decoder layers' linear layers are all split
-SPLIT_WHOLE_LAYERS = frozenset({"falcon", "mpt", "bloom", "opt"})
+from aura_dist.model.tensor_plan import Plan, generic
 
 
 def prepare(model: PreTrainedModel, num_layers: int, dtype: str) -> PreTrainedModel:
@@ -24,28 +20,21 @@ def prepare(model: PreTrainedModel, num_layers: int, dtype: str) -> PreTrainedMo
     return model.to(dtype=DTYPES[dtype]).eval().requires_grad_(False)
 
 
-def split_names(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether tensor parallelism splits the weight of a name: by transformers' plan, or by ours where it has none."""
-    plan = dict(model._tp_plan or {})
-    linear = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Conv1D)
-    }
-    patterns = [f"{pattern}*" for pattern, style in plan.items() if "wise" in style or "packed" in style]
-    if not plan and model.config.model_type in SPLIT_WHOLE_LAYERS:
-        patterns = [f"{decoder_layers_name(model)}.*"]
+def split_names(plan: Plan) -> Callable[[str], bool]:
+    """Whether tensor parallelism under `plan` splits the weight of a name, found as transformers finds it."""
 
     def splits(name: str) -> bool:
-        planned = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        return planned and (name in linear or bool(plan))
+        module, _, kind = generic(name).rpartition(".")
+        style = plan.get(generic(name), plan.get(module, "replicate"))
+        by_rows = style.startswith("rowwise") and kind == "bias"  # added once, after the sum over the ranks
+        return ("wise" in style or "packed" in style) and not by_rows
 
     return splits
 
 
-def weight_sizes(model: PreTrainedModel) -> WeightSizes:
-    """Bytes of a prepared model's base: weights and buffers, by decoder layer, kept whole or split under `tensor`."""
-    layers_name, splits = decoder_layers_name(model), split_names(model)
+def weight_sizes(model: PreTrainedModel, plan: Plan) -> WeightSizes:
+    """Bytes of a prepared model's base: weights and buffers, by decoder layer, kept whole or split under `plan`."""
+    layers_name, splits = decoder_layers_name(model), split_names(plan)
     base = model.base_model
     prefix = f"{model.base_model_prefix}." if base is not model else ""
     layers = [[0, 0] for _ in range(len(model.get_submodule(layers_name)))]
@@ -56,11 +45,6 @@ def weight_sizes(model: PreTrainedModel) -> WeightSizes:
         place[int(splits(prefix + name))] += tensor.nbytes
         largest = max(largest, tensor.nbytes)
     return WeightSizes(tuple((a, b) for a, b in layers), (outside[0], outside[1]), largest)
-
-
-def splits_layers(model: PreTrainedModel) -> bool:
-    """Whether tensor parallelism can split this model's decoder layers."""
-    return any(split for _, split in weight_sizes(model).layers)
 
 
 def is_mapped(model: PreTrainedModel, source: ModelSource) -> bool:

@@ -136,7 +136,7 @@ def stream(
                     capture.skip(run.tokens.batch(slice(0, 1)))
             if mine is not None:
                 writer.commit(mine.index)
-    team.meet("streamed")
+    team.meet("streamed", lambda: run.stop.received)
     if team.world.is_first:
         progress.reach(team.add("rows", 0), team.add("tokens", 0))
         progress.finish()

@@ -38,13 +38,17 @@ class Traced:
 
 
 class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that are alive, and the operations of matrix products."""
+    """Counts the storages that are alive, and the operations of matrix products.
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    With `on_cpu` also what a CPU's kernels make beside their outputs: a sum in a wider dtype copies its input first.
+    """
+
+    def __init__(self, given: Iterable[Tensor], *, on_cpu: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self.flops = 0
         self._bytes = 0
+        self._on_cpu = on_cpu
         self._given = [tensor.untyped_storage() for tensor in given]  # kept, so that none of them is counted
         self._seen = {storage._cdata for storage in self._given}
 
@@ -63,7 +67,15 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
+        if self._on_cpu and func._overloadpacket is aten.sum and args[0].is_floating_point():
+            self._note_widened(args[0], out)
         return out
+
+    def _note_widened(self, summed: Tensor, out: Tensor) -> None:
+        """The copy in the dtype of the sum: of all that lies there, which is summed at once if all rows are as long."""
+        if out.dtype != summed.dtype:
+            elements = summed.untyped_storage().nbytes() // summed.itemsize
+            self.peak_bytes = max(self.peak_bytes, self._bytes + elements * out.itemsize)
 
     def _grouped_mm(self, a_MK: Tensor, b_GKN: Tensor) -> Tensor:
         self.flops += 2 * a_MK.shape[0] * a_MK.shape[1] * b_GKN.shape[-1]
@@ -145,9 +157,16 @@ class _PoolingHooks:
 
 
 def trace_forward(
-    model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], shape: tuple[int, int]
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    poolings: Sequence[str],
+    shape: tuple[int, int],
+    *,
+    on_cpu: bool = True,
 ) -> Traced:
     """Run the base model of `model` (on the meta device) on a batch of `shape` [rows, tokens], pooling at `sites`.
+
+    `on_cpu` says where the real one would run: a CPU's sums take more memory.
 
     Raises
     ------
@@ -155,7 +174,7 @@ def trace_forward(
         The model's forward depends on values, which are not there.
     """
     ids, mask = (torch.ones(shape, dtype=torch.int64, device="meta") for _ in range(2))
-    account = _Account([*model.parameters(), *model.buffers(), ids, mask])
+    account = _Account([*model.parameters(), *model.buffers(), ids, mask], on_cpu=on_cpu)
     try:
         with torch.no_grad(), _PoolingHooks(model, sites, poolings, shape), account, _FusedAttention(account):
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -164,7 +183,9 @@ def trace_forward(
     return Traced(account.peak_bytes, account.flops)
 
 
-def forward_cost(model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], longest: int) -> ForwardCost:
+def forward_cost(
+    model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], longest: int, *, on_cpu: bool = True
+) -> ForwardCost:
     """What a forward of any batch costs whose texts have at most `longest` tokens.
 
     The peak of B rows of T tokens is the largest of sums of terms in 1, T, B, B T and B T², so convex in B and in T:
@@ -174,7 +195,9 @@ def forward_cost(model: PreTrainedModel, sites: Sequence[Site], poolings: Sequen
     """
     few, many, short = 2, MAX_ROWS_PER_CHUNK, min(2, longest)
     long_few, long_many, short_few, short_many = (
-        trace_forward(model, sites, poolings, (rows, tokens)) for tokens in (longest, short) for rows in (few, many)
+        trace_forward(model, sites, poolings, (rows, tokens), on_cpu=on_cpu)
+        for tokens in (longest, short)
+        for rows in (few, many)
     )
     span = max(1, longest - short)
     long_row, short_row = (

@@ -65,7 +65,7 @@ class Team:
             value = make()
             self._store.set(f"value/{key}", json.dumps(value))
             return value
-        self._wait(lambda: self._store.check([f"value/{key}"]))
+        self._wait(lambda: self._store.check([f"value/{key}"]), lambda: self.stop_signal)
         return json.loads(self._store.get(f"value/{key}"))
 
     def count(self, key: str) -> int:
@@ -89,11 +89,27 @@ class Team:
         if self._failure is not None:
             raise self._failure
 
-    def meet(self, key: str) -> None:
-        """Rank 0 waits until all ranks have come here; the others do not wait."""
+    def meet(self, key: str, received: Callable[[], int | None] = lambda: None) -> None:
+        """Rank 0 waits until all ranks have come here; the others do not wait.
+
+        Parameters
+        ----------
+        key
+            Of the place.
+        received
+            Gives the number of the signal that this rank has received, if it has and its handler only sets a flag.
+
+        Raises
+        ------
+        RunInterruptedError
+            A rank has received a signal, and so may never come.
+        """
         self._store.add(key, 1)
         if self.world.is_first:
-            self._wait(lambda: self._store.add(key, 0) == self.world.layout.world_size)
+            self._wait(lambda: self._are_here(key), lambda: received() or self.stop_signal)
+
+    def _are_here(self, key: str) -> bool:
+        return bool(self._store.add(key, 0) == self.world.layout.world_size)
 
     # what the ranks of a replica share, step by step
 
@@ -161,7 +177,9 @@ class Team:
 
     def finish(self) -> None:
         """Leave; rank 0, which may host the store, stays until all others have left."""
-        self.meet("departed")
+        self._store.add("departed", 1)
+        if self.world.is_first:
+            self._wait(lambda: self._are_here("departed"))
 
     def ended_by(self, error: BaseException) -> BaseException:
         """What this rank ends with, after `error` has ended its work; tells the others.
@@ -187,7 +205,7 @@ class Team:
         self._store.add("departed", 1)
         end = time.monotonic() + GRACE_SECONDS
         while self.world.is_first and time.monotonic() < end:
-            if self._store.add("departed", 0) == self.world.layout.world_size:
+            if self._are_here("departed"):
                 return
             time.sleep(POLL_SECONDS)
 
@@ -219,9 +237,11 @@ class Team:
         except RuntimeError:
             logger.debug("the launch's store is gone")
 
-    def _wait(self, done: Callable[[], bool]) -> None:
+    def _wait(self, done: Callable[[], bool], stopped: Callable[[], int | None] = lambda: None) -> None:
         while not done():
             self.check()
+            if number := stopped():
+                raise interruption(number)
             time.sleep(POLL_SECONDS)
 
     def _watch(self) -> None:

@@ -59,12 +59,9 @@ def run(config: PlanConfig) -> None:
         shortest=rows.shortest,
         data_bytes=Path(config.data).stat().st_size if config.data and Path(config.data).is_file() else 0,
         gpu=machine.gpu,
+        tensor_ranks=spread.layout.tensor,
+        plan_file=config.tensor_plan,
     )
-    if spread.layout.tensor > 1 and not found.splits:
-        raise ConfigError(
-            f"--sharding {config.sharding}: expected a model with a plan for tensor parallelism, got "
-            f"{found.table.model_class}; use fsdp, zero3 or dispatch"
-        )
     report, wanted = make_report(config, found, rows, spread, machine)
     print(json.dumps(asdict(report), indent=2) if config.json else render(report))
     sys.stdout.flush()

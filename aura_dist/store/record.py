@@ -14,7 +14,7 @@ from aura_dist.store.access import get_array, read_array
 from aura_dist.store.schema import ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
 
 # names for people: a moved file or a renamed directory is still the same data and model
-_NOT_COMPARED = {"name", "revision", "path"}
+_NOT_COMPARED = {"model name", "model revision", "tokenizer name", "data path"}
 
 
 def check_same(path: str, group: zarr.Group, spec: StoreSpec, samples: Samples) -> None:
@@ -34,7 +34,7 @@ def check_same(path: str, group: zarr.Group, spec: StoreSpec, samples: Samples) 
 
 def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any] | None:
     if isinstance(here, Mapping) and isinstance(there, Mapping):
-        for key in [k for k in {**here, **there} if k not in _NOT_COMPARED]:
+        for key in [k for k in {**here, **there} if f"{name} {k}" not in _NOT_COMPARED]:
             difference = _first_difference(f"{name} {key}", there.get(key), here.get(key))
             if difference:
                 return difference

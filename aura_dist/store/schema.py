@@ -129,7 +129,7 @@ def activation_path(site: str, pooling: str) -> str:
 
 
 def chunk_widths(group: zarr.Group, spec: StoreSpec) -> dict[str, int]:
-    """Site → columns of one chunk."""
+    """Site → columns of one chunk, of whichever pooling."""
     return {s.name: get_array(group, activation_path(s.name, spec.poolings[0])).chunks[1] for s in spec.sites}
 
 
@@ -164,11 +164,12 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
             _add(root, ATTEMPTS, done, ("task",), chunks=(1,))
             num_arrays = len(spec.sites) * len(spec.poolings)
             _empty(root, NONFINITE, (len(done), num_arrays), (1, num_arrays), np.int64, ("task", "array"), 0)
+            dtypes = {pooling: np.dtype(stored_dtype(pooling, spec.dtype)) for pooling in spec.poolings}
+            largest = max(dtype.itemsize for dtype in dtypes.values())
             for site in spec.sites:
-                for pooling in spec.poolings:
-                    dtype = np.dtype(stored_dtype(pooling, spec.dtype))
-                    shape = num_rows, site.width
-                    chunks = rows, columns_per_chunk(site.width, num_rows, dtype.itemsize)
+                # alike for all poolings: a rank owns the same columns of each
+                shape, chunks = (num_rows, site.width), (rows, columns_per_chunk(site.width, num_rows, largest))
+                for pooling, dtype in dtypes.items():
                     name = activation_path(site.name, pooling)
                     _empty(root, name, shape, chunks, dtype, ("sample", "neuron"), np.nan)
             root.attrs["created"] = True

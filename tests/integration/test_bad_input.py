@@ -206,6 +206,12 @@ def test_store_begun_under_other_settings(more, message, refused, scored, tiny_d
     assert main(["score", "--store", str(scored / "store.zarr")]) == 0, "the store is as good as before"
 
 
+def test_store_of_other_modules_of_the_same_shape(refused, tiny_dir, sentences_csv, tmp_path):
+    command = collect(tiny_dir("llama"), sentences_csv, tmp_path / "store.zarr", "--modules")
+    assert main([*command, "*.gate_proj"]) == 0
+    refused([*command, "*.up_proj"], r"another sites name: expected .*gate_proj, got .*up_proj")
+
+
 def test_store_of_other_weights(refused, scored, sentences_csv, tmp_path):
     other = save_tiny("llama", tmp_path / "other", seed=1)
     message = "was collected under another model fingerprint: expected .* got .* or replace this one with --overwrite"

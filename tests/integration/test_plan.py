@@ -181,7 +181,22 @@ def test_what_cannot_be_is_refused(settings, message, falcon_shallow, capsys):
 
 def test_tensor_parallelism_of_conv1d_is_refused_by_name(tiny_dir, capsys):
     flags = ["--model", str(tiny_dir("gpt2")), *ROWS, "--world-size", "2", "--sharding", "tensor"]
-    assert "got GPT2LMHeadModel; use fsdp, zero3 or dispatch" in refused(capsys, *flags)
+    assert "GPT2LMHeadModel: there is no plan for --sharding tensor: its Conv1D layers" in refused(capsys, *flags)
+
+
+def test_users_plan_for_tensor_parallelism_counts(falcon_shallow, tmp_path, capsys):
+    flags = [*falcon_shallow, "--world-size", "2", "--sharding", "tensor"]
+    weights = planned(capsys, *flags, "--device", "cuda")[0]["memory"]["device"]["weights"]
+    file = tmp_path / "plan.yaml"
+    flags += ["--tensor-plan", str(file)]
+    file.write_text("transformer.h.*.mlp.dense_h_to_4h: colwise\ntransformer.h.*.mlp.dense_4h_to_h: rowwise\n")
+    mlp_alone = planned(capsys, *flags, "--device", "cuda")[0]["memory"]["device"]["weights"]
+    split_less = 2 * 2 * 8192 * (8192 + 1024 + 8192) + 2 * 65024 * 8192  # bytes: attention of two layers, embeddings
+    assert mlp_alone - weights == pytest.approx(split_less / 2, rel=0.01)
+    file.write_text("transformer.h.*.mlp.nothing: colwise\n")
+    assert "has no module 'transformer.h.*.mlp.nothing'" in refused(capsys, *flags)
+    file.write_text("transformer.h.*.mlp.dense_h_to_4h: embedding_rowwise\n")
+    assert "is split as 'embedding_rowwise', which is not by columns" in refused(capsys, *flags)
 
 
 def test_section_of_collect_counts_for_plan(falcon_shallow, tmp_path, capsys):

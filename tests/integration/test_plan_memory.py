@@ -90,6 +90,23 @@ def test_measured_peak_is_within_the_plan(name, saved, dtype, tokens, texts_csv,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_means_in_16_bits_stay_within_the_plan(tmp_path, capsys):
+    """Of texts that are all cut at one length: the CPU sums a copy of the whole batch in float32."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=4000, hidden_size=768, intermediate_size=8192, num_hidden_layers=2, **LLAMA
+    )  # fmt: skip
+    hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text = " ".join(["you are such a person"] * 60)
+    (tmp_path / "texts.csv").write_text("text,toxic\n" + "".join(f"{text},{i % 2}\n" for i in range(200)))
+    settings = ["--dtype", "bfloat16", "--pooling", "mean", "--tokens-per-batch", "16384"]
+    predicted, measured = compare(tmp_path / "model", tmp_path / "texts.csv", tmp_path, capsys, *settings)
+    assert measured <= predicted <= MOST_ABOVE * measured
+
+
+@pytest.mark.slow
 @pytest.mark.realmodel
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aura_dist.model.sharding import ModelSource, load_base, skeleton
 from aura_dist.model.sites import find_sites
-from aura_dist.model.sizes import is_mapped, prepare, splits_layers, weight_sizes
+from aura_dist.model.sizes import is_mapped, prepare, split_names, weight_sizes
+from aura_dist.model.tensor_plan import tensor_plan
 from aura_dist.model.trace import forward_cost, trace_forward
 from aura_dist.runtime.world import World
 from tests.models import ODD_CONFIGS, TINY_CONFIGS
@@ -51,16 +52,26 @@ def test_cost_bounds_every_shorter_batch_and_gives_its_operations(name):
     assert cost.peak_bytes(64, 64, 64 * 64) == pytest.approx(full, rel=0.1)
 
 
+def test_mean_in_16_bits_is_summed_from_a_copy_on_a_cpu():
+    """Torch's CPU kernel copies the whole input as float32 first; a GPU's widens element by element."""
+    model, sites = prepared("llama", dtype="bfloat16")
+    widest = max(s.width for s in sites) * 16 * 64 * 4
+    on_gpu, on_cpu = (trace_forward(model, sites, ["mean"], (16, 64), on_cpu=c).peak_bytes for c in (False, True))
+    assert on_gpu + widest / 2 < on_cpu <= on_gpu + widest
+    narrow = [trace_forward(model, sites, ["max"], (16, 64), on_cpu=c).peak_bytes for c in (False, True)]
+    assert narrow[0] == narrow[1]
+
+
 def test_weights_are_not_counted_as_activations():
     model, sites = prepared("llama")
     traced = trace_forward(model, sites, ["max"], (1, 1))
-    assert traced.peak_bytes < weight_sizes(model).total_bytes / 10
+    assert traced.peak_bytes < weight_sizes(model, {}).total_bytes / 10
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 @pytest.mark.parametrize("num_layers", [2, 3])
 def test_sizes_are_those_of_the_loaded_model(name, num_layers, tiny_dir):
-    sizes = weight_sizes(prepared(name, num_layers)[0])
+    sizes = weight_sizes(prepared(name, num_layers)[0], {})
     real = load_base(ModelSource(str(tiny_dir(name)), None, "float32"), World(), num_layers=num_layers)
     tensors = [*real.parameters(), *real.buffers()]
     assert sizes.total_bytes == sum(t.nbytes for t in tensors)
@@ -68,17 +79,19 @@ def test_sizes_are_those_of_the_loaded_model(name, num_layers, tiny_dir):
     assert len(sizes.layers) == num_layers
 
 
-@pytest.mark.parametrize(
-    ("name", "can"),
-    [*((n, True) for n in ("llama", "falcon-rotary", "falcon-40b-style", "mpt", "bloom", "opt", "gemma3", "mistral")),
-     ("gpt2", False)],
-)  # fmt: skip
-def test_tensor_parallelism_splits_the_linear_layers(name, can):
+@pytest.mark.parametrize("name", sorted(set(TINY_CONFIGS) - {"gpt2"}))
+def test_tensor_parallelism_splits_the_linear_layers_and_embeddings(name):
     model, _ = prepared(name)
-    assert splits_layers(model) == can
-    if can:
-        whole, split = weight_sizes(model).layers[0]
-        assert split > 5 * whole
+    sizes = weight_sizes(model, tensor_plan(model, 2))
+    whole, split = sizes.layers[0]
+    assert split > 5 * whole
+    assert sizes.outside[1] > sizes.outside[0]
+
+
+def test_biases_are_split_with_columns_alone():
+    splits = split_names({"h.*.up": "colwise", "h.*.down": "rowwise", "h.*.out": "rowwise_split_input"})
+    assert [splits(f"h.3.{n}") for n in ("up.weight", "up.bias", "down.weight", "out.weight")] == [True] * 4
+    assert [splits(f"h.3.{n}") for n in ("down.bias", "out.bias", "norm.weight")] == [False] * 3
 
 
 def test_weights_are_mapped_in_the_checkpoints_own_dtype_only(tiny_dir):
