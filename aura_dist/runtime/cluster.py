@@ -26,6 +26,8 @@ CONNECT_SECONDS = 30
 SETTINGS = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
+    # Memory that a task is done with is kept for the next: a worker that waits for it to shrink waits for ever.
+    "distributed.worker.memory.pause": False,
     # A task is not to blame for workers that a scheduler takes away.
     "distributed.scheduler.allowed-failures": 10,
     **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_FREED_MEMORY.items()},

@@ -238,6 +238,27 @@ def test_damaged_chunk_is_named_and_nothing_written_for_its_column(row_chunk, st
     assert not [f for f in score_files(store) if f.startswith("scores/layers.1.up/max") and f.endswith("/0/3")]
 
 
+def test_score_that_cannot_be_written_is_named(store, capfd):
+    assert score(store, "--statistics", "auroc", "num_distinct") == 0
+    (directory,) = store.glob("scores/layers.1.up/max/auroc/c/0")
+    shutil.rmtree(directory)
+    directory.write_text("in the way of the directory")
+    (store / "scores" / "layers.1.up" / "max" / "scored" / "c" / "2").unlink()
+    capfd.readouterr()
+    assert score(store, "--statistics", "auroc", "num_distinct") == 2
+    shown = capfd.readouterr().err
+    assert "a score cannot be written: Not a directory" in shown
+    assert "Traceback" not in shown
+
+
+def test_worker_near_its_memory_limit_goes_on(store, scored):
+    """Beyond Dask's 80 % it would pause for ever: what is freed is kept for the next column."""
+    process = started(store, "--memory-limit", "350MB", "--num-workers", "1")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert score_files(store) == score_files(scored)
+
+
 def flip(chunk: Path) -> None:
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 1
