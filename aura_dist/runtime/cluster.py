@@ -23,6 +23,7 @@ LOCAL_KINDS = ("threads", "processes")
 SCHEMES = ("tcp://", "tls://")
 SLURM_JOBS = 2
 CONNECT_SECONDS = 30
+LOOPBACK = "127.0.0.1"
 SETTINGS = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
@@ -32,6 +33,8 @@ SETTINGS = {
     "distributed.scheduler.allowed-failures": 10,
     **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_FREED_MEMORY.items()},
 }
+# What a worker's process runs first: Ctrl-C reaches every process of a terminal, and this one ends its workers.
+IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
 def available_cores() -> int:
@@ -100,6 +103,9 @@ def dask_client(
 
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(SETTINGS))
+        if kind == "processes":
+            preload = [*dask.config.get("distributed.worker.preload"), IGNORE_INTERRUPTS]
+            stack.enter_context(dask.config.set({"distributed.worker.preload": preload}))
         try:
             cluster: Any = kind
             if kind in LOCAL_KINDS:
@@ -110,8 +116,14 @@ def dask_client(
         except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
             raise ClusterError(f"--dask {kind}: expected a cluster that answers: {brief(error)}") from error
         if client.dashboard_link:
-            logger.info("dashboard: %s", client.dashboard_link)
+            logger.info("dashboard: %s", _reachable(client.dashboard_link, client.scheduler.address))
         yield client
+
+
+def _reachable(link: str, scheduler_address: str) -> str:
+    """A dashboard's link; that of a scheduler within this process names an address at which it does not listen."""
+    protocol, place = scheduler_address.split("://")
+    return link.replace(place.partition("/")[0], LOOPBACK) if protocol == "inproc" else link
 
 
 def _local(kind: str, num_workers: int | None, limit: int) -> Any:
@@ -123,8 +135,9 @@ def _local(kind: str, num_workers: int | None, limit: int) -> Any:
         processes=kind == "processes",
         memory_limit=limit,
         # the dashboard is Bokeh's: without it there is none to look at
-        dashboard_address="127.0.0.1:0" if find_spec("bokeh") else None,
-        silence_logs=logging.ERROR,
+        dashboard_address=f"{LOOPBACK}:0" if find_spec("bokeh") else None,
+        # a task's error reaches the user as it is, in one line
+        silence_logs=logging.ERROR if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL,
         n_workers=workers,
         threads_per_worker=threads,
     )

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import dask
 import numpy as np
@@ -19,6 +21,7 @@ import aura_dist
 from aura_dist.cli import main
 from aura_dist.core.statistics import STATISTICS, statistics_by_concept
 from aura_dist.errors import StoreError
+from aura_dist.runtime.cluster import dask_client
 from aura_dist.stages import score as stage
 from aura_dist.store import columns as worker
 from aura_dist.store.schema import tasks_of
@@ -327,9 +330,11 @@ def long_scores(long_store, tmp_path_factory):
     return score_files(store)
 
 
-def started(store: Path, *more: str) -> subprocess.Popen:
+def started(store: Path, *more: str, start_new_session: bool = False) -> subprocess.Popen:
     command = [sys.executable, "-m", "aura_dist", "score", "--store", str(store), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session
+    )
 
 
 def wait_for_columns(store: Path, process: subprocess.Popen, count: int) -> None:
@@ -368,6 +373,35 @@ def test_worker_killed(long_store, long_scores, tmp_path):
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, output
     assert score_files(store) == long_scores
+
+
+def test_interrupt_at_a_terminal(long_store, tmp_path):
+    """Ctrl-C reaches the workers' processes too: they leave the word to the client."""
+    store = Path(shutil.copytree(long_store, tmp_path / "store.zarr"))
+    process = started(store, "--dask", "processes", "--num-workers", "2", start_new_session=True)
+    wait_for_columns(store, process, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1].startswith("error: interrupted")
+    assert "Traceback" not in output
+
+
+def test_an_error_of_a_task_is_one_line(store):
+    flip(store / "activations" / "layers.1.up" / "max" / "c" / "0" / "3")
+    output, _ = (process := started(store)).communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 2
+    assert output.splitlines()[-1].startswith("error: the chunk")
+    assert "Traceback" not in output
+
+
+def test_dashboard_is_where_it_is_said_to_be(caplog):
+    pytest.importorskip("bokeh", reason="the extra with the dashboard is not installed")
+    caplog.set_level("INFO")
+    with dask_client("threads", 1, "1GB"):
+        link = urlsplit(next(m for m in caplog.messages if m.startswith("dashboard: ")).removeprefix("dashboard: "))
+        with socket.create_connection((link.hostname, link.port), timeout=5):
+            pass
 
 
 def test_settings_file_takes_slurm_options(tmp_path, store, capsys):
