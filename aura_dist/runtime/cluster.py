@@ -5,7 +5,6 @@ A local cluster's workers never spill: tasks give back a few numbers, so what fi
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ClusterError, ConfigError, brief
 from aura_dist.runtime.memory import KEEP_FREED_MEMORY
+from aura_dist.runtime.slurm_workers import slurm_cluster
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 LOCAL_KINDS = ("threads", "processes")
 SCHEMES = ("tcp://", "tls://")
-SLURM_JOBS = 2
 CONNECT_SECONDS = 30
 LOOPBACK = "127.0.0.1"
 SETTINGS = {
@@ -64,6 +63,10 @@ def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: M
         return limit, num_workers or available_cores()
     if kind != "slurm":
         return limit, 1
+    for name in ("cores", "processes"):
+        value = slurm.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"--slurm: expected {name} to be an integer of at least 1, got {value!r}")
     if not isinstance(slurm.get("walltime", ""), str):
         raise ConfigError(f"--slurm: expected walltime in quotes, as '1:00:00', got the number {slurm['walltime']!r}")
     processes = int(slurm.get("processes", 1))
@@ -111,7 +114,7 @@ def dask_client(
             if kind in LOCAL_KINDS:
                 cluster = stack.enter_context(_local(kind, num_workers, limit))
             elif kind == "slurm":
-                cluster = stack.enter_context(_slurm(num_workers, limit, slurm or {}))
+                cluster = stack.enter_context(slurm_cluster(num_workers, limit, slurm or {}))
             client = stack.enter_context(Client(cluster, timeout=CONNECT_SECONDS))
         except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
             raise ClusterError(f"--dask {kind}: expected a cluster that answers: {brief(error)}") from error
@@ -141,20 +144,3 @@ def _local(kind: str, num_workers: int | None, limit: int) -> Any:
         n_workers=workers,
         threads_per_worker=threads,
     )
-
-
-def _slurm(num_workers: int | None, limit: int, options: Mapping[Any, Any]) -> Any:
-    """A cluster of Slurm jobs: by default one core, `--memory-limit` and dask-jobqueue's half hour each."""
-    try:
-        from dask_jobqueue.slurm import SLURMCluster
-    except ImportError as error:
-        raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
-    if shutil.which("sbatch") is None:
-        raise ClusterError("--dask slurm: expected Slurm's sbatch on this machine, found none")
-    exports = [f"export {name}={value}" for name, value in KEEP_FREED_MEMORY.items()]
-    defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}
-    options = {**options, "job_script_prologue": [*exports, *options.get("job_script_prologue", ())]}
-    cluster = SLURMCluster(**{**defaults, **options})
-    cluster.scale(num_workers or SLURM_JOBS)
-    logger.info("slurm: asked for %d workers; the job script:\n%s", num_workers or SLURM_JOBS, cluster.job_script())
-    return cluster
