@@ -5,7 +5,6 @@ A local cluster's workers never spill: tasks give back a few numbers, so what fi
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ClusterError, ConfigError, brief
 from aura_dist.runtime.memory import KEEP_FREED_MEMORY
+from aura_dist.runtime.slurm_workers import slurm_cluster
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -21,15 +21,19 @@ logger = logging.getLogger(__name__)
 
 LOCAL_KINDS = ("threads", "processes")
 SCHEMES = ("tcp://", "tls://")
-SLURM_JOBS = 2
 CONNECT_SECONDS = 30
+LOOPBACK = "127.0.0.1"
 SETTINGS = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
+    # Memory that a task is done with is kept for the next: a worker that waits for it to shrink waits for ever.
+    "distributed.worker.memory.pause": False,
     # A task is not to blame for workers that a scheduler takes away.
     "distributed.scheduler.allowed-failures": 10,
     **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_FREED_MEMORY.items()},
 }
+# What a worker's process runs first: Ctrl-C reaches every process of a terminal, and this one ends its workers.
+IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
 def available_cores() -> int:
@@ -59,6 +63,10 @@ def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: M
         return limit, num_workers or available_cores()
     if kind != "slurm":
         return limit, 1
+    for name in ("cores", "processes"):
+        value = slurm.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"--slurm: expected {name} to be an integer of at least 1, got {value!r}")
     if not isinstance(slurm.get("walltime", ""), str):
         raise ConfigError(f"--slurm: expected walltime in quotes, as '1:00:00', got the number {slurm['walltime']!r}")
     processes = int(slurm.get("processes", 1))
@@ -98,18 +106,27 @@ def dask_client(
 
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(SETTINGS))
+        if kind == "processes":
+            preload = [*dask.config.get("distributed.worker.preload"), IGNORE_INTERRUPTS]
+            stack.enter_context(dask.config.set({"distributed.worker.preload": preload}))
         try:
             cluster: Any = kind
             if kind in LOCAL_KINDS:
                 cluster = stack.enter_context(_local(kind, num_workers, limit))
             elif kind == "slurm":
-                cluster = stack.enter_context(_slurm(num_workers, limit, slurm or {}))
+                cluster = stack.enter_context(slurm_cluster(num_workers, limit, slurm or {}))
             client = stack.enter_context(Client(cluster, timeout=CONNECT_SECONDS))
         except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
             raise ClusterError(f"--dask {kind}: expected a cluster that answers: {brief(error)}") from error
         if client.dashboard_link:
-            logger.info("dashboard: %s", client.dashboard_link)
+            logger.info("dashboard: %s", _reachable(client.dashboard_link, client.scheduler.address))
         yield client
+
+
+def _reachable(link: str, scheduler_address: str) -> str:
+    """A dashboard's link; that of a scheduler within this process names an address at which it does not listen."""
+    protocol, place = scheduler_address.split("://")
+    return link.replace(place.partition("/")[0], LOOPBACK) if protocol == "inproc" else link
 
 
 def _local(kind: str, num_workers: int | None, limit: int) -> Any:
@@ -121,25 +138,9 @@ def _local(kind: str, num_workers: int | None, limit: int) -> Any:
         processes=kind == "processes",
         memory_limit=limit,
         # the dashboard is Bokeh's: without it there is none to look at
-        dashboard_address="127.0.0.1:0" if find_spec("bokeh") else None,
-        silence_logs=logging.ERROR,
+        dashboard_address=f"{LOOPBACK}:0" if find_spec("bokeh") else None,
+        # a task's error reaches the user as it is, in one line
+        silence_logs=logging.ERROR if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL,
         n_workers=workers,
         threads_per_worker=threads,
     )
-
-
-def _slurm(num_workers: int | None, limit: int, options: Mapping[Any, Any]) -> Any:
-    """A cluster of Slurm jobs: by default one core, `--memory-limit` and dask-jobqueue's half hour each."""
-    try:
-        from dask_jobqueue.slurm import SLURMCluster
-    except ImportError as error:
-        raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
-    if shutil.which("sbatch") is None:
-        raise ClusterError("--dask slurm: expected Slurm's sbatch on this machine, found none")
-    exports = [f"export {name}={value}" for name, value in KEEP_FREED_MEMORY.items()]
-    defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}
-    options = {**options, "job_script_prologue": [*exports, *options.get("job_script_prologue", ())]}
-    cluster = SLURMCluster(**{**defaults, **options})
-    cluster.scale(num_workers or SLURM_JOBS)
-    logger.info("slurm: asked for %d workers; the job script:\n%s", num_workers or SLURM_JOBS, cluster.job_script())
-    return cluster

@@ -16,7 +16,7 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.core.sync import sync
 
 from aura_dist.core.statistics import STATISTICS, statistics_by_concept
-from aura_dist.errors import StoreError
+from aura_dist.errors import StoreError, brief
 from aura_dist.store.access import chunk_name, get_array, in_whole_chunks, missing_chunks, open_group, read_array
 from aura_dist.store.schema import activation_path
 from aura_dist.store.scores import MARKER, Column, score_path
@@ -81,9 +81,9 @@ def _score_column(source: Source, column: Column) -> Scored:
     computed = time.perf_counter()
     try:
         _write(source, column, made)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the Rust pipeline raises RuntimeError for a full disk
         raise StoreError(
-            f"--store {source.path!r}: a score cannot be written: {error}; mend that and run `score` again"
+            f"--store {source.path!r}: a score cannot be written: {brief(error)}; mend that and run `score` again"
         ) from error
     return Scored(_num_unscored(made), read - start, computed - read, time.perf_counter() - computed)
 
@@ -104,7 +104,11 @@ def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> 
     region = (slice(None), slice(column.start, column.stop))
 
     async def write() -> None:
-        await asyncio.gather(*(arrays[name].async_array.setitem(region, values) for name, values in made.items()))
+        # all end before an error is raised: none goes on writing once the column counts as failed
+        writes = (arrays[name].async_array.setitem(region, values) for name, values in made.items())
+        for error in await asyncio.gather(*writes, return_exceptions=True):
+            if error is not None:
+                raise error
         await arrays[MARKER].async_array.setitem(column.index, column.marker)
 
     sync(write())

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import dask
 import numpy as np
@@ -19,6 +21,7 @@ import aura_dist
 from aura_dist.cli import main
 from aura_dist.core.statistics import STATISTICS, statistics_by_concept
 from aura_dist.errors import StoreError
+from aura_dist.runtime.cluster import dask_client
 from aura_dist.stages import score as stage
 from aura_dist.store import columns as worker
 from aura_dist.store.schema import tasks_of
@@ -238,6 +241,27 @@ def test_damaged_chunk_is_named_and_nothing_written_for_its_column(row_chunk, st
     assert not [f for f in score_files(store) if f.startswith("scores/layers.1.up/max") and f.endswith("/0/3")]
 
 
+def test_score_that_cannot_be_written_is_named(store, capfd):
+    assert score(store, "--statistics", "auroc", "num_distinct") == 0
+    (directory,) = store.glob("scores/layers.1.up/max/auroc/c/0")
+    shutil.rmtree(directory)
+    directory.write_text("in the way of the directory")
+    (store / "scores" / "layers.1.up" / "max" / "scored" / "c" / "2").unlink()
+    capfd.readouterr()
+    assert score(store, "--statistics", "auroc", "num_distinct") == 2
+    shown = capfd.readouterr().err
+    assert "a score cannot be written: Not a directory" in shown
+    assert "Traceback" not in shown
+
+
+def test_worker_near_its_memory_limit_goes_on(store, scored):
+    """Beyond Dask's 80 % it would pause for ever: what is freed is kept for the next column."""
+    process = started(store, "--memory-limit", "350MB", "--num-workers", "1")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert score_files(store) == score_files(scored)
+
+
 def flip(chunk: Path) -> None:
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 1
@@ -306,9 +330,11 @@ def long_scores(long_store, tmp_path_factory):
     return score_files(store)
 
 
-def started(store: Path, *more: str) -> subprocess.Popen:
+def started(store: Path, *more: str, start_new_session: bool = False) -> subprocess.Popen:
     command = [sys.executable, "-m", "aura_dist", "score", "--store", str(store), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session
+    )
 
 
 def wait_for_columns(store: Path, process: subprocess.Popen, count: int) -> None:
@@ -347,6 +373,35 @@ def test_worker_killed(long_store, long_scores, tmp_path):
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, output
     assert score_files(store) == long_scores
+
+
+def test_interrupt_at_a_terminal(long_store, tmp_path):
+    """Ctrl-C reaches the workers' processes too: they leave the word to the client."""
+    store = Path(shutil.copytree(long_store, tmp_path / "store.zarr"))
+    process = started(store, "--dask", "processes", "--num-workers", "2", start_new_session=True)
+    wait_for_columns(store, process, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1].startswith("error: interrupted")
+    assert "Traceback" not in output
+
+
+def test_an_error_of_a_task_is_one_line(store):
+    flip(store / "activations" / "layers.1.up" / "max" / "c" / "0" / "3")
+    output, _ = (process := started(store)).communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 2
+    assert output.splitlines()[-1].startswith("error: the chunk")
+    assert "Traceback" not in output
+
+
+def test_dashboard_is_where_it_is_said_to_be(caplog):
+    pytest.importorskip("bokeh", reason="the extra with the dashboard is not installed")
+    caplog.set_level("INFO")
+    with dask_client("threads", 1, "1GB"):
+        link = urlsplit(next(m for m in caplog.messages if m.startswith("dashboard: ")).removeprefix("dashboard: "))
+        with socket.create_connection((link.hostname, link.port), timeout=5):
+            pass
 
 
 def test_settings_file_takes_slurm_options(tmp_path, store, capsys):

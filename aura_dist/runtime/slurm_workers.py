@@ -1,0 +1,79 @@
+"""Dask workers as Slurm jobs: a refusal of theirs is an error of the command."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import ceil
+from typing import Any
+
+from aura_dist.errors import ClusterError, ConfigError, brief
+from aura_dist.runtime.memory import KEEP_FREED_MEMORY
+
+logger = logging.getLogger(__name__)
+
+SLURM_JOBS = 2
+# As in `cluster.SETTINGS`, which jobs do not get.
+_ENVIRONMENT = {**KEEP_FREED_MEMORY, "DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE": "False"}
+
+
+@contextmanager
+def slurm_cluster(num_workers: int | None, limit: int, options: Mapping[Any, Any]) -> Iterator[Any]:
+    """A cluster of Slurm jobs: by default one core, `--memory-limit` and dask-jobqueue's half hour each.
+
+    Raises
+    ------
+    ConfigError
+        dask-jobqueue is not installed.
+    ClusterError
+        Slurm is not on this machine, or refuses the jobs.
+    """
+    try:
+        from dask_jobqueue.slurm import SLURMCluster
+    except ImportError as error:
+        raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
+    if shutil.which("sbatch") is None:
+        raise ClusterError("--dask slurm: expected Slurm's sbatch on this machine, found none")
+    defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}
+    made: dict[str, Any] = {**defaults, **options, "job_script_prologue": _prologue(options)}
+    cluster = SLURMCluster(**made)
+    try:
+        count = num_workers or SLURM_JOBS
+        logger.info("slurm: asked for %d workers; the job script:\n%s", count, cluster.job_script())
+        jobs = ceil(count / int(made["processes"]))
+        cluster.sync(_ask, cluster, jobs)
+        yield cluster
+    finally:
+        _close(cluster)
+
+
+def _prologue(options: Mapping[Any, Any]) -> list[str]:
+    """Lines of the job script before the worker starts: ours, then the user's, else those of Dask's configuration."""
+    import dask
+
+    given = options.get("job_script_prologue")
+    if given is None:
+        names = ("jobqueue.slurm.job-script-prologue", "jobqueue.slurm.env-extra")
+        given = next(filter(None, (dask.config.get(name, None) for name in names)), [])
+    lines = [given] if isinstance(given, str) else list(given)
+    return [*(f"export {name}={value}" for name, value in _ENVIRONMENT.items()), *lines]
+
+
+async def _ask(cluster: Any, jobs: int) -> None:
+    """Submit the jobs that are lacking; RuntimeError of sbatch's. `cluster.scale` would not tell of one."""
+    while len(cluster.worker_spec) < jobs:
+        cluster.worker_spec.update(cluster.new_worker_spec())
+    try:
+        await cluster._correct_state()
+    finally:
+        for job in cluster.workers.values():
+            if job.status.name == "created":  # refused: otherwise the cluster would not close
+                job.status = type(job.status).failed
+
+
+def _close(cluster: Any) -> None:
+    """End the cluster and its jobs; nothing that goes wrong then hides why it ends."""
+    try:
+        cluster.close()
+    except Exception as error:
+        logger.warning("slurm: the cluster could not be closed: %s", brief(error))
