@@ -39,6 +39,7 @@ _PLACES = {"store": "sweep.zarr", "out": "sweep", "intervention": None}
 def run(config: SweepConfig, document: Mapping[str, Any]) -> None:
     """Run what is left of the grid; SweepError that names a reason if cells failed."""
     known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
+    document = {**document, "grid": config.grid}  # it may stand in the section of this verb
     cells = make_cells(document, known)
     graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
     if config.dry_run:
