@@ -43,7 +43,7 @@ class LocalLauncher:
     def start(self, commands: Sequence[JobCommand]) -> None:
         for command in commands:
             slot = self._slots.index(None)
-            command.write(command.state.begun())
+            command.begin()
             with command.open_log() as log:
                 process = command.start(log, gpus=self._share(slot, command.ranks), keep_open=self._keep_open)
             self._slots[slot] = command, process

@@ -179,7 +179,7 @@ class JobTask:
     def __call__(self) -> int:
         leads = os.environ.get("SLURM_PROCID", "0") == "0"
         if leads:
-            self.command.write(self.command.state.begun())
+            self.command.begin()
         with self.command.open_log() as log:
             self._process = self.command.start(log)
             before = signal.signal(signal.SIGTERM, self._forward)
