@@ -60,11 +60,15 @@ class SlurmLauncher:
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
         """Jobs of an earlier run of the sweep that are still in the queue."""
-        listed = _queue() or set()
-        for command in commands:
-            path = self._id_path(command)
-            slurm_id = path.read_text().strip() if path.exists() else ""
-            if slurm_id in listed:
+        ids = {c: self._id_path(c).read_text().strip() for c in commands if self._id_path(c).exists()}
+        listed = _queue() if ids else set()
+        if listed is None:
+            raise ClusterError(
+                "squeue: expected the jobs in the queue, got no answer; try again later: a job that is still there "
+                "would be started twice"
+            )
+        for command, slurm_id in ids.items():  # one that has said its end leaves the queue, and may be tried again
+            if slurm_id in listed and command.state.state in ("queued", "running"):
                 self._watched[command.job] = _Watched(command, slurm_id)
         return list(self._watched)
 
@@ -72,6 +76,8 @@ class SlurmLauncher:
         for stage in dict.fromkeys(command.stage for command in commands):
             mine = [command for command in commands if command.stage == stage]
             executor = self._executor(stage)
+            for command in mine:
+                command.write(command.state.submitted())
             try:
                 with executor.batch():
                     submitted = [executor.submit(JobTask(command)) for command in mine]

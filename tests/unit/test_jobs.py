@@ -1,12 +1,18 @@
 """Jobs of a sweep: their state files, and what the launchers make of them."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
+from aura_dist.errors import ClusterError
+from aura_dist.runtime import slurm_jobs
 from aura_dist.runtime.job_command import JobCommand
 
 
 @pytest.fixture
 def command(tmp_path):
+    (tmp_path / "jobs").mkdir()
     return JobCommand(tmp_path, "fit-a", "fit")
 
 
@@ -25,3 +31,67 @@ def test_reason_is_what_the_last_attempt_said(command):
     assert (state.attempts, state.starts) == (2, 2)
     assert attempt(command, "", -9).reason == "killed by SIGKILL; last output: no output"
     assert command.log.read_text().count("error: no such file") == 1, "the log keeps all"
+
+
+class Executor:
+    """submitit's, without a cluster: gives numbers."""
+
+    def __init__(self):
+        self.submitted = []
+
+    def batch(self):
+        return nullcontext()
+
+    def submit(self, task):
+        self.submitted.append(task)
+        return SimpleNamespace(job_id=f"7_{len(self.submitted)}")
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A launcher whose jobs stay where the test puts them; `queue` is what squeue would say."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    executor, queue = Executor(), {"7_1", "7_2"}
+    monkeypatch.setattr(slurm_jobs, "make_executor", lambda *arguments: executor)
+    monkeypatch.setattr(slurm_jobs, "_queue", lambda: queue)
+    monkeypatch.setattr(slurm_jobs, "SQUEUE_SECONDS", -1.0)
+    return SimpleNamespace(launcher=slurm_jobs.SlurmLauncher(tmp_path, {}), executor=executor, queue=queue)
+
+
+def test_job_that_waits_in_slurm_to_be_tried_again_has_not_ended(slurm, command):
+    slurm.launcher.start([command])
+    attempt(command, "error: no room\n", 1)
+    assert slurm.launcher.ended() == [command.job]
+    slurm.launcher.start([command])
+    assert (command.state.state, command.state.attempts) == ("queued", 1)
+    assert slurm.launcher.ended() == [], "it is in the queue: another would run beside it"
+    attempt(command, "", 0)
+    assert slurm.launcher.ended() == [command.job]
+
+
+def test_job_that_slurm_never_begins_uses_up_its_attempts(slurm, command):
+    slurm.queue.clear()
+    for times in (1, 2, 3):
+        slurm.launcher.start([command])
+        assert slurm.launcher.ended() == [], "one answer of squeue may lack it"
+        assert slurm.launcher.ended() == [command.job]
+        assert (command.state.state, command.state.attempts) == ("failed", times)
+
+
+def test_killed_job_is_one_attempt(slurm, command):
+    slurm.launcher.start([command])
+    command.begin()
+    slurm.queue.clear()
+    assert [slurm.launcher.ended(), slurm.launcher.ended()] == [[], [command.job]]
+    assert (command.state.state, command.state.attempts) == ("failed", 1)
+
+
+def test_next_sweep_follows_what_is_in_the_queue_and_has_not_ended(slurm, command, tmp_path, monkeypatch):
+    other = JobCommand(tmp_path, "fit-b", "fit")
+    slurm.launcher.start([command, other])
+    attempt(other, "error: no room\n", 1)  # Slurm still cleans up after it
+    after = slurm_jobs.SlurmLauncher(tmp_path, {})
+    assert after.adopt([command, other, JobCommand(tmp_path, "fit-c", "fit")]) == [command.job]
+    monkeypatch.setattr(slurm_jobs, "_queue", lambda: None)
+    with pytest.raises(ClusterError, match="would be started twice"):
+        slurm_jobs.SlurmLauncher(tmp_path, {}).adopt([command])
