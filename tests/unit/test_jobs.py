@@ -8,6 +8,7 @@ import pytest
 from aura_dist.errors import ClusterError
 from aura_dist.runtime import slurm_jobs
 from aura_dist.runtime.job_command import JobCommand
+from aura_dist.runtime.local_jobs import LocalLauncher
 
 
 @pytest.fixture
@@ -95,3 +96,22 @@ def test_next_sweep_follows_what_is_in_the_queue_and_has_not_ended(slurm, comman
     monkeypatch.setattr(slurm_jobs, "_queue", lambda: None)
     with pytest.raises(ClusterError, match="would be started twice"):
         slurm_jobs.SlurmLauncher(tmp_path, {}).adopt([command])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_slots", "ranks", "shares"),
+    [
+        ("0,1,2,3", 2, 2, [["0", "1"], ["2", "3"]]),
+        ("0,1,2,3", 2, 1, [["0", "1"], ["2", "3"]]),
+        ("0,1,2", 2, 2, [["0", "1"], ["2", "0"]]),
+        ("0,1,2,3", 2, 3, [["0", "1", "2"], ["3", "0", "1"]]),
+        ("5", 3, 1, [["5"]] * 3),
+        ("5", 2, 2, [["5"]] * 2),
+        ("0,1", 1, 2, [[]]),
+        ("", 2, 1, [[], []]),
+    ],
+)
+def test_every_rank_of_a_local_job_has_a_gpu_where_there_are_as_many(gpus, num_slots, ranks, shares, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    launcher = LocalLauncher(num_slots)
+    assert [launcher._share(slot, ranks) for slot in range(num_slots)] == shares
