@@ -1,14 +1,16 @@
 """Jobs of a sweep: their state files, and what the launchers make of them."""
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
-from aura_dist.errors import ClusterError
+from aura_dist.errors import ClusterError, ConfigError
 from aura_dist.runtime import slurm_jobs
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.local_jobs import LocalLauncher
+from aura_dist.runtime.slurm_executor import make_executor, outside_job, stage_resources
 
 
 @pytest.fixture
@@ -115,3 +117,36 @@ def test_every_rank_of_a_local_job_has_a_gpu_where_there_are_as_many(gpus, num_s
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     launcher = LocalLauncher(num_slots)
     assert [launcher._share(slot, ranks) for slot in range(num_slots)] == shares
+
+
+def test_resources_of_a_stage_are_its_own_over_all_others():
+    shared = {"timeout_min": 5, "slurm_additional_parameters": {"licenses": "a"}}
+    resources = {**shared, "collect": {"nodes": 2, "timeout_min": 9}}
+    assert stage_resources(resources, "collect") == {**shared, "nodes": 2, "timeout_min": 9}
+    assert stage_resources(resources, "fit") == {**shared, "nodes": 1, "tasks_per_node": 1}
+    with pytest.raises(ConfigError, match="collect: expected keys and values, got 8"):
+        stage_resources({"collect": 8}, "collect")
+
+
+def test_resources_of_every_stage_are_checked_before_the_first_job(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    monkeypatch.setattr("shutil.which", lambda name, *more, **named: f"/usr/bin/{name}")
+    for wrong in ({"evaluate": {"nodez": 2}}, {"colect": {"nodes": 2}}):
+        with pytest.raises(ConfigError, match=r"resources of .*(nodez|colect)"):
+            slurm_jobs.SlurmLauncher(tmp_path, wrong)
+
+
+def test_jobs_of_a_driver_that_is_a_job_have_their_own_cores_and_memory(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    monkeypatch.setattr("shutil.which", lambda name, *more, **named: f"/usr/bin/{name}")
+    executor = make_executor(tmp_path, "score", {"cpus_per_task": 8, "slurm_setup": ["module load x"]})
+    script = executor._executor._make_submission_file_text("python", "id")
+    assert "#SBATCH --cpus-per-task=8" in script
+    assert script.index("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK") < script.index("\nsrun ")
+    assert "module load x" in script
+    job = {"SLURM_JOB_ID": "3", "SLURM_MEM_PER_NODE": "100", "SLURM_CONF": "/c", "SBATCH_PARTITION": "p"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    with outside_job():
+        assert [n for n in job if n in os.environ] == ["SLURM_CONF", "SBATCH_PARTITION"]
+    assert job.items() <= os.environ.items()
