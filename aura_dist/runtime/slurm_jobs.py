@@ -64,7 +64,7 @@ class SlurmLauncher:
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
         """Jobs of an earlier run of the sweep that are still in the queue."""
         ids = {c: self._id_path(c).read_text().strip() for c in commands if self._id_path(c).exists()}
-        listed = _queue() if ids else set()
+        listed: set[str] | None = _queue() if ids else set()
         if listed is None:
             raise ClusterError(
                 "squeue: expected the jobs in the queue, got no answer; try again later: a job that is still there "
