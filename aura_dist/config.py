@@ -345,7 +345,7 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
     Raises
     ------
     ConfigError
-        A key that no verb knows, or one in a section whose verb does not know it.
+        A key that no verb knows, or one in a section whose verb does not know it; a strength that would count twice.
     """
     known = {name: {f.name for f in fields(v.config)} for name, v in VERBS.items()}
     shared = set().union(*known.values())
@@ -358,8 +358,20 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
         else:
             _check_key(str(key), shared | set(VERBS), "config file")
     top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
+    if "strength" in top and not (verb == "fit" and "strength" in flags):
+        _check_strength(verb, document)
     inherited = document.get(VERBS[verb].inherits or "") or {}
     return {**top, **inherited, **(document.get(verb) or {}), **flags}
+
+
+def _check_strength(verb: str, document: dict[str, Any]) -> None:
+    """ConfigError if the strength on top of a file is one of `fit` and of a verb that lays on what was fitted."""
+    fits = (verb == "fit" or "fit" in document) and "strength" not in (document.get("fit") or {})
+    if fits and {"model", "generate", "evaluate", "export"} & document.keys():
+        raise ConfigError(
+            "config file: expected 'strength' in one section, got it on top: fit would write it into the intervention, "
+            "and the model's use lay it on again; move it to the section 'evaluate' (generate, export), or to 'fit'"
+        )
 
 
 def _check_key(name: str, known: set[str], where: str) -> None:

@@ -2,13 +2,19 @@
 # yours in a file of your own, named by $SITE (module load …, export NCCL_SOCKET_IFNAME=…, CONTAINER=…).
 #   CONTAINER   words put in front of Python's commands, such as "apptainer exec --nv image.sif"
 if [ -n "${SITE:-}" ]; then
+  set +u # module systems and conda read variables that are not set
   # shellcheck disable=SC1090
   source "$SITE"
+  set -u
 fi
 if [ -z "${CONTAINER:-}" ] && [ -f .venv/bin/activate ]; then
   source .venv/bin/activate
 fi
 CONTAINER=${CONTAINER:-}
+# since Slurm 22.05 srun gives a task one core unless it is told, whatever the job has
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+  export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+fi
 # where ranks meet: the first node of the allocation, at a port that follows from the job's number
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   head_node=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}

@@ -92,12 +92,15 @@ def make_graph(cells: Sequence[Cell], resolved: Sequence[Mapping[str, Mapping[st
 def _job(stage: str, settings: Mapping[str, Any], before: Mapping[str, Job]) -> Job:
     needs = {"score": ["collect"], "fit": ["score"], "evaluate": ["fit"]}.get(stage, [])
     parents = [before[name] for name in needs if name in before]
-    digest = _digest([stage, {k: v for k, v in settings.items() if k not in EXECUTION}, [p.id for p in parents]])
+    fixing = {k: v for k, v in settings.items() if k not in EXECUTION}
+    # which statistics are asked for changes none of them: fits stay what they are
+    origin = [f"score-{before['collect'].name}"] if stage == "fit" else [p.id for p in parents]
+    digest = _digest([stage, fixing, origin])
     name = f"{_label(stage, settings, parents)}-{digest}"
     if stage == "collect":
         paths = {"store": f"collections/{name}/store.zarr"}
-    elif stage == "score":  # one scoring a store, of its name
-        name, paths = parents[0].name, dict(parents[0].paths)
+    elif stage == "score":  # one scoring a store, of its name; of other statistics than all, one more
+        name, paths = "-".join([parents[0].name, *([digest] if fixing else [])]), dict(parents[0].paths)
     elif stage == "fit":
         paths = {"store": parents[0].paths["store"], "out": f"interventions/{name}"}
     else:

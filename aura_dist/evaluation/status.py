@@ -110,8 +110,8 @@ def run_status(run: RunDirectory) -> RunStatus:
 
 
 def _jobs(run: RunDirectory) -> Iterator[Job]:
-    """The jobs of a sweep, by their state files; what is no state file is left out."""
-    for path in _files(run.path / JOBS):
+    """The jobs of a sweep, by their state files; what is none, or one that is being written, is left out."""
+    for path in (p for p in _files(run.path / JOBS) if p.suffix == ".json" and not p.name.startswith(".")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             yield Job(found["job"], found["state"], float(found.get("seconds") or 0), str(found.get("reason") or ""))

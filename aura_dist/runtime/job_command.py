@@ -1,8 +1,10 @@
 """Jobs as commands: where a job's files are, how its process is started, and how its state is kept."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import IO
 from aura_dist.runtime.job_state import JobState, read_state, write_state
 
 _LOG_TAIL_BYTES = 20_000
+# begins an attempt's part of the log: what an earlier one said is not why this one failed
+_ATTEMPT = "== start"
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,13 @@ class JobCommand:
             start_new_session=True, pass_fds=tuple(keep_open),
         )  # fmt: skip
 
+    def begin(self) -> None:
+        """Write that an attempt starts: into the state, and as a line of the log."""
+        state = self.state.begun()
+        with self.open_log() as log:
+            log.write(f"{_ATTEMPT} {state.starts} of {self.job}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        self.write(state)
+
     def open_log(self) -> IO[str]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         return self.log.open("a", encoding="utf-8")
@@ -86,4 +97,5 @@ class JobCommand:
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
             output = file.read().decode(errors="replace")
+        output = re.split(rf"^{_ATTEMPT} .*$", output, flags=re.MULTILINE)[-1]
         self.write(self.state.ended_with(code, output))

@@ -57,6 +57,10 @@ class JobState:
         """As if it had not been tried: it waits to be started."""
         return replace(self, state="queued", reason="", attempts=0)
 
+    def submitted(self) -> "JobState":
+        """As it stands once another attempt is in a queue: what the last one left must not be read as its end."""
+        return replace(self, state="queued", reason="")
+
     def begun(self) -> "JobState":
         """As it stands once an attempt has started."""
         attempts, starts = self.attempts + 1, self.starts + 1
@@ -76,8 +80,9 @@ class JobState:
         return replace(after, state="failed", reason=reason_of(code, output))
 
     def lost(self, reason: str) -> "JobState":
-        """As it stands when its process is gone without a word."""
-        return replace(self, state="failed", reason=reason, attempts=max(1, self.attempts), ended=time.time())
+        """As it stands when its process is gone without a word, or never began: that is an attempt too."""
+        attempts = self.attempts + (self.state != "running")
+        return replace(self, state="failed", reason=reason, attempts=attempts, ended=time.time())
 
 
 def read_state(path: Path) -> JobState | None:

@@ -43,7 +43,7 @@ class LocalLauncher:
     def start(self, commands: Sequence[JobCommand]) -> None:
         for command in commands:
             slot = self._slots.index(None)
-            command.write(command.state.begun())
+            command.begin()
             with command.open_log() as log:
                 process = command.start(log, gpus=self._share(slot, command.ranks), keep_open=self._keep_open)
             self._slots[slot] = command, process
@@ -75,10 +75,13 @@ class LocalLauncher:
         return ""
 
     def _share(self, slot: int, ranks: int) -> list[str]:
-        """GPUs of a slot; none named if one slot has all, or there are too few to share."""
-        if len(self._slots) == 1 or len(self._gpus) < len(self._slots) * ranks:
-            return self._gpus[slot * ranks % len(self._gpus) :][:ranks] if self._gpus and len(self._slots) > 1 else []
-        size = len(self._gpus) // len(self._slots)
+        """GPUs of a slot: its own where there are enough, else one a rank, in turn; none named if one slot has all."""
+        num_gpus, num_slots = len(self._gpus), len(self._slots)
+        if num_slots == 1 or not num_gpus:
+            return []
+        if num_gpus < num_slots * ranks:
+            return [self._gpus[(slot * ranks + rank) % num_gpus] for rank in range(min(ranks, num_gpus))]
+        size = num_gpus // num_slots
         return self._gpus[slot * size : (slot + 1) * size]
 
 

@@ -16,19 +16,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from aura_dist.errors import ClusterError, ConfigError, brief
+from aura_dist.core.grid import STAGES
+from aura_dist.errors import ClusterError, brief
 from aura_dist.runtime.job_command import JobCommand
+from aura_dist.runtime.slurm_executor import WARNING, make_executor, outside_job
 
 logger = logging.getLogger(__name__)
 
-# Slurm's warning; submitit's own choice, USR2, would kill the stages, which Slurm signals too
-WARNING = "USR1"
 SQUEUE_SECONDS = 5.0
 # a requeued or ending job may be missing from one answer
 MISSES = 2
-# a collection goes on where it was: any number of time limits is well
-MAX_TIMEOUTS = 1000
-_RANKED = ("collect", "evaluate")
 _LOST = "the Slurm job is gone without a word: cancelled, killed or out of memory; see {log} and `sacct`"
 
 
@@ -41,6 +38,11 @@ class SlurmLauncher:
         Of the sweep; Slurm's and submitit's own files go into its `slurm`.
     resources
         Parameters of submitit's AutoExecutor; a mapping under a stage's name is for that stage.
+
+    Raises
+    ------
+    ClusterError, ConfigError
+        There is no Slurm here, or a parameter is unknown.
     """
 
     poll_seconds = 1.0
@@ -48,8 +50,9 @@ class SlurmLauncher:
     def __init__(self, directory: Path, resources: Mapping[str, Any]) -> None:
         if shutil.which("sbatch") is None:
             raise ClusterError("--launcher slurm: expected Slurm's sbatch on this machine, found none; use local")
-        self._directory, self._resources = directory, resources
-        self._executors: dict[str, Any] = {}
+        self._directory = directory
+        # all of them now: what is wrong with the last stage's shows before the first is run
+        self._executors = {stage: make_executor(directory / "slurm", stage, resources) for stage in STAGES}
         self._watched: dict[str, _Watched] = {}
         self._asked = 0.0
 
@@ -60,20 +63,26 @@ class SlurmLauncher:
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
         """Jobs of an earlier run of the sweep that are still in the queue."""
-        listed = _queue() or set()
-        for command in commands:
-            path = self._id_path(command)
-            slurm_id = path.read_text().strip() if path.exists() else ""
-            if slurm_id in listed:
+        ids = {c: self._id_path(c).read_text().strip() for c in commands if self._id_path(c).exists()}
+        listed: set[str] | None = _queue() if ids else set()
+        if listed is None:
+            raise ClusterError(
+                "squeue: expected the jobs in the queue, got no answer; try again later: a job that is still there "
+                "would be started twice"
+            )
+        for command, slurm_id in ids.items():  # one that has said its end leaves the queue, and may be tried again
+            if slurm_id in listed and command.state.state in ("queued", "running"):
                 self._watched[command.job] = _Watched(command, slurm_id)
         return list(self._watched)
 
     def start(self, commands: Sequence[JobCommand]) -> None:
         for stage in dict.fromkeys(command.stage for command in commands):
             mine = [command for command in commands if command.stage == stage]
-            executor = self._executor(stage)
+            executor = self._executors[stage]
+            for command in mine:
+                command.write(command.state.submitted())
             try:
-                with executor.batch():
+                with outside_job(), executor.batch():
                     submitted = [executor.submit(JobTask(command)) for command in mine]
                 ids = [job.job_id for job in submitted]
             except Exception as error:  # of submitit's and of sbatch's own kinds
@@ -116,11 +125,6 @@ class SlurmLauncher:
     def _id_path(self, command: JobCommand) -> Path:
         return command.config.with_suffix(".slurm")
 
-    def _executor(self, stage: str) -> Any:
-        if stage not in self._executors:
-            self._executors[stage] = make_executor(self._directory / "slurm", stage, self._resources)
-        return self._executors[stage]
-
 
 @dataclass
 class _Watched:
@@ -129,29 +133,6 @@ class _Watched:
     command: JobCommand
     slurm_id: str
     missed: int = 0
-
-
-def stage_resources(resources: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """The parameters of one stage's jobs; `score` and `fit` are single processes."""
-    shared = {name: value for name, value in resources.items() if not isinstance(value, Mapping)}
-    found = {**shared, **(resources.get(stage) or {})}
-    return found if stage in _RANKED else {**found, "nodes": 1, "tasks_per_node": 1}
-
-
-def make_executor(folder: Path, stage: str, resources: Mapping[str, Any]) -> Any:
-    """submitit's executor for one stage's jobs; ConfigError for a parameter that it does not know."""
-    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = WARNING  # read when submitit is imported, here and in the job
-    try:
-        import submitit
-    except ImportError as error:
-        raise ConfigError("--launcher slurm needs submitit: pip install 'aura-dist[slurm]'") from error
-    executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=MAX_TIMEOUTS)
-    parameters = {"name": f"aura-{stage}", **stage_resources(resources, stage)}
-    try:
-        executor.update_parameters(**parameters)
-    except (ValueError, TypeError, NameError) as error:
-        raise ConfigError(f"resources of {stage}: {brief(error)}") from error
-    return executor
 
 
 def _queue() -> set[str] | None:
@@ -179,7 +160,7 @@ class JobTask:
     def __call__(self) -> int:
         leads = os.environ.get("SLURM_PROCID", "0") == "0"
         if leads:
-            self.command.write(self.command.state.begun())
+            self.command.begin()
         with self.command.open_log() as log:
             self._process = self.command.start(log)
             before = signal.signal(signal.SIGTERM, self._forward)

@@ -9,6 +9,7 @@ import csv
 import fcntl
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.job_cost import Cost, plan_costs
 from aura_dist.runtime.local_jobs import LocalLauncher
 from aura_dist.runtime.signals import StopFlag, interruption
-from aura_dist.runtime.slurm_jobs import SlurmLauncher, stage_resources
+from aura_dist.runtime.slurm_executor import stage_resources
+from aura_dist.runtime.slurm_jobs import SlurmLauncher
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ _PLACES = {"store": "sweep.zarr", "out": "sweep", "intervention": None}
 def run(config: SweepConfig, document: Mapping[str, Any]) -> None:
     """Run what is left of the grid; SweepError that names a reason if cells failed."""
     known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
+    document = {**document, "grid": config.grid}  # it may stand in the section of this verb
     cells = make_cells(document, known)
     graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
     if config.dry_run:
@@ -239,7 +242,10 @@ def _launch(config: SweepConfig) -> dict[str, Any]:
     if config.launcher == "local":
         return {"world_size": config.ranks}
     resources = stage_resources(config.resources, "collect")
-    tasks = int(resources.get("nodes", 1)) * int(resources.get("tasks_per_node", 1))
+    counts = [resources.get(name, 1) for name in ("nodes", "tasks_per_node")]
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ConfigError(f"resources: nodes, tasks_per_node: expected integers of at least 1, got {counts}")
+    tasks = math.prod(counts)
     gpu = any("gpu" in name or name == "slurm_gres" for name in resources)
     return {"world_size": tasks, **({"device": "cuda"} if gpu else {})}
 

@@ -113,3 +113,13 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert main(["status"]) == 2
     assert "RUN_DIR is required" in capsys.readouterr().err
     assert main(["status", "a", "b"]) == 2
+
+
+def test_sweep_that_has_just_begun(tmp_path, capsys):
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    (tmp_path / "sweep.yaml").write_text("grid: {method: [aura]}\n")
+    (jobs / "collect-a.json").write_text(json.dumps({"job": "collect-a", "stage": "collect", "state": "queued"}))
+    (jobs / ".collect-a.json.4711").write_text((jobs / "collect-a.json").read_text())  # left by a killed writer
+    lines = status(capsys, tmp_path)
+    assert lines[-2:] == ["jobs: 1 queued", "collect-a  queued"]

@@ -152,3 +152,12 @@ def test_command_line_refuses_a_grid_that_is_not_there(tmp_path, capsys):
     path.write_text("out: x\n")
     assert main(["sweep", "--config", str(path)]) == 2
     assert "error: 'grid' is required" in capsys.readouterr().err
+
+
+def test_all_of_a_sweep_may_stand_in_its_own_section(sweep, tmp_path, capsys):
+    path = Path(sweep({"method": ["aura", "det0"]}))
+    document = yaml.safe_load(path.read_text())
+    own = {name: document.pop(name) for name in ("grid", "out", "jobs", "retries")}
+    path.write_text(yaml.safe_dump({**document, "sweep": own}))
+    assert main(["sweep", "--config", str(path), "--dry-run"]) == 0
+    assert "2 cells" in capsys.readouterr().out

@@ -243,3 +243,20 @@ def test_every_setting_has_help_and_a_type_in_words(verb):
     for spec in fields(config):
         assert spec.metadata["help"]
         assert "typing" not in describe(hints(config)[spec.name])
+
+
+@pytest.mark.parametrize("verb", ["collect", "fit", "evaluate"])
+def test_strength_on_top_of_a_file_that_fits_and_evaluates_would_count_twice(verb):
+    document = {"model": "m", "strength": 0.5, "fit": {"method": "aura"}, "evaluate": {"out": "r.json"}}
+    with pytest.raises(ConfigError, match="expected 'strength' in one section, got it on top"):
+        merge(verb, document, {})
+    document["fit"]["strength"] = 1.0
+    assert merge("evaluate", document, {})["strength"] == 0.5
+    assert merge("fit", document, {})["strength"] == 1.0
+
+
+def test_strength_on_top_of_a_file_for_one_use_counts():
+    assert merge("evaluate", {"model": "m", "strength": 0.5}, {})["strength"] == 0.5
+    assert merge("fit", {"store": "s.zarr", "strength": 0.5}, {})["strength"] == 0.5
+    assert merge("fit", {"model": "m", "strength": 0.5}, {"strength": 0.2})["strength"] == 0.2
+    assert "strength" not in merge("sweep", {"model": "m", "strength": 0.5, "fit": {}, "evaluate": {}}, {})

@@ -167,3 +167,15 @@ def test_sweep_files_are_whole(path):
     graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
     counts = count(graph)
     assert counts["collect"] == counts["score"] < counts["fit"] <= counts["evaluate"] == len(set(graph.last))
+
+
+def test_other_statistics_are_scored_and_no_fit_is_made_anew():
+    grid = {"method": ["aura"]}
+    _, everything = graph_of(grid)
+    _, some = graph_of(grid, score={"statistics": ["auroc"], "num_workers": 3})
+    _, more = graph_of(grid, score={"statistics": ["auroc", "q_value"]})
+    stages = {name: {job.id for graph in (everything, some, more) for job in graph.jobs.values() if job.stage == name}
+              for name in STAGES}  # fmt: skip
+    assert {name: len(ids) for name, ids in stages.items()} == {"collect": 1, "score": 3, "fit": 1, "evaluate": 1}
+    (fit,) = (job for job in some.jobs.values() if job.stage == "fit")
+    assert some.jobs[fit.needs[0]].settings["statistics"] == ["auroc"]

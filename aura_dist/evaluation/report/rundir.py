@@ -16,6 +16,7 @@ from aura_dist.evaluation.report.evaluations import Evaluation, read_evaluation
 from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE, Intervention
 
 CONFIG, STORE, INTERVENTIONS, RESULTS, JOBS = "config.yaml", "store.zarr", "interventions", "results", "jobs"
+SWEEP = "sweep.yaml"
 # where stores of a directory of shared parts lie
 _STORES = ("collections/*/*.zarr", "stores/*.zarr")
 
@@ -75,7 +76,7 @@ def _entries(place: Path) -> list[Path]:
 
 def is_run_directory(path: Path) -> bool:
     """Whether some part of a run stands in the directory."""
-    return any((path / part).exists() for part in (STORE, INTERVENTIONS, RESULTS)) or bool(_stores(path))
+    return any((path / part).exists() for part in (STORE, INTERVENTIONS, RESULTS, SWEEP)) or bool(_stores(path))
 
 
 def _stores(path: Path) -> tuple[str, ...]:

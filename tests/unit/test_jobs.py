@@ -1,0 +1,152 @@
+"""Jobs of a sweep: their state files, and what the launchers make of them."""
+
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from aura_dist.errors import ClusterError, ConfigError
+from aura_dist.runtime import slurm_jobs
+from aura_dist.runtime.job_command import JobCommand
+from aura_dist.runtime.local_jobs import LocalLauncher
+from aura_dist.runtime.slurm_executor import make_executor, outside_job, stage_resources
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    return JobCommand(tmp_path, "fit-a", "fit")
+
+
+def attempt(command, output, code):
+    command.begin()
+    with command.open_log() as log:
+        log.write(output)
+    command.end(code)
+    return command.state
+
+
+def test_reason_is_what_the_last_attempt_said(command):
+    assert attempt(command, "error: no such file\n", 2).reason == "no such file"
+    state = attempt(command, "Traceback\nMemoryError\n", 1)
+    assert state.reason == "exit code 1; last output: MemoryError"
+    assert (state.attempts, state.starts) == (2, 2)
+    assert attempt(command, "", -9).reason == "killed by SIGKILL; last output: no output"
+    assert command.log.read_text().count("error: no such file") == 1, "the log keeps all"
+
+
+class Executor:
+    """submitit's, without a cluster: gives numbers."""
+
+    def __init__(self):
+        self.submitted = []
+
+    def batch(self):
+        return nullcontext()
+
+    def submit(self, task):
+        self.submitted.append(task)
+        return SimpleNamespace(job_id=f"7_{len(self.submitted)}")
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A launcher whose jobs stay where the test puts them; `queue` is what squeue would say."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    executor, queue = Executor(), {"7_1", "7_2"}
+    monkeypatch.setattr(slurm_jobs, "make_executor", lambda *arguments: executor)
+    monkeypatch.setattr(slurm_jobs, "_queue", lambda: queue)
+    monkeypatch.setattr(slurm_jobs, "SQUEUE_SECONDS", -1.0)
+    return SimpleNamespace(launcher=slurm_jobs.SlurmLauncher(tmp_path, {}), executor=executor, queue=queue)
+
+
+def test_job_that_waits_in_slurm_to_be_tried_again_has_not_ended(slurm, command):
+    slurm.launcher.start([command])
+    attempt(command, "error: no room\n", 1)
+    assert slurm.launcher.ended() == [command.job]
+    slurm.launcher.start([command])
+    assert (command.state.state, command.state.attempts) == ("queued", 1)
+    assert slurm.launcher.ended() == [], "it is in the queue: another would run beside it"
+    attempt(command, "", 0)
+    assert slurm.launcher.ended() == [command.job]
+
+
+def test_job_that_slurm_never_begins_uses_up_its_attempts(slurm, command):
+    slurm.queue.clear()
+    for times in (1, 2, 3):
+        slurm.launcher.start([command])
+        assert slurm.launcher.ended() == [], "one answer of squeue may lack it"
+        assert slurm.launcher.ended() == [command.job]
+        assert (command.state.state, command.state.attempts) == ("failed", times)
+
+
+def test_killed_job_is_one_attempt(slurm, command):
+    slurm.launcher.start([command])
+    command.begin()
+    slurm.queue.clear()
+    assert [slurm.launcher.ended(), slurm.launcher.ended()] == [[], [command.job]]
+    assert (command.state.state, command.state.attempts) == ("failed", 1)
+
+
+def test_next_sweep_follows_what_is_in_the_queue_and_has_not_ended(slurm, command, tmp_path, monkeypatch):
+    other = JobCommand(tmp_path, "fit-b", "fit")
+    slurm.launcher.start([command, other])
+    attempt(other, "error: no room\n", 1)  # Slurm still cleans up after it
+    after = slurm_jobs.SlurmLauncher(tmp_path, {})
+    assert after.adopt([command, other, JobCommand(tmp_path, "fit-c", "fit")]) == [command.job]
+    monkeypatch.setattr(slurm_jobs, "_queue", lambda: None)
+    with pytest.raises(ClusterError, match="would be started twice"):
+        slurm_jobs.SlurmLauncher(tmp_path, {}).adopt([command])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_slots", "ranks", "shares"),
+    [
+        ("0,1,2,3", 2, 2, [["0", "1"], ["2", "3"]]),
+        ("0,1,2,3", 2, 1, [["0", "1"], ["2", "3"]]),
+        ("0,1,2", 2, 2, [["0", "1"], ["2", "0"]]),
+        ("0,1,2,3", 2, 3, [["0", "1", "2"], ["3", "0", "1"]]),
+        ("5", 3, 1, [["5"]] * 3),
+        ("5", 2, 2, [["5"]] * 2),
+        ("0,1", 1, 2, [[]]),
+        ("", 2, 1, [[], []]),
+    ],
+)
+def test_every_rank_of_a_local_job_has_a_gpu_where_there_are_as_many(gpus, num_slots, ranks, shares, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    launcher = LocalLauncher(num_slots)
+    assert [launcher._share(slot, ranks) for slot in range(num_slots)] == shares
+
+
+def test_resources_of_a_stage_are_its_own_over_all_others():
+    shared = {"timeout_min": 5, "slurm_additional_parameters": {"licenses": "a"}}
+    resources = {**shared, "collect": {"nodes": 2, "timeout_min": 9}}
+    assert stage_resources(resources, "collect") == {**shared, "nodes": 2, "timeout_min": 9}
+    assert stage_resources(resources, "fit") == {**shared, "nodes": 1, "tasks_per_node": 1}
+    with pytest.raises(ConfigError, match="collect: expected keys and values, got 8"):
+        stage_resources({"collect": 8}, "collect")
+
+
+def test_resources_of_every_stage_are_checked_before_the_first_job(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    monkeypatch.setattr("shutil.which", lambda name, *more, **named: f"/usr/bin/{name}")
+    for wrong in ({"evaluate": {"nodez": 2}}, {"colect": {"nodes": 2}}):
+        with pytest.raises(ConfigError, match=r"resources of .*(nodez|colect)"):
+            slurm_jobs.SlurmLauncher(tmp_path, wrong)
+
+
+def test_jobs_of_a_driver_that_is_a_job_have_their_own_cores_and_memory(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    monkeypatch.setattr("shutil.which", lambda name, *more, **named: f"/usr/bin/{name}")
+    executor = make_executor(tmp_path, "score", {"cpus_per_task": 8, "slurm_setup": ["module load x"]})
+    script = executor._executor._make_submission_file_text("python", "id")
+    assert "#SBATCH --cpus-per-task=8" in script
+    assert script.index("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK") < script.index("\nsrun ")
+    assert "module load x" in script
+    job = {"SLURM_JOB_ID": "3", "SLURM_MEM_PER_NODE": "100", "SLURM_CONF": "/c", "SBATCH_PARTITION": "p"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    with outside_job():
+        assert [n for n in job if n in os.environ] == ["SLURM_CONF", "SBATCH_PARTITION"]
+    assert job.items() <= os.environ.items()

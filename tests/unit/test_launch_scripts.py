@@ -1,0 +1,48 @@
+"""Scripts of `launch/` with a stand-in for srun: what they give it, and what they make of its end."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests.distributed.launch import REPOSITORY
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """`ranks(code, …)`: ranks.sbatch as Slurm would run it, around an srun that ends with that code."""
+
+    def run(code, **env):
+        for name, body in (("srun", f'echo "cores ${{SRUN_CPUS_PER_TASK:-unset}}"; exit {code}'), ("scontrol", "")):
+            program = tmp_path / name
+            program.write_text(f"#!/bin/sh\n{body}\n")
+            program.chmod(0o755)
+        (tmp_path / "launch").mkdir(exist_ok=True)
+        (tmp_path / "launch" / "site.sh").write_text((REPOSITORY / "launch" / "site.sh").read_text())
+        job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+        return subprocess.run(
+            ["bash", REPOSITORY / "launch" / "ranks.sbatch", "collect"],
+            env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **job, **env},
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def test_warned_job_that_may_not_queue_itself_again_says_so(ranks):
+    done = ranks(138, MAX_REQUEUES="0")
+    assert done.returncode == 138
+    assert "stopped: requeued 0 times and not finished" in done.stderr
+
+
+def test_ranks_have_the_cores_that_the_job_asked_for(ranks):
+    assert ranks(0).stdout == "cores unset\n"
+    assert ranks(0, SLURM_CPUS_PER_TASK="8").stdout == "cores 8\n"
+    assert ranks(3, SLURM_CPUS_PER_TASK="8", SRUN_CPUS_PER_TASK="2").stdout == "cores 2\n"
+
+
+def test_site_may_read_variables_that_are_not_set(ranks, tmp_path):
+    site = tmp_path / "mine.sh"
+    site.write_text('echo "loaded $NO_SUCH_VARIABLE"\n')
+    done = ranks(0, SITE=str(site))
+    assert (done.returncode, done.stdout) == (0, "loaded \ncores unset\n"), done.stderr
