@@ -189,11 +189,11 @@ def forward_cost(
     """What a forward of any batch costs whose texts have at most `longest` tokens.
 
     The peak of B rows of T tokens is the largest of sums of terms in 1, T, B, B T and B T², so convex in B and in T:
-    the bilinear surface through the corners (two rows or a whole row chunk, two tokens or the longest text: with
-    fewer all rows have one length) lies above it; coefficients below 0 are raised to 0. FLOPs of B rows are
-    B (a T + b T²) exactly: products with weights, and attention, masked or not.
+    the bilinear surface through the corners (two rows or a whole row chunk, one token or the longest text) lies above
+    it; coefficients below 0 are raised to 0. FLOPs of B rows are B (a T + b T²) exactly: products with weights, and
+    attention, masked or not.
     """
-    few, many, short = 2, MAX_ROWS_PER_CHUNK, min(2, longest)
+    few, many, short = 2, MAX_ROWS_PER_CHUNK, 1
     long_few, long_many, short_few, short_many = (
         trace_forward(model, sites, poolings, (rows, tokens), on_cpu=on_cpu)
         for tokens in (longest, short)

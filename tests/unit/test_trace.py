@@ -57,7 +57,7 @@ def test_mean_in_16_bits_is_summed_from_a_copy_on_a_cpu():
     model, sites = prepared("llama", dtype="bfloat16")
     widest = max(s.width for s in sites) * 16 * 64 * 4
     on_gpu, on_cpu = (trace_forward(model, sites, ["mean"], (16, 64), on_cpu=c).peak_bytes for c in (False, True))
-    assert on_gpu + widest / 2 < on_cpu <= on_gpu + widest
+    assert on_gpu < on_cpu <= on_gpu + widest  # less than the copy where the peak lay elsewhere before
     narrow = [trace_forward(model, sites, ["max"], (16, 64), on_cpu=c).peak_bytes for c in (False, True)]
     assert narrow[0] == narrow[1]
 
