@@ -22,7 +22,7 @@ from aura_dist.store.remote import RemoteStore, open_remote
 
 # written with the group itself: what has it, even half-made, is ours to replace; nothing else is
 FORMAT = "aura_dist"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # what lies directly under a store's root
 MEMBERS = ("activations", "progress", "samples", "scores")
 CODEC_SETTINGS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.chunk_concurrent_maximum": 1}
