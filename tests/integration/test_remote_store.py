@@ -50,7 +50,7 @@ def s3():
 
 @pytest.fixture(scope="module")
 def command(tiny_dir, sentences_csv):
-    """`command(store)`: arguments that collect one module of 160 sentences: 5 tasks, 80 chunks."""
+    """`command(store)`: arguments that collect one module of 160 sentences: 2 tasks."""
 
     def arguments(store, *more, rows=80):
         return [
@@ -152,7 +152,7 @@ def test_failure_that_stays_is_one_error_and_the_store_resumes(s3, command, loca
     request = s3fs.S3FileSystem._pipe_file
 
     async def broken(self, path, *args, **kwargs):
-        if "/c/2/" in path:
+        if "/c/1/" in path:
             raise ConnectionResetError("connection reset by peer")
         return await request(self, path, *args, **kwargs)
 
