@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
-from aura_dist.config import VERBS, flag, hints, merge, place_of, resolve
+from aura_dist.config import VERBS, merge
 from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError, brief
+from aura_dist.settings import flag, hints, place_of, resolve
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

@@ -12,6 +12,7 @@ from math import ceil
 
 MIN_ROWS_PER_CHUNK = 32
 SMALL_STORE_ROWS = 128
+FEW_ROWS_PER_CHUNK = 100
 MAX_ROWS_PER_CHUNK = 256
 MAX_COLUMNS_PER_CHUNK = 1024
 MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
@@ -38,7 +39,7 @@ def rows_per_chunk(num_rows: int) -> int:
     """
     if num_rows < SMALL_STORE_ROWS:
         return MIN_ROWS_PER_CHUNK
-    most = min(max(100, num_rows // 32), MAX_ROWS_PER_CHUNK)
+    most = min(max(FEW_ROWS_PER_CHUNK, num_rows // 32), MAX_ROWS_PER_CHUNK)
     return ceil(num_rows / ceil(num_rows / most))
 
 

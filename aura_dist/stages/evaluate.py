@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from aura_dist.config import EvaluateConfig, flag
+from aura_dist.config import EvaluateConfig
 from aura_dist.errors import ConfigError
 from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
 from aura_dist.evaluation.generation import generate
@@ -33,6 +33,7 @@ from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
 from aura_dist.runtime.signals import StopFlag
 from aura_dist.runtime.team import Team
+from aura_dist.settings import flag
 
 logger = logging.getLogger(__name__)
 

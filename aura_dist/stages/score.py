@@ -21,7 +21,6 @@ from aura_dist.config import ScoreConfig
 from aura_dist.core.column_sums import scoring_bytes
 from aura_dist.errors import ClusterError, ConfigError, StoreError, brief
 from aura_dist.runtime.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_shape
-from aura_dist.runtime.memory import keep_freed_memory
 from aura_dist.runtime.progress import Progress
 from aura_dist.store.access import open_group
 from aura_dist.store.basis import Basis, basis_of
@@ -111,8 +110,6 @@ def _score(
     with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
         if config.dask == "processes":  # every worker loads its kernels now, not within its first column
             client.run(compile_kernels, names)
-        elif config.dask == "threads":
-            keep_freed_memory()
         progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
         for column, scored in _results(client, source, _columns(group, spec, left, names)):
             num_unscored += scored.num_unscored
@@ -151,21 +148,23 @@ def _results(client: "Client", source: Source, columns: Iterator[Column]) -> Ite
     in_flight: dict[str, tuple[Future, Column]] = {}
     finished = as_completed(loop=client.loop)
 
-    def submit() -> None:
-        bound = max(MIN_IN_FLIGHT, IN_FLIGHT * sum(client.nthreads().values()))
-        batch = list(islice(columns, bound - len(in_flight)))
+    def submit() -> int:
+        """Have as many in flight as workers can use; gives how few are to be left when it is called again."""
+        bound: int = max(MIN_IN_FLIGHT, IN_FLIGHT * sum(client.nthreads().values()))
+        batch = list(islice(columns, max(0, bound - len(in_flight))))
         keys = [f"score-{source.token}-{column.site}-{column.pooling}-{column.index}" for column in batch]
         for future, column in zip(client.map(partial(score_column, source), batch, key=keys), batch, strict=True):
             in_flight[future.key] = future, column
             finished.add(future)
+        return bound // 2
 
     try:
-        submit()
+        low = submit()
         for futures in finished.batches():
             for future, scored in zip(futures, client.gather(futures), strict=True):
                 yield in_flight.pop(future.key)[1], scored
-            if len(in_flight) <= MIN_IN_FLIGHT // 2:
-                submit()
+            if len(in_flight) <= low:
+                low = submit()
     except (CancelledError, asyncio.CancelledError) as error:
         raise ClusterError(f"the scheduler was lost: {brief(error)}; run `score` again: it does the rest") from error
     except (ImportError, RuntimeError) as error:

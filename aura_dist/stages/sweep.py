@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from aura_dist.config import VERBS, SweepConfig, resolve
+from aura_dist.config import VERBS, SweepConfig
 from aura_dist.core.grid import STAGES, Cell, make_cells
 from aura_dist.core.jobs import Graph, Job, make_graph
 from aura_dist.core.sweep_table import cell_row, figures, render_plan
@@ -30,6 +30,7 @@ from aura_dist.runtime.local_jobs import LocalLauncher
 from aura_dist.runtime.signals import StopFlag, interruption
 from aura_dist.runtime.slurm_executor import stage_resources
 from aura_dist.runtime.slurm_jobs import SlurmLauncher
+from aura_dist.settings import resolve
 
 logger = logging.getLogger(__name__)
 

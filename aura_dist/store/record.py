@@ -71,14 +71,13 @@ def commit(group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
         counts = np.array([nonfinite.get(name, 0) for name in response_names(group)], dtype=np.int64)
         get_array(group, NONFINITE)[task] = counts
     get_array(group, DONE)[task] = 1
-    if ATTEMPTS in group:
-        get_array(group, ATTEMPTS)[task] = 0
+    get_array(group, ATTEMPTS)[task] = 0
 
 
 def most_attempted(group: zarr.Group) -> tuple[int, int]:
     """Of the unfinished tasks the one that most launches died in, and how many; (0, 0) where none is left."""
     left = unfinished(group)
-    if not left or ATTEMPTS not in group:  # a store of an earlier version
+    if not left:
         return 0, 0
     attempts = _marks(group, ATTEMPTS)
     task = max(left, key=lambda t: int(attempts[t]))

@@ -1,7 +1,7 @@
 """Stores at a URL: an fsspec file system as a Zarr store that tries again what may succeed the next time.
 
-Every request runs on fsspec's own event loop, whichever loop or thread asks: the sessions of s3fs, gcsfs and
-adlfs belong to the loop that opened them, while Zarr's calls come from Zarr's loop and from the writer's. A
+Every request runs on fsspec's own event loop, whichever loop or thread asks: the connections of s3fs, gcsfs
+and adlfs belong to the loop that opened them, while Zarr's calls come from Zarr's loop and from the writer's. A
 request is the whole of a key's value, so that repeating it changes nothing.
 """
 
@@ -213,6 +213,6 @@ def open_remote(url: str) -> RemoteStore:
 def _driver_store(url: str) -> FsspecStore:
     """The store of the URL's driver, which keeps no listings: other processes write to the same store."""
     with warnings.catch_warnings():
-        # so made, the driver belongs to fsspec's loop, where all its requests run and its sessions are closed
+        # so made, the driver belongs to fsspec's loop, where all its requests run and its connections are closed
         warnings.filterwarnings("ignore", "fs .* was not created with `asynchronous=True`", ZarrUserWarning)
         return FsspecStore.from_url(url, storage_options={"asynchronous": False, "use_listings_cache": False})

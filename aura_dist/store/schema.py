@@ -77,9 +77,7 @@ class StoreSpec:
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "StoreSpec":
-        names = cls.__dataclass_fields__
-        values = {name: attributes[name] for name in names if name != "intervention"}
-        values["intervention"] = attributes.get("intervention")  # stores of earlier versions have none
+        values = {name: attributes[name] for name in cls.__dataclass_fields__}
         return cls(
             **{
                 **values,

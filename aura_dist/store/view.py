@@ -1,6 +1,7 @@
 """A store as xarray sees it: labelled dimensions, lazy values, nothing loaded until it is asked for."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,13 @@ def _lazy(group: zarr.Group, name: str) -> Any:
     import dask.array as da
 
     array = get_array(group, name)
-    return da.from_array(array, chunks=array.chunks, getitem=_block)
+    return da.from_array(array, chunks=array.chunks, getitem=partial(_block, in_whole_chunks(array)))
 
 
-def _block(array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
-    """One chunk, decoded in full and so checked; Dask narrows no getter but its own before it reads."""
-    whole = tuple(slice(i.start, i.start + chunk) for i, chunk in zip(index, array.chunks, strict=True))
-    return np.asarray(in_whole_chunks(array)[whole])[tuple(slice(i.stop - i.start) for i in index)]
+def _block(whole: "zarr.Array[Any]", array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
+    """One chunk of `array`, decoded in full and so checked; Dask narrows no getter but its own before it reads."""
+    chunk = tuple(slice(i.start, i.start + width) for i, width in zip(index, array.chunks, strict=True))
+    return np.asarray(whole[chunk])[tuple(slice(i.stop - i.start) for i in index)]
 
 
 def read_scores(

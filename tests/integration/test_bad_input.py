@@ -10,6 +10,7 @@ import zarr
 
 from aura_dist.cli import main
 from aura_dist.data import tokens
+from aura_dist.store.access import SCHEMA_VERSION
 from tests.models import save_tiny, tiny_tokenizer
 
 DATA_FAULTS = {
@@ -340,7 +341,7 @@ def test_store_of_a_later_version(refused, scored, tiny_dir, sentences_csv, tmp_
     shutil.copytree(scored / "store.zarr", store)
     zarr.open_group(store, mode="r+").attrs["schema_version"] = 99
     for command in (collect(tiny_dir("llama"), sentences_csv, store), ["score", "--store", store]):
-        refused(command, "expected schema version 2, got 99")
+        refused(command, f"expected schema version {SCHEMA_VERSION}, got 99")
 
 
 def test_store_that_is_not_scored(refused, scored, tmp_path):

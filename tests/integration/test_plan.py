@@ -8,8 +8,9 @@ import transformers as hf
 import zarr
 
 from aura_dist.cli import main
-from aura_dist.config import CollectConfig, PlanConfig, resolve
+from aura_dist.config import CollectConfig, PlanConfig
 from aura_dist.core.layout import STRATEGIES
+from aura_dist.settings import resolve
 from aura_dist.stages import collect, plan
 from tests.models import save_tiny
 

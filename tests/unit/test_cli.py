@@ -11,8 +11,9 @@ import pytest
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.config import VERBS, shown_name
+from aura_dist.config import VERBS
 from aura_dist.errors import StoreError
+from aura_dist.settings import shown_name
 from aura_dist.stages import score
 
 HELP_SECONDS = 0.5

@@ -11,13 +11,10 @@ from aura_dist.config import (
     EvaluateConfig,
     FitConfig,
     GenerateConfig,
-    describe,
-    hints,
     merge,
-    resolve,
-    shown_name,
 )
 from aura_dist.errors import ConfigError
+from aura_dist.settings import describe, hints, resolve, shown_name
 
 COLLECT = {"model": "m", "data": "d.csv", "concepts": ["toxic"], "store": "s.zarr"}
 

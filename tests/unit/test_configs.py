@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from aura_dist.cli import main, read_config_file
-from aura_dist.config import VERBS, merge, resolve
+from aura_dist.config import VERBS, merge
+from aura_dist.settings import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPES = Path(__file__).parents[1] / "shapes"

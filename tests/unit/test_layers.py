@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "aura_dist"
 LEVELS = {
-    "errors": 0, "core": 1, "data": 2, "runtime": 2, "store": 2, "model": 3, "evaluation": 4, "config": 5, "stages": 6,
-    "cli": 7, "demo": 7, "__main__": 8, "__init__": 9,
+    "errors": 0, "settings": 1, "core": 1, "data": 2, "runtime": 2, "store": 2, "model": 3, "evaluation": 4,
+    "config": 5, "stages": 6, "cli": 7, "demo": 7, "__main__": 8, "__init__": 9,
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "dask", "zarr", "distributed", "numba", "pandas", "xarray", "datasets")
 MODULES = sorted(PACKAGE.rglob("*.py"))
