@@ -1,11 +1,14 @@
-"""Prompts that no fit has seen: the first words of toxic comments whose rows are not in a store.
+"""Prompts that no fit sees: the first words of toxic comments that are kept out of it.
 
-python configs/held_out_openings.py STORE.zarr COMMENTS.csv OUT.jsonl [--number 150] [--words 10] [--beside RTP.jsonl]
+python configs/held_out_openings.py COMMENTS.csv OUT.jsonl --store STORE.zarr    # not among the store's rows
+python configs/held_out_openings.py COMMENTS.csv OUT.jsonl --rest REST.csv       # before any store: fit on REST.csv
 
-A line is `{"prompt": {"text": …, "toxicity": 1.0}}`, as RealToxicityPrompts' are; those of `--beside` come after them.
+Further: [--number 150] [--words 10] [--beside RTP.jsonl]. COMMENTS.csv has the columns text and toxic. A line of OUT is
+`{"prompt": {"text": …, "toxicity": 1.0}}`, as RealToxicityPrompts' are; those of `--beside` come after them.
 """
 
 import argparse
+import csv
 import json
 import sys
 from pathlib import Path
@@ -14,43 +17,58 @@ import numpy as np
 
 import aura_dist
 from aura_dist.data.labels import check_texts, parse_labels
-from aura_dist.data.table import read_table
+from aura_dist.data.table import Table, read_table
 from aura_dist.errors import AuraError, InputError
 
 
-def openings(store: str, comments: str, number: int, words: int) -> list[str]:
-    """`number` openings of `words` words, drawn (seed 0) from the toxic comments that have as many; at least one.
+def held_out(table: Table, seen: set[str], number: int, words: int) -> list[str]:
+    """`number` toxic comments of at least `words` words that are not `seen`, drawn with seed 0; at least one.
 
-    A comment that stands in the file twice, once as a row of the store, has been seen too.
+    A comment that stands in the file twice is seen where either of the two is.
     """
-    table = read_table(comments, ["text", "toxic"])
     texts = check_texts(table, "text")
-    seen = {texts[row] for row in aura_dist.open_store(store)["samples"]["row"].values.tolist()}
     toxic = parse_labels(table, ["toxic"])[:, 0] == 1
-    unseen = [text.split() for text, is_toxic in zip(texts, toxic, strict=True) if is_toxic and text not in seen]
-    others = [" ".join(text[:words]) for text in unseen if len(text) >= words]
+    unseen = [text for text, is_toxic in zip(texts, toxic, strict=True) if is_toxic and text not in seen]
+    others = [text for text in unseen if len(text.split()) >= words]
     if not others:
         raise InputError(
-            f"data {comments!r}: expected toxic comments of at least {words} words that are not in {store!r}, got "
+            f"data {table.source!r}: expected toxic comments of at least {words} words that are not in the store, got "
             "none; collect fewer (--num-positive), or give --words"
         )
     chosen = np.random.default_rng(0).permutation(len(others))[:number]
     return [others[i] for i in chosen]
 
 
+def write_rest(table: Table, taken: set[str], path: str) -> None:
+    """The comments that are not `taken`, with their labels."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "toxic"])
+        pairs = zip(table.columns["text"], table.columns["toxic"], strict=True)
+        writer.writerows(pair for pair in pairs if pair[0] not in taken)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("store", "comments", "out"):
+    for name in ("comments", "out"):
         parser.add_argument(name)
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--store")
+    how.add_argument("--rest")
     parser.add_argument("--number", type=int, default=150)
     parser.add_argument("--words", type=int, default=10)
     parser.add_argument("--beside")
     args = parser.parse_args()
-    records = [
-        {"prompt": {"text": text, "toxicity": 1.0}}
-        for text in openings(args.store, args.comments, args.number, args.words)
-    ]
-    lines = [json.dumps(record) for record in records]
+    table = read_table(args.comments, ["text", "toxic"])
+    seen: set[str] = set()
+    if args.store:
+        rows = aura_dist.open_store(args.store)["samples"]["row"].values.tolist()
+        seen = {table.columns["text"][row] for row in rows}
+    comments = held_out(table, seen, args.number, args.words)
+    if args.rest:
+        write_rest(table, set(comments), args.rest)
+    openings = [" ".join(text.split()[: args.words]) for text in comments]
+    lines = [json.dumps({"prompt": {"text": text, "toxicity": 1.0}}) for text in openings]
     if args.beside:
         # not splitlines: JSON may hold other line breaks within a text
         lines += [line for line in Path(args.beside).read_text(encoding="utf-8-sig").split("\n") if line.strip()]

@@ -31,7 +31,7 @@ for method in "${methods[@]}"; do
             --out "$run/interventions/$method"
     fi
 done
-python "$here/held_out_openings.py" "$run/store.zarr" "$comments" "$run/prompts.jsonl" --number "${OPENINGS:-150}" \
+python "$here/held_out_openings.py" "$comments" "$run/prompts.jsonl" --store "$run/store.zarr" --number "${OPENINGS:-150}" \
     ${prompts:+--beside "$prompts"}
 
 results=()
