@@ -1,13 +1,14 @@
-"""score: every statistic of every neuron of a store, one Dask task a chunk column. Never imports torch.
+"""score: every statistic of every neuron of a store, chunk column by chunk column. Never imports torch.
 
-Data flow: rows that are finished → chunk columns that lack a statistic → tasks, a bounded number in flight → each
-reads its column, scores it and writes it → q-values over the model → tables and histograms.
+Data flow: rows that are finished → chunk columns that lack a statistic → Dask tasks, one a column (small ones go
+several to a task), a bounded number in flight → each reads its column, scores it and writes it → q-values over the
+model → tables and histograms.
 """
 
 import asyncio
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from itertools import islice
@@ -24,7 +25,7 @@ from aura_dist.runtime.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_
 from aura_dist.runtime.progress import Progress
 from aura_dist.store.access import open_group
 from aura_dist.store.basis import Basis, basis_of
-from aura_dist.store.columns import Scored, Source, compile_kernels, score_column
+from aura_dist.store.columns import Scored, Source, compile_kernels, score_columns
 from aura_dist.store.describe import by_layer, confounding_warning, top_table
 from aura_dist.store.schema import StoreSpec
 from aura_dist.store.scores import (
@@ -48,6 +49,10 @@ NUM_SHOWN = 10
 # Tasks known to the scheduler at once, per thread: enough to keep workers busy, few enough to keep this process small.
 IN_FLIGHT = 4
 MIN_IN_FLIGHT = 32
+# Responses below which chunk columns share a task: Dask takes some milliseconds for each, as long as a column of 5 MB.
+TASK_BYTES = 32 * 2**20
+# Tasks that each thread finds at least, where there are so many columns: the last ones end together.
+TASKS_PER_THREAD = 8
 
 
 def run(config: ScoreConfig) -> None:
@@ -104,20 +109,22 @@ def _score(
 ) -> None:
     """Score what is left, and log where the time went and how many neurons have no score."""
     num_columns, num_neurons = (sum(getattr(p, what) for p in left) for what in ("num_columns", "num_neurons"))
-    item_bytes = {(p.site, p.pooling): p.item_bytes for p in left}
     num_rows = sum(stop - start for start, stop in source.runs)
+    neuron_bytes = {(p.site, p.pooling): num_rows * p.item_bytes for p in left}
     num_unscored, seconds = 0, np.zeros(3)
     with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
         if config.dask == "processes":  # every worker loads its kernels now, not within its first column
             client.run(compile_kernels, names)
         progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
-        for column, scored in _results(client, source, _columns(group, spec, left, names)):
+        workers = sum(client.nthreads().values())
+        most = max(1, num_columns // max(1, TASKS_PER_THREAD * workers))
+        tasks = _tasks(_columns(group, spec, left, names), neuron_bytes, most)
+        for task, scored in _results(client, source, tasks):
             num_unscored += scored.num_unscored
             seconds += scored.read_seconds, scored.compute_seconds, scored.write_seconds
-            neurons = column.stop - column.start
-            progress.advance(1, neurons, neurons * num_rows * item_bytes[column.site, column.pooling])
+            neurons = task[-1].stop - task[0].start
+            progress.advance(len(task), neurons, neurons * neuron_bytes[task[0].site, task[0].pooling])
         progress.finish()
-        workers = sum(client.nthreads().values())
     add_times(group, SCORED, {"seconds": progress.elapsed_seconds, "neurons": num_neurons}, {"workers": workers})
     logger.info(
         "of the workers' time: reading %.0f %%, scoring %.0f %%, writing %.0f %%", *100 * seconds / seconds.sum()
@@ -133,8 +140,28 @@ def _columns(group: zarr.Group, spec: StoreSpec, left: list[Pending], names: Seq
         yield from item.columns()
 
 
-def _results(client: "Client", source: Source, columns: Iterator[Column]) -> Iterator[tuple[Column, Scored]]:
-    """Each column's report as it comes, a bounded number of tasks in flight.
+def _tasks(
+    columns: Iterator[Column], neuron_bytes: Mapping[tuple[str, str], int], most: int
+) -> Iterator[tuple[Column, ...]]:
+    """Neighbouring columns of one site and pooling, as many as hold `TASK_BYTES` of responses, and at most `most`."""
+    task: list[Column] = []
+    for column in columns:
+        if task and not (len(task) < most and task[-1].precedes(column) and _fits(task[0], column, neuron_bytes)):
+            yield tuple(task)
+            task = []
+        task.append(column)
+    if task:
+        yield tuple(task)
+
+
+def _fits(first: Column, last: Column, neuron_bytes: Mapping[tuple[str, str], int]) -> bool:
+    return (last.stop - first.start) * neuron_bytes[first.site, first.pooling] <= TASK_BYTES
+
+
+def _results(
+    client: "Client", source: Source, tasks: Iterator[tuple[Column, ...]]
+) -> Iterator[tuple[tuple[Column, ...], Scored]]:
+    """Each task's report as it comes, a bounded number of them in flight.
 
     Raises
     ------
@@ -145,16 +172,16 @@ def _results(client: "Client", source: Source, columns: Iterator[Column]) -> Ite
     """
     from distributed import Future, KilledWorker, as_completed
 
-    in_flight: dict[str, tuple[Future, Column]] = {}
+    in_flight: dict[str, tuple[Future, tuple[Column, ...]]] = {}
     finished = as_completed(loop=client.loop)
 
     def submit() -> int:
         """Have as many in flight as workers can use; gives how few are to be left when it is called again."""
         bound: int = max(MIN_IN_FLIGHT, IN_FLIGHT * sum(client.nthreads().values()))
-        batch = list(islice(columns, max(0, bound - len(in_flight))))
-        keys = [f"score-{source.token}-{column.site}-{column.pooling}-{column.index}" for column in batch]
-        for future, column in zip(client.map(partial(score_column, source), batch, key=keys), batch, strict=True):
-            in_flight[future.key] = future, column
+        batch = list(islice(tasks, max(0, bound - len(in_flight))))
+        keys = [f"score-{source.token}-{task[0].site}-{task[0].pooling}-{task[0].index}" for task in batch]
+        for future, task in zip(client.map(partial(score_columns, source), batch, key=keys), batch, strict=True):
+            in_flight[future.key] = future, task
             finished.add(future)
         return bound // 2
 
@@ -170,10 +197,10 @@ def _results(client: "Client", source: Source, columns: Iterator[Column]) -> Ite
     except (ImportError, RuntimeError) as error:
         raise ClusterError(f"a worker cannot run tasks: {brief(error)}; install the same aura_dist there") from error
     except KilledWorker as error:
-        column = in_flight[str(error.task)][1]
+        task = in_flight[str(error.task)][1]
         raise ClusterError(
-            f"workers died again and again on {column.site}, neurons {column.start} to {column.stop}: expected them to "
-            "live; raise --memory-limit, or see the workers' logs"
+            f"workers died again and again on {task[0].site}, neurons {task[0].start} to {task[-1].stop}: expected "
+            "them to live; raise --memory-limit, or see the workers' logs"
         ) from error
     finally:
         client.cancel([future for future, _ in in_flight.values()], force=True)

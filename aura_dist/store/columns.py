@@ -1,12 +1,13 @@
-"""A worker's part of scoring: read one chunk column, score it, write it. Runs on any machine that sees the store."""
+"""A worker's part of scoring: read a chunk column, score it, write it. Runs on any machine that sees the store."""
 
 import asyncio
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import astuple, dataclass
+from functools import lru_cache, reduce
 from math import ceil
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -47,24 +48,27 @@ class Source:
 
 @dataclass(frozen=True)
 class Scored:
-    """A column's report: how many neurons have a NaN response and so no score, and where the time went."""
+    """A task's report: how many neurons have a NaN response and so no score, and where the time went."""
 
     num_unscored: int
     read_seconds: float
     compute_seconds: float
     write_seconds: float
 
+    def __add__(self, other: "Scored") -> "Scored":
+        return Scored(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
-def score_column(source: Source, column: Column) -> Scored:
-    """Read, score and write one chunk column.
+
+def score_columns(source: Source, columns: Sequence[Column]) -> Scored:
+    """Read, score and write chunk columns, one after the other in the memory of one.
 
     Raises
     ------
     StoreError
-        A chunk is missing or damaged, nothing is written for the column; or a score cannot be written.
+        A chunk is missing or damaged, nothing is written for its column; or a score cannot be written.
     """
     try:
-        return _score_column(source, column)
+        return reduce(add, (_score_column(source, column) for column in columns))
     except StoreError as error:
         # without its cause: not every library's errors can be sent to another process
         bare = StoreError(str(error))

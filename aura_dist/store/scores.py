@@ -34,7 +34,7 @@ OVER_MODEL = {"q_value": "p_value"}
 
 @dataclass(frozen=True)
 class Column:
-    """One chunk column of one site and pooling, and what is to be made of it: one task.
+    """One chunk column of one site and pooling, and what is to be made of it.
 
     `marker` is its marker once `statistics` are written too.
     """
@@ -46,6 +46,10 @@ class Column:
     stop: int
     statistics: tuple[str, ...]
     marker: int
+
+    def precedes(self, other: "Column") -> bool:
+        """Whether `other` is the next column of the same site and pooling."""
+        return (self.site, self.pooling, self.index + 1) == (other.site, other.pooling, other.index)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_nothing_is_computed_by_accident(scored):
         assert len(computed) == 1, "the scheduler that counts is the one in use"
 
 
-def test_one_task_a_chunk_column_one_read_a_chunk(store, monkeypatch):
+def test_a_chunk_column_is_in_one_task_and_a_chunk_read_once(store, monkeypatch):
     from distributed import Client
 
     tasks, reads, sorts, client_map = [], [], [], Client.map
@@ -141,9 +141,20 @@ def test_one_task_a_chunk_column_one_read_a_chunk(store, monkeypatch):
         assert score(store) == 0
     markers = [f for f in score_files(store) if "/scored/" in f]
     warm_up = 2  # compile_kernels
-    assert len(tasks) == len(reads) == len(sorts) - warm_up == len(markers)
+    columns = [column for task in tasks for column in task]
+    assert len(columns) == len(set(columns)) == len(reads) == len(sorts) - warm_up == len(markers)
     regions = {(array.path, columns.start, columns.stop) for array, _, columns in reads}
     assert len(regions) == len(reads)
+
+
+def test_small_neighbours_share_a_task(monkeypatch):
+    monkeypatch.setattr(stage, "TASK_BYTES", 96 * 4)
+    places = [("a", 0), ("a", 1), ("a", 2), ("a", 3), ("a", 5), ("b", 0), ("b", 1)]
+    columns = [worker.Column(site, "max", i, i * 32, (i + 1) * 32, ("auroc",), 1) for site, i in places]
+    neuron_bytes = {("a", "max"): 4, ("b", "max"): 16}
+    tasks = [[(c.site, c.index) for c in task] for task in stage._tasks(iter(columns), neuron_bytes, 24)]
+    assert tasks == [places[:3], places[3:4], places[4:5], places[5:6], places[6:]]
+    assert [len(task) for task in stage._tasks(iter(columns[:4]), neuron_bytes, 2)] == [2, 2]
 
 
 def test_narrowed_then_widened_equals_all_at_once(store, scored):
@@ -287,7 +298,7 @@ def test_error_of_a_worker_reaches_the_client_as_it_is(tmp_path):
     (tmp_path / "no-store").mkdir()
     column = worker.Column("site", "max", 0, 0, 16, ("auroc",), 1)
     with pytest.raises(StoreError, match="expected a store that `collect` wrote") as raised:
-        worker.score_column(worker.Source(str(tmp_path / "no-store"), ((0, 32),), "token"), column)
+        worker.score_columns(worker.Source(str(tmp_path / "no-store"), ((0, 32),), "token"), [column])
     message = error_message(raised.value)
     _, received, _ = clean_exception(message["exception"].data, None)
     assert isinstance(received, StoreError)
