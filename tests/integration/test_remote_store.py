@@ -1,10 +1,12 @@
 """A store in S3: collected, killed, resumed and scored as a local one, and what can go wrong on the way."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from aura_dist.store import remote
 from aura_dist.store.access import exists, open_group
 from aura_dist.store.artifact import Intervention
 from aura_dist.store.record import unfinished
+from tests.distributed.launch import run_ranks
 from tests.s3 import ENVIRONMENT, s3_server
 
 s3fs = pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
@@ -114,6 +117,24 @@ def test_killed_resumed_and_scored_equals_a_local_store(s3, command, local, tmp_
     fitted, expected = Intervention.load(tmp_path / "aura"), Intervention.load(local.parent / "aura")
     assert fitted.meta["store_digest"] == expected.meta["store_digest"]
     assert np.array_equal(fitted.scale[SITE], expected.scale[SITE])
+
+
+def with_environment(environment, arguments):
+    """`aura-dist ARGUMENTS` as a rank, whose process has the environment that its server was started in."""
+    os.environ.update(environment)
+    return main(arguments)
+
+
+def test_ranks_write_one_store_together(s3, command, local):
+    store = f"{s3}/ranks.zarr"
+    names = [*ENVIRONMENT, "AWS_ENDPOINT_URL"]
+    call = partial(with_environment, {name: os.environ[name] for name in names})
+    run_ranks(2, command(store), call)
+    assert_equal(store, local)
+    run_ranks(2, command(store, "--overwrite", "--sharding", "tensor"), call)
+    assert not unfinished(open_group(store))
+    one, other = (aura_dist.open_store(str(s))[f"activations/{SITE}"]["max"].values for s in (store, local))
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def assert_scores_equal(store, local):
