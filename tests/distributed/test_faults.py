@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aura_dist.cli import main
+from aura_dist.runtime.team import DEAD_SECONDS
 from tests.distributed.launch import Launch, Torchrun, launched, run_ranks
 from tests.integration.test_store_faults import chunk_files
 
@@ -72,7 +73,8 @@ def kill_and_resume(sharding, seed, model, data, store, expected):
         ranks = launch.ranks()
         for rank in ranks if chance.random() < 0.5 else ranks[chance.randrange(len(ranks)) :][:1]:
             rank.kill()
-        launch.wait(60)
+        # rank 0 of a replicated model does the rest, and then waits for a sign of life
+        launch.wait(DEAD_SECONDS + 30)
     run_ranks(NUM_RANKS, command)
     assert chunk_files(store) == chunk_files(expected)
 
