@@ -70,8 +70,8 @@ def commit(group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
     if nonfinite:
         counts = np.array([nonfinite.get(name, 0) for name in response_names(group)], dtype=np.int64)
         get_array(group, NONFINITE)[task] = counts
+    get_array(group, ATTEMPTS)[task] = 0  # first: what dies between the two is run again, and leaves no count behind
     get_array(group, DONE)[task] = 1
-    get_array(group, ATTEMPTS)[task] = 0
 
 
 def most_attempted(group: zarr.Group) -> tuple[int, int]:
