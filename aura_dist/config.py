@@ -120,6 +120,7 @@ class ScoreConfig:
     memory_limit: str = option("memory per worker, such as 4GB", "4GB")
     statistics: list[str] = option("statistics to compute (default: all)", [], distinct=True)
     partial: bool = option("score the rows that are there, if the store is not finished", False)
+    overwrite: bool = option("delete scores that are already there, damaged ones too", False)
     slurm: dict[SlurmOption, Any] = option(
         "options of dask-jobqueue's SLURMCluster, such as queue=main cores=2; in a file, keys and values", {}
     )

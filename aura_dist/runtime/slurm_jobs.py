@@ -1,9 +1,5 @@
-"""Jobs through Slurm, submitted as arrays by submitit. A job keeps its own state file, so that it needs no driver.
+"""Jobs through Slurm, submitted as arrays by submitit. A job keeps its own state file, so that it needs no driver."""
 
-Whether a job is still in the queue is asked of `squeue`: submitit asks Slurm's accounting, which many sites lack.
-"""
-
-import getpass
 import logging
 import os
 import shutil
@@ -20,12 +16,11 @@ from aura_dist.core.grid import STAGES
 from aura_dist.errors import ClusterError, brief
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.slurm_executor import WARNING, make_executor, outside_job
+from aura_dist.runtime.slurm_queue import MISSES, queued_jobs
 
 logger = logging.getLogger(__name__)
 
 SQUEUE_SECONDS = 5.0
-# a requeued or ending job may be missing from one answer
-MISSES = 2
 _LOST = "the Slurm job is gone without a word: cancelled, killed or out of memory; see {log} and `sacct`"
 
 
@@ -64,7 +59,7 @@ class SlurmLauncher:
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
         """Jobs of an earlier run of the sweep that are still in the queue."""
         ids = {c: self._id_path(c).read_text().strip() for c in commands if self._id_path(c).exists()}
-        listed: set[str] | None = _queue() if ids else set()
+        listed: set[str] | None = queued_jobs() if ids else set()
         if listed is None:
             raise ClusterError(
                 "squeue: expected the jobs in the queue, got no answer; try again later: a job that is still there "
@@ -112,7 +107,7 @@ class SlurmLauncher:
         if time.monotonic() - self._asked < SQUEUE_SECONDS:
             return []
         self._asked = time.monotonic()
-        listed = _queue()
+        listed = queued_jobs()
         found = []
         for job, entry in self._watched.items():
             entry.missed = 0 if listed is None or entry.slurm_id in listed else entry.missed + 1
@@ -133,17 +128,6 @@ class _Watched:
     command: JobCommand
     slurm_id: str
     missed: int = 0
-
-
-def _queue() -> set[str] | None:
-    """Ids of this user's jobs in the queue, array tasks one by one; None if Slurm does not answer."""
-    command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.debug("squeue: %s", error)
-        return None
-    return set(done.stdout.split())
 
 
 class JobTask:

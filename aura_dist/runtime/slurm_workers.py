@@ -1,4 +1,4 @@
-"""Dask workers as Slurm jobs: a refusal of theirs is an error of the command."""
+"""Dask workers as Slurm jobs: a refusal of theirs is an error of the command, and their number is kept."""
 
 import logging
 import shutil
@@ -9,6 +9,7 @@ from typing import Any
 
 from aura_dist.errors import ClusterError, ConfigError, brief
 from aura_dist.runtime.memory import KEEP_FREED_MEMORY
+from aura_dist.runtime.slurm_keeper import jobs_kept, submit_lacking
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def slurm_cluster(num_workers: int | None, limit: int, options: Mapping[Any, Any
     ConfigError
         dask-jobqueue is not installed.
     ClusterError
-        Slurm is not on this machine, or refuses the jobs.
+        Slurm is not on this machine, refuses the jobs, or ends them again and again before the work is done.
     """
     try:
         from dask_jobqueue.slurm import SLURMCluster
@@ -41,8 +42,9 @@ def slurm_cluster(num_workers: int | None, limit: int, options: Mapping[Any, Any
         count = num_workers or SLURM_JOBS
         logger.info("slurm: asked for %d workers; the job script:\n%s", count, cluster.job_script())
         jobs = ceil(count / int(made["processes"]))
-        cluster.sync(_ask, cluster, jobs)
-        yield cluster
+        cluster.sync(submit_lacking, cluster, jobs)
+        with jobs_kept(cluster, jobs):
+            yield cluster
     finally:
         _close(cluster)
 
@@ -57,18 +59,6 @@ def _prologue(options: Mapping[Any, Any]) -> list[str]:
         given = next(filter(None, (dask.config.get(name, None) for name in names)), [])
     lines = [given] if isinstance(given, str) else list(given)
     return [*(f"export {name}={value}" for name, value in _ENVIRONMENT.items()), *lines]
-
-
-async def _ask(cluster: Any, jobs: int) -> None:
-    """Submit the jobs that are lacking; RuntimeError of sbatch's. `cluster.scale` would not tell of one."""
-    while len(cluster.worker_spec) < jobs:
-        cluster.worker_spec.update(cluster.new_worker_spec())
-    try:
-        await cluster._correct_state()
-    finally:
-        for job in cluster.workers.values():
-            if job.status.name == "created":  # refused: otherwise the cluster would not close
-                job.status = type(job.status).failed
 
 
 def _close(cluster: Any) -> None:

@@ -33,6 +33,7 @@ from aura_dist.store.scores import (
     Pending,
     adjust,
     begin,
+    discard,
     make_arrays,
     pending,
     resolve_statistics,
@@ -65,7 +66,7 @@ def run(config: ScoreConfig) -> None:
     basis = basis_of(store, group, spec, partial=config.partial)
     if basis.partial:
         logger.warning("%d of %d rows are there: these scores are of them alone", basis.num_rows, basis.total_rows)
-    _begin(store, group, spec, basis)
+    _begin(store, group, spec, basis, overwrite=config.overwrite)
     left = pending(group, spec, names)
     if left:
         if not config.dask.startswith(SCHEMES):
@@ -86,8 +87,10 @@ def run(config: ScoreConfig) -> None:
                 _show(group, spec, concept, pooling)
 
 
-def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis) -> None:
+def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, overwrite: bool) -> None:
     try:
+        if overwrite:
+            discard(group, spec)
         if begin(group, spec, basis):
             logger.warning("%s was scored on other rows than are there now: it is scored anew", store)
     except (OSError, ValueError) as error:  # ValueError: opened for reading, as it cannot be written

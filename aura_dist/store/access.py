@@ -67,10 +67,18 @@ def get_array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
         with fast_codecs():
             array = group[name]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(group, name, error) from error
+        raise damaged(group, name, error) from error
     if not isinstance(array, zarr.Array):
-        raise _damaged(group, name, "a group stands there")
+        raise damaged(group, name, "a group stands there")
     return array
+
+
+def is_there(group: zarr.Group, name: str) -> bool:
+    """Whether the store has an array or a group of this path; StoreError if its description is damaged."""
+    try:
+        return name in group
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(group, name, error) from error
 
 
 def in_whole_chunks(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
@@ -84,21 +92,33 @@ def in_whole_chunks(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
         return zarr.Array(AsyncArray(array.metadata.update_shape(shape), array.store_path, array.async_array.config))
 
 
-def read_array(group: zarr.Group, name: str) -> NDArray[Any]:
-    """All of an array of the store; StoreError if it is missing or damaged."""
+def read_array(group: zarr.Group, name: str, *, complete: bool = False) -> NDArray[Any]:
+    """All of an array of the store; StoreError if it is missing or damaged, or lacks a chunk and is to be complete."""
     array = get_array(group, name)
     try:
+        if complete:
+            check_complete(group, array)
         return np.asarray(in_whole_chunks(array)[...])[tuple(slice(n) for n in array.shape)]
     except StoreError:  # the store could not be reached
         raise
     except Exception as error:  # the codec pipeline raises its own kinds
-        raise _damaged(group, name, error) from error
+        raise damaged(group, name, error) from error
 
 
-def _damaged(group: zarr.Group, name: str, why: BaseException | str) -> StoreError:
+def check_complete(
+    group: zarr.Group, array: "zarr.Array[Any]", chunks: Iterable[tuple[int, ...]] | None = None
+) -> None:
+    """StoreError if one of `chunks` (default: all) is missing: it would read as fill values without a word."""
+    for chunk in missing_chunks(array, np.ndindex(*array.cdata_shape) if chunks is None else chunks):
+        raise damaged(group, array.path, f"the chunk {chunk_name(array, chunk)!r} is not there")
+
+
+def damaged(group: zarr.Group, name: str, why: BaseException | str) -> StoreError:
+    """The error of a part of the store that cannot be used; scores alone are made again by `score` alone."""
+    verb = "score" if name.partition("/")[0] == "scores" else "collect"
     return StoreError(
         f"--store {str(group.store_path)!r}: expected an array {name!r}, found it missing or damaged: {brief(why)}; "
-        "collect again with --overwrite"
+        f"{verb} again with --overwrite"
     )
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
 from aura_dist.errors import ConfigError
-from aura_dist.store.access import get_array, read_array
+from aura_dist.store.access import damaged, get_array, is_there, read_array
 from aura_dist.store.basis import Basis
 from aura_dist.store.schema import StoreSpec, activation_path, codecs
 from aura_dist.store.times import TIMES
@@ -105,19 +105,29 @@ def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
     The markers are cleared before the attributes say whose they are, so that being cut off in between leaves
     nothing that counts.
     """
-    if "scores" not in group:
-        group.create_group("scores", attributes={**asdict(basis), ADJUSTED: []})
-        return False
-    scores = group["scores"]
-    if scores.attrs.get("digest") == basis.digest:
+    scores = _scores_of(group)
+    stood = scores is not None
+    if scores is None:
+        scores = group.create_group("scores")
+    elif scores.attrs.get("digest") == basis.digest:
         return False
     scores.attrs[ADJUSTED] = []
-    for site in spec.sites:
-        for pooling in spec.poolings:
-            if score_path(site.name, pooling, MARKER) in group:
-                get_array(group, score_path(site.name, pooling, MARKER))[...] = 0
+    for marker in _markers(group, spec):
+        get_array(group, marker)[...] = 0
     scores.attrs.update({**asdict(basis), TIMES: {}})
-    return True
+    return stood
+
+
+def discard(group: zarr.Group, spec: StoreSpec) -> None:
+    """Remove all scores, whatever state they are in; the markers first: a removal cut off leaves none that count."""
+    for name in (*_markers(group, spec, damaged_too=True), "scores"):
+        del group[name]
+
+
+def _markers(group: zarr.Group, spec: StoreSpec, *, damaged_too: bool = False) -> list[str]:
+    """Paths of the markers that are there; of all that there may be, if damaged ones are wanted too."""
+    names = [score_path(site.name, pooling, MARKER) for site in spec.sites for pooling in spec.poolings]
+    return names if damaged_too else [name for name in names if is_there(group, name)]
 
 
 def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str]) -> list[Pending]:
@@ -128,7 +138,7 @@ def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str]) -> list[Pe
         for pooling in spec.poolings:
             responses = get_array(group, activation_path(site.name, pooling))
             chunk, marker = responses.chunks[1], score_path(site.name, pooling, MARKER)
-            there = marker in group
+            there = is_there(group, marker)
             markers = read_array(group, marker) if there else np.zeros(ceil(site.width / chunk), np.uint32)
             missing = np.uint32(wanted) & ~markers
             item = Pending(site.name, pooling, site.width, chunk, responses.dtype.itemsize, markers, missing)
@@ -143,7 +153,7 @@ def count_columns(group: zarr.Group, spec: StoreSpec) -> tuple[int, int]:
     for site in spec.sites:
         for pooling in spec.poolings:
             marker = score_path(site.name, pooling, MARKER)
-            if marker in group:
+            if is_there(group, marker):
                 markers = read_array(group, marker)
                 scored, total = scored + int(np.count_nonzero(markers)), total + len(markers)
             else:
@@ -155,7 +165,7 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
     """Make the arrays of one site and pooling that are not there yet, and its marker."""
     place, (_, chunk) = f"scores/{site}/{pooling}", get_array(group, activation_path(site, pooling)).chunks
     width = next(s.width for s in spec.sites if s.name == site)
-    for name in [n for n in names if f"{place}/{n}" not in group]:
+    for name in [n for n in names if not is_there(group, f"{place}/{n}")]:
         dtype = STATISTICS[name].dtype
         group.create_array(
             f"{place}/{name}",
@@ -167,7 +177,7 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
             dimension_names=("concept", "neuron"),
             config={"write_empty_chunks": True},
         )
-    if f"{place}/{MARKER}" not in group:
+    if not is_there(group, f"{place}/{MARKER}"):
         group.create_array(
             f"{place}/{MARKER}",
             shape=(ceil(width / chunk),),
@@ -180,17 +190,36 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
 
 def scored_statistics(group: zarr.Group, site: str, pooling: str) -> tuple[str, ...]:
     """Statistics that stand for every neuron of a site, in the table's order."""
-    marker = score_path(site, pooling, MARKER)
-    if marker not in group:
+    marker, about = score_path(site, pooling, MARKER), score_attributes(group)
+    if "digest" not in about or not is_there(group, marker):  # of unknown rows, or not there
         return ()
     bits = int(np.bitwise_and.reduce(read_array(group, marker)))
-    over_model = set(OVER_MODEL) if pooling in _adjusted(group) else set()
+    over_model = set(OVER_MODEL) if pooling in about[ADJUSTED] else set()
     return tuple(name for name in STATISTICS if name in over_model or bits & BITS[name])
+
+
+def read_statistic(group: zarr.Group, site: str, pooling: str, name: str) -> NDArray[Any]:
+    """[C, D] a statistic that stands; StoreError if its array is missing, damaged or lacks a chunk."""
+    return read_array(group, score_path(site, pooling, name), complete=True)
 
 
 def score_attributes(group: zarr.Group) -> dict[str, Any]:
     """What the scores are made from: the fields of `Basis`, and which poolings have q-values; empty if none stand."""
-    return dict(group["scores"].attrs) if "scores" in group else {}
+    scores = _scores_of(group)
+    return {} if scores is None else dict(scores.attrs)
+
+
+def _scores_of(group: zarr.Group) -> zarr.Group | None:
+    """The group of scores, None if there is none; StoreError if its description is damaged."""
+    if not is_there(group, "scores"):
+        return None
+    try:
+        scores = group["scores"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(group, "scores", error) from error
+    if not isinstance(scores, zarr.Group):
+        raise damaged(group, "scores", "an array stands there")
+    return scores
 
 
 def _adjusted(group: zarr.Group) -> list[str]:
@@ -207,7 +236,7 @@ def adjust(group: zarr.Group, spec: StoreSpec) -> None:
         q_CD = np.empty((len(spec.concepts), sum(widths)))
         parts: list[NDArray[Any]] = np.split(q_CD, np.cumsum(widths)[:-1], axis=1)  # views: filled here, then read
         for site, part in zip(spec.sites, parts, strict=True):
-            part[...] = read_array(group, score_path(site.name, pooling, "p_value"))
+            part[...] = read_statistic(group, site.name, pooling, "p_value")
         for p_D in q_CD:
             p_D[...] = benjamini_hochberg(p_D)
         for site, part in zip(spec.sites, parts, strict=True):

@@ -12,9 +12,9 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.errors import InputError, StoreError
-from aura_dist.store.access import get_array, in_whole_chunks, open_group, read_array
+from aura_dist.store.access import check_complete, damaged, get_array, in_whole_chunks, open_group, read_array
 from aura_dist.store.schema import StoreSpec, activation_path
-from aura_dist.store.scores import score_attributes, score_path, scored_statistics
+from aura_dist.store.scores import read_statistic, score_attributes, score_path, scored_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def open_store(path: str | Path) -> xr.DataTree:
     rows = {"row": samples["row"].values, "tokens": samples["num_tokens"].values}
     by_sample = {name: ("sample", values) for name, values in (*rows.items(), ("num_tokens", rows["tokens"]))}
     nodes: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs=dict(group.attrs)), "/samples": samples}
-    if "scores" in group:
-        nodes["/scores"] = xr.Dataset(attrs=score_attributes(group))
+    if attributes := score_attributes(group):
+        nodes["/scores"] = xr.Dataset(attrs=attributes)
     for site in spec.sites:
         units = np.arange(site.width)
         of_site = {"site": site.name, "neuron": units, "unit": ("neuron", units)}
@@ -60,8 +60,9 @@ def open_store(path: str | Path) -> xr.DataTree:
         for pooling in spec.poolings:
             names = scored_statistics(group, site.name, pooling)
             if names:
+                lazy = {s: _lazy(group, score_path(site.name, pooling, s), complete=True) for s in names}
                 nodes[f"/scores/{site.name}/{pooling}"] = xr.Dataset(
-                    {s: (("concept", "neuron"), _lazy(group, score_path(site.name, pooling, s))) for s in names},
+                    {s: (("concept", "neuron"), values) for s, values in lazy.items()},
                     coords={"concept": list(spec.concepts), **of_site},
                 )
     tree = xr.DataTree.from_dict(nodes)
@@ -81,17 +82,31 @@ def _samples(group: zarr.Group, spec: StoreSpec) -> xr.Dataset:
     )
 
 
-def _lazy(group: zarr.Group, name: str) -> Any:
+def _lazy(group: zarr.Group, name: str, *, complete: bool = False) -> Any:
     import dask.array as da
 
     array = get_array(group, name)
-    return da.from_array(array, chunks=array.chunks, getitem=partial(_block, in_whole_chunks(array)))
+    getitem = partial(_block, in_whole_chunks(array), group, complete)
+    return da.from_array(array, chunks=array.chunks, getitem=getitem)
 
 
-def _block(whole: "zarr.Array[Any]", array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
-    """One chunk of `array`, decoded in full and so checked; Dask narrows no getter but its own before it reads."""
+def _block(
+    whole: "zarr.Array[Any]", group: zarr.Group, complete: bool, array: "zarr.Array[Any]", index: tuple[slice, ...]
+) -> NDArray[Any]:
+    """One chunk of `array`, decoded in full and so checked; Dask narrows no getter but its own before it reads.
+
+    StoreError if it is damaged, or is missing where the array is to be complete.
+    """
     chunk = tuple(slice(i.start, i.start + width) for i, width in zip(index, array.chunks, strict=True))
-    return np.asarray(whole[chunk])[tuple(slice(i.stop - i.start) for i in index)]
+    if complete:
+        check_complete(group, array, [tuple(i.start // width for i, width in zip(index, array.chunks, strict=True))])
+    try:
+        values = np.asarray(whole[chunk])
+    except StoreError:  # the store could not be reached
+        raise
+    except Exception as error:  # the codec pipeline raises its own kinds
+        raise damaged(group, array.path, error) from error
+    return values[tuple(slice(i.stop - i.start) for i in index)]
 
 
 def read_scores(
@@ -121,7 +136,7 @@ def read_scores(
                 f"--store {group.store_path}: {site.name} has not been scored ({statistic}); "
                 "run `aura-dist score` first"
             )
-        scores[site.name] = read_array(group, score_path(site.name, pooling, statistic))[which]
+        scores[site.name] = read_statistic(group, site.name, pooling, statistic)[which]
     basis = score_attributes(group)
     if basis["partial"]:
         where = str(group.store_path)
@@ -150,7 +165,7 @@ def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) 
     there_by_site = [scored_statistics(group, site.name, pooling) for site in spec.sites]
     for name in SHOWN[1:]:
         there = all(name in names for names in there_by_site)
-        parts = [read_array(group, score_path(s.name, pooling, name))[which] for s in spec.sites] if there else []
+        parts = [read_statistic(group, s.name, pooling, name)[which] for s in spec.sites] if there else []
         table[name] = np.concatenate(parts) if parts else np.nan
     table.attrs = {key: score_attributes(group)[key] for key in ("num_rows", "total_rows", "partial")}
     return table

@@ -56,7 +56,7 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     executor, queue = Executor(), {"7_1", "7_2"}
     monkeypatch.setattr(slurm_jobs, "make_executor", lambda *arguments: executor)
-    monkeypatch.setattr(slurm_jobs, "_queue", lambda: queue)
+    monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: queue)
     monkeypatch.setattr(slurm_jobs, "SQUEUE_SECONDS", -1.0)
     return SimpleNamespace(launcher=slurm_jobs.SlurmLauncher(tmp_path, {}), executor=executor, queue=queue)
 
@@ -95,7 +95,7 @@ def test_next_sweep_follows_what_is_in_the_queue_and_has_not_ended(slurm, comman
     attempt(other, "error: no room\n", 1)  # Slurm still cleans up after it
     after = slurm_jobs.SlurmLauncher(tmp_path, {})
     assert after.adopt([command, other, JobCommand(tmp_path, "fit-c", "fit")]) == [command.job]
-    monkeypatch.setattr(slurm_jobs, "_queue", lambda: None)
+    monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: None)
     with pytest.raises(ClusterError, match="would be started twice"):
         slurm_jobs.SlurmLauncher(tmp_path, {}).adopt([command])
 

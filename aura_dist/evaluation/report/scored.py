@@ -12,7 +12,7 @@ from aura_dist.evaluation.report.distributions import Bar, BestNeurons, SiteSumm
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.record import nonfinite_responses, unfinished
 from aura_dist.store.schema import DONE, StoreSpec
-from aura_dist.store.scores import score_attributes, score_path, scored_statistics
+from aura_dist.store.scores import read_statistic, score_attributes, scored_statistics
 from aura_dist.store.times import COLLECTED, SCORED, read_times
 from aura_dist.store.view import SHOWN
 
@@ -145,8 +145,8 @@ def read_scores_of(group: zarr.Group, spec: StoreSpec, pooling: str, bar: Bar, k
     best = [BestNeurons(k) for _ in spec.concepts]
     sites: list[list[SiteSummary]] = [[] for _ in spec.concepts]
     for i, site in enumerate(spec.sites):
-        auroc_CD = read_array(group, score_path(site.name, pooling, "auroc"))
-        q_CD = read_array(group, score_path(site.name, pooling, "q_value")) if has_q else None
+        auroc_CD = read_statistic(group, site.name, pooling, "auroc")
+        q_CD = read_statistic(group, site.name, pooling, "q_value") if has_q else None
         for c in range(len(spec.concepts)):
             best[c].see(i, auroc_CD[c])
             sites[c].append(summarise(site, auroc_CD[c], None if q_CD is None else q_CD[c], bar))
@@ -163,7 +163,7 @@ def _neurons(
     rows = []
     for _, i, unit in best.found:
         site = spec.sites[i]
-        arrays = {name: read_array(group, score_path(site.name, pooling, name)) for name in shown}
+        arrays = {name: read_statistic(group, site.name, pooling, name) for name in shown}
         values = {name: float(array[concept, unit]) for name, array in arrays.items()}
         rows.append(Neuron(site.name, site.layer, unit, values))
     return tuple(rows)
