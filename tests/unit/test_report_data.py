@@ -1,12 +1,15 @@
 """What the report shows, as numbers: against plain computations over everything at once."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aura_dist.core.sites import Site
-from aura_dist.evaluation.report.continuations import choose
+from aura_dist.evaluation.report.compared import comparisons, short_name
+from aura_dist.evaluation.report.continuations import choose, side_by_side
 from aura_dist.evaluation.report.distributions import (
     EDGES,
     Bar,
@@ -20,7 +23,6 @@ from aura_dist.evaluation.report.distributions import (
 from aura_dist.evaluation.report.evaluations import Estimate, estimate, plain_first, read_evaluation
 from aura_dist.evaluation.report.svg import FAINT, INK, SERIES, Picture, inline, tidy
 from aura_dist.evaluation.report.tables import headline, labels_of, results_table, split_table, zero_shot_table
-from aura_dist.evaluation.report.tradeoff import comparisons, short_name
 from tests.results import write_results
 
 BAR = Bar(0.7, 0.05)
@@ -116,6 +118,72 @@ def test_only_evaluations_on_the_same_prompts_are_compared(evaluations):
     assert [p.label for p in found[0].outside] == ["act"], "its perplexity would press the others together"
 
 
+SETTINGS = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "seed": 0}
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """`evaluated(name, settings, section=…)`: results of that name, with the settings and parts changed."""
+
+    def write(name, settings=None, config=None, **sections):
+        path = write_results(tmp_path, name, texts=["a", "b", "c", "d"])
+        document = json.loads(path.read_text())
+        document["config"] |= {"max_tokens": 128, **(config or {})}
+        document["toxicity"] |= {"settings": SETTINGS | (settings or {})}
+        for section, changed in sections.items():
+            document[section] |= changed
+        path.write_text(json.dumps(document))
+        return read_evaluation("run", path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changed", "compared"),
+    [
+        ({"settings": {"seed": 1}}, True),
+        ({"settings": {"max_new_tokens": 50}}, False),
+        ({"settings": {"top_p": 1.0}}, False),
+        ({"settings": {"temperature": 0.5}}, False),
+        ({"settings": {"top_k": 40}}, False),
+        ({"toxicity": {"num_samples": 25}}, False),
+        ({"toxicity": {"scorer": "another"}}, False),
+        ({"config": {"max_tokens": 512}}, False),
+        ({"perplexity": {"column": "body"}}, False),
+        ({"model": {"fingerprint": "1" * 64}}, False),
+    ],
+)
+def test_only_what_was_measured_alike_is_compared(evaluated, changed, compared):
+    both = [evaluated("a"), evaluated("b", **changed)]
+    assert [len(c.evaluations) for c in comparisons(both, ["a", "b"])] == ([2] if compared else [1, 1])
+    beside = compared or changed.keys() & {"config", "perplexity"}
+    assert [len(s.evaluations) for s in side_by_side(both, 4, 4)] == ([2] if beside else [1, 1])
+
+
+@pytest.mark.parametrize(("num_tokens", "compared"), [(900, True), (800, False)])
+def test_texts_cut_at_the_same_tokens_are_the_same(evaluated, num_tokens, compared):
+    """A limit beyond the longest text changes nothing."""
+    one = evaluated("a", perplexity={"num_tokens": 900})
+    other = evaluated("b", config={"max_tokens": 512}, perplexity={"num_tokens": num_tokens})
+    assert len(comparisons([one, other], ["a", "b"])) == (1 if compared else 2)
+
+
+def test_what_was_measured_stands_in_words(evaluated):
+    both = [evaluated("a", perplexity={"texts": "/x/passages.csv", "num_texts": 1200}), evaluated("b", {"seed": 7})]
+    assert comparisons(both, ["a", "b"])[0].measured == (
+        "Toxicity: 4 prompts of prompts.jsonl, 2 continuations each of at most 20 tokens, temperature 1.0, "
+        "nucleus (top-p) 0.9, seeds 0, 7, scored by synthetic. "
+        "Perplexity: 1,200 texts of passages.csv, cut at 128 tokens."
+    )
+
+
+def test_tasks_with_other_examples_stand_on_lines_of_their_own(evaluated):
+    few = evaluated("few", zero_shot={"task": {"acc": 0.7, "num_fewshot": 5, "num_examples": 100}})
+    table = zero_shot_table([evaluated("zero"), few], ["zero", "few"])
+    assert table.header == ("task", "metric", "shots", "examples", "zero", "few")
+    assert table.rows == (("task", "acc", "–", "100", "0.500 ± 0.050", "–"), ("task", "acc", "5", "100", "–", "0.700"))
+
+
 def test_headline_is_the_best_that_costs_little(evaluations):
     compared = comparisons(evaluations, labels_of(evaluations))[0].evaluations
     text = headline(compared, labels_of(compared))
@@ -137,7 +205,13 @@ def test_results_stand_in_their_columns(evaluations):
     split = split_table(evaluations, labels_of(evaluations))
     assert "toxic prompts: toxic (%)" in split.header
     assert not any(name.startswith("other prompts") for name in split.header), "the fixture has none"
-    assert zero_shot_table(evaluations, labels_of(evaluations)).rows[0][:3] == ("task", "acc", "0.500 ± 0.050")
+    assert zero_shot_table(evaluations, labels_of(evaluations)).rows[0][:5] == (
+        "task",
+        "acc",
+        "–",
+        "100",
+        "0.500 ± 0.050",
+    )
 
 
 def test_strengths_as_fitted_and_as_applied_multiply(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aura_dist.evaluation.report import facts, figures, tables, tradeoff
+from aura_dist.evaluation.report.compared import Comparison, comparisons
 from aura_dist.evaluation.report.continuations import SideBySide, side_by_side
 from aura_dist.evaluation.report.distributions import Bar, median_of, total_histogram
 from aura_dist.evaluation.report.evaluations import plain_first
@@ -73,9 +74,10 @@ class ScoreSection:
 
 @dataclass(frozen=True)
 class ComparisonSection:
-    """Evaluations on the same prompts and texts; `outside` names those that the picture leaves out."""
+    """Evaluations that measured the same in the same way; `outside` names those that the picture leaves out."""
 
     title: str
+    measured: str
     headline: str | None
     picture: Picture | None
     outside: str
@@ -123,7 +125,7 @@ def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
         interventions=facts.intervention_table(fitted),
         comparisons=[
             _comparison(c, [label_of[id(e)] for e in c.evaluations], f"toxicity-perplexity-{i}")
-            for i, c in enumerate(tradeoff.comparisons(evaluations, labels), 1)
+            for i, c in enumerate(comparisons(evaluations, labels), 1)
         ],
         zero_shot=tables.zero_shot_table(evaluations, labels),
         continuations=[(table, [label_of[id(e)] for e in table.evaluations]) for table in side],
@@ -172,9 +174,10 @@ def _score_section(run: str, scores: Scores, shown: Shown, number: int) -> Score
     )
 
 
-def _comparison(compared: tradeoff.Comparison, labels: list[str], name: str) -> ComparisonSection:
+def _comparison(compared: Comparison, labels: list[str], name: str) -> ComparisonSection:
     return ComparisonSection(
         compared.title,
+        compared.measured,
         tables.headline(compared.evaluations, labels),
         tradeoff.draw(compared, name),
         ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in compared.outside),

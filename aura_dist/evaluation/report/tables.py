@@ -1,7 +1,8 @@
 """Tables of results: evaluations side by side, zero-shot tasks, best neurons."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from aura_dist.evaluation.report.evaluations import MEASURES, Estimate, Evaluation
 from aura_dist.evaluation.report.facts import Table
@@ -14,8 +15,7 @@ _NEURON_HEADER = {
     "mean_positive": "mean with",
     "mean_negative": "mean without",
 }
-
-
+_EXAMPLES = {"shots": "num_fewshot", "examples": "num_examples"}
 AFFORDABLE = 1.1
 
 
@@ -113,20 +113,27 @@ def _toxic(one: Evaluation) -> Estimate | None:
 
 
 def zero_shot_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
-    """Task and metric by evaluation, with standard errors."""
-    tasks: dict[tuple[str, str], None] = {}
+    """Task and metric by evaluation, with standard errors; those of other numbers of examples on lines of their own."""
+    tasks: dict[tuple[str, ...], None] = {}
     for one in evaluations:
         for task, metrics in one.zero_shot.items():
             for metric, value in metrics.items():
                 if not metric.endswith("_stderr") and not metric.startswith("num_") and isinstance(value, int | float):
-                    tasks.setdefault((task, metric))
+                    tasks.setdefault((task, metric, *_examples(metrics)))
     there = [(e, label) for e, label in zip(evaluations, labels, strict=True) if e.zero_shot]
-    rows = [(task, metric, *(_metric(e, task, metric) for e, _ in there)) for task, metric in tasks]
-    return Table(("task", "metric", *(label for _, label in there)), tuple(rows), texts=(0, 1))
+    rows = [(*key, *(_metric(e, *key) for e, _ in there)) for key in tasks]
+    return Table(("task", "metric", *_EXAMPLES, *(label for _, label in there)), tuple(rows), texts=(0, 1))
 
 
-def _metric(one: Evaluation, task: str, metric: str) -> str:
+def _examples(metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    """What figures of one task are comparable by: examples in the context, and examples that were asked."""
+    return tuple(str(metrics.get(key, "–")) for key in _EXAMPLES.values())
+
+
+def _metric(one: Evaluation, task: str, metric: str, *examples: str) -> str:
     metrics = one.zero_shot.get(task, {})
+    if _examples(metrics) != examples:
+        return "–"
     value, error = metrics.get(metric), metrics.get(f"{metric}_stderr")
     if not isinstance(value, int | float):
         return "–"

@@ -1,14 +1,13 @@
-"""Toxicity against perplexity: evaluations that may be compared, and their drawing."""
+"""Toxicity against perplexity, drawn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aura_dist.evaluation.report.compared import Comparison, Point
 from aura_dist.evaluation.report.drawing import new_figure, style, to_picture
-from aura_dist.evaluation.report.evaluations import Estimate, Evaluation
+from aura_dist.evaluation.report.evaluations import Estimate
 from aura_dist.evaluation.report.svg import INK, SERIES, Picture
 
 if TYPE_CHECKING:
@@ -16,83 +15,7 @@ if TYPE_CHECKING:
 
 MAX_LABELS = 16
 LOG_FROM = 4.0
-OUTSIDE = 4.0
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1]."""
-
-    label: str
-    method: str
-    strength: float | None
-    prompted: bool
-    x: Estimate
-    y: Estimate
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Evaluations of one model on the same prompts and texts.
-
-    Attributes
-    ----------
-    title
-        The model.
-    evaluations
-        Those without intervention first.
-    points
-        Those drawn: with both figures.
-    outside
-        Those of a perplexity so high that the others would fall together: told, not drawn.
-    """
-
-    title: str
-    evaluations: tuple[Evaluation, ...]
-    points: tuple[Point, ...]
-    outside: tuple[Point, ...]
-
-
-def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[Comparison]:
-    """Evaluations by model, prompts, scorer and texts: only within one set are their numbers comparable."""
-    sets: dict[Any, list[tuple[Evaluation, str]]] = {}
-    for one, label in zip(evaluations, labels, strict=True):
-        sets.setdefault(_measured_on(one), []).append((one, label))
-    found = []
-    for group in sets.values():
-        ordered = sorted(group, key=lambda pair: (pair[0].method != "none", pair[0].preprompt is not None))
-        points = [p for p in (_point(one, label) for one, label in ordered) if p is not None]
-        far = OUTSIDE * min((p.x.value for p in points), default=0.0)
-        near = [p for p in points if p.x.value <= far]
-        drawn = near if len(near) > len(points) / 2 else points
-        outside = tuple(p for p in points if p not in drawn)
-        evaluated = tuple(one for one, _ in ordered)
-        found.append(Comparison(short_name(ordered[0][0].model), evaluated, tuple(drawn), outside))
-    return found
-
-
-def short_name(model: str) -> str:
-    """A hub name as it is; of a directory the last part."""
-    path = Path(model)
-    return path.name if path.is_absolute() or len(path.parts) > 2 or model.startswith(".") else model
-
-
-def _measured_on(one: Evaluation) -> tuple[Any, ...]:
-    document, toxicity = one.document, one.toxicity
-    model = document.get("model")
-    fingerprint = model.get("fingerprint") if isinstance(model, dict) else document.get("model_fingerprint")
-    perplexity = document.get("perplexity")
-    texts = perplexity.get("sha256") if isinstance(perplexity, dict) else None
-    what = [toxicity.get(k) for k in ("prompts_sha256", "scorer", "num_samples")]
-    return (str(fingerprint), *map(str, what), str(texts or document.get("texts_sha256")))
-
-
-def _point(one: Evaluation, label: str) -> Point | None:
-    x, y = one.perplexity, one.toxic("overall", "probability")
-    if x is None or y is None:
-        return None
-    return Point(label, one.method, one.strength, one.preprompt is not None, x, y)
 
 
 def draw(comparison: Comparison, name: str) -> Picture | None:
