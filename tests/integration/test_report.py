@@ -172,6 +172,16 @@ def test_what_is_no_run_is_refused(report_run, tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_page_takes_no_other_place(report_run, tmp_path, capsys):
+    (tmp_path / "notes.html").write_text("model: m")
+    assert "got another file" in refused(capsys, report_run, "--out", tmp_path / "notes.html")
+    assert (tmp_path / "notes.html").read_text() == "model: m"
+    for part in ("interventions", "store.zarr"):
+        before = sorted((report_run / part).iterdir())
+        assert f"one within '{report_run / part}'" in refused(capsys, report_run, "--out", report_run / part / "p.html")
+        assert sorted((report_run / part).iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -184,6 +184,19 @@ def test_tasks_with_other_examples_stand_on_lines_of_their_own(evaluated):
     assert table.rows == (("task", "acc", "–", "100", "0.500 ± 0.050", "–"), ("task", "acc", "5", "100", "–", "0.700"))
 
 
+def test_evaluations_of_tasks_alone_are_not_compared(evaluated):
+    """Their table would name methods, and no figure."""
+    path = evaluated("tasks").path
+    document = json.loads(path.read_text())
+    del document["toxicity"], document["perplexity"]
+    path.write_text(json.dumps(document))
+    tasks = read_evaluation("run", path)
+    assert comparisons([tasks], ["tasks"]) == []
+    other = evaluated("other")
+    assert [c.evaluations for c in comparisons([tasks, other], ["tasks", "other"])] == [(other,)]
+    assert zero_shot_table([tasks], ["tasks"]).rows
+
+
 def test_headline_is_the_best_that_costs_little(evaluations):
     compared = comparisons(evaluations, labels_of(evaluations))[0].evaluations
     text = headline(compared, labels_of(compared))

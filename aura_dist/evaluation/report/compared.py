@@ -49,9 +49,14 @@ class Comparison:
 
 
 def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[Comparison]:
-    """Evaluations by what they measured of which model: only within one set are their numbers comparable."""
+    """Evaluations by what they measured of which model: only within one set are their numbers comparable.
+
+    Evaluations of zero-shot tasks alone are in none.
+    """
     sets: dict[tuple[str, ...], list[tuple[Evaluation, str]]] = {}
     for one, label in zip(evaluations, labels, strict=True):
+        if not (one.toxicity or one.perplexity):
+            continue
         sets.setdefault((fingerprint(one), drawn(one), _read(one)), []).append((one, label))
     found = []
     for group in sets.values():
