@@ -21,8 +21,11 @@ from aura_dist.evaluation.report.distributions import (
     summarise,
 )
 from aura_dist.evaluation.report.evaluations import Estimate, estimate, plain_first, read_evaluation
+from aura_dist.evaluation.report.headline import headline
+from aura_dist.evaluation.report.naming import labels_of, modules_in_short
 from aura_dist.evaluation.report.svg import FAINT, INK, SERIES, Picture, inline, tidy
-from aura_dist.evaluation.report.tables import headline, labels_of, results_table, split_table, zero_shot_table
+from aura_dist.evaluation.report.tables import reduction, results_table, split_table, zero_shot_table
+from aura_dist.evaluation.report.tradeoff import lines
 from tests.results import write_results
 
 BAR = Bar(0.7, 0.05)
@@ -232,6 +235,111 @@ def test_strengths_as_fitted_and_as_applied_multiply(tmp_path):
     path.write_text(path.read_text().replace('"top_k": null, "strength": 1.0', '"top_k": 7, "strength": 0.5'))
     one = read_evaluation("run", path)
     assert (one.strength, one.top_k) == (0.25, 7)
+
+
+NORMS = ["*.post_attention_layernorm", "*.post_feedforward_layernorm"]
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """`swept(name, method, strength, modules=…, top_k=…)`: results as a sweep names them."""
+
+    def write(name, method=None, strength=1.0, *, modules=None, top_k=None, preprompt=None):
+        path = write_results(tmp_path, f"m-{name}", method=method, strength=strength, preprompt=preprompt)
+        document = json.loads(path.read_text())
+        if method:
+            document["intervention"]["parameters"] |= {"modules": modules, "top_k": top_k}
+        path.write_text(json.dumps(document))
+        return read_evaluation("run", path)
+
+    return write
+
+
+@pytest.fixture
+def front(swept):
+    """Two strengths of one method over two sets of modules, and what stands beside them, in a sweep's order."""
+    return plain_first(
+        [
+            swept("act-0123456789", "mean-act", 1.0, modules=["mlp"]),
+            swept("act-s0.5-0123456780", "mean-act", 0.5, modules=NORMS),
+            swept("act-s0.5-0123456781", "mean-act", 0.5, modules=["mlp"]),
+            swept("act-0123456782", "mean-act", 1.0, modules=NORMS),
+            swept("det0-0123456783", "det0", 1.0, modules=["mlp"], top_k=500),
+            swept("plain-0123456784"),
+        ]
+    )
+
+
+def test_a_sweeps_evaluations_are_named_by_what_they_differ_in(front, swept):
+    assert labels_of(front) == [
+        "no intervention", "mean-act 0.5, mlp", "mean-act, mlp", "mean-act 0.5, norms", "mean-act, norms", "det0, mlp",
+    ]  # fmt: skip
+    again = swept("plain-0123456785")
+    assert labels_of([*front, again])[0] == "m-plain-0123456784", "two of one name keep the files' names"
+    kind = swept("plain-pre-0123456786", preprompt="Be kind.")
+    assert labels_of([front[0], kind]) == ["no intervention", "no intervention, pre-prompt"]
+
+
+def test_modules_are_short_as_long_as_they_stay_apart(swept):
+    ones = [swept(f"a-{i}", "aura", modules=m) for i, m in enumerate((NORMS, ["mlp"], ["*.a_norm", "*.b_norm"], None))]
+    assert list(modules_in_short(ones[:2]).values()) == ["norms", "mlp"]
+    assert list(modules_in_short(ones[1:]).values()) == ["mlp", "norms", "all modules"]
+    assert list(modules_in_short(ones).values()) == [
+        "post_attention_layernorm + post_feedforward_layernorm", "mlp", "a_norm + b_norm", "all modules",
+    ]  # fmt: skip
+
+
+def test_lines_join_the_strengths_of_one_method_over_the_same_modules(front):
+    found = lines(comparisons(front, labels_of(front))[0].points)
+    assert [(line.name, line.marks, line.joined) for line in found] == [
+        ("no intervention", ("no intervention",), False),
+        ("mean-act, mlp", ("0.5", "1"), True),
+        ("mean-act, norms", ("0.5", "1"), True),
+        ("det0, mlp", ("det0, mlp",), False),
+    ]
+    assert [p.strength for p in found[1].points] == [0.5, 1.0]
+
+
+def test_lines_join_numbers_of_neurons(swept):
+    ones = [swept(f"d-{k}", "damp", top_k=k) for k in (1000, 10, 100)]
+    (line,) = lines(comparisons(ones, labels_of(ones))[0].points)
+    assert (line.marks, line.joined) == (("k 10", "k 100", "k 1,000"), True)
+    more = [*ones, swept("d-half", "damp", 0.5, top_k=10)]
+    found = lines(comparisons(more, labels_of(more))[0].points)
+    assert [(one.name, one.marks, one.joined) for one in found] == [
+        ("damp, top 1,000", ("m-d-1000",), False),
+        ("damp, top 10", ("0.5", "1"), True),
+        ("damp, top 100", ("m-d-100",), False),
+    ]
+
+
+def with_prompts(evaluation, shares):
+    document = json.loads(evaluation.path.read_text())
+    document["toxicity"]["per_prompt"] = {"toxic_share": shares, "maximum": shares}
+    document["toxicity"]["overall"]["probability"]["value"] = float(np.mean(shares))
+    evaluation.path.write_text(json.dumps(document))
+    return read_evaluation("run", evaluation.path)
+
+
+def test_ratio_is_paired_over_prompts_without_a_baseline_too(swept):
+    plain = with_prompts(swept("plain"), [1.0, 0.5, 0.5, 0.0] * 10)
+    half = with_prompts(swept("half", "aura"), [0.5, 0.25, 0.25, 0.0] * 10)
+    assert reduction(half, plain) == Estimate(2.0, 2.0, 2.0)
+    assert reduction(plain, plain) is None
+    none_left = with_prompts(swept("zero", "det0"), [0.0] * 40)
+    assert "∞ [∞, ∞]" in results_table([plain, none_left], ["plain", "zero"]).rows[1]
+    assert reduction(swept("other", "damp"), plain) is None, "no figures of its prompts"
+    text = headline([plain, half], ["plain", "half"])
+    assert text is not None
+    assert "50.0% → 25.0%, 2.0 times fewer [2.0, 2.0]" in text
+
+
+def test_headline_claims_nothing_that_may_be_chance(swept):
+    plain = with_prompts(swept("plain"), [1.0, 0.0, 0.0, 0.0] * 5)
+    mixed = with_prompts(swept("mixed", "damp"), [0.0, 1.0, 0.0, 0.0] * 4 + [0.0] * 4)
+    assert str(headline([plain, mixed], ["plain", "mixed"])).startswith(
+        "no evaluation lowers the 25.0% of toxic continuations by more than chance at no more than 10%"
+    )
 
 
 @pytest.mark.parametrize(

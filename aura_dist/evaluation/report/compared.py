@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from aura_dist.evaluation.report.evaluations import Estimate, Evaluation
+from aura_dist.evaluation.report.naming import modules_in_short
 
 OUTSIDE = 4.0
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1]."""
+    """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1].
+
+    `modules` names those that the map lies over, and is empty where they are the same for all.
+    """
 
     label: str
     method: str
+    modules: str
     strength: float | None
+    top_k: int | None
     prompted: bool
     x: Estimate
     y: Estimate
@@ -61,7 +67,9 @@ def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> lis
     found = []
     for group in sets.values():
         ordered = sorted(group, key=lambda pair: (pair[0].method != "none", pair[0].preprompt is not None))
-        points = [p for p in (_point(one, label) for one, label in ordered) if p is not None]
+        fitted = [one for one, _ in ordered if one.method != "none"]
+        names = modules_in_short(fitted) if len({one.modules for one in fitted}) > 1 else {}
+        points = [p for p in (_point(one, label, names) for one, label in ordered) if p is not None]
         far = OUTSIDE * min((p.x.value for p in points), default=0.0)
         near = [p for p in points if p.x.value <= far]
         shown = near if len(near) > len(points) / 2 else points
@@ -148,8 +156,9 @@ def _file(path: Any) -> str | None:
     return Path(path).name if isinstance(path, str) else None
 
 
-def _point(one: Evaluation, label: str) -> Point | None:
+def _point(one: Evaluation, label: str, names: Mapping[Any, str]) -> Point | None:
     x, y = one.perplexity, one.toxic("overall", "probability")
     if x is None or y is None:
         return None
-    return Point(label, one.method, one.strength, one.preprompt is not None, x, y)
+    modules = "" if one.method == "none" else names.get(one.modules, "")
+    return Point(label, one.method, modules, one.strength, one.top_k, one.preprompt is not None, x, y)

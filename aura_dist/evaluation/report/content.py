@@ -10,6 +10,8 @@ from aura_dist.evaluation.report.continuations import SideBySide, side_by_side
 from aura_dist.evaluation.report.distributions import Bar, median_of, total_histogram
 from aura_dist.evaluation.report.evaluations import plain_first
 from aura_dist.evaluation.report.facts import Table
+from aura_dist.evaluation.report.headline import headline
+from aura_dist.evaluation.report.naming import labels_of
 from aura_dist.evaluation.report.rundir import STORE, RunDirectory
 from aura_dist.evaluation.report.scored import Scores, StoreSummary, read_scores_of, read_store
 from aura_dist.evaluation.report.svg import Picture
@@ -17,7 +19,7 @@ from aura_dist.store.describe import CONFOUNDED_MEDIAN
 
 # what a page can hold and a reader can take in; what is left out is said
 MAX_SCORES = 6
-MAX_COLUMNS = 5
+MAX_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
     """Read, then draw; AuraError for whatever of a run is damaged."""
     fitted = [(run.name, one) for run in runs for one in run.interventions()]
     evaluations = [e for run in runs for e in plain_first(run.evaluations())]
-    labels = tables.labels_of(evaluations)
+    labels = labels_of(evaluations)
     label_of = dict(zip(map(id, evaluations), labels, strict=True))
     side = side_by_side(evaluations, shown.num_prompts, MAX_COLUMNS)
     stores, scores, left_out = _stores(runs, shown)
@@ -178,7 +180,7 @@ def _comparison(compared: Comparison, labels: list[str], name: str) -> Compariso
     return ComparisonSection(
         compared.title,
         compared.measured,
-        tables.headline(compared.evaluations, labels),
+        headline(compared.evaluations, labels),
         tradeoff.draw(compared, name),
         ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in compared.outside),
         tables.results_table(compared.evaluations, labels),

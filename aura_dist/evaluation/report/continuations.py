@@ -71,10 +71,17 @@ def side_by_side(evaluations: Sequence[Evaluation], num_shown: int, max_columns:
             sets.setdefault((fingerprint(one), drawn(one)), []).append(one)
     tables = []
     for group in sets.values():
-        table = _table(plain_first(group), num_shown, max_columns)
+        table = _table(_unlike_first(plain_first(group)), num_shown, max_columns)
         if table.prompts:
             tables.append(table)
     return tables
+
+
+def _unlike_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The strongest of each method, modules and pre-prompt before weaker ones, so that a few columns show all kinds."""
+    strongest = {(e.method, e.modules, e.preprompt): e for e in evaluations}
+    chosen = {id(e) for e in strongest.values()}
+    return sorted(evaluations, key=lambda e: id(e) not in chosen)
 
 
 def _table(evaluations: Sequence[Evaluation], num_shown: int, max_columns: int) -> SideBySide:
