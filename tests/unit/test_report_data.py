@@ -25,7 +25,7 @@ from aura_dist.evaluation.report.headline import headline
 from aura_dist.evaluation.report.naming import labels_of, modules_in_short
 from aura_dist.evaluation.report.svg import FAINT, INK, SERIES, Picture, inline, tidy
 from aura_dist.evaluation.report.tables import reduction, results_table, split_table, zero_shot_table
-from aura_dist.evaluation.report.tradeoff import lines
+from aura_dist.evaluation.report.tradeoff import caption, lines
 from tests.results import write_results
 
 BAR = Bar(0.7, 0.05)
@@ -298,6 +298,19 @@ def test_lines_join_the_strengths_of_one_method_over_the_same_modules(front):
         ("det0, mlp", ("det0, mlp",), False),
     ]
     assert [p.strength for p in found[1].points] == [0.5, 1.0]
+
+
+def test_caption_tells_of_the_lines_that_are_drawn(front):
+    (compared,) = comparisons(front, labels_of(front))
+    assert "the number at a sign is the strength" in caption(compared)
+    assert "Grey lines mark the model without intervention." in caption(compared)
+    assert "hollow" not in caption(compared)
+
+
+def test_caption_tells_of_what_is_not_drawn(evaluations):
+    text = caption(comparisons(evaluations, labels_of(evaluations))[0])
+    assert "Lines join" not in text
+    assert text.endswith("Outside the plot: act (perplexity 500, 1.0% toxic).")
 
 
 def test_lines_join_numbers_of_neurons(swept):

@@ -76,13 +76,13 @@ class ScoreSection:
 
 @dataclass(frozen=True)
 class ComparisonSection:
-    """Evaluations that measured the same in the same way; `outside` names those that the picture leaves out."""
+    """Evaluations that measured the same in the same way."""
 
     title: str
     measured: str
     headline: str | None
     picture: Picture | None
-    outside: str
+    caption: str
     table: Table
     split: Table
 
@@ -182,7 +182,7 @@ def _comparison(compared: Comparison, labels: list[str], name: str) -> Compariso
         compared.measured,
         headline(compared.evaluations, labels),
         tradeoff.draw(compared, name),
-        ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in compared.outside),
+        tradeoff.caption(compared),
         tables.results_table(compared.evaluations, labels),
         tables.split_table(compared.evaluations, labels),
     )

@@ -77,7 +77,7 @@ def draw(comparison: Comparison, name: str) -> Picture | None:
     drawn = lines(points)
     front = any(line.joined for line in drawn)
     with style(name):
-        figure, ax = new_figure(*((640, 470) if front or len(points) > MANY else (460, 370)))
+        figure, ax = new_figure(*((760, 540) if front or len(points) > MANY else (460, 370)))
         looks = _looks(drawn)
         signs = [_series(ax, line, look, front) for line, look in zip(drawn, looks, strict=True)]
         for p in (p for p in points if p.method == "none" and not p.prompted):
@@ -94,6 +94,25 @@ def draw(comparison: Comparison, name: str) -> Picture | None:
         if sum(len(text) for _, text, _ in labelled) <= MAX_LABEL_CHARACTERS:
             _label(ax, labelled, 9 if front else 10)
         return to_picture(figure, name, f"Toxic continuations against perplexity of {comparison.title}")
+
+
+def caption(comparison: Comparison) -> str:
+    """What the drawing's signs and lines mean, of those that it has."""
+    drawn = lines(comparison.points)
+    joined = [line for line in drawn if line.joined]
+    by_strength = any(len({p.strength for p in line.points}) > 1 for line in joined)
+    by_number = any(len({p.strength for p in line.points}) == 1 for line in joined)
+    said = [
+        "Towards the lower left is better.",
+        "Lines join the strengths of one method over the same modules; the number at a sign is the strength."
+        * by_strength,
+        "Lines join numbers of neurons (k) of one method." * by_number,
+        "A hollow sign stands for a pre-prompt." * any(p.prompted for p in comparison.points),
+        "Grey lines mark the model without intervention."
+        * any(p.method == "none" and not p.prompted for p in comparison.points),
+    ]
+    far = ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in comparison.outside)
+    return " ".join(filter(None, [*said, f"Outside the plot: {far}." if far else ""]))
 
 
 def _mark(line: Line, mark: str, front: bool) -> str:
