@@ -40,7 +40,8 @@ def _check_spares(out: Path, runs: Sequence[RunDirectory]) -> None:
     """ConfigError where the page would take another file's place, or stand where parts of a run do."""
     if out.is_file() and out.stat().st_size and not _is_page(out):
         raise ConfigError(f"--out: expected a new file, or a page to replace, got another file: {str(out)!r}")
-    parts = [Path(part) for run in runs for part in (run.path / INTERVENTIONS, run.path / JOBS, *run.stores)]
+    parts = [run.path / name for run in runs for name in (INTERVENTIONS, JOBS)]
+    parts += [Path(store) for run in runs for store in run.stores]
     for part in parts:
         if out.resolve().is_relative_to(part.resolve()):
             raise ConfigError(f"--out: expected a file beside the parts of the run, got one within {str(part)!r}")
