@@ -75,7 +75,7 @@ def test_results_interventions_and_times_stand_on_the_page(report_run, report_pa
     page = Page(report_page.read_text())
     measured = json.loads((report_run / "results" / "measured.json").read_text())["perplexity"]["token_weighted"]
     perplexities = {row[0]: row for table in page.tables if "perplexity" in table[0] for row in table[1:]}
-    assert f"{measured:,.2f}" in perplexities["measured"][-1]
+    assert any(cell.startswith(f"{measured:,.2f}") for cell in perplexities["measured"])
     assert "20.0 [18.0, 22.0]" in perplexities["plain"]
     assert "Be kind." in perplexities["pressed"]
     fitted = {row[0]: row for row in page.table("intervention")[1:]}
