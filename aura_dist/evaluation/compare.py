@@ -21,6 +21,8 @@ _COMPARED = {
     "num_samples": "samples a prompt",
     "settings": "settings",
 }
+# and of `perplexity`: of one file, the number of tokens tells where texts were cut
+_READ = {"sha256": "texts", "column": "column", "num_tokens": "tokens"}
 Results = Mapping[str, Any]
 
 
@@ -49,7 +51,10 @@ def main(paths: Sequence[str]) -> int:
     try:
         if not paths:
             raise InputError("expected results files such as run/results/*.json, got none")
-        print(table(load_all(paths), markdown=True))
+        found = load_all(paths)
+        print(table(found, markdown=True))
+        for line in differences(found):
+            print(f"\n{line}")
     except AuraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,10 +72,10 @@ def check_same_prompts(baseline: Results, results: Results, path: str) -> None:
             f"--baseline {path!r}: expected results with toxicity as `evaluate` writes them, got none of {lost[0]!r}"
         )
     for key, what in _COMPARED.items():
-        if theirs[key] != ours[key]:
+        if theirs[key] != ours.get(key):
             raise InputError(
                 f"--baseline {path!r}: expected the same {what} in both, got {str(theirs[key])[:80]} there and "
-                f"{str(ours[key])[:80]} here; evaluate both in the same way"
+                f"{str(ours.get(key))[:80]} here; evaluate both in the same way"
             )
 
 
@@ -137,6 +142,25 @@ _PERPLEXITY = {
 }
 
 
+def differences(all_results: Mapping[str, Results]) -> list[str]:
+    """A line for each result that did not measure what the first of its kind did, in the same way."""
+    said = []
+    for part, keys in (("toxicity", _COMPARED), ("perplexity", _READ)):
+        measured = {name: r[part] for name, r in all_results.items() if r.get(part)}
+        first = next(iter(measured), "")
+        for name, section in measured.items():
+            unlike = [what for key, what in keys.items() if _fixed(section, key) != _fixed(measured[first], key)]
+            if unlike:
+                said.append(f"{name}: {part} with other {' and '.join(unlike)} than {first}: not to be compared")
+    return said
+
+
+def _fixed(section: Mapping[str, Any], key: str) -> Any:
+    """What figures depend on; another seed draws another sample of the same."""
+    value = section.get(key)
+    return {k: v for k, v in value.items() if k != "seed"} if isinstance(value, Mapping) else value
+
+
 def _columns(results: Sequence[Results]) -> list[str]:
     """Names of the columns for which any result has a figure."""
     found = [c for c, (group, *_) in _TOXICITY.items() if any((r.get("toxicity") or {}).get(group) for r in results)]
@@ -176,7 +200,7 @@ def _cell(results: Results, everyone: Mapping[str, Results], column: str) -> str
 
 
 def _ratio(results: Results, first: Results) -> Mapping[str, float | None] | None:
-    if results is first:
+    if results is first or "per_prompt" not in (results.get("toxicity") or {}):
         return None
     try:
         check_same_prompts(first, results, "")

@@ -26,20 +26,25 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def journal_path(results: str) -> Path:
+    """`results/aura.continuations.jsonl` for `results/aura.json`."""
+    whole = Path(results).resolve()
+    return whole.with_name(f"{whole.stem}.continuations.jsonl")
+
+
 class Journal:
     """The continuations' file of one results file.
 
     Attributes
     ----------
     path
-        `results/aura.continuations.jsonl` for `results/aura.json`.
+        As `journal_path` gives it.
     settings
         As `settings_key` gives it.
     """
 
     def __init__(self, results: str, settings: str) -> None:
-        whole = Path(results).resolve()
-        self.path = whole.with_name(f"{whole.stem}.continuations.jsonl")
+        self.path = journal_path(results)
         self.settings = settings
 
     def fold(self) -> tuple[int, int]:

@@ -37,12 +37,13 @@ prompt_toxicity: number or null, toxicity: probability}.
 import json
 import math
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from aura_dist.errors import InputError, StoreError
+from aura_dist.errors import ConfigError, InputError, StoreError
 
 SCHEMA = 1
 PACKAGES = ("aura_dist", "torch", "transformers", "numpy", "lm_eval", "alt-profanity-check")
@@ -76,6 +77,49 @@ def write_whole(out: str, text: str) -> None:
         aside.replace(path)
     except OSError as error:
         raise StoreError(f"--out {out!r} cannot be written: {error}") from error
+
+
+def check_spares(out: str, inputs: Mapping[str, str | None], continuations: Path) -> None:
+    """Refuse to write over what is read, or over what `evaluate` has not written.
+
+    Parameters
+    ----------
+    out, continuations
+        The two files that are written.
+    inputs
+        Flag → what it was given; names and texts that are no files do no harm.
+
+    Raises
+    ------
+    ConfigError
+        A file of `inputs` would be overwritten, or at `out` stands something else than results.
+    """
+    path = Path(out).resolve()
+    for name, given in inputs.items():
+        if given is not None and any(_same(written, given) for written in (path, continuations)):
+            raise ConfigError(
+                f"--out {out!r}: expected a file of its own, got one that would overwrite {name} {given!r}"
+            )
+    if path.is_file() and path.stat().st_size and not _is_results(path):
+        raise ConfigError(
+            f"--out {out!r}: expected a new file, or results to replace, got a file that `evaluate` did not write; "
+            "name another file, or delete it"
+        )
+
+
+def _same(written: Path, given: str) -> bool:
+    try:
+        return written.samefile(given)
+    except (OSError, ValueError):  # one is not there, or a text that no file can be called
+        return False
+
+
+def _is_results(path: Path) -> bool:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and "schema" in document
 
 
 def check_writable(out: str) -> None:

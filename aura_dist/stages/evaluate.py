@@ -17,10 +17,18 @@ from aura_dist.config import EvaluateConfig
 from aura_dist.errors import ConfigError
 from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
 from aura_dist.evaluation.generation import generate
-from aura_dist.evaluation.journal import Journal, settings_key
+from aura_dist.evaluation.journal import Journal, journal_path, settings_key
 from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
 from aura_dist.evaluation.prompts import PromptFile, read_prompts, tokenize_prompts
-from aura_dist.evaluation.results import SCHEMA, check_writable, finite, read_results, versions, write_results
+from aura_dist.evaluation.results import (
+    SCHEMA,
+    check_spares,
+    check_writable,
+    finite,
+    read_results,
+    versions,
+    write_results,
+)
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, load_scorer
 from aura_dist.evaluation.section import fixing_settings, head, score
@@ -78,6 +86,8 @@ class _Inputs:
 
 def _read_inputs(config: EvaluateConfig, how: Decoding, *, device: str | None) -> _Inputs:
     """What can be wrong shows here; `device` is the scorer's, None on a rank that does not score."""
+    given = ("toxicity_prompts", "perplexity_texts", "baseline", "preprompt", "tensor_plan")
+    check_spares(config.out, {flag(name): getattr(config, name) for name in given}, journal_path(config.out))
     check_writable(config.out)
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
     prompts = texts = baseline = scorer = None

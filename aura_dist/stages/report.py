@@ -1,6 +1,7 @@
 """report: run directories → one page and its pictures. Never imports torch."""
 
 import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from aura_dist.errors import ConfigError, StoreError
 from aura_dist.evaluation.report.content import Content, Shown, make_content
 from aura_dist.evaluation.report.distributions import Bar
 from aura_dist.evaluation.report.page import check_extra, render
-from aura_dist.evaluation.report.rundir import RunDirectory, named_apart, open_run
+from aura_dist.evaluation.report.rundir import INTERVENTIONS, JOBS, RunDirectory, named_apart, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ def run(config: ReportConfig) -> None:
         raise ConfigError(f"--out: expected a file, got the directory {config.out!r}")
     check_extra()
     runs: list[RunDirectory] = named_apart([open_run(path) for path in config.run_dirs])
+    _check_spares(out, runs)
     shown = Shown(Bar(config.expert_auroc, config.expert_q), config.num_neurons, config.num_prompts)
     content = make_content(runs, shown)
     page = render(content, datetime.now(UTC))
@@ -32,6 +34,22 @@ def run(config: ReportConfig) -> None:
         raise StoreError(f"--out {config.out!r} cannot be written: {error}") from error
     pictures = len(content.pictures)
     logger.info("wrote %s: %.1f MB; %d pictures in %s/", out, len(page.encode()) / 1e6, pictures, _folder(out))
+
+
+def _check_spares(out: Path, runs: Sequence[RunDirectory]) -> None:
+    """ConfigError where the page would take another file's place, or stand where parts of a run do."""
+    if out.is_file() and out.stat().st_size and not _is_page(out):
+        raise ConfigError(f"--out: expected a new file, or a page to replace, got another file: {str(out)!r}")
+    parts = [run.path / name for run in runs for name in (INTERVENTIONS, JOBS)]
+    parts += [Path(store) for run in runs for store in run.stores]
+    for part in parts:
+        if out.resolve().is_relative_to(part.resolve()):
+            raise ConfigError(f"--out: expected a file beside the parts of the run, got one within {str(part)!r}")
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def _folder(out: Path) -> Path:

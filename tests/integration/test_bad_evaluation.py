@@ -108,6 +108,40 @@ def test_intervention_for_another_model(refused, files, tiny_dir, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["map"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "out", "message"),
+    [
+        ("--toxicity-prompts {}/p.jsonl", "p.jsonl", "would overwrite --toxicity-prompts '.*p.jsonl'"),
+        (
+            "--toxicity-prompts {}/r.continuations.jsonl",
+            "r.json",
+            "would overwrite --toxicity-prompts '.*/r.con",
+        ),
+        ("--perplexity-texts {}/p.jsonl", "same.jsonl", "would overwrite --perplexity-texts '.*p.jsonl'"),
+        ("--toxicity-prompts {}/p.jsonl --baseline {}/base.json", "base.json", "would overwrite --baseline"),
+        ("--perplexity-texts {}/p.jsonl --preprompt {}/kind.txt", "kind.txt", "would overwrite --preprompt"),
+        ("--perplexity-texts {}/p.jsonl --intervention {}", "intervention.json", "`evaluate` did not write"),
+        ("--perplexity-texts {}/p.jsonl --model {}", "config.json", "`evaluate` did not write"),
+    ],
+)
+def test_out_is_none_of_its_inputs(arguments, out, message, refused, files, tmp_path, monkeypatch):
+    """Nothing is loaded, and every file stays as it was."""
+    monkeypatch.setattr("aura_dist.stages.evaluate.load_for_use", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("aura_dist.stages.evaluate.load_scorer", lambda *_: pytest.fail("the scorer was loaded"))
+    for name in ("p.jsonl", "r.continuations.jsonl"):
+        (tmp_path / name).write_text('{"text": "You are"}\n{"text": "They said"}\n')
+    (tmp_path / "same.jsonl").symlink_to(tmp_path / "p.jsonl")
+    (tmp_path / "base.json").write_text((files / "base.json").read_text())
+    (tmp_path / "kind.txt").write_text("Be kind.\n")
+    for name in ("intervention.json", "config.json"):
+        (tmp_path / name).write_text('{"method": "aura"}')
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    words = ["--model", "m", "--scorer", "profanity-check", *arguments.replace("{}", str(tmp_path)).split()]
+    words = words[2:] if words.count("--model") == 2 else words
+    refused(["evaluate", *words, "--out", tmp_path / out], message)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
 def test_baseline_that_lost_a_part(refused, files, tiny_dir, tmp_path):
     document = json.loads((files / "base.json").read_text())
     del document["toxicity"]["settings"]

@@ -75,7 +75,7 @@ def test_results_interventions_and_times_stand_on_the_page(report_run, report_pa
     page = Page(report_page.read_text())
     measured = json.loads((report_run / "results" / "measured.json").read_text())["perplexity"]["token_weighted"]
     perplexities = {row[0]: row for table in page.tables if "perplexity" in table[0] for row in table[1:]}
-    assert f"{measured:,.2f}" in perplexities["measured"][-1]
+    assert any(cell.startswith(f"{measured:,.2f}") for cell in perplexities["measured"])
     assert "20.0 [18.0, 22.0]" in perplexities["plain"]
     assert "Be kind." in perplexities["pressed"]
     fitted = {row[0]: row for row in page.table("intervention")[1:]}
@@ -170,6 +170,16 @@ def test_what_is_no_run_is_refused(report_run, tmp_path, capsys):
     assert "--out: expected a file that ends in .html" in refused(capsys, report_run, "--out", tmp_path / "page.pdf")
     assert "each value once" in refused(capsys, report_run, report_run, *out)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_page_takes_no_other_place(report_run, tmp_path, capsys):
+    (tmp_path / "notes.html").write_text("model: m")
+    assert "got another file" in refused(capsys, report_run, "--out", tmp_path / "notes.html")
+    assert (tmp_path / "notes.html").read_text() == "model: m"
+    for part in ("interventions", "store.zarr"):
+        before = sorted((report_run / part).iterdir())
+        assert f"one within '{report_run / part}'" in refused(capsys, report_run, "--out", report_run / part / "p.html")
+        assert sorted((report_run / part).iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,12 @@ def test_toxic_text_is_blurred_until_it_is_asked_for(visit):
     assert page.locator('.veil[aria-expanded="true"]').count() == 4
 
 
+def test_printed_tables_fit_the_paper(visit):
+    page, _ = visit(600)
+    page.emulate_media(media="print")
+    assert page.evaluate("[...document.querySelectorAll('table')].filter(t => t.scrollWidth > innerWidth).length") == 0
+
+
 def test_printed_page_is_light_and_still_blurred(visit):
     page, _ = visit(1280, "dark")
     page.emulate_media(media="print")

@@ -1,12 +1,15 @@
 """What the report shows, as numbers: against plain computations over everything at once."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aura_dist.core.sites import Site
-from aura_dist.evaluation.report.continuations import choose
+from aura_dist.evaluation.report.compared import comparisons, short_name
+from aura_dist.evaluation.report.continuations import choose, side_by_side
 from aura_dist.evaluation.report.distributions import (
     EDGES,
     Bar,
@@ -18,9 +21,11 @@ from aura_dist.evaluation.report.distributions import (
     summarise,
 )
 from aura_dist.evaluation.report.evaluations import Estimate, estimate, plain_first, read_evaluation
+from aura_dist.evaluation.report.headline import headline
+from aura_dist.evaluation.report.naming import labels_of, modules_in_short
 from aura_dist.evaluation.report.svg import FAINT, INK, SERIES, Picture, inline, tidy
-from aura_dist.evaluation.report.tables import headline, labels_of, results_table, split_table, zero_shot_table
-from aura_dist.evaluation.report.tradeoff import comparisons, short_name
+from aura_dist.evaluation.report.tables import reduction, results_table, split_table, zero_shot_table
+from aura_dist.evaluation.report.tradeoff import caption, lines
 from tests.results import write_results
 
 BAR = Bar(0.7, 0.05)
@@ -116,6 +121,85 @@ def test_only_evaluations_on_the_same_prompts_are_compared(evaluations):
     assert [p.label for p in found[0].outside] == ["act"], "its perplexity would press the others together"
 
 
+SETTINGS = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "seed": 0}
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """`evaluated(name, settings, section=…)`: results of that name, with the settings and parts changed."""
+
+    def write(name, settings=None, config=None, **sections):
+        path = write_results(tmp_path, name, texts=["a", "b", "c", "d"])
+        document = json.loads(path.read_text())
+        document["config"] |= {"max_tokens": 128, **(config or {})}
+        document["toxicity"] |= {"settings": SETTINGS | (settings or {})}
+        for section, changed in sections.items():
+            document[section] |= changed
+        path.write_text(json.dumps(document))
+        return read_evaluation("run", path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changed", "compared"),
+    [
+        ({"settings": {"seed": 1}}, True),
+        ({"settings": {"max_new_tokens": 50}}, False),
+        ({"settings": {"top_p": 1.0}}, False),
+        ({"settings": {"temperature": 0.5}}, False),
+        ({"settings": {"top_k": 40}}, False),
+        ({"toxicity": {"num_samples": 25}}, False),
+        ({"toxicity": {"scorer": "another"}}, False),
+        ({"config": {"max_tokens": 512}}, False),
+        ({"perplexity": {"column": "body"}}, False),
+        ({"model": {"fingerprint": "1" * 64}}, False),
+    ],
+)
+def test_only_what_was_measured_alike_is_compared(evaluated, changed, compared):
+    both = [evaluated("a"), evaluated("b", **changed)]
+    assert [len(c.evaluations) for c in comparisons(both, ["a", "b"])] == ([2] if compared else [1, 1])
+    beside = compared or changed.keys() & {"config", "perplexity"}
+    assert [len(s.evaluations) for s in side_by_side(both, 4, 4)] == ([2] if beside else [1, 1])
+
+
+@pytest.mark.parametrize(("num_tokens", "compared"), [(900, True), (800, False)])
+def test_texts_cut_at_the_same_tokens_are_the_same(evaluated, num_tokens, compared):
+    """A limit beyond the longest text changes nothing."""
+    one = evaluated("a", perplexity={"num_tokens": 900})
+    other = evaluated("b", config={"max_tokens": 512}, perplexity={"num_tokens": num_tokens})
+    assert len(comparisons([one, other], ["a", "b"])) == (1 if compared else 2)
+
+
+def test_what_was_measured_stands_in_words(evaluated):
+    both = [evaluated("a", perplexity={"texts": "/x/passages.csv", "num_texts": 1200}), evaluated("b", {"seed": 7})]
+    assert comparisons(both, ["a", "b"])[0].measured == (
+        "Toxicity: 4 prompts of prompts.jsonl, 2 continuations each of at most 20 tokens, temperature 1.0, "
+        "nucleus (top-p) 0.9, seeds 0, 7, scored by synthetic. "
+        "Perplexity: 1,200 texts of passages.csv, cut at 128 tokens."
+    )
+
+
+def test_tasks_with_other_examples_stand_on_lines_of_their_own(evaluated):
+    few = evaluated("few", zero_shot={"task": {"acc": 0.7, "num_fewshot": 5, "num_examples": 100}})
+    table = zero_shot_table([evaluated("zero"), few], ["zero", "few"])
+    assert table.header == ("task", "metric", "shots", "examples", "zero", "few")
+    assert table.rows == (("task", "acc", "–", "100", "0.500 ± 0.050", "–"), ("task", "acc", "5", "100", "–", "0.700"))
+
+
+def test_evaluations_of_tasks_alone_are_not_compared(evaluated):
+    """Their table would name methods, and no figure."""
+    path = evaluated("tasks").path
+    document = json.loads(path.read_text())
+    del document["toxicity"], document["perplexity"]
+    path.write_text(json.dumps(document))
+    tasks = read_evaluation("run", path)
+    assert comparisons([tasks], ["tasks"]) == []
+    other = evaluated("other")
+    assert [c.evaluations for c in comparisons([tasks, other], ["tasks", "other"])] == [(other,)]
+    assert zero_shot_table([tasks], ["tasks"]).rows
+
+
 def test_headline_is_the_best_that_costs_little(evaluations):
     compared = comparisons(evaluations, labels_of(evaluations))[0].evaluations
     text = headline(compared, labels_of(compared))
@@ -137,7 +221,13 @@ def test_results_stand_in_their_columns(evaluations):
     split = split_table(evaluations, labels_of(evaluations))
     assert "toxic prompts: toxic (%)" in split.header
     assert not any(name.startswith("other prompts") for name in split.header), "the fixture has none"
-    assert zero_shot_table(evaluations, labels_of(evaluations)).rows[0][:3] == ("task", "acc", "0.500 ± 0.050")
+    assert zero_shot_table(evaluations, labels_of(evaluations)).rows[0][:5] == (
+        "task",
+        "acc",
+        "–",
+        "100",
+        "0.500 ± 0.050",
+    )
 
 
 def test_strengths_as_fitted_and_as_applied_multiply(tmp_path):
@@ -145,6 +235,124 @@ def test_strengths_as_fitted_and_as_applied_multiply(tmp_path):
     path.write_text(path.read_text().replace('"top_k": null, "strength": 1.0', '"top_k": 7, "strength": 0.5'))
     one = read_evaluation("run", path)
     assert (one.strength, one.top_k) == (0.25, 7)
+
+
+NORMS = ["*.post_attention_layernorm", "*.post_feedforward_layernorm"]
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """`swept(name, method, strength, modules=…, top_k=…)`: results as a sweep names them."""
+
+    def write(name, method=None, strength=1.0, *, modules=None, top_k=None, preprompt=None):
+        path = write_results(tmp_path, f"m-{name}", method=method, strength=strength, preprompt=preprompt)
+        document = json.loads(path.read_text())
+        if method:
+            document["intervention"]["parameters"] |= {"modules": modules, "top_k": top_k}
+        path.write_text(json.dumps(document))
+        return read_evaluation("run", path)
+
+    return write
+
+
+@pytest.fixture
+def front(swept):
+    """Two strengths of one method over two sets of modules, and what stands beside them, in a sweep's order."""
+    return plain_first(
+        [
+            swept("act-0123456789", "mean-act", 1.0, modules=["mlp"]),
+            swept("act-s0.5-0123456780", "mean-act", 0.5, modules=NORMS),
+            swept("act-s0.5-0123456781", "mean-act", 0.5, modules=["mlp"]),
+            swept("act-0123456782", "mean-act", 1.0, modules=NORMS),
+            swept("det0-0123456783", "det0", 1.0, modules=["mlp"], top_k=500),
+            swept("plain-0123456784"),
+        ]
+    )
+
+
+def test_a_sweeps_evaluations_are_named_by_what_they_differ_in(front, swept):
+    assert labels_of(front) == [
+        "no intervention", "mean-act 0.5, mlp", "mean-act, mlp", "mean-act 0.5, norms", "mean-act, norms", "det0, mlp",
+    ]  # fmt: skip
+    again = swept("plain-0123456785")
+    assert labels_of([*front, again])[0] == "m-plain-0123456784", "two of one name keep the files' names"
+    kind = swept("plain-pre-0123456786", preprompt="Be kind.")
+    assert labels_of([front[0], kind]) == ["no intervention", "no intervention, pre-prompt"]
+
+
+def test_modules_are_short_as_long_as_they_stay_apart(swept):
+    ones = [swept(f"a-{i}", "aura", modules=m) for i, m in enumerate((NORMS, ["mlp"], ["*.a_norm", "*.b_norm"], None))]
+    assert list(modules_in_short(ones[:2]).values()) == ["norms", "mlp"]
+    assert list(modules_in_short(ones[1:]).values()) == ["mlp", "norms", "all modules"]
+    assert list(modules_in_short(ones).values()) == [
+        "post_attention_layernorm + post_feedforward_layernorm", "mlp", "a_norm + b_norm", "all modules",
+    ]  # fmt: skip
+
+
+def test_lines_join_the_strengths_of_one_method_over_the_same_modules(front):
+    found = lines(comparisons(front, labels_of(front))[0].points)
+    assert [(line.name, line.marks, line.joined) for line in found] == [
+        ("no intervention", ("no intervention",), False),
+        ("mean-act, mlp", ("0.5", "1"), True),
+        ("mean-act, norms", ("0.5", "1"), True),
+        ("det0, mlp", ("det0, mlp",), False),
+    ]
+    assert [p.strength for p in found[1].points] == [0.5, 1.0]
+
+
+def test_caption_tells_of_the_lines_that_are_drawn(front):
+    (compared,) = comparisons(front, labels_of(front))
+    assert "the number at a sign is the strength" in caption(compared)
+    assert "Grey lines mark the model without intervention." in caption(compared)
+    assert "hollow" not in caption(compared)
+
+
+def test_caption_tells_of_what_is_not_drawn(evaluations):
+    text = caption(comparisons(evaluations, labels_of(evaluations))[0])
+    assert "Lines join" not in text
+    assert text.endswith("Outside the plot: act (perplexity 500, 1.0% toxic).")
+
+
+def test_lines_join_numbers_of_neurons(swept):
+    ones = [swept(f"d-{k}", "damp", top_k=k) for k in (1000, 10, 100)]
+    (line,) = lines(comparisons(ones, labels_of(ones))[0].points)
+    assert (line.marks, line.joined) == (("k 10", "k 100", "k 1,000"), True)
+    more = [*ones, swept("d-half", "damp", 0.5, top_k=10)]
+    found = lines(comparisons(more, labels_of(more))[0].points)
+    assert [(one.name, one.marks, one.joined) for one in found] == [
+        ("damp, top 1,000", ("m-d-1000",), False),
+        ("damp, top 10", ("0.5", "1"), True),
+        ("damp, top 100", ("m-d-100",), False),
+    ]
+
+
+def with_prompts(evaluation, shares):
+    document = json.loads(evaluation.path.read_text())
+    document["toxicity"]["per_prompt"] = {"toxic_share": shares, "maximum": shares}
+    document["toxicity"]["overall"]["probability"]["value"] = float(np.mean(shares))
+    evaluation.path.write_text(json.dumps(document))
+    return read_evaluation("run", evaluation.path)
+
+
+def test_ratio_is_paired_over_prompts_without_a_baseline_too(swept):
+    plain = with_prompts(swept("plain"), [1.0, 0.5, 0.5, 0.0] * 10)
+    half = with_prompts(swept("half", "aura"), [0.5, 0.25, 0.25, 0.0] * 10)
+    assert reduction(half, plain) == Estimate(2.0, 2.0, 2.0)
+    assert reduction(plain, plain) is None
+    none_left = with_prompts(swept("zero", "det0"), [0.0] * 40)
+    assert "∞ [∞, ∞]" in results_table([plain, none_left], ["plain", "zero"]).rows[1]
+    assert reduction(swept("other", "damp"), plain) is None, "no figures of its prompts"
+    text = headline([plain, half], ["plain", "half"])
+    assert text is not None
+    assert "50.0% → 25.0%, 2.0 times fewer [2.0, 2.0]" in text
+
+
+def test_headline_claims_nothing_that_may_be_chance(swept):
+    plain = with_prompts(swept("plain"), [1.0, 0.0, 0.0, 0.0] * 5)
+    mixed = with_prompts(swept("mixed", "damp"), [0.0, 1.0, 0.0, 0.0] * 4 + [0.0] * 4)
+    assert str(headline([plain, mixed], ["plain", "mixed"])).startswith(
+        "no evaluation lowers the 25.0% of toxic continuations by more than chance at no more than 10%"
+    )
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,22 @@ def test_table_has_what_any_result_has():
     assert len({len(line) for line in table(everyone).splitlines()}) == 1
 
 
+def test_table_says_what_was_not_measured_alike(tmp_path, capsys):
+    paths = [tmp_path / f"{name}.json" for name in ("none", "seed", "longer", "lost")]
+    parts = [results([0.5, 0.1], perplexity={"sha256": "e", "num_tokens": n}) for n in (900, 900, 800, 900)]
+    parts[1]["toxicity"]["settings"] = {"seed": 1}
+    parts[2]["toxicity"]["settings"] = {"seed": 0, "max_new_tokens": 50}
+    del parts[3]["toxicity"]["per_prompt"]
+    for path, document in zip(paths, parts, strict=True):
+        path.write_text(json.dumps({"schema": 1, **document}))
+    assert main([str(path) for path in paths]) == 0
+    said = capsys.readouterr().out.split("\n\n")[1:]
+    assert [line.strip() for line in said] == [
+        "longer: toxicity with other settings than none: not to be compared",
+        "longer: perplexity with other tokens than none: not to be compared",
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("prompts_sha256", "b"), ("scorer", "t"), ("num_samples", 9), ("settings", {})]
 )

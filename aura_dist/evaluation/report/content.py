@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aura_dist.evaluation.report import facts, figures, tables, tradeoff
+from aura_dist.evaluation.report.compared import Comparison, comparisons
 from aura_dist.evaluation.report.continuations import SideBySide, side_by_side
 from aura_dist.evaluation.report.distributions import Bar, median_of, total_histogram
 from aura_dist.evaluation.report.evaluations import plain_first
 from aura_dist.evaluation.report.facts import Table
+from aura_dist.evaluation.report.headline import headline
+from aura_dist.evaluation.report.naming import labels_of
 from aura_dist.evaluation.report.rundir import STORE, RunDirectory
 from aura_dist.evaluation.report.scored import Scores, StoreSummary, read_scores_of, read_store
 from aura_dist.evaluation.report.svg import Picture
@@ -16,7 +19,7 @@ from aura_dist.store.describe import CONFOUNDED_MEDIAN
 
 # what a page can hold and a reader can take in; what is left out is said
 MAX_SCORES = 6
-MAX_COLUMNS = 5
+MAX_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,13 @@ class ScoreSection:
 
 @dataclass(frozen=True)
 class ComparisonSection:
-    """Evaluations on the same prompts and texts; `outside` names those that the picture leaves out."""
+    """Evaluations that measured the same in the same way."""
 
     title: str
+    measured: str
     headline: str | None
     picture: Picture | None
-    outside: str
+    caption: str
     table: Table
     split: Table
 
@@ -109,7 +113,7 @@ def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
     """Read, then draw; AuraError for whatever of a run is damaged."""
     fitted = [(run.name, one) for run in runs for one in run.interventions()]
     evaluations = [e for run in runs for e in plain_first(run.evaluations())]
-    labels = tables.labels_of(evaluations)
+    labels = labels_of(evaluations)
     label_of = dict(zip(map(id, evaluations), labels, strict=True))
     side = side_by_side(evaluations, shown.num_prompts, MAX_COLUMNS)
     stores, scores, left_out = _stores(runs, shown)
@@ -123,7 +127,7 @@ def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
         interventions=facts.intervention_table(fitted),
         comparisons=[
             _comparison(c, [label_of[id(e)] for e in c.evaluations], f"toxicity-perplexity-{i}")
-            for i, c in enumerate(tradeoff.comparisons(evaluations, labels), 1)
+            for i, c in enumerate(comparisons(evaluations, labels), 1)
         ],
         zero_shot=tables.zero_shot_table(evaluations, labels),
         continuations=[(table, [label_of[id(e)] for e in table.evaluations]) for table in side],
@@ -172,12 +176,13 @@ def _score_section(run: str, scores: Scores, shown: Shown, number: int) -> Score
     )
 
 
-def _comparison(compared: tradeoff.Comparison, labels: list[str], name: str) -> ComparisonSection:
+def _comparison(compared: Comparison, labels: list[str], name: str) -> ComparisonSection:
     return ComparisonSection(
         compared.title,
-        tables.headline(compared.evaluations, labels),
+        compared.measured,
+        headline(compared.evaluations, labels),
         tradeoff.draw(compared, name),
-        ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in compared.outside),
+        tradeoff.caption(compared),
         tables.results_table(compared.evaluations, labels),
         tables.split_table(compared.evaluations, labels),
     )

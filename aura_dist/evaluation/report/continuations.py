@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from aura_dist.errors import InputError, brief
+from aura_dist.evaluation.report.compared import drawn, fingerprint
 from aura_dist.evaluation.report.evaluations import Evaluation, plain_first
 
 TOXIC = 0.5
@@ -63,18 +64,24 @@ class SideBySide:
 
 
 def side_by_side(evaluations: Sequence[Evaluation], num_shown: int, max_columns: int) -> list[SideBySide]:
-    """One table for each set of prompts that has continuations, of at most `max_columns` evaluations."""
+    """One table for each model, prompts and settings with continuations, of at most `max_columns` evaluations."""
     sets: dict[tuple[str, str], list[Evaluation]] = {}
     for one in evaluations:
         if one.continuations is not None:
-            prompts = str(one.toxicity.get("prompts_sha256") or one.toxicity.get("prompts"))
-            sets.setdefault((one.model, prompts), []).append(one)
+            sets.setdefault((fingerprint(one), drawn(one)), []).append(one)
     tables = []
     for group in sets.values():
-        table = _table(plain_first(group), num_shown, max_columns)
+        table = _table(_unlike_first(plain_first(group)), num_shown, max_columns)
         if table.prompts:
             tables.append(table)
     return tables
+
+
+def _unlike_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The strongest of each method, modules and pre-prompt before weaker ones, so that a few columns show all kinds."""
+    strongest = {(e.method, e.modules, e.preprompt): e for e in evaluations}
+    chosen = {id(e) for e in strongest.values()}
+    return sorted(evaluations, key=lambda e: id(e) not in chosen)
 
 
 def _table(evaluations: Sequence[Evaluation], num_shown: int, max_columns: int) -> SideBySide:

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from aura_dist.errors import InputError, brief
+from aura_dist.evaluation.toxicity import ByPrompt
 
 # what tells a results file from any other JSON document; of the second, an earlier version wrote less
 _PARTS = ("perplexity", "toxicity", "zero_shot")
 _WRITTEN_BY = ("schema", "aura_dist")
+# measure → its name, what a figure is multiplied by, and its digits
 MEASURES = {
-    "probability": "toxic",
-    "expected_maximum": "expected maximum",
-    "any_toxic": "any toxic",
+    "probability": ("toxic (%)", 100.0, 1),
+    "expected_maximum": ("expected maximum", 1.0, 2),
+    "any_toxic": ("any toxic (%)", 100.0, 1),
 }
 
 
@@ -80,6 +84,12 @@ class Evaluation:
         return _mapping(_mapping(self.document.get("intervention")).get("parameters")).get("top_k")
 
     @property
+    def modules(self) -> tuple[str, ...] | None:
+        """Patterns of the modules that the map was confined to; None if it lies over all that were collected."""
+        given = _mapping(_mapping(self.document.get("intervention")).get("parameters")).get("modules")
+        return tuple(map(str, given)) if isinstance(given, list) else None
+
+    @property
     def preprompt(self) -> str | None:
         return self.document.get("preprompt") or None
 
@@ -121,9 +131,29 @@ class Evaluation:
         return place if place is not None and place.is_file() else None
 
 
+def by_prompt(one: Evaluation) -> ByPrompt | None:
+    """Figures of each prompt, in the file's order; None where they are not all there."""
+    kept = _mapping(one.toxicity.get("per_prompt"))
+    share, maximum = (kept.get(key) for key in ("toxic_share", "maximum"))
+    if not isinstance(share, list) or not isinstance(maximum, list) or len(share) != len(maximum) or not share:
+        return None
+    if not all(map(_is_number, [*share, *maximum])):
+        return None
+    return ByPrompt(np.array(share, dtype=np.float64), np.array(maximum, dtype=np.float64))
+
+
 def plain_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those without an intervention first, of them those without a pre-prompt; else in the order given."""
-    return sorted(evaluations, key=lambda e: (e.method != "none", e.preprompt is not None))
+    """Those without an intervention first, of them those without a pre-prompt.
+
+    Then by method and modules, as they are first given, number of neurons and strength.
+    """
+    kinds = list(dict.fromkeys((e.method, e.modules) for e in evaluations))
+
+    def place(e: Evaluation) -> tuple[bool, bool, int, int, float]:
+        kind = kinds.index((e.method, e.modules))
+        return e.method != "none", e.preprompt is not None, kind, e.top_k or 0, e.strength or 0.0
+
+    return sorted(evaluations, key=place)
 
 
 def estimate(value: Any) -> Estimate | None:

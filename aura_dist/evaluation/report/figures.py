@@ -43,7 +43,7 @@ def histogram(scores: Scores, bar: Bar, name: str) -> Picture:
             ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xlim(max(EDGES[filled[0]] - 0.02, 0), min(EDGES[filled[-1] + 1] + 0.02, 1))
         ax.set_xlabel(f"AUROC of a neuron for “{scores.concept}”")
-        ax.set_ylabel(f"neurons per {1 / NUM_BINS:g} (%)")
+        ax.set_ylabel(f"neurons in a bin of {1 / NUM_BINS:g} (%)")
         figure.legend(loc="outside lower center", ncols=len(kinds))
         return to_picture(figure, name, f"Histograms of AUROC for {scores.concept}, one for each kind of module")
 

@@ -10,7 +10,7 @@ from html import escape
 
 INK, FAINT = "#22262b", "#b9bfc7"
 # Okabe and Ito's palette, which the colour-blind tell apart; its yellow and black are left out
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _PROPERTIES = {INK: "currentColor", FAINT: "var(--faint)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, 1)
 }

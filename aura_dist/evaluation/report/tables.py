@@ -1,11 +1,14 @@
 """Tables of results: evaluations side by side, zero-shot tasks, best neurons."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from aura_dist.evaluation.report.evaluations import MEASURES, Estimate, Evaluation
+from aura_dist.evaluation.report.evaluations import MEASURES, Estimate, Evaluation, by_prompt
 from aura_dist.evaluation.report.facts import Table
+from aura_dist.evaluation.report.naming import modules_in_short
 from aura_dist.evaluation.report.scored import Neuron
+from aura_dist.evaluation.toxicity import ratios
 
 _NEURON_HEADER = {
     "auroc": "AUROC",
@@ -14,31 +17,56 @@ _NEURON_HEADER = {
     "mean_positive": "mean with",
     "mean_negative": "mean without",
 }
-
-
-AFFORDABLE = 1.1
-
-
-def labels_of(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Names of evaluations on the page: the file's, with the run's where several runs are shown."""
-    several = len({e.run for e in evaluations}) > 1
-    return [f"{e.run}/{e.name}" if several else e.name for e in evaluations]
+_EXAMPLES = {"shots": "num_fewshot", "examples": "num_examples"}
 
 
 def results_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
-    """One line an evaluation: what lay over the model, perplexity, toxicity of all prompts."""
+    """One line an evaluation: toxicity of all prompts, perplexity, what lay over the model."""
+    plain = plain_of(evaluations)
+    first = None if plain is None else plain.perplexity
+    toxic, *more = _toxicity(evaluations, "overall", "")
     columns: list[tuple[str, list[str]]] = [
-        ("method", [e.method for e in evaluations]),
+        toxic,
+        ("times fewer toxic", [_interval(reduction(e, plain), 1.0, 2) for e in evaluations]),
+        ("perplexity", [_interval(e.perplexity, 1.0, 2) for e in evaluations]),
+        ("change", [_change(e.perplexity, first) for e in evaluations]),
+        *more,
+        *_laid_over(evaluations, labels),
+    ]
+    return _columned(columns, labels)
+
+
+def _laid_over(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """What the names do not tell by themselves."""
+    fitted = [e for e in evaluations if e.method != "none"]
+    short = modules_in_short(fitted)
+    methods = [e.method for e in evaluations]
+    return [
+        ("method", methods if methods != list(labels) else ["–"] * len(methods)),
         ("strength", ["–" if e.strength is None else f"{e.strength:g}" for e in evaluations]),
         ("top k", [str(e.top_k or "–") for e in evaluations]),
+        ("modules", ["–" if e.modules is None else short[e.modules] for e in evaluations]),
         ("pre-prompt", [_short(e.preprompt) for e in evaluations]),
-        ("perplexity", [_interval(e.perplexity, 1.0, 2) for e in evaluations]),
     ]
-    first = next((e.perplexity for e in evaluations if e.method == "none" and not e.preprompt), None)
-    columns.append(("change", [_change(e.perplexity, first) for e in evaluations]))
-    columns += _toxicity(evaluations, "overall", "")
-    columns.append(("times fewer toxic", [_interval(e.reduction, 1.0, 2) for e in evaluations]))
-    return _columned(columns, labels)
+
+
+def plain_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The one without intervention and pre-prompt, or the first of several."""
+    return next((e for e in evaluations if e.method == "none" and not e.preprompt), None)
+
+
+def reduction(one: Evaluation, plain: Evaluation | None) -> Estimate | None:
+    """Share of toxic continuations of `plain` ÷ its own, paired over prompts.
+
+    Where the files do not hold every prompt's figures: as it was measured against a baseline of its own.
+    """
+    if one is plain:
+        return None
+    theirs, ours = (None if e is None else by_prompt(e) for e in (plain, one))
+    if theirs is None or ours is None or len(theirs.maximum) != len(ours.maximum):
+        return one.reduction
+    found = ratios(theirs, ours)["probability"]
+    return None if math.isnan(found["value"]) else Estimate(found["value"], found["low"], found["high"])
 
 
 def split_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
@@ -49,8 +77,8 @@ def split_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Tab
 
 def _toxicity(evaluations: Sequence[Evaluation], group: str, prefix: str) -> list[tuple[str, list[str]]]:
     return [
-        (f"{prefix}{what} (%)", [_interval(e.toxic(group, measure), 100.0, 1) for e in evaluations])
-        for measure, what in MEASURES.items()
+        (f"{prefix}{what}", [_interval(e.toxic(group, measure), scale, digits) for e in evaluations])
+        for measure, (what, scale, digits) in MEASURES.items()
     ]
 
 
@@ -58,7 +86,7 @@ def _columned(columns: Sequence[tuple[str, list[str]]], labels: Sequence[str]) -
     """A line a label; columns without a number are left out."""
     kept = [(name, cells) for name, cells in columns if set(cells) - {"–", "0.00"}]
     rows = [(label, *(cells[i] for _, cells in kept)) for i, label in enumerate(labels)] if kept else []
-    texts = (0, *(i for i, (name, _) in enumerate(kept, 1) if name in ("method", "pre-prompt")))
+    texts = (0, *(i for i, (name, _) in enumerate(kept, 1) if name in ("method", "modules", "pre-prompt")))
     return Table(("evaluation", *(name for name, _ in kept)), tuple(rows), texts)
 
 
@@ -74,59 +102,38 @@ def _change(one: Estimate | None, base: Estimate | None) -> str:
 def _interval(one: Estimate | None, scale: float, digits: int) -> str:
     if one is None:
         return "–"
-    shown = f"{scale * one.value:,.{digits}f}"
+    shown = _figure(one.value, scale, digits)
     if one.low is None or one.high is None:
         return shown
-    return f"{shown} [{scale * one.low:,.{digits}f}, {scale * one.high:,.{digits}f}]"
+    return f"{shown} [{_figure(one.low, scale, digits)}, {_figure(one.high, scale, digits)}]"
 
 
-def headline(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> str | None:
-    """The strongest reduction of toxicity that costs little perplexity, in a sentence; None without a comparison."""
-    measured = [(e, label, t) for e, label in zip(evaluations, labels, strict=True) if (t := _toxic(e)) is not None]
-    base = next(((e, t) for e, _, t in measured if e.method == "none" and not e.preprompt), None)
-    others = [m for m in measured if base is not None and m[0] is not base[0]]
-    if base is None or not others:
-        return None
-    before = base[1].value
-    cheap = [m for m in others if _cost(m[0], base[0]) <= AFFORDABLE and m[2].value < before]
-    if not cheap:
-        return (
-            f"no evaluation lowers the {before:.1%} of toxic continuations at no more than {AFFORDABLE - 1:.0%} "
-            "more perplexity"
-        )
-    best, label, toxic = min(cheap, key=lambda m: m[2].value)
-    ratio = f", {before / toxic.value:.1f} times fewer" if toxic.value > 0 else ""
-    perplexity = ""
-    if base[0].perplexity and best.perplexity:
-        perplexity = f"; perplexity {base[0].perplexity.value:.2f} → {best.perplexity.value:.2f}"
-    bound = f" (the fewest at no more than {AFFORDABLE - 1:.0%} more perplexity)" if perplexity else ""
-    return f"{label}: toxic continuations {before:.1%} → {toxic.value:.1%}{ratio}{perplexity}{bound}"
-
-
-def _cost(one: Evaluation, base: Evaluation) -> float:
-    """Perplexity as a multiple of that without intervention; 1 where it was not measured."""
-    return one.perplexity.value / base.perplexity.value if one.perplexity and base.perplexity else 1.0
-
-
-def _toxic(one: Evaluation) -> Estimate | None:
-    return one.toxic("overall", "probability")
+def _figure(value: float, scale: float, digits: int) -> str:
+    return "∞" if math.isinf(value) else f"{scale * value:,.{digits}f}"
 
 
 def zero_shot_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
-    """Task and metric by evaluation, with standard errors."""
-    tasks: dict[tuple[str, str], None] = {}
+    """Task and metric by evaluation, with standard errors; those of other numbers of examples on lines of their own."""
+    tasks: dict[tuple[str, ...], None] = {}
     for one in evaluations:
         for task, metrics in one.zero_shot.items():
             for metric, value in metrics.items():
                 if not metric.endswith("_stderr") and not metric.startswith("num_") and isinstance(value, int | float):
-                    tasks.setdefault((task, metric))
+                    tasks.setdefault((task, metric, *_examples(metrics)))
     there = [(e, label) for e, label in zip(evaluations, labels, strict=True) if e.zero_shot]
-    rows = [(task, metric, *(_metric(e, task, metric) for e, _ in there)) for task, metric in tasks]
-    return Table(("task", "metric", *(label for _, label in there)), tuple(rows), texts=(0, 1))
+    rows = [(*key, *(_metric(e, *key) for e, _ in there)) for key in tasks]
+    return Table(("task", "metric", *_EXAMPLES, *(label for _, label in there)), tuple(rows), texts=(0, 1))
 
 
-def _metric(one: Evaluation, task: str, metric: str) -> str:
+def _examples(metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    """What figures of one task are comparable by: examples in the context, and examples that were asked."""
+    return tuple(str(metrics.get(key, "–")) for key in _EXAMPLES.values())
+
+
+def _metric(one: Evaluation, task: str, metric: str, *examples: str) -> str:
     metrics = one.zero_shot.get(task, {})
+    if _examples(metrics) != examples:
+        return "–"
     value, error = metrics.get(metric), metrics.get(f"{metric}_stderr")
     if not isinstance(value, int | float):
         return "–"

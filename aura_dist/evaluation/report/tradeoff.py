@@ -1,151 +1,174 @@
-"""Toxicity against perplexity: evaluations that may be compared, and their drawing."""
+"""Toxicity against perplexity, drawn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aura_dist.evaluation.report.compared import Comparison, Point
 from aura_dist.evaluation.report.drawing import new_figure, style, to_picture
-from aura_dist.evaluation.report.evaluations import Estimate, Evaluation
-from aura_dist.evaluation.report.svg import INK, SERIES, Picture
+from aura_dist.evaluation.report.evaluations import Estimate
+from aura_dist.evaluation.report.naming import PLAIN as NO_INTERVENTION
+from aura_dist.evaluation.report.svg import FAINT, INK, SERIES, Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_LABELS = 16
-LOG_FROM = 4.0
-OUTSIDE = 4.0
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+MAX_LABEL_CHARACTERS = 200
+LOG_FROM = 2.0
+MANY = 6
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")
+_STROKES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
 
 @dataclass(frozen=True)
-class Point:
-    """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1]."""
-
-    label: str
-    method: str
-    strength: float | None
-    prompted: bool
-    x: Estimate
-    y: Estimate
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Evaluations of one model on the same prompts and texts.
+class Line:
+    """Evaluations that differ in their strength alone, or in their number of neurons alone; one point may be a line.
 
     Attributes
     ----------
-    title
-        The model.
-    evaluations
-        Those without intervention first.
-    points
-        Those drawn: with both figures.
-    outside
-        Those of a perplexity so high that the others would fall together: told, not drawn.
+    name
+        Method, modules, pre-prompt: what the legend says.
+    points, marks
+        In the order of what they differ in, and what each is called at its place.
+    joined
+        Whether they may be joined: no two are of the same strength.
     """
 
-    title: str
-    evaluations: tuple[Evaluation, ...]
+    name: str
     points: tuple[Point, ...]
-    outside: tuple[Point, ...]
+    marks: tuple[str, ...]
+    joined: bool
 
 
-def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[Comparison]:
-    """Evaluations by model, prompts, scorer and texts: only within one set are their numbers comparable."""
-    sets: dict[Any, list[tuple[Evaluation, str]]] = {}
-    for one, label in zip(evaluations, labels, strict=True):
-        sets.setdefault(_measured_on(one), []).append((one, label))
+def lines(points: Sequence[Point]) -> list[Line]:
+    """The points by method, modules and pre-prompt; where several strengths stand, by number of neurons too."""
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for p in points:
+        groups.setdefault((p.method, p.modules, p.prompted), []).append(p)
     found = []
-    for group in sets.values():
-        ordered = sorted(group, key=lambda pair: (pair[0].method != "none", pair[0].preprompt is not None))
-        points = [p for p in (_point(one, label) for one, label in ordered) if p is not None]
-        far = OUTSIDE * min((p.x.value for p in points), default=0.0)
-        near = [p for p in points if p.x.value <= far]
-        drawn = near if len(near) > len(points) / 2 else points
-        outside = tuple(p for p in points if p not in drawn)
-        evaluated = tuple(one for one, _ in ordered)
-        found.append(Comparison(short_name(ordered[0][0].model), evaluated, tuple(drawn), outside))
+    for group in groups.values():
+        if len({p.strength for p in group}) == 1:
+            found.append(_line(group, [p.top_k for p in group], "k {:,}", ""))
+            continue
+        sizes = list(dict.fromkeys(p.top_k for p in group))
+        for k in sizes:
+            alike = [p for p in group if p.top_k == k]
+            found.append(_line(alike, [p.strength for p in alike], "{:g}", f", top {k:,}" if k and sizes[1:] else ""))
     return found
 
 
-def short_name(model: str) -> str:
-    """A hub name as it is; of a directory the last part."""
-    path = Path(model)
-    return path.name if path.is_absolute() or len(path.parts) > 2 or model.startswith(".") else model
-
-
-def _measured_on(one: Evaluation) -> tuple[Any, ...]:
-    document, toxicity = one.document, one.toxicity
-    model = document.get("model")
-    fingerprint = model.get("fingerprint") if isinstance(model, dict) else document.get("model_fingerprint")
-    perplexity = document.get("perplexity")
-    texts = perplexity.get("sha256") if isinstance(perplexity, dict) else None
-    what = [toxicity.get(k) for k in ("prompts_sha256", "scorer", "num_samples")]
-    return (str(fingerprint), *map(str, what), str(texts or document.get("texts_sha256")))
-
-
-def _point(one: Evaluation, label: str) -> Point | None:
-    x, y = one.perplexity, one.toxic("overall", "probability")
-    if x is None or y is None:
-        return None
-    return Point(label, one.method, one.strength, one.preprompt is not None, x, y)
+def _line(group: Sequence[Point], by: Sequence[float | None], form: str, more: str) -> Line:
+    first = group[0]
+    name = NO_INTERVENTION if first.method == "none" else first.method
+    name += f", {first.modules}" * bool(first.modules) + more + ", pre-prompt" * first.prompted
+    order = sorted(range(len(group)), key=lambda i: (by[i] is None, by[i] or 0.0))
+    joined = len(set(by)) == len(group) > 1
+    shown = [form.format(by[i]) if joined and by[i] is not None else group[i].label for i in order]
+    return Line(name, tuple(group[i] for i in order), tuple(shown), joined)
 
 
 def draw(comparison: Comparison, name: str) -> Picture | None:
-    """Each method in a colour and a sign of its own, its strengths joined; hollow signs stand for a pre-prompt."""
+    """Colours tell methods, strokes modules, hollow signs pre-prompts; every line has a sign of its own."""
     points = comparison.points
     if not points:
         return None
-    methods = list(dict.fromkeys(p.method for p in points if p.method != "none"))
+    drawn = lines(points)
+    front = any(line.joined for line in drawn)
     with style(name):
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        figure, ax = new_figure(430, 350)
-        signs: list[Any] = []
-        for method in ["none", *methods]:
-            i = methods.index(method) if method in methods else -1
-            look = (INK, "*") if i < 0 else (SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)])
-            for prompted in (False, True):
-                signs += _series(ax, [p for p in points if (p.method, p.prompted) == (method, prompted)], look)
-        xs = [p.x.value for p in points]
-        if min(xs) > 0 and max(xs) / min(xs) > LOG_FROM:
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter("{x:,g}")
-            ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.margins(0.12)
-        ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]))
-        ax.set_xlabel("perplexity (lower is better)")
-        ax.set_ylabel("toxic continuations (%, lower is better)")
+        figure, ax = new_figure(*((760, 540) if front or len(points) > MANY else (460, 370)))
+        looks = _looks(drawn)
+        signs = [_series(ax, line, look, front) for line, look in zip(drawn, looks, strict=True)]
+        for p in (p for p in points if p.method == "none" and not p.prompted):
+            ax.axvline(p.x.value, color=FAINT, linewidth=0.8, zorder=0.5)
+            ax.axhline(100 * p.y.value, color=FAINT, linewidth=0.8, zorder=0.5)
+        _set_axes(ax, [p.x.value for p in points])
         figure.legend(handles=signs, loc="outside lower center", ncols=3)
         figure.draw_without_rendering()
-        if len(points) <= MAX_LABELS:
-            _label(ax, points)
+        labelled = [
+            (p, _mark(line, mark, front), look[0])
+            for line, look in zip(drawn, looks, strict=True)
+            for p, mark in zip(line.points, line.marks, strict=True)
+        ]
+        if sum(len(text) for _, text, _ in labelled) <= MAX_LABEL_CHARACTERS:
+            _label(ax, labelled, 9 if front else 10)
         return to_picture(figure, name, f"Toxic continuations against perplexity of {comparison.title}")
 
 
-def _series(ax: "Axes", points: Sequence[Point], look: tuple[str, str]) -> list[Any]:
-    """Draw the points of one method; what stands for them in the legend."""
-    if not points:
-        return []
-    colour, marker = look
-    ordered = sorted(points, key=lambda p: (p.strength is None, p.strength or 0.0))
-    x, y = [p.x.value for p in ordered], [100 * p.y.value for p in ordered]
-    first = ordered[0]
-    label = ("no intervention" if first.method == "none" else first.method) + (", pre-prompt" if first.prompted else "")
-    joined = len({p.strength for p in ordered}) == len(ordered) > 1
-    drawn = ax.errorbar(
-        x, y, xerr=_reach([p.x for p in ordered], 1), yerr=_reach([p.y for p in ordered], 100),
-        color=colour, marker=marker, markersize=9 if marker == "*" else 6.5, markeredgewidth=1.4,
-        markerfacecolor="none" if first.prompted else colour, linestyle=":" if joined else "none", linewidth=1.2,
-        elinewidth=1.0, capsize=2,
+def caption(comparison: Comparison) -> str:
+    """What the drawing's signs and lines mean, of those that it has."""
+    drawn = lines(comparison.points)
+    joined = [line for line in drawn if line.joined]
+    by_strength = any(len({p.strength for p in line.points}) > 1 for line in joined)
+    by_number = any(len({p.strength for p in line.points}) == 1 for line in joined)
+    said = [
+        "Towards the lower left is better.",
+        "Lines join the strengths of one method over the same modules; the number at a sign is the strength."
+        * by_strength,
+        "Lines join numbers of neurons (k) of one method." * by_number,
+        "A hollow sign stands for a pre-prompt." * any(p.prompted for p in comparison.points),
+        "Grey lines mark the model without intervention."
+        * any(p.method == "none" and not p.prompted for p in comparison.points),
+    ]
+    far = ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in comparison.outside)
+    return " ".join(filter(None, [*said, f"Outside the plot: {far}." if far else ""]))
+
+
+def _mark(line: Line, mark: str, front: bool) -> str:
+    """What stands at a point: beside lines, a single point is told by the legend, and needs its strength alone."""
+    one = line.points[0]
+    if not front or line.joined or (len(line.points) > 1 and one.method != "none"):
+        return mark
+    return "" if one.strength is None else f"{one.strength:g}"
+
+
+def _looks(drawn: Sequence[Line]) -> list[tuple[str, str, Any]]:
+    """Colour, sign and stroke of each line."""
+    fitted = [line.points[0] for line in drawn if line.points[0].method != "none"]
+    methods = list(dict.fromkeys(p.method for p in fitted))
+    modules = list(dict.fromkeys(p.modules for p in fitted))
+    looks: list[tuple[str, str, Any]] = []
+    number = 0
+    for p in (line.points[0] for line in drawn):
+        if p.method == "none":
+            looks.append((INK, "*", "-"))
+            continue
+        stroke = _STROKES[modules.index(p.modules) % len(_STROKES)]
+        looks.append((SERIES[methods.index(p.method) % len(SERIES)], _MARKERS[number % len(_MARKERS)], stroke))
+        number += 1
+    return looks
+
+
+def _series(ax: "Axes", line: Line, look: tuple[str, str, Any], front: bool) -> Any:
+    """Draw a line, its intervals faint where there are many; what stands for it in the legend."""
+    colour, marker, stroke = look
+    x, y = [p.x.value for p in line.points], [100 * p.y.value for p in line.points]
+    handle, caps, bars = ax.errorbar(
+        x, y, xerr=_reach([p.x for p in line.points], 1), yerr=_reach([p.y for p in line.points], 100),
+        color=colour, marker=marker, markersize=11 if marker == "*" else 6.5, markeredgewidth=1.4,
+        markerfacecolor="none" if line.points[0].prompted else colour, linestyle=stroke if line.joined else "none",
+        linewidth=1.5, elinewidth=1.0, capsize=0 if front else 2,
     )  # fmt: skip
-    drawn.lines[0].set_label(label)
-    return [drawn.lines[0]]
+    for part in (*caps, *bars):
+        part.set_alpha(0.3 if front else 0.6)
+    handle.set_label(line.name)
+    return handle
+
+
+def _set_axes(ax: "Axes", xs: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if min(xs) > 0 and max(xs) / min(xs) > LOG_FROM:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+        ax.xaxis.set_major_formatter("{x:,g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.minorticks_off()
+    ax.margins(0.08)
+    ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]))
+    ax.set_xlabel("perplexity (lower is better)")
+    ax.set_ylabel("toxic continuations (%, lower is better)")
 
 
 def _reach(estimates: Sequence[Estimate], scale: float) -> Any:
@@ -155,13 +178,13 @@ def _reach(estimates: Sequence[Estimate], scale: float) -> Any:
     return np.array([below, above])
 
 
-def _label(ax: "Axes", points: Sequence[Point]) -> None:
+def _label(ax: "Axes", labelled: Sequence[tuple[Point, str, str]], size: int) -> None:
     """A name at each point, on the side where it lies over the fewest points and names."""
-    places = np.array([ax.transData.transform((p.x.value, 100 * p.y.value)) for p in points])
+    places = np.array([ax.transData.transform((p.x.value, 100 * p.y.value)) for p, _, _ in labelled])
     taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     frame = ax.bbox
-    for (x, y), point in zip(places, points, strict=True):
-        width, height = 6.2 * len(point.label), 11
+    for (x, y), (point, text, colour) in zip(places, labelled, strict=True):
+        width, height = 0.62 * size * len(text), 1.1 * size
         options = [
             (dx, dy, h, v)
             for dx, dy, h, v in ((8, 5, 0.0, 0.0), (8, -5, 0.0, 1.0), (-8, 5, 1.0, 0.0), (-8, -5, 1.0, 1.0),
@@ -176,8 +199,8 @@ def _label(ax: "Axes", points: Sequence[Point]) -> None:
         dx, dy, h, v = options[best]
         taken.append(boxes[best])
         ax.annotate(
-            point.label, (point.x.value, 100 * point.y.value), (dx, dy), textcoords="offset points", fontsize=10,
-            ha=("left", "center", "right")[round(2 * h)], va="bottom" if v == 0 else "top",
+            text, (point.x.value, 100 * point.y.value), (dx, dy), textcoords="offset points", fontsize=size,
+            color=colour, ha=("left", "center", "right")[round(2 * h)], va="bottom" if v == 0 else "top",
         )  # fmt: skip
 
 
