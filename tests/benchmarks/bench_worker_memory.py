@@ -25,10 +25,10 @@ NUM_ROWS, WIDTHS, LIMIT = 100_000, (10_000, 10_000), 1_000_000_000
 
 
 def watch(process: subprocess.Popen) -> dict[int, int]:
-    """Peak resident bytes of every worker process, by its id, until the command ends."""
+    """Peak resident bytes of every worker process, by its id, until the command ends; not of what a worker starts."""
     peaks: dict[int, int] = {}
     while process.poll() is None:
-        for child in psutil.Process(process.pid).children(recursive=True):
+        for child in psutil.Process(process.pid).children():
             try:
                 if "spawn_main" in " ".join(child.cmdline()):
                     peaks[child.pid] = max(peaks.get(child.pid, 0), child.memory_info().rss)
