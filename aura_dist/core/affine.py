@@ -145,12 +145,14 @@ def fit_maps(
     scales: Scales = {}
     shifts: Shifts = {}
     for site, units in chosen.items():
-        moved = shift.get(site)
-        mapped = np.isfinite(scale[site]) if moved is None else np.isfinite(scale[site]) & np.isfinite(moved)
-        mapped &= units
-        scales[site] = np.where(mapped, scale[site], 1.0).astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and left out as such
+            scaled = scale[site].astype(np.float32)
+            moved = shift[site].astype(np.float32) if site in shift else None
+        mapped = np.isfinite(scaled) & units
         if moved is not None:
-            shifts[site] = np.where(mapped, moved, 0.0).astype(np.float32)
+            mapped &= np.isfinite(moved)
+            shifts[site] = np.where(mapped, moved, np.float32(0))
+        scales[site] = np.where(mapped, scaled, np.float32(1))
     return scales, shifts
 
 

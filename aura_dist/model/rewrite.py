@@ -49,10 +49,14 @@ class Target:
 def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> list[Target]:
     """The new file's tensors, offsets counted from the end of its header: in the old order, biases after weights.
 
-    Tensors of wider dtypes come first, as safetensors writes them, so that each lies at a multiple of its size.
+    Tensors of wider dtypes come first, as safetensors writes them, so that each lies at a multiple of its size. A
+    tensor that no module had, and that bears the name of an added bias, gives way to it.
     """
+    new_names = {name for name, _ in plan.added.values()}
     found: list[tuple[int, Target]] = []  # with the bytes of an element
     for tensor in tensors:
+        if tensor.name in new_names:
+            continue
         item = (tensor.stop - tensor.start) // max(1, prod(tensor.shape))
         dtype = tensor.dtype
         if as_float32 and dtype in ("F16", "BF16"):
@@ -119,6 +123,8 @@ def _jobs(source: Source, file: int, targets: Sequence[Target], base: int) -> It
         if first.source is None or last is None:
             assert first.values is not None
             values = torch.from_numpy(first.values).to(FLOATS[first.stored.dtype])
+            if not values.isfinite().all():
+                raise _overflow(first)
             yield partial(_write_all, file, as_bytes(values), at)
         elif first.is_copy:
             for start in range(first.source.start, last.stop, COPY_BYTES):
@@ -180,7 +186,7 @@ def _change(source: Source, target: Target, rows: slice, columns: int, file: int
     if changed.dtype != new:
         changed = _BUFFERS.take("out", count, new).copy_(changed)
     if new == torch.float16 and not changed.isfinite().all() and raw.isfinite().all():
-        raise ModelError(f"tensor {target.stored.name!r} overflows float16 when folded; export with --dtype float32")
+        raise _overflow(target)
     _write_all(file, as_bytes(changed), at + rows.start * columns * new.itemsize)
 
 
@@ -194,6 +200,10 @@ def _folded(raw: Tensor, fold: Fold, rows: slice, columns: int) -> Tensor:
     wide = raw if raw.dtype.itemsize >= 4 else _BUFFERS.take("wide", raw.numel(), torch.float32).copy_(raw)
     scale = torch.from_numpy(fold.scale if fold.dim else fold.scale[rows])
     return wide.view(-1, columns).mul_(scale if fold.dim else scale[:, None]).view(-1)
+
+
+def _overflow(target: Target) -> ModelError:
+    return ModelError(f"tensor {target.stored.name!r} overflows float16 when folded; export with --dtype float32")
 
 
 def _write_all(file: int, data: memoryview, at: int) -> None:

@@ -63,8 +63,8 @@ def load_intervention(directory: str, source: ModelSource, table: SiteTable, fou
     """
     intervention = Intervention.load(directory)
     check_fits(table, intervention)
-    made_for = intervention.meta.get("model", {})
-    if made_for.get("fingerprint", found) != found:
+    made_for = intervention.meta.get("model") or {}
+    if (made_for.get("fingerprint") or found) != found:
         raise ModelError(
             f"--intervention {directory!r} was made for {made_for.get('name')!r} (fingerprint "
             f"{made_for['fingerprint'][:12]}), but --model {source.name!r} has {found[:12]}; fit one for this model"

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from aura_dist import __version__
 from aura_dist.config import ExportConfig
-from aura_dist.errors import StoreError
+from aura_dist.errors import ConfigError, StoreError
 from aura_dist.model.carry import carry_files, write_config, write_index
 from aura_dist.model.checkpoint import Stored, open_weights
 from aura_dist.model.fingerprint import checkpoint_files, fingerprint
@@ -26,6 +26,7 @@ from aura_dist.model.sharding import ModelSource, load_config, skeleton
 from aura_dist.model.sites import find_sites
 from aura_dist.model.use import load_intervention
 from aura_dist.runtime.progress import Progress
+from aura_dist.store.access import local_path
 from aura_dist.store.artifact import Intervention
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,16 @@ def run(config: ExportConfig) -> None:
 
     Raises
     ------
+    ConfigError
+        The target is a URL.
     StoreError
         The target exists, or cannot be written.
     ModelError
         The intervention does not fit the model, or cannot be folded into its checkpoint.
     """
     out = Path(config.out)
+    if local_path(config.out) != out:
+        raise ConfigError(f"--out: expected a local directory, got the URL {config.out!r}; give its path")
     if out.exists() or out.is_symlink():
         raise StoreError(f"--out: expected a directory that does not exist yet, {config.out!r} does")
     source = ModelSource(config.model, config.revision, "float32")

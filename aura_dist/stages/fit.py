@@ -13,7 +13,7 @@ from aura_dist.config import FitConfig
 from aura_dist.core.affine import METHODS, Scores, fit_maps, needed_statistics
 from aura_dist.core.sites import Site, matching
 from aura_dist.errors import ConfigError, InputError
-from aura_dist.store.access import contains, local_path, open_group
+from aura_dist.store.access import local_path, open_group, store_around
 from aura_dist.store.artifact import Intervention
 from aura_dist.store.schema import StoreSpec
 from aura_dist.store.view import read_scores
@@ -40,11 +40,12 @@ def run(config: FitConfig) -> None:
 
 
 def _check_out(config: FitConfig) -> None:
-    if local_path(config.out) is None:
-        raise ConfigError(f"--out: expected a local directory, got {config.out!r}")
+    if local_path(config.out) != Path(config.out):
+        raise ConfigError(f"--out: expected a local directory, got the URL {config.out!r}; give its path")
     out = Path(config.out).resolve()
-    if contains(config.store, config.out):
-        raise ConfigError(f"--out: expected a directory outside the store, got {config.out!r}")
+    store = store_around(out)
+    if store is not None:
+        raise ConfigError(f"--out: expected a directory outside any store, got {config.out!r}, within {str(store)!r}")
     if config.onto is not None and out == Path(config.onto).resolve():
         raise ConfigError(f"--out: expected another directory than --onto, got {config.out!r} for both")
 

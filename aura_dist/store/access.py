@@ -144,10 +144,14 @@ def store_at(store: str) -> str | RemoteStore:
     return str(place.resolve() if place.is_symlink() else place)
 
 
-def contains(store: str, path: str) -> bool:
-    """Whether the local `path` lies within the store."""
-    place = local_path(store)
-    return place is not None and Path(path).resolve().is_relative_to(place.resolve())
+def store_around(place: Path) -> Path | None:
+    """The store of ours that a local path is, or lies within; None if there is none."""
+    place = place.resolve()
+    for directory in (place, *place.parents):
+        file = directory / "zarr.json"
+        if file.is_file() and f'"format": "{FORMAT}"' in file.read_text(encoding="utf-8", errors="replace"):
+            return directory
+    return None
 
 
 def exists(path: str) -> bool:
@@ -175,10 +179,9 @@ def exists(path: str) -> bool:
 def _check_not_nested(path: str) -> None:
     """StoreError for a place within another store: replacing that one would delete this."""
     place = local_path(path)
-    for parent in [] if place is None else place.resolve().parents:
-        file = parent / "zarr.json"
-        if file.is_file() and f'"format": "{FORMAT}"' in file.read_text(encoding="utf-8", errors="replace"):
-            raise StoreError(f"--store {path!r}: expected a place outside any store, got one within {str(parent)!r}")
+    other = None if place is None else store_around(place.resolve().parent)
+    if other is not None:
+        raise StoreError(f"--store {path!r}: expected a place outside any store, got one within {str(other)!r}")
 
 
 def _is_empty(place: str | RemoteStore) -> bool:

@@ -172,6 +172,8 @@ class Intervention:
             tensors = load_file(place / WEIGHTS_FILE)
             order = list(meta.pop("sites"))
             version = meta.pop("format_version")
+            _check_description(meta)
+            _check_tensors(tensors)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise StoreError(
                 f"intervention {str(place)!r}: expected {META_FILE} and {WEIGHTS_FILE} as `fit` writes them: {error}"
@@ -181,10 +183,38 @@ class Intervention:
                 f"intervention {str(place)!r}: expected format version {FORMAT_VERSION}, got {version}; "
                 "read it with the version of aura_dist that wrote it"
             )
-        if {name.rpartition(".")[0] for name in tensors} != set(order):
+        if sorted({name.rpartition(".")[0] for name in tensors}) != sorted(map(str, order)):
             raise StoreError(f"intervention {str(place)!r}: {WEIGHTS_FILE} and {META_FILE} name different modules")
         return cls(
             {s: tensors[f"{s}.scale"] for s in order if f"{s}.scale" in tensors},
             {s: tensors[f"{s}.shift"] for s in order if f"{s}.shift" in tensors},
             meta,
         )
+
+
+def _check_description(meta: Mapping[str, Any]) -> None:
+    """ValueError unless what is stated has the form that is read later; what is null is not stated."""
+    for name in ("model", "data", "parameters"):
+        if not isinstance(meta.get(name) or {}, dict):
+            raise ValueError(f"{META_FILE} has {name} = {meta[name]!r} where an object belongs")
+    model = meta.get("model") or {}
+    for name in ("name", "fingerprint"):
+        if not isinstance(model.get(name) or "", str):
+            raise ValueError(f"{META_FILE} has {name} = {model[name]!r} for the model, where a text belongs")
+    for part in meta.get("composed") or []:
+        if not isinstance(part, dict):
+            raise ValueError(f"{META_FILE} has {part!r} where a composed intervention's description belongs")
+        _check_description(part)
+
+
+def _check_tensors(tensors: Mapping[str, NDArray[Any]]) -> None:
+    """ValueError unless all are scales and shifts, finite, and one for each neuron of their module."""
+    widths: dict[str, int] = {}
+    for name, values in tensors.items():
+        site, _, kind = name.rpartition(".")
+        if kind not in ("scale", "shift") or values.ndim != 1 or values.dtype.kind != "f":
+            raise ValueError(f"{WEIGHTS_FILE} has {name!r}, {values.dtype} of shape {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{WEIGHTS_FILE} has values in {name!r} that are not finite")
+        if widths.setdefault(site, len(values)) != len(values):
+            raise ValueError(f"{WEIGHTS_FILE} has {widths[site]} and {len(values)} neurons for {site!r}")

@@ -1,6 +1,7 @@
 """An intervention on the Hugging Face hub: its two files, and a card that says what they are."""
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from aura_dist.store.artifact import Intervention
 
 CARD_FILE = "README.md"
+# what the hub takes for `base_model`; it refuses a card with anything else
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def push(intervention: "Intervention", repo: str, *, private: bool, token: str | None) -> str:
@@ -48,8 +51,7 @@ def pull(repo: str, *, revision: str | None, token: str | None) -> Path:
 def card(intervention: "Intervention", repo: str) -> str:
     """The model card: method, concept, data, figures, and how to use it."""
     meta = intervention.meta
-    parts = [_parts(m) for m in meta["composed"]] if "composed" in meta else [_parts(meta)]
-    model = meta.get("model", {}).get("name")
+    model = (meta.get("model") or {}).get("name")
     widths = {site: intervention.map_of(site)[0].shape[0] for site in intervention.sites}
     header = ["library_name: aura_dist", "tags: [activation-steering, aura_dist]"]
     header += [f"base_model: {model}"] if model and _is_hub_name(model) else []
@@ -57,13 +59,12 @@ def card(intervention: "Intervention", repo: str) -> str:
         f"- modules: {len(widths)}\n- neurons changed: {intervention.num_changed:,} of {sum(widths.values()):,}\n"
         f"- digest: `{intervention.digest[:16]}`"
     )
-    described = "\n\nafter\n\n".join(parts)
     return (
         "---\n" + "\n".join(header) + "\n---\n\n"
         f"# {repo.rpartition('/')[2]}\n\n"
         "An elementwise affine map z ← ω ⊙ z + b on the outputs of a language model's modules, made with "
         "`aura_dist`.\n\n"
-        f"{described}\n\n## Figures\n\n{figures}\n\n## Use\n\n```python\nimport aura_dist\n\n"
+        f"{_parts(meta)}\n\n## Figures\n\n{figures}\n\n## Use\n\n```python\nimport aura_dist\n\n"
         f'intervention = aura_dist.Intervention.from_hub("{repo}")\n'
         "with aura_dist.intervene(model, intervention, strength=1.0):\n    model.generate(...)\n```\n"
     )
@@ -71,9 +72,9 @@ def card(intervention: "Intervention", repo: str) -> str:
 
 def _parts(meta: Mapping[str, Any]) -> str:
     """Method, concept, model and data of one fitted map, as a list."""
-    if "composed" in meta:
+    if meta.get("composed"):
         return "\n\nafter\n\n".join(_parts(m) for m in meta["composed"])
-    model, data = meta.get("model", {}), meta.get("data", {})
+    model, data = meta.get("model") or {}, meta.get("data") or {}
     sampling = data.get("sampling") or {}
     rows = ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None)
     lines = {
@@ -88,7 +89,7 @@ def _parts(meta: Mapping[str, Any]) -> str:
 
 
 def _method(meta: Mapping[str, Any]) -> str:
-    return str(meta.get("method", "composed of several" if "composed" in meta else "not stated"))
+    return str(meta.get("method") or ("composed of several" if meta.get("composed") else "not stated"))
 
 
 def _name(model: str) -> str:
@@ -97,4 +98,4 @@ def _name(model: str) -> str:
 
 def _is_hub_name(model: str) -> bool:
     """Whether a name can be one of the hub's, rather than a path of somebody's disk."""
-    return not Path(model).is_absolute() and model.count("/") <= 1 and not model.startswith(".")
+    return _HUB_NAME.fullmatch(model) is not None and not Path(model).exists()

@@ -1,9 +1,10 @@
-"""Every rank of a launch runs this: the logits of each model under an intervention, under one strategy."""
+"""Every rank of a launch runs this: the logits of each model under each of its interventions, under one strategy."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from aura_dist.store.artifact import Intervention
 
 PROMPT = [[5, 90, 33, 120, 7, 250, 14]]
 NUM_NEW = 6
+Seen = dict[str, tuple[np.ndarray, list[int]]]
 
 
 def random_map(model: str) -> Intervention:
@@ -28,23 +30,29 @@ def random_map(model: str) -> Intervention:
 
 
 @torch.no_grad()
-def logits_and_greedy(model: str, sharding: str) -> tuple[np.ndarray, list[int]]:
-    """[T, V] logits of the prompt, and the tokens that greedy decoding adds."""
+def logits_and_greedy(model: str, maps: Mapping[str, str], sharding: str, options: Mapping[str, Any]) -> Seen:
+    """Map → [T, V] logits of the prompt under it, and the tokens that greedy decoding adds."""
+    seen: Seen = {}
     with start_team(sharding, "cpu") as team:
-        loaded = load_causal(ModelSource(model, None, "float32"), team.world, ShardingOptions())
-        with intervene(loaded, random_map(model)):
-            ids = torch.tensor(PROMPT)
-            logits = loaded(input_ids=ids, use_cache=False).logits[0]
-            for _ in range(NUM_NEW):
-                last = loaded(input_ids=ids, use_cache=False).logits[0, -1]
-                ids = torch.cat([ids, last.argmax()[None, None]], dim=1)
-        return logits.float().numpy(), ids[0, len(PROMPT[0]) :].tolist()
+        loaded = load_causal(ModelSource(model, None, "float32"), team.world, ShardingOptions(**options))
+        if "max_memory" in options:
+            places = {place for module, place in loaded.hf_device_map.items() if module[-1].isdecimal()}
+            assert places == {"cpu", "disk"}, f"some layers lie in memory and some on disk: {loaded.hf_device_map}"
+        for name, directory in maps.items():
+            with intervene(loaded, Intervention.load(directory)):
+                ids = torch.tensor(PROMPT)
+                logits = loaded(input_ids=ids, use_cache=False).logits[0]
+                for _ in range(NUM_NEW):
+                    last = loaded(input_ids=ids, use_cache=False).logits[0, -1]
+                    ids = torch.cat([ids, last.argmax()[None, None]], dim=1)
+            seen[name] = logits.float().numpy(), ids[0, len(PROMPT[0]) :].tolist()
+    return seen
 
 
 def run_plan(arguments: Sequence[str]) -> int:
-    """Write what this rank sees of each model of the plan."""
+    """Write what this rank sees of each model of the plan, under each of its maps."""
     plan = json.loads(Path(arguments[0]).read_text())
-    for name, model in plan["models"].items():
-        logits, tokens = logits_and_greedy(model, plan["sharding"])
-        np.savez(Path(plan["out"]) / f"{name}-{os.environ['RANK']}.npz", logits=logits, tokens=tokens)
+    for name, (model, maps, options) in plan["models"].items():
+        for kind, (logits, tokens) in logits_and_greedy(model, maps, plan["sharding"], options).items():
+            np.savez(Path(plan["out"]) / f"{name}-{kind}-{os.environ['RANK']}.npz", logits=logits, tokens=tokens)
     return 0

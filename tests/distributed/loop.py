@@ -19,6 +19,11 @@ from aura_dist.errors import AuraError
 from aura_dist.stages import collect
 from aura_dist.store.writer import ChunkWriter, RowBuffer
 
+OPTIONS = {
+    "num_positive": 30, "num_negative": 30, "tokens_per_batch": 256, "modules": ["all", "norm"],
+    "pooling": ["max", "mean"],
+}  # fmt: skip
+
 
 def record_writes(written: Counter[str]) -> None:
     """Count how often each chunk is written from here, and that it is written whole."""

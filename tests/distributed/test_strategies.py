@@ -8,24 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aura_dist.config import CollectConfig
 from aura_dist.model.sharding import skeleton
 from aura_dist.model.sites import decoder_layers_name
-from aura_dist.stages import collect
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.record import response_names
 from tests.distributed.launch import REPOSITORY, run_ranks
-from tests.distributed.loop import run_plan
+from tests.distributed.loop import OPTIONS, run_plan
 from tests.models import TINY_CONFIGS
 
 pytestmark = pytest.mark.timeout(420)
 
 TOLERANCE = 1e-5
 MODELS = ("llama", "falcon-rotary", "falcon-40b-style", "mpt", "gpt2", "opt", "bloom", "gemma3", "mistral")
-OPTIONS = {
-    "num_positive": 30, "num_negative": 30, "tokens_per_batch": 256, "modules": ["all", "norm"],
-    "pooling": ["max", "mean"],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,19 +47,6 @@ LAUNCHES = (
 )
 
 
-@pytest.fixture(scope="module")
-def plain_stores(tiny_dir, sentences_csv, tmp_path_factory):
-    """Model → store of one process."""
-    out = tmp_path_factory.mktemp("plain")
-    for name in MODELS:
-        collect.run(
-            CollectConfig(
-                model=str(tiny_dir(name)), data=sentences_csv, concepts=["toxic"], store=str(out / name), **OPTIONS
-            )
-        )
-    return out
-
-
 def assert_same(ours: Path, plain: Path, name: str) -> None:
     store, expected = open_group(str(ours)), open_group(str(plain))
     np.testing.assert_array_equal(read_array(store, "samples/row"), read_array(expected, "samples/row"))
@@ -77,7 +58,7 @@ def assert_same(ours: Path, plain: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.title)
-def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain_stores, tmp_path):
+def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain_store, tmp_path):
     options = {**OPTIONS, **dict(launch.options)}
     if launch.sharding == "dispatch":
         options["offload_folder"] = str(tmp_path / "offloaded")
@@ -101,7 +82,7 @@ def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain
     assert set(written.values()) == {1}, "every chunk is written once, by one rank"
     for name in MODELS:
         if name not in launch.refused:
-            assert_same(tmp_path / name, plain_stores / name, name)
+            assert_same(tmp_path / name, plain_store(name), name)
         if launch.sharding in ("fsdp", "fsdp=2", "zero3"):
             assert 0 < max(rank["whole"][directories[name]] for rank in notes) <= largest_whole(name), name
 

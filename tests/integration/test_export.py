@@ -250,6 +250,37 @@ def test_float16_overflow_is_refused(tmp_path, capsys):
     assert export(directory, intervention, tmp_path / "out", "--dtype", "float32") == 0
 
 
+def test_float16_overflow_of_an_added_bias_is_refused(tmp_path, capsys):
+    directory = save_tiny("llama", tmp_path / "model")
+    load(directory, torch.float16).save_pretrained(directory)
+    site = "model.layers.0.mlp.up_proj"
+    intervention = Intervention({}, {site: np.full(80, 1e5, np.float32)})
+    assert export(directory, intervention, tmp_path / "out") == 2
+    assert f"'{site}.bias' overflows float16 when folded" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_biases_that_the_model_never_used_give_way_to_the_added_ones(tmp_path):
+    """A checkpoint may hold biases that its configuration turns off: with the setting on they would be loaded."""
+    directory = save_tiny("llama", tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    stray = {f"model.layers.1.mlp.{name}_proj.bias": torch.ones(80) for name in ("up", "gate")}
+    save_file(tensors | stray, directory / "model.safetensors", {"format": "pt"})
+    intervention = random_intervention(directory, ("model.layers.1.mlp.up_proj",), shift=True)
+    assert export(directory, intervention, tmp_path / "out") == 0
+    assert_close(logits(load(tmp_path / "out")), hooked(directory, intervention))
+
+
+def test_target_at_a_url_is_refused(tiny_dir, tmp_path, monkeypatch, capsys):
+    random_intervention(tiny_dir("llama")).save(tmp_path / "map")
+    monkeypatch.chdir(tmp_path)
+    for out in ("s3://bucket/checkpoint", f"file://{tmp_path}/checkpoint"):
+        known = ["export", "--model", str(tiny_dir("llama")), "--intervention", str(tmp_path / "map")]
+        assert main([*known, "--out", out]) == 2
+        assert "expected a local directory, got the URL" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["map"]
+
+
 def test_what_is_not_folded_is_the_same_bytes(tiny_dir, tmp_path):
     site = "model.layers.1.mlp.down_proj"
     intervention = random_intervention(tiny_dir("llama"), (site,))
@@ -400,6 +431,15 @@ def test_intervention_of_another_model_is_refused(tiny_dir, tmp_path, capsys):
     assert export(tiny_dir("llama"), other, tmp_path / "out") == 2
     assert "was made for 'another'" in capsys.readouterr().err
     assert export(tiny_dir("gpt2"), fitted, tmp_path / "out") == 2
+    assert "it has no module 'model.layers.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [None, {}, {"name": None, "fingerprint": None}])
+def test_intervention_that_states_no_model_is_judged_by_names_and_widths(model, tiny_dir, tmp_path, capsys):
+    fitted = random_intervention(tiny_dir("llama"))
+    unstated = Intervention(fitted.scale, meta={"model": model})
+    assert export(tiny_dir("llama"), unstated, tmp_path / "out") == 0
+    assert export(tiny_dir("gpt2"), unstated, tmp_path / "other") == 2
     assert "it has no module 'model.layers.0" in capsys.readouterr().err
 
 

@@ -223,6 +223,22 @@ def test_onto_another_intervention_is_refused(sequential, store, tmp_path, capsy
     assert "another directory than --onto" in capsys.readouterr().err
 
 
+def test_out_within_a_store_or_at_a_url_is_refused(store, tmp_path, monkeypatch, capsys):
+    """Another store than the one read, too: making that one anew would remove the intervention."""
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other.zarr"
+    other.mkdir()
+    shutil.copy(store / "zarr.json", other)
+    (tmp_path / "link").symlink_to(other)
+    for out in (store, store / "aura", other, other / "deep" / "aura", tmp_path / "link" / "aura"):
+        assert fit(store, out, "aura") == 2
+        assert "--out: expected a directory outside any store" in capsys.readouterr().err
+    assert fit(store, f"file://{tmp_path}/aura", "aura") == 2
+    assert "--out: expected a local directory, got the URL" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "other.zarr"]
+    assert [p.name for p in other.iterdir()] == ["zarr.json"]
+
+
 def test_resumed_under_another_intervention_or_strength_is_refused(
     sequential, tiny_dir, sentences_csv, tmp_path, capsys
 ):

@@ -112,9 +112,10 @@ def test_a_map_that_is_not_finite_is_left_out():
     found = statistics()
     found["linear_act_scale"]["a"][0] = np.inf
     found["linear_act_shift"]["a"][1] = NAN
+    found["linear_act_scale"]["a"][2] = 1e39  # more than float32 holds
     scales, shifts = fit_maps("linear-act", found)
-    assert scales["a"][:2].tolist() == [1, 1]
-    assert shifts["a"][:2].tolist() == [0, 0]
+    assert scales["a"][:3].tolist() == [1, 1, 1]
+    assert shifts["a"][:3].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("method", ["damp", "det0", "mean-act", "linear-act"])

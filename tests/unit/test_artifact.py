@@ -63,6 +63,10 @@ def spoil_json(place: Path, **changes):
     (place / META_FILE).write_text(json.dumps({**meta, **changes}))
 
 
+def respoil(place: Path, name: str, values: np.ndarray):
+    save_file({**load_file(place / WEIGHTS_FILE), name: values}, place / WEIGHTS_FILE)
+
+
 DAMAGE = {
     "no directory": lambda p: [f.unlink() for f in p.iterdir()] and p.rmdir(),
     "no weights": lambda p: (p / WEIGHTS_FILE).unlink(),
@@ -78,6 +82,17 @@ DAMAGE = {
     "a site more in the description": lambda p: spoil_json(p, sites=[*example().sites, "another"]),
     "a site less in the description": lambda p: spoil_json(p, sites=example().sites[1:]),
     "sites is a number": lambda p: spoil_json(p, sites=3),
+    "sites are objects": lambda p: spoil_json(p, sites=[{}]),
+    "model is a name": lambda p: spoil_json(p, model="m"),
+    "fingerprint is a number": lambda p: spoil_json(p, model={"fingerprint": 3}),
+    "parameters are a list": lambda p: spoil_json(p, parameters=[1]),
+    "composed of names": lambda p: spoil_json(p, composed=["aura"]),
+    "composed of damaged ones": lambda p: spoil_json(p, composed=[{"model": {"name": ["m"]}}]),
+    "neither scale nor shift": lambda p: respoil(p, "only.shifted.weight", np.ones(3, np.float32)),
+    "a matrix": lambda p: respoil(p, "only.shifted.shift", np.ones((3, 1), np.float32)),
+    "integers": lambda p: respoil(p, "only.shifted.shift", np.ones(3, np.int32)),
+    "not finite": lambda p: respoil(p, "only.shifted.shift", np.array([1, np.nan, 1], np.float32)),
+    "two widths": lambda p: respoil(p, "only.shifted.scale", np.ones(4, np.float32)),
     "other weights": lambda p: save_file({"x.scale": np.ones(2, np.float32)}, p / WEIGHTS_FILE),
 }
 
@@ -89,6 +104,14 @@ def test_missing_or_damaged_files_are_errors(damage, tmp_path):
     DAMAGE[damage](place)
     with pytest.raises(StoreError, match="aura"):
         Intervention.load(place)
+
+
+def test_what_is_null_is_not_stated(tmp_path):
+    given = {"model": None, "data": None, "parameters": None, "composed": None}
+    Intervention(example().scale, meta=given).save(tmp_path)
+    loaded = Intervention.load(tmp_path)
+    assert dict(loaded.meta) == given
+    assert (loaded @ example()).meta["model"] == {"name": "m"}
 
 
 def test_unwritable_directory_is_an_error(tmp_path):

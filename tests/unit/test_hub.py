@@ -98,6 +98,23 @@ def test_card_states_method_concept_data_and_figures():
     assert "/home" not in text
 
 
+def test_card_names_no_directory_as_a_model_of_the_hub(tmp_path, monkeypatch):
+    """The hub refuses a card whose `base_model` is no name of its own, and a local one is somebody else's there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    for name in ("runs/tiny", "my models/tiny", "../tiny", "/disk/tiny", "~/tiny", "a/b/c"):
+        text = card(example(model={"name": name, "fingerprint": "f" * 64}), "me/damped")
+        assert "base_model" not in text, name
+        assert f"- model: {Path(name).name} (" in text
+    assert "base_model: gpt2\n" in card(example(model={"name": "gpt2"}), "me/damped")
+
+
+def test_card_of_what_states_nothing():
+    text = card(example(model=None, data=None, method=None, parameters=None, concept=None, composed=None), "me/damped")
+    assert "- method: not stated" in text
+    assert "base_model" not in text
+
+
 def test_card_of_a_composition_states_both():
     text = card(
         example() @ example(method="aura", model={**META["model"], "name": "/disk/of/someone/model"}), "me/both"

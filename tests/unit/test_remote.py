@@ -156,10 +156,10 @@ def test_paths_and_file_urls_are_local(tmp_path):
     assert access.store_at("a/b.zarr") == "a/b.zarr"
     assert access.store_at("file:///a/b%20c.zarr") == "/a/b c.zarr"
     assert access.local_path("s3://a/b") is None
-    assert access.contains(str(tmp_path), str(tmp_path / "x"))
-    assert access.contains(f"file://{tmp_path}", str(tmp_path / "x"))
-    assert not access.contains("memory://x", "x")
     create_store(f"file://{tmp_path}/s.zarr", SPEC, SAMPLES, {})
+    assert access.store_around(tmp_path / "s.zarr" / "scores" / "x") == (tmp_path / "s.zarr").resolve()
+    assert access.store_around(tmp_path / "s.zarr") == (tmp_path / "s.zarr").resolve()
+    assert access.store_around(tmp_path / "x") is None
     assert isinstance(access.open_group(str(tmp_path / "s.zarr")).store, LocalStore)
 
 
