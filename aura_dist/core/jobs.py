@@ -64,6 +64,19 @@ class Graph:
             found |= {j.id: j for j in self.ancestry(needed)}
         return [*found.values(), self.jobs[job]]
 
+    def plain(self, job: str) -> str | None:
+        """The evaluation of the plain model by the very settings of the evaluation `job`, if there is one."""
+        measured = _measuring(self.jobs[job])
+        if self.jobs[job].stage != "evaluate" or not self.jobs[job].needs:
+            return None
+        same = (j.id for j in self.jobs.values() if j.stage == "evaluate" and not j.needs and _measuring(j) == measured)
+        return next(same, None)
+
+
+def _measuring(job: Job) -> dict[str, Any]:
+    """The settings of an evaluation that say what is measured, whatever the model's intervention and how it is run."""
+    return {name: value for name, value in job.settings.items() if name not in EXECUTION and name != "strength"}
+
 
 def make_graph(cells: Sequence[Cell], resolved: Sequence[Mapping[str, Mapping[str, Any]]]) -> Graph:
     """The jobs of all cells.

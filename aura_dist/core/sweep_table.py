@@ -1,4 +1,14 @@
-"""Cells and their figures as rows of one table, and a sweep in words."""
+"""Cells and their figures as rows of one table, and a sweep in words.
+
+The columns: the grid's names; `state`, `reason`, `seconds`, `attempts` and `output` of the cell; the figures of its
+results file, by their path in it (`perplexity.token_weighted`); and, for a cell with an intervention whose grid has one
+with `method: none` that is evaluated by the same settings, once both are done:
+
+    against_plain.times_less_toxic.value, .low, .high   share of toxic continuations of the plain model ÷ that of this
+                                                        cell, with its 95 % interval, paired over prompts; 2 is half as
+                                                        much, infinite none at all
+    against_plain.perplexity_increase                   token-weighted perplexity of this cell − that of the plain model
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -107,6 +107,22 @@ def against_baseline(
     return {"results": path, "name": name_of(path), **compared}
 
 
+def against_plain(plain: Results, results: Results) -> dict[str, float]:
+    """Figures of an intervention beside the plain model's by the same settings; what is no number is left out.
+
+    `times_less_toxic.value`, `.low`, `.high`: share of toxic continuations, plain ÷ this, with its 95 % interval,
+    paired over prompts. `perplexity_increase`: token-weighted perplexity, this − plain.
+    """
+    if plain.get("model_fingerprint") != results.get("model_fingerprint"):  # another checkpoint came to stand there
+        return {}
+    found = {f"times_less_toxic.{name}": value for name, value in (_ratio(results, plain) or {}).items()}
+    theirs, ours = (r.get("perplexity") or {} for r in (plain, results))
+    before, after = (section.get("token_weighted") for section in (theirs, ours))
+    if before is not None and after is not None and theirs.get("sha256") == ours.get("sha256"):
+        found["perplexity_increase"] = after - before
+    return {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
+
+
 def table(all_results: Mapping[str, Results], *, markdown: bool = False) -> str:
     """One line a result: toxicity with intervals, ratio to the first, perplexity, tasks; columns that any of them has.
 

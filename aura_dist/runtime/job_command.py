@@ -45,6 +45,11 @@ class JobCommand:
         return self.directory / "jobs" / f"{self.job}.yaml"
 
     @property
+    def slurm_id(self) -> Path:
+        """Holds Slurm's number of the job that was submitted last, as squeue writes it."""
+        return self.directory / "jobs" / f"{self.job}.slurm"
+
+    @property
     def log(self) -> Path:
         return self.directory / "logs" / f"{self.job}.log"
 

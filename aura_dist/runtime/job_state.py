@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,8 @@ class JobState:
         Jobs that it waits for.
     starts
         How often it was started at all.
+    submission
+        Which of its submissions to a queue counts; empty if none does.
     """
 
     job: str
@@ -52,14 +55,15 @@ class JobState:
     log: str = ""
     needs: tuple[str, ...] = field(default=())
     starts: int = 0
+    submission: str = ""
 
     def renewed(self) -> "JobState":
-        """As if it had not been tried: it waits to be started."""
-        return replace(self, state="queued", reason="", attempts=0)
+        """As if it had not been tried: it waits to be started, and no submission counts any more."""
+        return replace(self, state="queued", reason="", attempts=0, submission="")
 
     def submitted(self) -> "JobState":
         """As it stands once another attempt is in a queue: what the last one left must not be read as its end."""
-        return replace(self, state="queued", reason="")
+        return replace(self, state="queued", reason="", submission=uuid.uuid4().hex)
 
     def begun(self) -> "JobState":
         """As it stands once an attempt has started."""

@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from aura_dist.errors import ClusterError
 from aura_dist.runtime.job_command import JobCommand
+from aura_dist.runtime.slurm_jobs import scancel_words, still_queued
 
 STOP_SECONDS = 60.0
 _INTERRUPTED = 128 + signal.SIGTERM
@@ -37,7 +39,16 @@ class LocalLauncher:
         return self._slots.count(None)
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
-        """Jobs that go on from an earlier run of the sweep: none, as its processes end with it."""
+        """Jobs that go on from an earlier run of the sweep: none, as its processes end with it.
+
+        ClusterError if that run left some in Slurm's queue, or Slurm does not say: they would run twice.
+        """
+        queued = still_queued(commands)
+        if queued:
+            raise ClusterError(
+                f"--launcher local: expected no job of this sweep in Slurm's queue, got {len(queued)}, which would run "
+                f"twice; go on with --launcher slurm, or end them first: {scancel_words(queued.values())}"
+            )
         return []
 
     def start(self, commands: Sequence[JobCommand]) -> None:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -58,16 +58,7 @@ class SlurmLauncher:
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
         """Jobs of an earlier run of the sweep that are still in the queue."""
-        ids = {c: self._id_path(c).read_text().strip() for c in commands if self._id_path(c).exists()}
-        listed: set[str] | None = queued_jobs() if ids else set()
-        if listed is None:
-            raise ClusterError(
-                "squeue: expected the jobs in the queue, got no answer; try again later: a job that is still there "
-                "would be started twice"
-            )
-        for command, slurm_id in ids.items():  # one that has said its end leaves the queue, and may be tried again
-            if slurm_id in listed and command.state.state in ("queued", "running"):
-                self._watched[command.job] = _Watched(command, slurm_id)
+        self._watched = {c.job: _Watched(c, slurm_id) for c, slurm_id in still_queued(commands).items()}
         return list(self._watched)
 
     def start(self, commands: Sequence[JobCommand]) -> None:
@@ -78,12 +69,12 @@ class SlurmLauncher:
                 command.write(command.state.submitted())
             try:
                 with outside_job(), executor.batch():
-                    submitted = [executor.submit(JobTask(command)) for command in mine]
+                    submitted = [executor.submit(JobTask(command, command.state.submission)) for command in mine]
                 ids = [job.job_id for job in submitted]
             except Exception as error:  # of submitit's and of sbatch's own kinds
                 raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
             for command, slurm_id in zip(mine, ids, strict=True):
-                self._id_path(command).write_text(f"{slurm_id}\n")
+                command.slurm_id.write_text(f"{slurm_id}\n")
                 self._watched[command.job] = _Watched(command, slurm_id)
             logger.info("%s: %d jobs submitted as %s", stage, len(mine), ids[0].partition("_")[0])
 
@@ -99,8 +90,8 @@ class SlurmLauncher:
         """Leave the jobs in the queue."""
         if not self._watched:
             return ""
-        arrays = sorted({entry.slurm_id.partition("_")[0] for entry in self._watched.values()})
-        return f"; {len(self._watched)} jobs stay in Slurm's queue (to end them: scancel {' '.join(arrays)})"
+        words = scancel_words(entry.slurm_id for entry in self._watched.values())
+        return f"; {len(self._watched)} jobs stay in Slurm's queue (to end them: {words})"
 
     def _gone(self) -> list[str]:
         """Jobs that left the queue without an end of their own; writes that they failed."""
@@ -117,9 +108,6 @@ class SlurmLauncher:
                 found.append(job)
         return found
 
-    def _id_path(self, command: JobCommand) -> Path:
-        return command.config.with_suffix(".slurm")
-
 
 @dataclass
 class _Watched:
@@ -130,20 +118,48 @@ class _Watched:
     missed: int = 0
 
 
+def still_queued(commands: Sequence[JobCommand]) -> dict[JobCommand, str]:
+    """Jobs that wait or run in Slurm's queue, with their numbers there; ClusterError if Slurm does not say."""
+    waiting = [c for c in commands if c.slurm_id.exists() and c.state.submission]
+    # one that has said its end leaves the queue, and may be tried again
+    ids = {c: c.slurm_id.read_text().strip() for c in waiting if c.state.state in ("queued", "running")}
+    listed: set[str] | None = queued_jobs() if ids else set()
+    if listed is None:
+        raise ClusterError(
+            f"squeue: expected an answer whether {len(ids)} jobs of this sweep are in Slurm's queue, got none: they "
+            "would be started twice; try again where squeue answers, or, if they are gone, remove "
+            f"{next(iter(ids)).slurm_id.parent}/*.slurm"
+        )
+    return {command: slurm_id for command, slurm_id in ids.items() if slurm_id in listed}
+
+
+def scancel_words(slurm_ids: Iterable[str]) -> str:
+    """The command that ends these jobs, their whole arrays."""
+    return "scancel " + " ".join(sorted({slurm_id.partition("_")[0] for slurm_id in slurm_ids}))
+
+
 class JobTask:
     """What submitit runs within a Slurm job, on every task of its step; task 0 keeps the state.
 
     The stage is a process of its own on each task, and forms its ranks from Slurm's variables. Slurm's warning
     reaches it too; it ends between two batches, and submitit queues the job again.
+
+    A driver that was killed while it submitted knows nothing of its jobs, and the next one starts theirs anew: only
+    the `submission` that the state names runs, and only it writes the state.
     """
 
-    def __init__(self, command: JobCommand) -> None:
+    def __init__(self, command: JobCommand, submission: str) -> None:
         self.command = command
+        self.submission = submission
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self) -> int:
         leads = os.environ.get("SLURM_PROCID", "0") == "0"
+        if not self._counts():
+            print(f"{self.command.job}: this submission does not count any more; nothing is done", flush=True)
+            return 0
         if leads:
+            self.command.slurm_id.write_text(f"{_own_id()}\n")
             self.command.begin()
         with self.command.open_log() as log:
             self._process = self.command.start(log)
@@ -152,9 +168,12 @@ class JobTask:
                 code = self._process.wait()
             finally:
                 signal.signal(signal.SIGTERM, before)
-        if leads:
+        if leads and self._counts():
             self.command.end(code)
         return code
+
+    def _counts(self) -> bool:
+        return self.command.state.submission == self.submission
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         assert self._process is not None
@@ -166,8 +185,16 @@ class JobTask:
 
         code = 0 if self._process is None else _ended(self._process)
         interrupted = 128 + getattr(signal, f"SIG{WARNING}")
+        if not self._counts():
+            return None
         self.command.end(code if code == 0 else interrupted)
-        return None if code == 0 else DelayedSubmission(JobTask(self.command))
+        return None if code == 0 else DelayedSubmission(JobTask(self.command, self.submission))
+
+
+def _own_id() -> str:
+    """The number of the job that this process is in, as squeue writes it."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
 def _ended(process: "subprocess.Popen[str]") -> int:

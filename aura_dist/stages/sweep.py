@@ -24,6 +24,7 @@ from aura_dist.core.grid import STAGES, Cell, make_cells
 from aura_dist.core.jobs import Graph, Job, make_graph
 from aura_dist.core.sweep_table import cell_row, figures, render_plan
 from aura_dist.errors import ConfigError, StoreError, SweepError
+from aura_dist.evaluation.compare import against_plain
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.job_cost import Cost, plan_costs
 from aura_dist.runtime.local_jobs import LocalLauncher
@@ -110,6 +111,7 @@ class Sweep:
             )
             for job in graph.jobs.values()
         }
+        self._compared: dict[str, dict[str, float]] = {}
 
     def is_done(self, job: Job) -> bool:
         """Whether it said so, and what it made is there."""
@@ -192,10 +194,24 @@ class Sweep:
         rows = []
         for cell, last in zip(self._cells, self._graph.last, strict=True):
             row = cell_row(cell, self._graph.ancestry(last), states)
-            path = self._out / row["output"]
-            found = figures(json.loads(path.read_text())) if row["state"] == "done" and path.suffix == ".json" else {}
+            found = {}
+            if row["state"] == "done" and self._graph.jobs[last].stage == "evaluate":
+                found = {**figures(self._results(last)), **self._against_plain(last)}
             rows.append({**row, **{name: value for name, value in found.items() if name not in row}})
         return rows
+
+    def _results(self, job_id: str) -> Any:
+        return json.loads((self._out / self._graph.jobs[job_id].product).read_text())
+
+    def _against_plain(self, job_id: str) -> dict[str, float]:
+        """Columns of a finished evaluation beside the plain model's; none as long as that is not done."""
+        plain = self._graph.plain(job_id)
+        if plain is None or not self.is_done(self._graph.jobs[plain]):
+            return {}
+        if job_id not in self._compared:  # thousands of draws, and the table is written after every cell
+            found = against_plain(self._results(plain), self._results(job_id))
+            self._compared[job_id] = {f"against_plain.{name}": value for name, value in found.items()}
+        return self._compared[job_id]
 
     def write_table(self) -> None:
         """Replace table.parquet and table.csv."""

@@ -1,21 +1,30 @@
 """Sweeps on this machine: one table, every job once, failures with their reason, stop, start and growth."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from aura_dist.cli import main
+from aura_dist.cli import main, read_config_file
+from aura_dist.config import VERBS, SweepConfig, merge
+from aura_dist.core.grid import STAGES, make_cells
+from aura_dist.core.jobs import make_graph
 from aura_dist.errors import StoreError
-from aura_dist.stages.sweep import locked
+from aura_dist.evaluation.toxicity import ByPrompt, ratios
+from aura_dist.runtime.job_command import JobCommand
+from aura_dist.settings import resolve
+from aura_dist.stages.sweep import Sweep, locked, resolved_settings
 from tests.distributed.launch import REPOSITORY
 
 pytestmark = pytest.mark.timeout(300)
@@ -73,6 +82,46 @@ def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_onl
     expected = json.loads((tmp_path / "by-hand.json").read_text())["perplexity"]["token_weighted"]
     assert table["perplexity.token_weighted"][1] == pytest.approx(expected, rel=1e-6)
     assert len(set(table["perplexity.token_weighted"])) == 3, "every cell has its own figure"
+    increase = table["against_plain.perplexity_increase"]
+    assert pd.isna(increase[0]), "the plain model itself"
+    expected = table["perplexity.token_weighted"][1:] - table["perplexity.token_weighted"][0]
+    pd.testing.assert_series_equal(increase[1:], expected, check_names=False)
+
+
+def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path):
+    """Results of two methods' and the plain model's evaluations by hand, the plain one's last."""
+    config = sweep({"method": ["none", "aura", "det0"]}, evaluate={"toxicity_prompts": "prompts.jsonl"})
+    document = read_config_file(config)
+    known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
+    cells = make_cells(document, known)
+    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    running = Sweep(resolve(SweepConfig, merge("sweep", document, {})), cells, graph)
+    (tmp_path / "sweep" / "results").mkdir(parents=True)
+
+    def finish(job_id, shares):
+        head = {"prompts_sha256": "p", "scorer": "s", "num_samples": 1, "settings": {}}
+        kept = {"toxic_share": shares, "maximum": shares}
+        results = {"model_fingerprint": "f", "toxicity": {**head, "per_prompt": kept}}
+        (tmp_path / "sweep" / graph.jobs[job_id].product).write_text(json.dumps(results))
+        command = JobCommand(tmp_path / "sweep", job_id, "evaluate")
+        command.begin()
+        command.end(0)
+
+    plain, aura, det0 = graph.last
+    finish(aura, [0.5, 0.0, 0.25])
+    finish(det0, [0.0, 0.0, 0.0])
+    running.write_table()
+    assert not [name for name in pd.read_csv(tmp_path / "sweep" / "table.csv") if name.startswith("against_plain.")]
+    finish(plain, [1.0, 0.5, 0.5])
+    running.write_table()
+    table = pd.read_parquet(tmp_path / "sweep" / "table.parquet")
+    found = table[[f"against_plain.times_less_toxic.{name}" for name in ("value", "low", "high")]]
+    expected = ratios(*(ByPrompt(np.array(s), np.array(s)) for s in ([1.0, 0.5, 0.5], [0.5, 0.0, 0.25])))["probability"]
+    assert found.isna().all(axis=1).tolist() == [True, False, False]
+    assert found.iloc[1].tolist() == list(expected.values())
+    assert found.iloc[2].tolist() == [math.inf] * 3
+    written = pd.read_csv(tmp_path / "sweep" / "table.csv")
+    pd.testing.assert_frame_equal(table, written.astype(table.dtypes))
 
 
 def test_failed_cell_is_retried_then_listed_and_takes_no_other_with_it(sweep, tmp_path, capsys):

@@ -107,16 +107,27 @@ def num_done(store: Path) -> int:
         return 0
 
 
+def under_way(store: Path) -> bool:
+    """Whether a task was begun, and neither finished nor given back."""
+    group = open_group(str(store))
+    return bool((read_array(group, ATTEMPTS)[read_array(group, DONE) == 0] > 0).any())
+
+
 def interrupt_and_resume(slurm, settings, directory, times):
-    """Slurm's warning in the middle of a collection, so many times; the job queues itself again and finishes."""
+    """Slurm's warning in the middle of a collection, so many times; the job queues itself again and finishes.
+
+    The first comes after a task is done, the others as soon as one is begun: so that some are left for all of them.
+    """
     config, store, log = write_config(settings, directory, sharding="fsdp"), directory / "store.zarr", directory / "log"
     job = slurm.submit(*NODES, "--output", log, "launch/ranks.sbatch", "collect", "--config", config, **HERE)
-    before = 0
+    wait_until(lambda: num_done(store) > 0, log)
     for restart in range(1, times + 1):
-        wait_until(lambda: num_done(store) > before, log)  # noqa: B023 (called within the turn)
+        if restart > 1:
+            wait_until(lambda: under_way(store), log)
         assert slurm.run("scancel", "--signal=USR1", job).returncode == 0
         wait_until(lambda: is_requeued(slurm, job, restart), log)  # noqa: B023
-        before = num_done(store)
+        assert times == 1 or not under_way(store), "a warning counts as no death"
+        assert times == 1 or num_done(store) < len(read_array(open_group(str(store)), DONE)), "nothing is left"
         slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+4")  # Slurm lets it wait for two minutes
     assert slurm.wait(job, 180, log) == "COMPLETED", log.read_text()
     assert log.read_text().count("requeued as job") == times, log.read_text()
@@ -142,6 +153,7 @@ def test_warned_job_queues_itself_again_and_finishes(slurm, settings, whole, tmp
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_job_warned_three_times_equals_the_uninterrupted_one(slurm, settings, tmp_path):
+    settings = {**settings, "collect": {**settings["collect"], "num_positive": 240, "num_negative": 240}}  # 5 tasks
     uninterrupted = tmp_path / "uninterrupted"
     config, log = write_config(settings, uninterrupted, sharding="fsdp"), uninterrupted / "log"
     job = slurm.submit(*NODES, "--output", log, "launch/ranks.sbatch", "collect", "--config", config, **HERE)

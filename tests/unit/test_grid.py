@@ -59,6 +59,30 @@ def test_plain_model_is_one_cell_whatever_the_other_values():
     assert count(graph)["evaluate"] == 13
 
 
+def test_plain_model_of_a_cell_is_evaluated_by_the_same_settings():
+    prompts = {"toxicity_prompts": ["a.jsonl", "b.jsonl"], "preprompt": ["Be kind.", "Be rude."], "num_samples": [5, 9]}
+    cells, graph = graph_of({"method": ["none", "aura"], "strength": [0.5, 1.0], "seed": [0, 1], "evaluate": prompts})
+    measured = ("seed", "evaluate.toxicity_prompts", "evaluate.preprompt", "evaluate.num_samples")
+    plain = {
+        tuple(cell.values[name] for name in measured): last
+        for cell, last in zip(cells, graph.last, strict=True)
+        if cell.values["method"] == "none"
+    }
+    assert len(plain) == 16
+    for cell, last in zip(cells, graph.last, strict=True):
+        mine = plain[tuple(cell.values[name] for name in measured)]
+        assert graph.plain(last) == (None if last == mine else mine)
+    assert not any(graph.plain(job.id) for job in graph.jobs.values() if job.stage != "evaluate")
+
+
+def test_cell_without_a_plain_model_by_its_settings_has_none():
+    parts = [{"method": ["none"], "dtype": ["float32"]}, {"method": ["aura"], "dtype": ["float32", "bfloat16"]}]
+    _, graph = graph_of(parts, evaluate={**BASE["evaluate"], "strength": 0.5, "sharding": "fsdp"})
+    assert [graph.plain(last) for last in graph.last] == [None, graph.last[0], None]
+    _, alone = graph_of({"method": ["aura"]})
+    assert alone.plain(alone.last[0]) is None
+
+
 def test_section_leaves_the_grid_to_the_other_stages():
     grid = {"pooling": ["max", "mean"], "method": ["aura"]}
     _, apart = graph_of(grid)

@@ -100,6 +100,72 @@ def test_next_sweep_follows_what_is_in_the_queue_and_has_not_ended(slurm, comman
         slurm_jobs.SlurmLauncher(tmp_path, {}).adopt([command])
 
 
+def test_local_sweep_waits_for_what_is_in_the_queue(slurm, command, monkeypatch):
+    slurm.launcher.start([command])
+    local = LocalLauncher(1)
+    with pytest.raises(ClusterError, match=r"--launcher local: expected no job .* got 1, .*first: scancel 7$"):
+        local.adopt([command])
+    monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: None)
+    with pytest.raises(ClusterError, match=r"would be started twice; .* remove .*/jobs/\*\.slurm"):
+        local.adopt([command])
+    monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: {"8"})
+    assert local.adopt([command]) == [], "it is gone"
+    command.write(command.state.renewed())
+    monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: None)
+    assert local.adopt([command]) == [], "what was settled once is not asked again"
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Files of the log that a stage would have been started with, in place of its process."""
+    started = []
+
+    def start(self, log, **how):
+        started.append(log.name)
+        return SimpleNamespace(wait=lambda: 0)
+
+    monkeypatch.setattr(JobCommand, "start", start)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    return started
+
+
+def test_job_of_a_driver_that_was_killed_while_it_submitted_does_not_run_beside_the_next_ones(slurm, command, stages):
+    slurm.launcher.start([command])
+    command.slurm_id.unlink()  # sbatch had answered, and the number was not written yet
+    after = slurm_jobs.SlurmLauncher(command.directory, {})
+    assert after.adopt([command]) == []
+    command.write(command.state.renewed())
+    after.start([command])
+    orphan, counted = slurm.executor.submitted
+    assert (orphan(), stages, command.state.state) == (0, [], "queued")
+    assert (counted(), len(stages), command.state.state) == (0, 1, "done")
+    assert orphan() == 0
+    assert (len(stages), command.state.starts) == (1, 1)
+
+
+def test_job_that_nobody_noted_is_followed_once_it_runs(slurm, command, stages, monkeypatch):
+    slurm.launcher.start([command])
+    command.slurm_id.unlink()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    (orphan,) = slurm.executor.submitted
+    adopted = []
+    monkeypatch.setattr(
+        JobCommand, "end", lambda self, code: adopted.extend(slurm_jobs.SlurmLauncher(self.directory, {}).adopt([self]))
+    )
+    orphan()
+    assert adopted == [command.job]
+
+
+def test_running_job_that_was_given_up_says_nothing_of_the_next_ones_state(slurm, command, stages, monkeypatch):
+    slurm.launcher.start([command])
+    (given_up,) = slurm.executor.submitted
+    begin = JobCommand.begin
+    monkeypatch.setattr(JobCommand, "begin", lambda self: (begin(self), self.write(self.state.submitted())))
+    given_up()
+    assert command.state.state == "queued"
+
+
 @pytest.mark.parametrize(
     ("gpus", "num_slots", "ranks", "shares"),
     [

@@ -8,7 +8,7 @@ import pytest
 
 from aura_dist.errors import InputError
 from aura_dist.evaluation.bootstrap import bootstrap_means, interval
-from aura_dist.evaluation.compare import MISSING, check_same_prompts, load_all, main, table
+from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, load_all, main, table
 from aura_dist.evaluation.toxicity import ByPrompt, by_prompt, estimates, groups, ratios
 
 
@@ -120,6 +120,26 @@ def test_what_was_measured_otherwise_is_not_compared(key, value):
     other["toxicity"][key] = value
     with pytest.raises(InputError, match=r"--baseline .x\.json.: expected the same"):
         check_same_prompts(results([0.5]), other, "x.json")
+
+
+def test_figures_against_the_plain_model():
+    def measured(shares, perplexity, texts="t", **more):
+        section = {"token_weighted": perplexity, "sha256": texts}
+        return results(shares, model_fingerprint="f", perplexity=section, **more)
+
+    plain = measured([0.5, 1.0, 0.5], 12.0)
+    assert against_plain(plain, measured([0.25, 0.5, 0.25], 13.5)) == {
+        "times_less_toxic.value": 2.0, "times_less_toxic.low": 2.0, "times_less_toxic.high": 2.0,
+        "perplexity_increase": 1.5,
+    }  # fmt: skip
+    uneven = against_plain(plain, measured([0.25, 1.0, 0.0], None))
+    expected = ratios(ByPrompt(np.array([0.5, 1, 0.5]), np.zeros(3)), ByPrompt(np.array([0.25, 1, 0]), np.zeros(3)))
+    assert uneven == {f"times_less_toxic.{k}": v for k, v in expected["probability"].items()}, "no perplexity"
+    assert against_plain(plain, measured([0.0, 0.0, 0.0], 12.0))["times_less_toxic.value"] == math.inf
+    assert against_plain(measured([0.0], 1.0), measured([0.0], 2.0)) == {"perplexity_increase": 1.0}, "0 ÷ 0"
+    assert against_plain(plain, measured([0.5, 1.0, 0.5], 12.0, texts="others", sha="b")) == {}
+    assert against_plain(plain, {**plain, "model_fingerprint": "another"}) == {}
+    assert against_plain({"model_fingerprint": "f"}, plain) == {}, "neither was measured there"
 
 
 def test_files_of_one_name_are_told_apart(tmp_path, capsys):
