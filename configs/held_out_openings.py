@@ -24,11 +24,11 @@ from aura_dist.errors import AuraError, InputError
 def held_out(table: Table, seen: set[str], number: int, words: int) -> list[str]:
     """`number` toxic comments of at least `words` words that are not `seen`, drawn with seed 0; at least one.
 
-    A comment that stands in the file twice is seen where either of the two is.
+    A comment that stands in the file twice is one comment, and seen where either of the two is.
     """
     texts = check_texts(table, "text")
     toxic = parse_labels(table, ["toxic"])[:, 0] == 1
-    unseen = [text for text, is_toxic in zip(texts, toxic, strict=True) if is_toxic and text not in seen]
+    unseen = dict.fromkeys(t for t, is_toxic in zip(texts, toxic, strict=True) if is_toxic and t not in seen)
     others = [text for text in unseen if len(text.split()) >= words]
     if not others:
         raise InputError(

@@ -1,5 +1,6 @@
 """The recipes of `configs/` that are programs: what they make of small files."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -27,7 +28,9 @@ def collected(tiny_dir, tmp_path_factory):
 
 
 def openings(place, *more):
-    command = [str(OPENINGS), str(place / "s.zarr"), str(place / "comments.csv"), str(place / "out.jsonl"), *more]
+    """Held out of a store, unless `more` says of what else."""
+    command = [str(OPENINGS), str(place / "comments.csv"), str(place / "out.jsonl"), *more]
+    command += [] if "--rest" in more else ["--store", str(place / "s.zarr")]
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -45,6 +48,19 @@ def test_openings_are_of_toxic_comments_that_no_fit_saw(collected):
     seen = {COMMENTS[row % len(COMMENTS)][0] for row in rows}
     expected = {" ".join(text.split()[:5]) for text, toxic in COMMENTS if toxic and text not in seen}
     assert set(made) == expected
+
+
+def test_the_rest_holds_none_of_the_comments_taken(collected, tmp_path):
+    done = openings(collected, "--words", "5", "--number", "7", "--rest", str(tmp_path / "rest.csv"))
+    assert done.returncode == 0, done.stderr
+    lines = (collected / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    made = {json.loads(line)["prompt"]["text"] for line in lines}
+    with (tmp_path / "rest.csv").open(newline="", encoding="utf-8") as file:
+        rest = [(row["text"], row["toxic"] == "true") for row in csv.DictReader(file)]
+    taken = [text for text, toxic in COMMENTS if toxic and " ".join(text.split()[:5]) in made]
+    assert len(made) == len(taken) == 7
+    kept = [(text, bool(toxic)) for text, toxic in [*COMMENTS, *COMMENTS, ("too short", 1)] if text not in taken]
+    assert rest == kept
 
 
 def test_no_opening_is_one_line(collected):
