@@ -184,9 +184,10 @@ def test_failed_measurement_leaves_no_file_and_takes_none(tiny_dir, tmp_path, ca
     assert main(command) == 2
     assert "expected a text of at least two tokens" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "texts.csv"]
-    out.write_text("earlier results")
+    earlier = '{"schema": 1}'
+    out.write_text(earlier)
     assert main(command) == 2
-    assert out.read_text() == "earlier results"
+    assert out.read_text() == earlier
     texts.write_text("text\nA whole sentence.\n")
     assert main(command) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "r.json", "texts.csv"]
