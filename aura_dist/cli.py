@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
         sub.add_argument("--config", action=_Once, default=argparse.SUPPRESS, metavar="FILE", help=CONFIG_HELP)
         sub.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks of errors")
+        sub.add_argument("--check", action="store_true", help="check the settings, and run nothing")
         types = hints(verb.config)
         for spec in fields(verb.config):
             if not spec.metadata["file_only"]:
@@ -133,9 +134,11 @@ def run(argv: Sequence[str] | None = None) -> None:
         What the user asked for cannot be done.
     """
     flags = vars(build_parser().parse_args(argv))
-    name, config_path, debug = flags.pop("verb"), flags.pop("config", None), flags.pop("debug")
+    name, config_path, debug, only_check = (flags.pop(key, None) for key in ("verb", "config", "debug", "check"))
     document = read_config_file(config_path) if config_path else {}
     config: Any = resolve(VERBS[name].config, merge(name, document, flags))
+    if only_check:
+        return
 
     from aura_dist.runtime.log import configure_logging
     from aura_dist.runtime.memory import keep_freed_memory

@@ -5,10 +5,18 @@
 # collect → score → fit → evaluate as four jobs, each once the one before has succeeded; prints their numbers. RANKS and
 # STEP are sbatch's flags for the stages of many ranks (collect, evaluate) and of one process. With WORKERS=N scoring is
 # done by N Dask workers (see score_dask.sh); RANKS_SCRIPT=launch/multi_node.sbatch starts ranks by torchrun. The same
-# command again does what is left: a finished store, and finished scores, are left alone.
+# command again does what is left: a finished store, and finished scores, are left alone. The settings of all four
+# stages are checked before the first job is submitted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 config=${1:?usage: bash launch/pipeline.sh CONFIG.yaml}
+source launch/site.sh
+for verb in collect score fit evaluate; do
+  $CONTAINER aura-dist "$verb" --config "$config" --check || {
+    echo "nothing is submitted: $verb lacks what it needs" >&2
+    exit 2
+  }
+done
 after=""
 for verb in collect score fit evaluate; do
   case $verb in

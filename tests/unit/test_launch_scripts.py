@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +48,31 @@ def test_site_may_read_variables_that_are_not_set(ranks, tmp_path):
     site.write_text('echo "loaded $NO_SUCH_VARIABLE"\n')
     done = ranks(0, SITE=str(site))
     assert (done.returncode, done.stdout) == (0, "loaded \ncores unset\n"), done.stderr
+
+
+def test_pipeline_submits_nothing_before_all_settings_are_right(tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/submitted\necho 7\n')
+    sbatch.chmod(0o755)
+    settings = tmp_path / "run.yaml"
+    settings.write_text(
+        "model: m\nstore: s.zarr\ncollect: {data: c.csv, concepts: [toxic]}\nfit: {concept: toxic, out: i}\n"
+    )
+    programs = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
+
+    def pipeline():
+        return subprocess.run(
+            ["bash", REPOSITORY / "launch" / "pipeline.sh", settings],
+            env={"PATH": os.pathsep.join(programs)}, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    done = pipeline()
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --out is required"), done.stderr
+    assert done.stderr.endswith("nothing is submitted: evaluate lacks what it needs\n")
+    assert not (tmp_path / "submitted").exists()
+    with settings.open("a") as file:
+        file.write("evaluate: {perplexity_texts: t.csv, out: r.json}\n")
+    done = pipeline()
+    assert (done.returncode, done.stdout) == (0, "collect 7\nscore 7\nfit 7\nevaluate 7\n"), done.stderr
+    assert len((tmp_path / "submitted").read_text().splitlines()) == 4
