@@ -11,6 +11,7 @@ from aura_dist.runtime import slurm_jobs
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.local_jobs import LocalLauncher
 from aura_dist.runtime.slurm_executor import make_executor, outside_job, stage_resources
+from aura_dist.runtime.slurm_queue import queued_jobs
 
 
 @pytest.fixture
@@ -113,6 +114,25 @@ def test_local_sweep_waits_for_what_is_in_the_queue(slurm, command, monkeypatch)
     command.write(command.state.renewed())
     monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: None)
     assert local.adopt([command]) == [], "what was settled once is not asked again"
+
+
+def test_queue_is_asked_of_whole_whatever_the_user_sets_for_squeue(tmp_path, monkeypatch):
+    """A script stands for squeue: it leaves out what Slurm's own does, of hidden partitions and other states."""
+    script = tmp_path / "squeue"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *"--user {os.getuid()} "*) ;; *) exit 1 ;; esac\n'
+        'test -n "$SQUEUE_STATES" || printf "7_1\\n7_2\\n"\n'
+        'case "$*" in *--all*) echo 8 ;; esac\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "somebody-else")
+    assert queued_jobs() == {"7_1", "7_2", "8"}
+    script.write_text("#!/bin/sh\nexit 1\n")
+    assert queued_jobs() is None
 
 
 @pytest.fixture
