@@ -97,14 +97,22 @@ class _Keeper:
             self._give_up()
 
     async def _forget_ended(self, queue: set[str]) -> None:
-        """Forget jobs that were refused or are in the queue no more."""
+        """Forget jobs that were refused or are in the queue no more; one with a worker is at work, whatever is listed.
+
+        The cluster forgets jobs too, between two steps of this one.
+        """
+        at_work = {worker.name for worker in self._cluster.scheduler.workers.values()}
         jobs = self._cluster.workers
-        missed = {job.job_id: self._missed.get(job.job_id, 0) + 1 for job in jobs.values() if job.job_id not in queue}
-        self._missed = missed
-        for name, job in list(jobs.items()):
-            if job.job_id is None or missed.get(job.job_id, 0) >= MISSES:
-                del jobs[name]
+        lacked = [j for name, j in jobs.items() if j.job_id not in queue and not self._names(name) & at_work]
+        self._missed = {job.job_id: self._missed.get(job.job_id, 0) + 1 for job in lacked}
+        for name in [name for name, j in jobs.items() if j.job_id is None or self._missed.get(j.job_id, 0) >= MISSES]:
+            job = jobs.pop(name, None)
+            if job is not None:
                 await job.close()
+
+    def _names(self, job: str) -> set[str]:
+        """Names of a job's workers, as dask-jobqueue gives them."""
+        return {f"{job}{suffix}" for suffix in self._cluster.worker_spec[job].get("group", [""])}
 
     async def _submit(self, num_lacking: int) -> None:
         self._tries += 1

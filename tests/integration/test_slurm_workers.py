@@ -1,11 +1,13 @@
 """`--dask slurm` when Slurm refuses, or its jobs end early. Scripts stand for Slurm's commands; jobs run here."""
 
+import asyncio
 import os
 import signal
 import stat
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import pytest
@@ -29,8 +31,8 @@ OPTIONS = {"interface": "lo", "scheduler_options": {"dashboard_address": ":0"}}
 def commands(tmp_path, monkeypatch):
     """Writes Slurm's commands."""
 
-    def write(sbatch: str) -> None:
-        scripts = {"sbatch": sbatch, "scancel": 'kill -9 "-$1"\n', "squeue": LISTS}
+    def write(sbatch: str, squeue: str = LISTS) -> None:
+        scripts = {"sbatch": sbatch, "scancel": 'kill -9 "-$1"\n', "squeue": squeue}
         for name, script in scripts.items():
             file = tmp_path / f".{name}"
             file.write_text(f"#!/bin/sh\n{script}")
@@ -81,6 +83,37 @@ def test_job_that_ends_before_the_work_is_submitted_again(processes, commands, c
         assert client.submit(os.getpgrp, pure=False).result(timeout=90) != group
     assert "1 of 1 jobs have ended before the work" in caplog.text
     assert "could not be closed" not in caplog.text
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_job_with_a_worker_is_kept_even_where_squeue_does_not_list_it(processes, commands, caplog):
+    commands(RUNS)
+    with dask_client("slurm", processes, "1GB", {**OPTIONS, "cores": 2, "processes": processes}) as client:
+        client.wait_for_workers(processes, timeout=60)
+        commands(RUNS, squeue="exit 0\n")
+        looks = slurm_keeper.MISSES + 2
+        time.sleep(looks * (slurm_keeper.LOOK_SECONDS + 0.2))
+        assert client.submit(os.getpgrp, pure=False).result(timeout=60)
+    assert "have ended before the work" not in caplog.text
+    assert "could not be seen to" not in caplog.text
+
+
+def test_job_that_the_cluster_forgets_meanwhile_is_no_error():
+    jobs, closed = {}, []
+
+    class Job:
+        job_id = None  # refused
+
+        async def close(self):
+            closed.append(self)
+            jobs.pop("job-1", None)  # as the cluster does with the job of a worker that was lost
+
+    jobs.update({f"job-{i}": Job() for i in range(3)})
+    spec = {name: {} for name in jobs}
+    cluster = SimpleNamespace(workers=jobs, worker_spec=spec, scheduler=SimpleNamespace(workers={}))
+    asyncio.run(slurm_keeper._Keeper(cluster, 3)._forget_ended(set()))
+    assert (jobs, len(closed)) == ({}, 2)
 
 
 @pytest.mark.timeout(180)
