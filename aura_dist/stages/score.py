@@ -119,8 +119,7 @@ def _score(
         if config.dask == "processes":  # every worker loads its kernels now, not within its first column
             client.run(compile_kernels, names)
         progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
-        workers = sum(client.nthreads().values())
-        most = max(1, num_columns // max(1, TASKS_PER_THREAD * workers))
+        most = max(1, num_columns // max(1, TASKS_PER_THREAD * sum(client.nthreads().values())))
         tasks = _tasks(_columns(group, spec, left, names), neuron_bytes, most)
         for task, scored in _results(client, source, tasks):
             num_unscored += scored.num_unscored
@@ -128,6 +127,7 @@ def _score(
             neurons = task[-1].stop - task[0].start
             progress.advance(len(task), neurons, neurons * neuron_bytes[task[0].site, task[0].pooling])
         progress.finish()
+        workers = sum(client.nthreads().values())  # at the end: jobs of a cluster come when they come
     add_times(group, SCORED, {"seconds": progress.elapsed_seconds, "neurons": num_neurons}, {"workers": workers})
     logger.info(
         "of the workers' time: reading %.0f %%, scoring %.0f %%, writing %.0f %%", *100 * seconds / seconds.sum()

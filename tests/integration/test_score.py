@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from urllib.parse import urlsplit
 
 import dask
@@ -24,7 +26,9 @@ from aura_dist.errors import StoreError
 from aura_dist.runtime.cluster import dask_client
 from aura_dist.stages import score as stage
 from aura_dist.store import columns as worker
+from aura_dist.store.access import open_group
 from aura_dist.store.schema import tasks_of
+from aura_dist.store.times import SCORED, read_times
 from tests.stores import TOKENS_PER_BATCH, make_store
 
 WIDTHS, CONCEPTS, NUM_ROWS = (320, 200, 96), ("toxic", "insult"), 250
@@ -320,6 +324,21 @@ def test_cluster_that_is_there(store, scored):
         assert cluster.scheduler_address.startswith("tcp://")
         assert score(store, "--dask", cluster.scheduler_address) == 0
     assert score_files(store) == score_files(scored)
+
+
+def test_workers_that_come_later_are_noted(store, monkeypatch):
+    from distributed import Client, LocalCluster
+
+    @contextmanager
+    def slow_to_come(*settings):
+        none_yet = LocalCluster(n_workers=0, threads_per_worker=1, processes=False, dashboard_address=None)
+        with none_yet as cluster, Client(cluster) as client:
+            Timer(1.0, cluster.scale, [1]).start()
+            yield client
+
+    monkeypatch.setattr(stage, "dask_client", slow_to_come)
+    assert score(store) == 0
+    assert read_times(open_group(str(store)), SCORED)["workers"] == 1
 
 
 def test_scheduler_that_does_not_answer(store, monkeypatch, capsys):
