@@ -14,6 +14,8 @@ from aura_dist.runtime.slurm_keeper import jobs_kept, submit_lacking
 logger = logging.getLogger(__name__)
 
 SLURM_JOBS = 2
+# Sites let sbatch say more, before its own line or in its place; Dask takes the first digit for the job's number.
+JOB_ID = r"(?m)(?:Submitted batch job |^)(?P<job_id>\d+)(?=;|\s*$| on cluster )"
 # As in `cluster.SETTINGS`, which jobs do not get.
 _ENVIRONMENT = {**KEEP_FREED_MEMORY, "DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE": "False"}
 
@@ -30,14 +32,14 @@ def slurm_cluster(num_workers: int | None, limit: int, options: Mapping[Any, Any
         Slurm is not on this machine, refuses the jobs, or ends them again and again before the work is done.
     """
     try:
-        from dask_jobqueue.slurm import SLURMCluster
+        from dask_jobqueue.slurm import SLURMCluster, SLURMJob
     except ImportError as error:
         raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
     if shutil.which("sbatch") is None:
         raise ClusterError("--dask slurm: expected Slurm's sbatch on this machine, found none")
     defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}
     made: dict[str, Any] = {**defaults, **options, "job_script_prologue": _prologue(options)}
-    cluster = SLURMCluster(**made)
+    cluster = SLURMCluster(job_cls=type("SLURMJob", (SLURMJob,), {"job_id_regexp": JOB_ID}), **made)
     try:
         count = num_workers or SLURM_JOBS
         logger.info("slurm: asked for %d workers; the job script:\n%s", count, cluster.job_script())

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import stat
 import time
@@ -22,6 +23,7 @@ pytest.importorskip("dask_jobqueue", reason="the extra `slurm` is not installed"
 RUNS = 'copy=$(mktemp -p "$JOBS")\ncp "$1" "$copy"\nsetsid sh "$copy" > /dev/null 2>&1 &\n'
 RUNS += 'touch "$JOBS/$!.job"\necho "Submitted batch job $!"\n'
 ENDS = 'sh -c "exit 1" &\ntouch "$JOBS/$!.job"\necho "Submitted batch job $!"\n'
+WAITS = 'setsid sleep 60 > /dev/null 2>&1 &\ntouch "$JOBS/$!.job"\n'
 REFUSES = 'echo "sbatch: error: invalid partition specified: nope" >&2\nexit 1\n'
 LISTS = 'cd "$JOBS" && for f in *.job; do kill -0 "-${f%.job}" 2> /dev/null && echo "${f%.job}"; done\nexit 0\n'
 OPTIONS = {"interface": "lo", "scheduler_options": {"dashboard_address": ":0"}}
@@ -97,6 +99,31 @@ def test_job_with_a_worker_is_kept_even_where_squeue_does_not_list_it(processes,
         assert client.submit(os.getpgrp, pure=False).result(timeout=60)
     assert "have ended before the work" not in caplog.text
     assert "could not be seen to" not in caplog.text
+
+
+@pytest.mark.timeout(60)
+def test_job_that_waits_in_the_queue_is_not_submitted_again(commands, caplog):
+    commands(f'{WAITS}echo "Welcome to the Stampede3 Supercomputer"\necho "Submitted batch job $!"\n')
+    with dask_client("slurm", 1, "1GB", OPTIONS):
+        time.sleep((slurm_keeper.MISSES + 2) * (slurm_keeper.LOOK_SECONDS + 0.2))
+    assert "have ended before the work" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Submitted batch job 4123",
+        "Submitted batch job 4123 on cluster c2",
+        "2 nodes of Stampede3 are free\nSubmitted batch job 4123",
+        "4123",
+        "4123;c2",
+        "2026-11-24 INFO\n4123\n",
+    ],
+)
+def test_number_of_a_job_is_found_in_whatever_sbatch_says(said):
+    found = re.search(slurm_workers.JOB_ID, said)
+    assert found is not None
+    assert found["job_id"] == "4123"
 
 
 def test_job_that_the_cluster_forgets_meanwhile_is_no_error():
