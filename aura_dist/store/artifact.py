@@ -142,7 +142,7 @@ class Intervention:
         return Intervention(scale, shift, meta)
 
     def save(self, directory: str | Path) -> None:
-        """Write both files; StoreError if the directory cannot be written.
+        """Write both files; StoreError if the directory cannot be written, or `load` would refuse what is written.
 
         Both are written aside first. While they take their places the description is missing, so that an
         interruption never leaves the files of two interventions to be read as one.
@@ -152,6 +152,7 @@ class Intervention:
         tensors |= {f"{s}.shift": np.asarray(v, dtype=np.float32) for s, v in self.shift.items()}
         meta = {**self.meta, "format_version": FORMAT_VERSION, "sites": self.sites}
         try:
+            _check_tensors(tensors)
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=place, prefix=".writing-") as scratch:
                 made = Path(scratch)
@@ -160,7 +161,7 @@ class Intervention:
                 (place / META_FILE).unlink(missing_ok=True)
                 (made / WEIGHTS_FILE).replace(place / WEIGHTS_FILE)
                 (made / META_FILE).replace(place / META_FILE)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise StoreError(f"intervention {str(place)!r} cannot be written: {error}") from error
 
     @classmethod

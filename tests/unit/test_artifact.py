@@ -120,6 +120,21 @@ def test_unwritable_directory_is_an_error(tmp_path):
         example().save(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (({"up": np.array([1, np.inf], np.float32)}, {}), "values in 'up.scale' that are not finite"),
+        (({"up": np.ones(2)}, {"up": np.zeros(3)}), "2 and 3 neurons for 'up'"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written_over_what_stands(maps, message, tmp_path):
+    """As it comes of strengths and compositions that float32 cannot hold."""
+    Intervention({"up": np.ones(2)}, {}, {}).save(tmp_path)
+    with pytest.raises(StoreError, match=message):
+        Intervention(*maps, {}).save(tmp_path)
+    assert Intervention.load(tmp_path).scale["up"].tolist() == [1, 1]
+
+
 def test_overwriting_replaces_all(tmp_path):
     example(0).save(tmp_path)
     smaller = Intervention({"other": np.zeros(2, np.float32)}, meta={"method": "det0"})
