@@ -11,6 +11,7 @@ written at the end, by one process, and `adjusted` says that they are.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -20,7 +21,7 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
-from aura_dist.errors import ConfigError
+from aura_dist.errors import ConfigError, StoreError
 from aura_dist.store.access import damaged, get_array, is_there, read_array
 from aura_dist.store.basis import Basis
 from aura_dist.store.schema import StoreSpec, activation_path, codecs
@@ -119,7 +120,10 @@ def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
 
 
 def discard(group: zarr.Group, spec: StoreSpec) -> None:
-    """Remove all scores, whatever state they are in; the markers first: a removal cut off leaves none that count."""
+    """Remove all scores, whatever state they are in; first what says that they count: a removal may be cut off."""
+    with suppress(StoreError):  # a damaged description goes with the rest
+        if (scores := _scores_of(group)) is not None:
+            scores.attrs.put({})
     for name in (*_markers(group, spec, damaged_too=True), "scores"):
         del group[name]
 

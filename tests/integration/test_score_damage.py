@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import zarr
 
 import aura_dist
 from aura_dist.cli import main
@@ -90,3 +91,22 @@ def test_q_values_are_not_made_from_missing_p_values(scored, store, capsys):
     (store / "scores" / "layers.0.up" / "max" / "p_value" / "c" / "0" / "2").unlink()
     assert score(store) == 2
     assert "layers.0.up/max/p_value/c/0/2' is not there" in capsys.readouterr().err
+
+
+def test_removal_that_is_cut_off_leaves_nothing_that_counts(store, scored, monkeypatch):
+    remove = zarr.Group.__delitem__
+
+    def cut_off(group, name):
+        if name != "scores":
+            return remove(group, name)
+        for array in store.glob("scores/*/*/q_value"):
+            shutil.rmtree(array)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zarr.Group, "__delitem__", cut_off)
+        assert score(store, "--overwrite") == 130
+    with pytest.raises(StoreError, match="has not been scored"):
+        aura_dist.top_neurons(store, "toxic", 3)
+    assert score(store) == 0
+    assert score_files(store) == score_files(scored)
