@@ -107,7 +107,7 @@ def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
     nothing that counts.
     """
     scores = _scores_of(group)
-    stood = scores is not None
+    stood = scores is not None and "digest" in scores.attrs
     if scores is None:
         scores = group.create_group("scores")
     elif scores.attrs.get("digest") == basis.digest:

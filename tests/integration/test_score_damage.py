@@ -93,7 +93,7 @@ def test_q_values_are_not_made_from_missing_p_values(scored, store, capsys):
     assert "layers.0.up/max/p_value/c/0/2' is not there" in capsys.readouterr().err
 
 
-def test_removal_that_is_cut_off_leaves_nothing_that_counts(store, scored, monkeypatch):
+def test_removal_that_is_cut_off_leaves_nothing_that_counts(store, scored, monkeypatch, capsys):
     remove = zarr.Group.__delitem__
 
     def cut_off(group, name):
@@ -110,3 +110,4 @@ def test_removal_that_is_cut_off_leaves_nothing_that_counts(store, scored, monke
         aura_dist.top_neurons(store, "toxic", 3)
     assert score(store) == 0
     assert score_files(store) == score_files(scored)
+    assert "on other rows" not in capsys.readouterr().err
