@@ -93,7 +93,7 @@ def fingerprint(one: Evaluation) -> str:
 
 
 def drawn(one: Evaluation) -> str:
-    """What a share of toxic continuations depends on beside the model, but for the seed: that draws another sample."""
+    """What a share of toxic continuations depends on beside the model and its dtype; a seed is another draw of it."""
     what = {key: one.toxicity.get(key) for key in ("prompts_sha256", "scorer", "num_samples")}
     settings = {key: value for key, value in _settings(one).items() if key != "seed"}
     return json.dumps([what, settings], sort_keys=True)
