@@ -66,19 +66,25 @@ def run(config: ScoreConfig) -> None:
     basis = basis_of(store, group, spec, partial=config.partial)
     if basis.partial:
         logger.warning("%d of %d rows are there: these scores are of them alone", basis.num_rows, basis.total_rows)
-    _begin(store, group, spec, basis, overwrite=config.overwrite)
-    left = pending(group, spec, names)
+    if not config.overwrite:
+        _begin(store, group, spec, basis)
+    left = pending(group, spec, names, anew=config.overwrite)
     if left:
         if not config.dask.startswith(SCHEMES):
             _check_memory(left, basis, len(spec.concepts), *shape)
         compile_kernels(names)
         source = Source(store, basis.runs, uuid.uuid4().hex)
-        try:
-            _score(config, group, spec, source, left, names)
-        except StoreError as error:
-            if config.dask in LOCAL_KINDS:
-                raise
-            raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
+        with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
+            if config.overwrite:  # now that nothing else is in the way
+                _begin(store, group, spec, basis, overwrite=True)
+            if config.dask == "processes":  # every worker loads its kernels now, not within its first column
+                client.run(compile_kernels, names)
+            try:
+                _score(client, group, spec, source, left, names)
+            except StoreError as error:
+                if config.dask in LOCAL_KINDS:
+                    raise
+                raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
     if "q_value" in names:
         adjust(group, spec)
     if "auroc" in names:
@@ -87,7 +93,7 @@ def run(config: ScoreConfig) -> None:
                 _show(group, spec, concept, pooling)
 
 
-def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, overwrite: bool) -> None:
+def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, overwrite: bool = False) -> None:
     try:
         if overwrite:
             discard(group, spec)
@@ -108,26 +114,23 @@ def _check_memory(left: list[Pending], basis: Basis, num_concepts: int, limit: i
 
 
 def _score(
-    config: ScoreConfig, group: zarr.Group, spec: StoreSpec, source: Source, left: list[Pending], names: Sequence[str]
+    client: "Client", group: zarr.Group, spec: StoreSpec, source: Source, left: list[Pending], names: Sequence[str]
 ) -> None:
     """Score what is left, and log where the time went and how many neurons have no score."""
     num_columns, num_neurons = (sum(getattr(p, what) for p in left) for what in ("num_columns", "num_neurons"))
     num_rows = sum(stop - start for start, stop in source.runs)
     neuron_bytes = {(p.site, p.pooling): num_rows * p.item_bytes for p in left}
     num_unscored, seconds = 0, np.zeros(3)
-    with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
-        if config.dask == "processes":  # every worker loads its kernels now, not within its first column
-            client.run(compile_kernels, names)
-        progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
-        most = max(1, num_columns // max(1, TASKS_PER_THREAD * sum(client.nthreads().values())))
-        tasks = _tasks(_columns(group, spec, left, names), neuron_bytes, most)
-        for task, scored in _results(client, source, tasks):
-            num_unscored += scored.num_unscored
-            seconds += scored.read_seconds, scored.compute_seconds, scored.write_seconds
-            neurons = task[-1].stop - task[0].start
-            progress.advance(len(task), neurons, neurons * neuron_bytes[task[0].site, task[0].pooling])
-        progress.finish()
-        workers = sum(client.nthreads().values())  # at the end: jobs of a cluster come when they come
+    progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
+    most = max(1, num_columns // max(1, TASKS_PER_THREAD * sum(client.nthreads().values())))
+    tasks = _tasks(_columns(group, spec, left, names), neuron_bytes, most)
+    for task, scored in _results(client, source, tasks):
+        num_unscored += scored.num_unscored
+        seconds += scored.read_seconds, scored.compute_seconds, scored.write_seconds
+        neurons = task[-1].stop - task[0].start
+        progress.advance(len(task), neurons, neurons * neuron_bytes[task[0].site, task[0].pooling])
+    progress.finish()
+    workers = sum(client.nthreads().values())  # at the end: jobs of a cluster come when they come
     add_times(group, SCORED, {"seconds": progress.elapsed_seconds, "neurons": num_neurons}, {"workers": workers})
     logger.info(
         "of the workers' time: reading %.0f %%, scoring %.0f %%, writing %.0f %%", *100 * seconds / seconds.sum()

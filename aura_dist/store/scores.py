@@ -134,16 +134,19 @@ def _markers(group: zarr.Group, spec: StoreSpec, *, damaged_too: bool = False) -
     return names if damaged_too else [name for name in names if is_there(group, name)]
 
 
-def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str]) -> list[Pending]:
-    """What every site and pooling lacks of `names`, in model order; those that lack nothing are left out."""
+def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str], *, anew: bool = False) -> list[Pending]:
+    """What every site and pooling lacks of `names`, in model order; those that lack nothing are left out.
+
+    With `anew` as if no score were there.
+    """
     wanted = sum(BITS[name] for name in names if name not in OVER_MODEL)
     found = []
     for site in spec.sites:
         for pooling in spec.poolings:
             responses = get_array(group, activation_path(site.name, pooling))
             chunk, marker = responses.chunks[1], score_path(site.name, pooling, MARKER)
-            there = is_there(group, marker)
-            markers = read_array(group, marker) if there else np.zeros(ceil(site.width / chunk), np.uint32)
+            counts = not anew and is_there(group, marker)
+            markers = read_array(group, marker) if counts else np.zeros(ceil(site.width / chunk), np.uint32)
             missing = np.uint32(wanted) & ~markers
             item = Pending(site.name, pooling, site.width, chunk, responses.dtype.itemsize, markers, missing)
             if item.num_columns:

@@ -9,6 +9,7 @@ import zarr
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.errors import StoreError
+from aura_dist.runtime import cluster
 from tests.integration.test_score import score, score_files
 from tests.stores import make_store
 
@@ -111,3 +112,12 @@ def test_removal_that_is_cut_off_leaves_nothing_that_counts(store, scored, monke
     assert score(store) == 0
     assert score_files(store) == score_files(scored)
     assert "on other rows" not in capsys.readouterr().err
+
+
+def test_what_cannot_be_made_again_is_not_removed(store, monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
+    before = score_files(store)
+    assert before
+    for refused in (["--memory-limit", "1MB"], ["--dask", "tcp://127.0.0.1:1"]):
+        assert score(store, "--overwrite", *refused) == 2
+        assert score_files(store) == before, refused
