@@ -64,6 +64,14 @@ class Graph:
             found |= {j.id: j for j in self.ancestry(needed)}
         return [*found.values(), self.jobs[job]]
 
+    def descendants(self, job: str) -> list[Job]:
+        """All jobs that wait for a job, directly or not."""
+        found: dict[str, Job] = {}
+        for other in self.jobs.values():  # each after those it needs
+            if not found.keys().isdisjoint(other.needs) or job in other.needs:
+                found[other.id] = other
+        return list(found.values())
+
     def plain(self, job: str) -> str | None:
         """The evaluation of the plain model by the very settings of the evaluation `job`, if there is one."""
         measured = _measuring(self.jobs[job])

@@ -27,6 +27,8 @@ class LocalLauncher:
     """
 
     poll_seconds = 0.1
+    # a job is started once those it needs are done
+    chains = False
 
     def __init__(self, num_slots: int, keep_open: int | None = None) -> None:
         self._slots: list[tuple[JobCommand, subprocess.Popen[str]] | None] = [None] * num_slots
@@ -51,13 +53,18 @@ class LocalLauncher:
             )
         return []
 
-    def start(self, commands: Sequence[JobCommand]) -> None:
+    def start(self, commands: Sequence[JobCommand]) -> list[str]:
+        """Start as many jobs as there is room for; their names."""
         for command in commands:
             slot = self._slots.index(None)
             command.begin()
             with command.open_log() as log:
                 process = command.start(log, gpus=self._share(slot, command.ranks), keep_open=self._keep_open)
             self._slots[slot] = command, process
+        return [command.job for command in commands]
+
+    def withdraw(self, commands: Sequence[JobCommand]) -> None:
+        """Nothing: no job is started here before those that it needs are done."""
 
     def ended(self) -> list[str]:
         """Names of the jobs that have ended since the last call; their states are written."""

@@ -1,7 +1,7 @@
 """submitit's executors: what a sweep's jobs ask of Slurm, and the environment that they are submitted from."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,12 @@ def stage_resources(resources: Mapping[str, Any], stage: str) -> dict[str, Any]:
     return found if stage in _RANKED else {**found, "nodes": 1, "tasks_per_node": 1}
 
 
-def make_executor(folder: Path, stage: str, resources: Mapping[str, Any]) -> Any:
-    """submitit's executor for one stage's jobs; ConfigError for a parameter that it does not know."""
+def make_executor(folder: Path, stage: str, resources: Mapping[str, Any], after: Sequence[str] = ()) -> Any:
+    """submitit's executor for jobs of one stage; ConfigError for a parameter that it does not know.
+
+    They wait until the Slurm jobs `after` have ended well, and leave the queue once one of those has not. A dependency
+    among `resources` is for jobs that wait for no other job of the sweep.
+    """
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = WARNING  # read when submitit is imported, here and in the job
     try:
         import submitit
@@ -37,6 +41,12 @@ def make_executor(folder: Path, stage: str, resources: Mapping[str, Any]) -> Any
     parameters = {"name": f"aura-{stage}", **stage_resources(resources, stage)}
     setup = parameters.get("slurm_setup") or []
     parameters["slurm_setup"] = [_ALL_CORES, *([setup] if isinstance(setup, str) else setup)]
+    if after:
+        dependency = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+        parameters.pop("slurm_dependency", None)
+        parameters["slurm_additional_parameters"] = {
+            **(parameters.get("slurm_additional_parameters") or {}), **dependency
+        }  # fmt: skip
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**parameters)

@@ -1,10 +1,16 @@
-"""Jobs through Slurm, submitted as arrays by submitit. A job keeps its own state file, so that it needs no driver."""
+"""Jobs through Slurm, submitted as arrays by submitit.
+
+All jobs are submitted at once: Slurm holds each back until those that it needs have ended well (`afterok`), and each
+keeps its own state file. So they need no driver, but for trying again what failed.
+"""
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +27,13 @@ from aura_dist.runtime.slurm_queue import MISSES, queued_jobs
 logger = logging.getLogger(__name__)
 
 SQUEUE_SECONDS = 5.0
+# sbatch's words where a user, an account or the cluster has as many jobs as it may
+_LIMIT = re.compile("submit limit|temporarily", re.IGNORECASE)
 _LOST = "the Slurm job is gone without a word: cancelled, killed or out of memory; see {log} and `sacct`"
 
 
 class SlurmLauncher:
-    """Submits jobs, one array a stage, and follows them.
+    """Submits jobs, those of a stage that wait for the same jobs as one array, and follows them.
 
     Parameters
     ----------
@@ -41,42 +49,74 @@ class SlurmLauncher:
     """
 
     poll_seconds = 1.0
+    # Slurm holds back what waits for another job
+    chains = True
 
     def __init__(self, directory: Path, resources: Mapping[str, Any]) -> None:
         if shutil.which("sbatch") is None:
             raise ClusterError("--launcher slurm: expected Slurm's sbatch on this machine, found none; use local")
-        self._directory = directory
-        # all of them now: what is wrong with the last stage's shows before the first is run
-        self._executors = {stage: make_executor(directory / "slurm", stage, resources) for stage in STAGES}
+        self._directory, self._resources = directory / "slurm", resources
+        for stage in STAGES:  # what is wrong with the last stage's shows before the first is run
+            make_executor(self._directory, stage, resources)
         self._watched: dict[str, _Watched] = {}
         self._asked = 0.0
+        self._full = False
 
     @property
     def room(self) -> int:
-        """Jobs that can be submitted now: Slurm's queue holds any number; `slurm_array_parallelism` limits it."""
-        return 1000
+        """Jobs that can be submitted now: any number, until Slurm says that it takes no more."""
+        return 0 if self._full else 1000
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
-        """Jobs of an earlier run of the sweep that are still in the queue."""
-        self._watched = {c.job: _Watched(c, slurm_id) for c, slurm_id in still_queued(commands).items()}
+        """Jobs of an earlier run of the sweep that are in the queue, and wait there for no job that is not."""
+        queued, left = still_queued(commands), {c.job for c in commands}
+        for command in commands:  # each after those it needs
+            if command in queued and all(need not in left or need in self._watched for need in command.needs):
+                self._watched[command.job] = _Watched(command, queued[command])
         return list(self._watched)
 
-    def start(self, commands: Sequence[JobCommand]) -> None:
-        for stage in dict.fromkeys(command.stage for command in commands):
-            mine = [command for command in commands if command.stage == stage]
-            executor = self._executors[stage]
-            for command in mine:
-                command.write(command.state.submitted())
-            try:
-                with outside_job(), executor.batch():
-                    submitted = [executor.submit(JobTask(command, command.state.submission)) for command in mine]
-                ids = [job.job_id for job in submitted]
-            except Exception as error:  # of submitit's and of sbatch's own kinds
+    def start(self, commands: Sequence[JobCommand]) -> list[str]:
+        """Submit jobs, each after those it needs; the names of those that are in the queue then."""
+        arrays: dict[tuple[str, ...], list[JobCommand]] = {}
+        for command in commands:
+            arrays.setdefault((command.stage, *command.needs), []).append(command)
+        return [job for mine in arrays.values() for job in self._submit(mine)]
+
+    def _submit(self, commands: Sequence[JobCommand]) -> list[str]:
+        """One array of jobs of the same stage and needs, or what of it the queue has room for."""
+        if self._full:
+            return []
+        stage, needs = commands[0].stage, commands[0].needs
+        after = [self._watched[need].slurm_id for need in needs if need in self._watched]
+        executor = make_executor(self._directory, stage, self._resources, after)
+        for command in commands:
+            command.write(command.state.submitted())
+        try:
+            with outside_job(), executor.batch():
+                submitted = [executor.submit(JobTask(command, command.state.submission)) for command in commands]
+            ids = [job.job_id for job in submitted]
+        except Exception as error:  # of submitit's and of sbatch's own kinds
+            full = _LIMIT.search(str(error)) is not None
+            if full and len(commands) > 1:  # there may be room for some of them
+                middle = len(commands) // 2
+                return self._submit(commands[:middle]) + self._submit(commands[middle:])
+            if not (full and self._watched):
                 raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
-            for command, slurm_id in zip(mine, ids, strict=True):
-                command.slurm_id.write_text(f"{slurm_id}\n")
-                self._watched[command.job] = _Watched(command, slurm_id)
-            logger.info("%s: %d jobs submitted as %s", stage, len(mine), ids[0].partition("_")[0])
+            logger.info("%s: Slurm takes no more jobs (%s); the others once some have ended", stage, brief(error))
+            self._full = True
+            return []
+        for command, slurm_id in zip(commands, ids, strict=True):
+            command.slurm_id.write_text(f"{slurm_id}\n")
+            self._watched[command.job] = _Watched(command, slurm_id)
+        waiting = f", after {' '.join(after)}" if after else ""
+        logger.info("%s: %d jobs submitted as %s%s", stage, len(commands), ids[0].partition("_")[0], waiting)
+        return [command.job for command in commands]
+
+    def withdraw(self, commands: Sequence[JobCommand]) -> None:
+        """Take back jobs that wait for one that failed: Slurm drops them itself, and should one run, it does nothing."""
+        for command in commands:
+            self._watched.pop(command.job, None)
+            command.write(command.state.renewed())
 
     def ended(self) -> list[str]:
         """Names of the jobs that have ended since the last call."""
@@ -84,6 +124,7 @@ class SlurmLauncher:
         ended += [job for job in self._gone() if job not in ended]
         for job in ended:
             del self._watched[job]
+        self._full = self._full and not ended
         return ended
 
     def stop(self) -> str:
@@ -103,7 +144,9 @@ class SlurmLauncher:
         for job, entry in self._watched.items():
             entry.missed = 0 if listed is None or entry.slurm_id in listed else entry.missed + 1
             state = entry.command.state
-            if entry.missed >= MISSES and state.state not in ("done", "failed"):
+            # while it waits for another, Slurm drops it only because of that one, which is then told itself
+            waits = any(need in self._watched for need in entry.command.needs)
+            if entry.missed >= MISSES and not waits and state.state not in ("done", "failed"):
                 entry.command.write(state.lost(_LOST.format(log=state.log)))
                 found.append(job)
         return found
@@ -170,6 +213,8 @@ class JobTask:
                 signal.signal(signal.SIGTERM, before)
         if leads and self._counts():
             self.command.end(code)
+        if leads and code:
+            sys.exit(code if code > 0 else 128 - code)  # for Slurm: what waits for this job must not start
         return code
 
     def _counts(self) -> bool:
@@ -188,7 +233,9 @@ class JobTask:
         if not self._counts():
             return None
         self.command.end(code if code == 0 else interrupted)
-        return None if code == 0 else DelayedSubmission(JobTask(self.command, self.submission))
+        if code == 0:
+            sys.exit()  # done as it was warned: submitit would let the job fail, and all that waits for it
+        return DelayedSubmission(JobTask(self.command, self.submission))
 
 
 def _own_id() -> str:

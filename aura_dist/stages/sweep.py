@@ -1,8 +1,8 @@
 """sweep: a grid of settings → jobs that share what they have in common → one table. Never imports torch.
 
 Data flow: grid file → cells → graph of jobs (`core/`) → a launcher starts each job as `aura-dist STAGE` once what it
-needs is done, and keeps a state file of it → results files → table. What is done is read from these files alone, so
-that a sweep can be stopped and started again, and grown.
+needs is done, or leaves that to Slurm, and keeps a state file of it → results files → table. What is done is read from
+these files alone, so that a sweep can be stopped and started again, and grown.
 """
 
 import csv
@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -137,7 +137,7 @@ class Sweep:
         return {**job.settings, **{name: str(self._out / path) for name, path in job.paths.items()}}
 
     def work(self, launcher: LocalLauncher | SlurmLauncher, stop: StopFlag) -> None:
-        """Start jobs as they become ready, until none is left, or RunInterruptedError at a signal."""
+        """Start jobs as the launcher can take them, until none is left, or RunInterruptedError at a signal."""
         left = {job.id: job for job in self.left()}
         running = set(launcher.adopt([self._commands[job] for job in left]))
         for job in left.values():
@@ -145,10 +145,8 @@ class Sweep:
                 self._queue(job)
         logger.info("%d cells: %d jobs, %d to run", len(self._cells), len(self._graph.jobs), len(left))
         while True:
-            ready = [job for job in left.values() if job.id not in running and self._is_ready(job, left)]
-            starting = [self._commands[job.id] for job in ready[: launcher.room]]
-            launcher.start(starting)
-            running |= {command.job for command in starting}
+            ready = startable(left.values(), running, chains=launcher.chains)
+            running |= set(launcher.start([self._commands[job.id] for job in ready[: launcher.room]]))
             if not running:
                 break
             time.sleep(launcher.poll_seconds)
@@ -158,7 +156,10 @@ class Sweep:
                 raise interruption(stop.received, note)
             for job_id in launcher.ended():
                 running.remove(job_id)
-                self._settle(job_id, left)
+                if self._settle(job_id, left) == "failed":
+                    waiting = [job.id for job in self._graph.descendants(job_id) if job.id in running]
+                    launcher.withdraw([self._commands[name] for name in waiting])
+                    running.difference_update(waiting)
         self.write_table()
 
     def _queue(self, job: Job) -> None:
@@ -166,27 +167,21 @@ class Sweep:
         command = self._commands[job.id]
         command.write(command.state.renewed())
 
-    def _is_ready(self, job: Job, left: Mapping[str, Job]) -> bool:
-        return not any(needed in left for needed in job.needs)
-
-    def _settle(self, job_id: str, left: dict[str, Job]) -> None:
-        """Take a job that is done off the list, one that failed too often with all that waits for it."""
+    def _settle(self, job_id: str, left: dict[str, Job]) -> str:
+        """Take a job that is done off the list, one that failed too often with all that waits for it; its state."""
         state = self._commands[job_id].state
         if state.state == "done":
             del left[job_id]
             logger.info("%s: done in %.0f s; %d jobs left", job_id, state.seconds, len(left))
         elif state.state == "failed" and state.attempts > self._config.retries:
             logger.error("%s failed: %s", job_id, state.reason)
-            self._drop(job_id, left)
+            for lost in [job_id, *(job.id for job in self._graph.descendants(job_id))]:
+                left.pop(lost, None)
         elif state.state == "failed":
             logger.warning("%s failed, to be tried again: %s", job_id, state.reason)
         if job_id in self._graph.last:
             self.write_table()
-
-    def _drop(self, job_id: str, left: dict[str, Job]) -> None:
-        del left[job_id]
-        for waiting in [job.id for job in left.values() if job_id in job.needs]:
-            self._drop(waiting, left)
+        return state.state
 
     def rows(self) -> list[dict[str, Any]]:
         """The table: a row a cell."""
@@ -239,6 +234,26 @@ class Sweep:
                 f"{len(failed)} of {len(rows)} cells failed, the first by {failed[0]['reason']}; "
                 "mend the cause and run the same command: it does what is left"
             )
+
+
+def startable(left: Iterable[Job], running: Iterable[str], *, chains: bool) -> list[Job]:
+    """Jobs that can be started: what they need is done, or, if the launcher `chains` jobs, started too.
+
+    Parameters
+    ----------
+    left
+        Jobs that are not done, each after those that it needs.
+    running
+        Those that are started already.
+    """
+    jobs, started = {job.id: job for job in left}, set(running)
+    found = []
+    for job in jobs.values():
+        waits = {need for need in job.needs if need in jobs}
+        if job.id not in started and waits <= (started if chains else set()):
+            found.append(job)
+            started.add(job.id)
+    return found
 
 
 def dry_run(config: SweepConfig, document: Mapping[str, Any], cells: list[Cell], graph: Graph) -> str:

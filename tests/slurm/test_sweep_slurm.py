@@ -74,7 +74,7 @@ def test_failed_and_killed_cells_leave_the_others_alone_and_a_rerun_does_what_is
     first.send_signal(signal.SIGINT)
     said = first.communicate(timeout=30)[1]
     assert first.returncode == 130, said
-    assert "2 jobs stay in Slurm's queue" in said
+    assert "29 jobs stay in Slurm's queue" in said
 
     second = start(slurm, grid)
     killed = wait_for(lambda: running(sweep, "fit"))
@@ -105,6 +105,33 @@ def test_failed_and_killed_cells_leave_the_others_alone_and_a_rerun_does_what_is
     assert {after[name]["starts"] for name in set(after) - again} == {1}
     for name in (n for n in after if n.startswith("collect")):
         assert (sweep / after[name]["log"]).read_text().count("wrote") == 1, "collected once"
+
+
+def test_jobs_go_on_without_the_driver_and_those_that_wait_for_one_that_failed_wait_again(slurm, grid, tmp_path):
+    document = yaml.safe_load(grid.read_text())
+    document |= {"retries": 1, "grid": {"method": ["aura", "det0"], "top_k": [2, 4]}}
+    grid.write_text(yaml.safe_dump(document))
+    sweep = tmp_path / "sweep"
+    driver = start(slurm, grid)
+    killed = wait_for(lambda: running(sweep, "collect"))
+    waiting = {n: state for n, state in slurm.queue().items() if n != killed}
+    assert list(waiting.values()) == ["PENDING"] * 5, "Slurm holds them back"
+    assert slurm.run("scancel", "--signal=KILL", killed).returncode == 0
+    wait_for(lambda: running(sweep, "collect") not in (None, killed))
+    submissions = {state["submission"] for state in states(sweep).values()}
+    assert len(slurm.queue().keys() - waiting.keys() - {killed}) == 6 or driver.poll() is None
+    wait_for(lambda: all(s["submission"] for s in states(sweep).values()))
+    driver.kill()
+    driver.communicate(timeout=30)
+
+    wait_for(lambda: all(s["state"] in ("done", "failed") for s in states(sweep).values()))
+    found = states(sweep)
+    assert {s["state"] for s in found.values()} == {"done"}, f"{found}\n{tail(list((sweep / 'logs').iterdir()))}"
+    assert {name.split("-")[0]: s["starts"] for name, s in found.items()} == {"collect": 2, "score": 1, "fit": 1}
+    assert submissions, "of the second round"
+    said = start(slurm, grid).communicate(timeout=60)[1]
+    assert "6 jobs, 0 to run" in said
+    assert set(pd.read_csv(sweep / "table.csv")["state"]) == {"done"}
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Jobs of a sweep: their state files, and what the launchers make of them."""
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -38,13 +38,24 @@ def test_reason_is_what_the_last_attempt_said(command):
 
 
 class Executor:
-    """submitit's, without a cluster: gives numbers."""
+    """submitit's, without a cluster: gives numbers, refuses arrays of more than `room` jobs in all."""
 
     def __init__(self):
         self.submitted = []
+        self.after = []
+        self.room = 100
 
+    def make(self, directory, stage, resources, after=()):
+        self.after.append(list(after))
+        return self
+
+    @contextmanager
     def batch(self):
-        return nullcontext()
+        before = len(self.submitted)
+        yield
+        if len(self.submitted) > self.room:
+            del self.submitted[before:]
+            raise RuntimeError("sbatch: error: Job violates accounting/QOS policy (job submit limit, user's size)")
 
     def submit(self, task):
         self.submitted.append(task)
@@ -56,7 +67,7 @@ def slurm(tmp_path, monkeypatch):
     """A launcher whose jobs stay where the test puts them; `queue` is what squeue would say."""
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     executor, queue = Executor(), {"7_1", "7_2"}
-    monkeypatch.setattr(slurm_jobs, "make_executor", lambda *arguments: executor)
+    monkeypatch.setattr(slurm_jobs, "make_executor", executor.make)
     monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: queue)
     monkeypatch.setattr(slurm_jobs, "SQUEUE_SECONDS", -1.0)
     return SimpleNamespace(launcher=slurm_jobs.SlurmLauncher(tmp_path, {}), executor=executor, queue=queue)
@@ -99,6 +110,88 @@ def test_next_sweep_follows_what_is_in_the_queue_and_has_not_ended(slurm, comman
     monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: None)
     with pytest.raises(ClusterError, match="would be started twice"):
         slurm_jobs.SlurmLauncher(tmp_path, {}).adopt([command])
+
+
+@pytest.fixture
+def chain(command):
+    """score-a ◀ fit-a ◀ evaluate-a."""
+    score = JobCommand(command.directory, "score-a", "score")
+    fit = JobCommand(command.directory, "fit-a", "fit", ("score-a",))
+    return score, fit, JobCommand(command.directory, "evaluate-a", "evaluate", ("fit-a",))
+
+
+def test_jobs_are_submitted_at_once_each_after_those_that_it_needs(slurm, chain):
+    slurm.executor.after.clear()
+    assert slurm.launcher.start(chain) == ["score-a", "fit-a", "evaluate-a"]
+    assert slurm.executor.after == [[], ["7_1"], ["7_2"]]
+    score, fit, _ = chain
+    attempt(score, "", 0)
+    attempt(fit, "error: no room\n", 1)
+    assert slurm.launcher.ended() == ["score-a", "fit-a"]
+    slurm.launcher.withdraw(chain[2:])
+    slurm.executor.after.clear()
+    assert slurm.launcher.start(chain[1:]) == ["fit-a", "evaluate-a"]
+    assert slurm.executor.after == [[], ["7_4"]], "score is done"
+
+
+def test_jobs_with_the_same_needs_are_one_array(slurm, chain):
+    more = [JobCommand(chain[1].directory, f"fit-{name}", "fit", ("score-a",)) for name in "bc"]
+    slurm.executor.after.clear()
+    slurm.launcher.start([*chain[:2], *more])
+    assert slurm.executor.after == [[], ["7_1"]]
+
+
+def test_job_that_slurm_drops_for_what_it_waits_for_was_not_tried(slurm, chain):
+    score, fit, evaluate = chain
+    slurm.launcher.start(chain)
+    score.begin()
+    slurm.queue.clear()  # all three, at once
+    assert [slurm.launcher.ended(), slurm.launcher.ended()] == [[], ["score-a"]]
+    assert (fit.state.state, evaluate.state.attempts) == ("queued", 0)
+    slurm.launcher.withdraw([fit, evaluate])
+    assert slurm.launcher.ended() == []
+
+
+def test_waiting_job_that_a_user_cancels_fails_once_its_turn_has_come(slurm, chain):
+    score, fit, _ = chain
+    slurm.queue.clear()
+    slurm.queue.add("7_1")
+    slurm.launcher.start([score, fit])
+    assert [slurm.launcher.ended() for _ in range(3)] == [[]] * 3
+    attempt(score, "", 0)
+    assert slurm.launcher.ended() == ["score-a"]
+    assert slurm.launcher.ended() == ["fit-a"]
+    assert "gone without a word" in fit.state.reason
+
+
+def test_next_sweep_does_not_follow_what_waits_for_a_job_that_is_gone(slurm, chain):
+    slurm.queue.add("7_3")
+    slurm.launcher.start(chain)
+    slurm.queue.remove("7_2")
+    after = slurm_jobs.SlurmLauncher(chain[0].directory, {})
+    assert after.adopt(chain) == ["score-a"]
+    slurm.queue.add("7_2")
+    assert after.adopt(chain) == ["score-a", "fit-a", "evaluate-a"]
+    attempt(chain[0], "", 0)
+    after = slurm_jobs.SlurmLauncher(chain[0].directory, {})
+    assert after.adopt(chain[1:]) == ["fit-a", "evaluate-a"]
+
+
+def test_queue_that_takes_no_more_jobs_is_filled_and_asked_again_once_one_has_ended(slurm, chain):
+    fits = [JobCommand(chain[0].directory, f"fit-{name}", "fit", ("score-a",)) for name in "bcde"]
+    slurm.executor.room = 3
+    started = slurm.launcher.start([chain[0], *fits])
+    assert started == ["score-a", "fit-b", "fit-c"]
+    assert slurm.launcher.room == 0
+    assert slurm.launcher.start(fits[2:]) == []
+    attempt(chain[0], "", 0)
+    assert slurm.launcher.ended() == ["score-a"]
+    slurm.executor.room += 1
+    assert slurm.launcher.room > 0
+    assert slurm.launcher.start(fits[2:]) == ["fit-d"]
+    slurm.executor.room = 0
+    with pytest.raises(ClusterError, match="sbatch refused the jobs of fit: .*submit limit"):
+        slurm_jobs.SlurmLauncher(chain[0].directory, {}).start(fits[3:])
 
 
 def test_local_sweep_waits_for_what_is_in_the_queue(slurm, command, monkeypatch):
@@ -177,6 +270,35 @@ def test_job_that_nobody_noted_is_followed_once_it_runs(slurm, command, stages, 
     assert adopted == [command.job]
 
 
+@pytest.mark.parametrize(("code", "exit_code"), [(2, 2), (-9, 137), (143, 143)])
+def test_slurm_hears_how_a_stage_ended_from_its_first_task(slurm, command, stages, monkeypatch, code, exit_code):
+    process = SimpleNamespace(wait=lambda: code)
+    monkeypatch.setattr(JobCommand, "start", lambda self, log: process)
+    slurm.launcher.start([command])
+    (task,) = slurm.executor.submitted
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert task() == code
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with pytest.raises(SystemExit) as ended:
+        task()
+    assert ended.value.code == exit_code
+
+
+def test_stage_that_was_done_as_it_was_warned_ends_well_for_slurm(slurm, command, stages, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    slurm.launcher.start([command])
+    (task,) = slurm.executor.submitted
+    task()
+    task._process = SimpleNamespace()
+    monkeypatch.setattr(slurm_jobs, "_ended", lambda process: 0)
+    with pytest.raises(SystemExit) as ended:
+        task.checkpoint()
+    assert ended.value.code is None
+    monkeypatch.setattr(slurm_jobs, "_ended", lambda process: 138)
+    assert task.checkpoint() is not None
+    assert command.state.state == "queued"
+
+
 def test_running_job_that_was_given_up_says_nothing_of_the_next_ones_state(slurm, command, stages, monkeypatch):
     slurm.launcher.start([command])
     (given_up,) = slurm.executor.submitted
@@ -220,6 +342,21 @@ def test_resources_of_every_stage_are_checked_before_the_first_job(tmp_path, mon
     for wrong in ({"evaluate": {"nodez": 2}}, {"colect": {"nodes": 2}}):
         with pytest.raises(ConfigError, match=r"resources of .*(nodez|colect)"):
             slurm_jobs.SlurmLauncher(tmp_path, wrong)
+
+
+def test_what_jobs_wait_for_is_slurms_to_know(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    monkeypatch.setattr("shutil.which", lambda name, *more, **named: f"/usr/bin/{name}")
+    resources = {"slurm_dependency": "singleton", "slurm_additional_parameters": {"licenses": "a"}}
+
+    def script(after):
+        return make_executor(tmp_path, "fit", resources, after)._executor._make_submission_file_text("python", "id")
+
+    assert "#SBATCH --dependency=singleton" in script([])
+    waiting = script(["3_1", "4"])
+    assert waiting.count("--dependency") == 1
+    for line in ("--dependency=afterok:3_1:4", "--kill-on-invalid-dep=yes", "--licenses=a"):
+        assert f"#SBATCH {line}\n" in waiting
 
 
 def test_jobs_of_a_driver_that_is_a_job_have_their_own_cores_and_memory(tmp_path, monkeypatch):
