@@ -75,7 +75,8 @@ def render_plan(cells: Sequence[Cell], graph: Graph, left: Sequence[Job], cost: 
     left
         Jobs that are not done.
     cost
-        Id of a collection that is left → what it takes, in words.
+        Id of a collection or an evaluation that is left → what it takes, in words. Evaluations that take the same
+        are one line.
     """
     names = list(cells[0].values)
     table = [names, *([_text(cell.values[name]) for name in names] for cell in cells)]
@@ -84,8 +85,12 @@ def render_plan(cells: Sequence[Cell], graph: Graph, left: Sequence[Job], cost: 
     total, waiting = (Counter(job.stage for job in jobs) for jobs in (graph.jobs.values(), left))
     lines.append(f"{sum(total.values())} jobs, {sum(waiting.values())} to run")
     lines += [f"  {stage:<9}{total[stage]:>5}, {waiting[stage]} to run" for stage in STAGES if total[stage]]
-    if cost:
-        lines += ["", "collections to run, by `plan`", *(f"  {job}: {words}" for job, words in cost.items())]
+    collections = {job.id: cost[job.id] for job in left if job.stage == "collect" and job.id in cost}
+    evaluations = Counter(cost[job.id] for job in left if job.stage == "evaluate" and job.id in cost)
+    if collections:
+        lines += ["", "collections to run, by `plan`", *(f"  {job}: {words}" for job, words in collections.items())]
+    if evaluations:
+        lines += ["", "evaluations to run", *(f"  {number}, each {words}" for words, number in evaluations.items())]
     return "\n".join(lines)
 
 

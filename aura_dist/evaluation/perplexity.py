@@ -74,8 +74,7 @@ def negative_log_likelihoods(
         Upper bound on a forward's float32 logits. A text that is longer goes through the model in pieces, with the
         keys and values of those before; whole, if the model has layers that keep another state.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
-    limit = max(1, min(tokens_per_batch, logits_bytes // (4 * vocabulary)))
+    limit = tokens_at_once(model, tokens_per_batch, logits_bytes)
     order = np.argsort(tokens.num_tokens, kind="stable")
     by_length = tokens.take(order)
     sums = np.zeros(len(order))
@@ -88,6 +87,12 @@ def negative_log_likelihoods(
             else (_batch_sums(model, batch, num_context))
         )
     return sums, np.maximum(tokens.num_tokens.astype(np.int64) - max(1, num_context), 0)
+
+
+def tokens_at_once(model: PreTrainedModel, tokens_per_batch: int, logits_bytes: int = LOGITS_BYTES) -> int:
+    """Most tokens of one forward: what the caller allows, and as many as have logits of `logits_bytes`."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return max(1, min(tokens_per_batch, logits_bytes // (4 * int(vocabulary))))
 
 
 def _batch_sums(model: PreTrainedModel, batch: Batch, num_context: int) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""What collections would take, by `aura-dist plan`, each asked in a process of its own: planning needs torch."""
+"""What collections and evaluations would take, each asked in a process of its own: planning needs torch."""
 
 import json
 import subprocess
@@ -10,14 +10,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
 from aura_dist.runtime.cluster import available_cores
 from aura_dist.runtime.job_state import reason_of
 
 _SECONDS_AN_HOUR = 3600
-# what moves no figure of a plan
-_IRRELEVANT = frozenset({"store", "seed"})
+# what moves no figure
+_IRRELEVANT = frozenset({"store", "seed", "strength", "intervention", "out"})
+# stage → the module that is asked, and its words before and after the file of settings
+_ASKED = {
+    "collect": (("aura_dist", "plan", "--config"), ("--json",)),
+    "evaluate": (("aura_dist.stages.plan_evaluation",), ()),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Cost:
     store_bytes: int = 0
     num_unknown: int = 0
     reason: str = ""
+    left_out: str = ""
 
     @property
     def words(self) -> str:
@@ -36,8 +40,10 @@ class Cost:
             return f"not known: {self.reason}"
         hours = [f"{self.gpu_hours:.3g} GPU-hours"] if self.gpu_hours or not self.cpu_hours else []
         hours += [f"{self.cpu_hours:.3g} hours of CPU ranks"] if self.cpu_hours else []
-        size = f", {self.store_bytes / 1e9:.3g} GB on disk"
-        return " + ".join(hours) + size + (f", and {self.num_unknown} not known" if self.num_unknown else "")
+        more = [f"{self.store_bytes / 1e9:.3g} GB on disk"] if self.store_bytes else []
+        more += [f"and {self.num_unknown} not known"] if self.num_unknown else []
+        more += [f"without {self.left_out}"] if self.left_out else []
+        return ", ".join([" + ".join(hours), *more])
 
     @staticmethod
     def total(costs: "Iterable[Cost]") -> "Cost":
@@ -47,33 +53,37 @@ class Cost:
             sum(c.cpu_hours for c in costs),
             sum(c.store_bytes for c in costs),
             sum(bool(c.reason) for c in costs),
+            left_out=", ".join(dict.fromkeys(c.left_out for c in costs if c.left_out)),
         )
 
 
-def plan_costs(collections: Mapping[str, Mapping[str, Any]]) -> dict[str, Cost]:
-    """Name → settings of `plan`; equal ones are asked once."""
+def plan_costs(jobs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Cost]:
+    """Name → stage (`collect` or `evaluate`) and settings to plan with; equal ones are asked once."""
     keys = {
-        name: json.dumps({k: v for k, v in settings.items() if k not in _IRRELEVANT}, sort_keys=True)
-        for name, settings in collections.items()
+        name: json.dumps([stage, {k: v for k, v in settings.items() if k not in _IRRELEVANT}], sort_keys=True)
+        for name, (stage, settings) in jobs.items()
     }
     distinct = list(dict.fromkeys(keys.values()))
     with ThreadPoolExecutor(available_cores()) as pool:
-        found = dict(zip(distinct, pool.map(_ask, map(json.loads, distinct)), strict=True))
+        found = dict(zip(distinct, pool.map(lambda key: _ask(*json.loads(key)), distinct), strict=True))
     return {name: found[key] for name, key in keys.items()}
 
 
-def _ask(settings: Mapping[str, Any]) -> Cost:
+def _ask(stage: str, settings: Mapping[str, Any]) -> Cost:
+    before, after = _ASKED[stage]
     with TemporaryDirectory() as directory:
-        config = Path(directory) / "plan.yaml"
-        config.write_text(yaml.safe_dump(dict(settings)))
-        command = [sys.executable, "-m", "aura_dist", "plan", "--config", str(config), "--json"]
+        file = Path(directory) / "settings.json"  # which is YAML too
+        file.write_text(json.dumps(settings))
+        command = [sys.executable, "-m", *before, str(file), *after]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        plan = json.loads(done.stdout)
-        hours = settings["world_size"] * (plan["compute_seconds"] + plan["stream_seconds"]) / _SECONDS_AN_HOUR
-        size = int(plan["store"]["compressed_bytes"])
+        found = json.loads(done.stdout)
+        if stage == "evaluate":
+            hours, size, gpu = found["seconds"] / _SECONDS_AN_HOUR, 0, found["gpu"]
+        else:
+            hours = settings["world_size"] * (found["compute_seconds"] + found["stream_seconds"]) / _SECONDS_AN_HOUR
+            size, gpu = int(found["store"]["compressed_bytes"]), found["machine"]["gpu"]
     except (ValueError, KeyError):
         return Cost(reason=reason_of(done.returncode, done.stderr))
     refused = reason_of(done.returncode, done.stderr) if done.returncode else ""
-    gpu = bool(plan["machine"]["gpu"])
-    return Cost(hours if gpu else 0.0, 0.0 if gpu else hours, size, reason=refused)
+    return Cost(hours if gpu else 0.0, 0.0 if gpu else hours, size, reason=refused, left_out=found.get("left_out", ""))

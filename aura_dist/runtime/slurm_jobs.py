@@ -113,7 +113,7 @@ class SlurmLauncher:
         return [command.job for command in commands]
 
     def withdraw(self, commands: Sequence[JobCommand]) -> None:
-        """Take back jobs that wait for one that failed: Slurm drops them itself, and should one run, it does nothing."""
+        """Take back jobs that wait for one that failed: Slurm drops them; should one run, it does nothing."""
         for command in commands:
             self._watched.pop(command.job, None)
             command.write(command.state.renewed())

@@ -257,23 +257,30 @@ def startable(left: Iterable[Job], running: Iterable[str], *, chains: bool) -> l
 
 
 def dry_run(config: SweepConfig, document: Mapping[str, Any], cells: list[Cell], graph: Graph) -> str:
-    """Cells, jobs, and what `plan` says of the collections that are left."""
+    """Cells, jobs, and what the collections and evaluations that are left would take."""
     sweep = Sweep(config, cells, graph)
     left = sweep.left()
-    shared = {k: v for k, v in (document.get("plan") or {}).items() if k not in ("data", "store")}
-    wanted = {job.id: {**sweep.settings(job), **shared, **_launch(config)} for job in left if job.stage == "collect"}
+    planned = {k: v for k, v in (document.get("plan") or {}).items() if k not in ("data", "store")}
+    wanted = {}
+    for job in left:
+        if job.stage == "collect":
+            wanted[job.id] = job.stage, {**sweep.settings(job), **planned, **_launch(config, "collect")}
+        elif job.stage == "evaluate":
+            gpu = "device_memory" in planned or "device" in _launch(config, "evaluate")
+            more = {"tflops": planned.get("tflops"), **({"device": "cuda"} if gpu else {})}
+            wanted[job.id] = job.stage, {**job.settings, **more}
     costs = plan_costs(wanted)
-    total = Cost.total(costs.values())
     text = render_plan(cells, graph, left, {job: cost.words for job, cost in costs.items()})
-    note = "scoring, fits and evaluations are not in it" if left else "nothing is left"
-    return f"{text}\n\n{total.words if costs else '0 GPU-hours of collections'} in all; {note}"
+    total = Cost.total(costs.values()).words if costs else "0 GPU-hours"
+    note = "; scoring, fits, sampling and scorers are not in it" if left else "; nothing is left"
+    return f"{text}\n\n{total} in all, if ranks are busy all the time{note}"
 
 
-def _launch(config: SweepConfig) -> dict[str, Any]:
-    """Plan's flags that say how a collection would be started."""
+def _launch(config: SweepConfig, stage: str) -> dict[str, Any]:
+    """Plan's flags that say how a collection or an evaluation would be started."""
     if config.launcher == "local":
         return {"world_size": config.ranks}
-    resources = stage_resources(config.resources, "collect")
+    resources = stage_resources(config.resources, stage)
     counts = [resources.get(name, 1) for name in ("nodes", "tasks_per_node")]
     if not all(isinstance(count, int) and count > 0 for count in counts):
         raise ConfigError(f"resources: nodes, tasks_per_node: expected integers of at least 1, got {counts}")

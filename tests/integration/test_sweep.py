@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,28 @@ def test_dry_run_says_what_would_run_and_writes_nothing(sweep, tmp_path, capsys)
     assert hours[0] > 0
     assert total == pytest.approx(sum(hours), rel=0.01)
     assert not Path(tmp_path / "sweep").exists()
+
+
+def test_dry_run_counts_evaluations_and_asks_once_for_those_that_differ_in_strength(sweep, tmp_path, capsys):
+    (tmp_path / "texts.csv").write_text("text\nIt rained all day.\n")
+    evaluate = {"perplexity_texts": str(tmp_path / "texts.csv"), "text_column": "text"}
+    config = sweep(
+        [{"method": ["none"]}, {"method": ["aura"], "strength": [0.5, 1.0]}],
+        plan={"tflops": 1e-9},
+        evaluate={**evaluate, "tasks": ["arc_easy"]},
+    )
+    assert main(["sweep", "--config", config, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("  3, each "))
+    assert line.endswith(" hours of CPU ranks, without zero-shot tasks")
+    each = float(line.split()[2])
+    collection = next(float(line.split(": ")[1].split()[0]) for line in shown.splitlines() if ": " in line)
+    assert float(shown.strip().splitlines()[-1].split()[0]) == pytest.approx(3 * each + collection, rel=0.01)
+    (tmp_path / "texts.csv").unlink()
+    assert main(["sweep", "--config", config, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"  3, each not known: data .*texts.csv.* does not exist", shown), shown
+    assert ", and 3 not known" in shown
 
 
 def test_slurm_is_refused_where_there_is_none(sweep, capsys, monkeypatch):

@@ -190,7 +190,7 @@ def test_queue_that_takes_no_more_jobs_is_filled_and_asked_again_once_one_has_en
     assert slurm.launcher.room > 0
     assert slurm.launcher.start(fits[2:]) == ["fit-d"]
     slurm.executor.room = 0
-    with pytest.raises(ClusterError, match="sbatch refused the jobs of fit: .*submit limit"):
+    with pytest.raises(ClusterError, match=r"sbatch refused the jobs of fit: .*submit limit"):
         slurm_jobs.SlurmLauncher(chain[0].directory, {}).start(fits[3:])
 
 

@@ -1,0 +1,111 @@
+"""What an evaluation would take; no weights are read. Asked by `sweep --dry-run`, in a process of its own.
+
+    python -m aura_dist.stages.plan_evaluation SETTINGS.json
+
+SETTINGS.json holds settings of `evaluate`, and `tflops` (null: that of a usual rank). Prints one line of JSON:
+
+    seconds    of one rank that does all of it alone: what ranks that share the work take together
+    flops      of all forwards
+    gpu        whether these are seconds of a GPU
+    left_out   what is not in the figures, in words
+
+Left out are the scorer, sampling, loading and communication; and zero-shot tasks, where there are any.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from aura_dist.config import EvaluateConfig
+from aura_dist.core.evaluation_work import READ_RATE, LanguageModelCost, Step, continuing, reading
+from aura_dist.core.partition import make_batches
+from aura_dist.core.schedule import TFLOPS
+from aura_dist.data.tokens import load_tokenizer
+from aura_dist.errors import AuraError
+from aura_dist.evaluation.perplexity import tokens_at_once
+from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
+from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
+from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.texts import read_texts, tokenize_texts
+from aura_dist.model.sharding import DTYPES, ModelSource, load_config, skeleton
+from aura_dist.model.sizes import prepare, weight_sizes
+from aura_dist.model.trace import forward_cost
+from aura_dist.model.use import LoadedModel
+from aura_dist.settings import resolve
+
+
+def plan(config: EvaluateConfig, tflops: float | None = None) -> dict[str, Any]:
+    """The figures above.
+
+    Raises
+    ------
+    AuraError
+        Inputs cannot be read, or the model's forward cannot be traced without its weights.
+    """
+    source = ModelSource(config.model, config.revision, config.dtype)
+    tokenizer = load_tokenizer(source.name, source.revision)
+    loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
+    prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
+    steps = [*_texts(config, loaded, prefix), *_prompts(config, loaded, prefix)]
+    device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    rate = tflops or TFLOPS[device, DTYPES[config.dtype].itemsize]
+    longest = max((step.num_new for step in steps), default=1)
+    cost = model_cost(loaded.model, config.dtype, longest)
+    return {
+        "seconds": sum(cost.seconds(step, rate, READ_RATE[device]) for step in steps),
+        "flops": sum(map(cost.flops, steps)),
+        "gpu": device == "cuda",
+        "left_out": "zero-shot tasks" if config.tasks else "",
+    }
+
+
+def model_cost(model: PreTrainedModel, dtype: str, longest: int) -> LanguageModelCost:
+    """Of a model on the meta device, whose texts have at most `longest` tokens."""
+    head = model.get_output_embeddings().weight
+    prepare(model, model.config.get_text_config(decoder=True).num_hidden_layers, dtype)
+    sizes = weight_sizes(model, {})
+    read_bytes = sum(map(sum, sizes.layers)) + head.numel() * DTYPES[dtype].itemsize
+    return LanguageModelCost(forward_cost(model, [], [], max(2, longest)), 2.0 * head.numel(), read_bytes)
+
+
+def _texts(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | None) -> Iterator[Step]:
+    if not config.perplexity_texts:
+        return
+    file = read_texts(config.perplexity_texts, config.text_column, config.perplexity_labels)
+    lengths = sorted(tokenize_texts(file, loaded, prefix, config.max_tokens).num_tokens.tolist())
+    limit = tokens_at_once(loaded.model, config.tokens_per_batch)
+    batches = make_batches(lengths, slice(0, len(lengths)), limit)
+    yield from reading([(b.stop - b.start, lengths[b.stop - 1]) for b in batches])
+
+
+def _prompts(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | None) -> Iterator[Step]:
+    if not config.toxicity_prompts:
+        return
+    how = Decoding(config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    texts = read_prompts(config.toxicity_prompts, config.prompt_column, config.prompt_toxicity_column).texts
+    prompts = tokenize_prompts(texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix)
+    pairs = [(prompt, sample) for prompt in range(len(texts)) for sample in range(how.num_samples)]
+    batches = prompts.batches(pairs, config.continuations_per_batch)
+    yield from continuing(
+        ((len({p for p, _ in batch}), len(batch), len(prompts.ids[batch[0][0]])) for batch in batches),
+        how.max_new_tokens,
+    )
+
+
+def main(settings: Mapping[str, Any]) -> None:
+    """Print the figures of these settings."""
+    own = {name: value for name, value in settings.items() if name != "tflops"}
+    config = resolve(EvaluateConfig, {**own, "out": "none.json"})
+    print(json.dumps(plan(config, settings.get("tflops"))))
+
+
+if __name__ == "__main__":
+    try:
+        main(json.loads(Path(sys.argv[1]).read_text()))
+    except AuraError as failure:
+        sys.exit(f"error: {failure}")
