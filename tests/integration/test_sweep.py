@@ -209,7 +209,7 @@ def test_dry_run_counts_evaluations_and_asks_once_for_those_that_differ_in_stren
     (tmp_path / "texts.csv").unlink()
     assert main(["sweep", "--config", config, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"  3, each not known: data .*texts.csv.* does not exist", shown), shown
+    assert re.search(r"  3, each not known: data .*texts.csv.*: no such file", shown), shown
     assert ", and 3 not known" in shown
 
 
