@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,14 @@ _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def push(intervention: "Intervention", repo: str, *, private: bool, token: str | None) -> str:
-    """Upload files and card to `repo`, made if need be; returns the address of the commit. StoreError if it fails."""
+    """Upload files and card to `repo`, made if need be; returns the address of the commit. StoreError if it fails.
+
+    Of paths of this machine, only the last part leaves it.
+    """
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as scratch:
-        intervention.save(scratch)
+        replace(intervention, meta=_without_paths(intervention.meta)).save(scratch)
         (Path(scratch) / CARD_FILE).write_text(card(intervention, repo), encoding="utf-8")
         try:
             api = HfApi(token=token)
@@ -86,6 +90,17 @@ def _parts(meta: Mapping[str, Any]) -> str:
         "rows": rows or None,
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value)
+
+
+def _without_paths(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A description that names models and data as the card does."""
+    found = dict(meta)
+    for part, key in (("model", "name"), ("data", "path")):
+        if (found.get(part) or {}).get(key):
+            found[part] = {**found[part], key: _name(str(found[part][key]))}
+    if found.get("composed"):
+        found["composed"] = [_without_paths(inner) for inner in found["composed"]]
+    return found
 
 
 def _method(meta: Mapping[str, Any]) -> str:

@@ -64,7 +64,17 @@ def test_what_is_pulled_is_what_was_pushed(hub):
     assert {p.name for p in (hub / "me/damped").iterdir()} == {META_FILE, WEIGHTS_FILE, "README.md"}
     pulled = Intervention.from_hub("me/damped")
     assert pulled.digest == pushed.digest
-    assert dict(pulled.meta) == META
+    assert dict(pulled.meta) == {**META, "data": {**META["data"], "path": "comments.csv"}}
+
+
+def test_paths_of_this_machine_stay_here(hub, tmp_path):
+    local = example(model={"name": str(tmp_path), "fingerprint": "f" * 64})
+    (local @ local).push_to_hub("me/both")
+    written = "".join(p.read_text() for p in (hub / "me/both").iterdir() if p.name != WEIGHTS_FILE)
+    assert str(tmp_path) not in written
+    assert "someone" not in written
+    assert written.count(f'"{tmp_path.name}"') == 3
+    assert written.count('"comments.csv"') == 2
 
 
 def test_what_the_hub_refuses_is_an_error(hub):
