@@ -270,7 +270,7 @@ class SweepConfig:
         "slurm: submitit's parameters, such as timeout_min=60; in a file, a stage's own under its name", {}
     )
     retries: Annotated[int, Meta(ge=0)] = option("how often a job that failed is tried again", 2)
-    dry_run: bool = option("print cells, jobs and what the collections take, and run nothing", False)
+    dry_run: bool = option("print cells, jobs and what collections and evaluations take, and run nothing", False)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _at_least(values_BV: Tensor, least_B1: Tensor) -> tuple[Tensor, Tensor]:
     if values_BV.device.type != "cpu":
         row, token = (values_BV >= least_B1).nonzero(as_tuple=True)
         return row, token
-    flat = torch.from_numpy(np.flatnonzero(values_BV.numpy() >= least_B1.numpy()))
+    flat = torch.from_numpy(np.flatnonzero(values_BV.detach().numpy() >= least_B1.detach().numpy()))
     return flat // values_BV.shape[1], flat % values_BV.shape[1]
 
 

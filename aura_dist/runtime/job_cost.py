@@ -73,7 +73,7 @@ def _ask(stage: str, settings: Mapping[str, Any]) -> Cost:
     before, after = _ASKED[stage]
     with TemporaryDirectory() as directory:
         file = Path(directory) / "settings.json"  # which is YAML too
-        file.write_text(json.dumps(settings))
+        file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         command = [sys.executable, "-m", *before, str(file), *after]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:

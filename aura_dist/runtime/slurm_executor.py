@@ -41,13 +41,21 @@ def make_executor(folder: Path, stage: str, resources: Mapping[str, Any], after:
     parameters = {"name": f"aura-{stage}", **stage_resources(resources, stage)}
     setup = parameters.get("slurm_setup") or []
     parameters["slurm_setup"] = [_ALL_CORES, *([setup] if isinstance(setup, str) else setup)]
-    if after:
-        dependency = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
-        parameters.pop("slurm_dependency", None)
-        parameters["slurm_additional_parameters"] = {
-            **(parameters.get("slurm_additional_parameters") or {}), **dependency
-        }  # fmt: skip
+    teardown = parameters.get("slurm_teardown")
+    if teardown:  # its own exit code must not stand for the stage's
+        parameters["slurm_teardown"] = [
+            "code=$?",
+            *([teardown] if isinstance(teardown, str) else teardown),
+            "exit $code",
+        ]
     try:
+        if after:
+            parameters.pop("slurm_dependency", None)
+            parameters["slurm_additional_parameters"] = {
+                **dict(parameters.get("slurm_additional_parameters") or {}),
+                "dependency": f"afterok:{':'.join(after)}",
+                "kill-on-invalid-dep": "yes",
+            }
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**parameters)
     except (ValueError, TypeError, NameError, RuntimeError) as error:

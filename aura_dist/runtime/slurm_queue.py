@@ -3,6 +3,7 @@
 import logging
 import os
 import subprocess
+from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -24,3 +25,15 @@ def queued_jobs() -> set[str] | None:
         logger.debug("squeue: %s", error)
         return None
     return set(done.stdout.split())
+
+
+def cancel_waiting(slurm_ids: Sequence[str]) -> None:
+    """Take jobs that wait out of the queue, as far as Slurm answers: they hold places that others may need."""
+    for start in range(0, len(slurm_ids), 500):
+        try:
+            subprocess.run(
+                ["scancel", "--state=PENDING", *slurm_ids[start : start + 500]],
+                capture_output=True, timeout=60, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError) as error:
+            logger.debug("scancel: %s", error)

@@ -2,14 +2,16 @@
 
     python -m aura_dist.stages.plan_evaluation SETTINGS.json
 
-SETTINGS.json holds settings of `evaluate`, and `tflops` (null: that of a usual rank). Prints one line of JSON:
+SETTINGS.json holds settings of `evaluate`, and `tflops` (null: that of a usual rank) and `world_size`. Prints one line
+of JSON:
 
-    seconds    of one rank that does all of it alone: what ranks that share the work take together
+    seconds    of all ranks together: they share the continuations, and each replica reads all texts
     flops      of all forwards
     gpu        whether these are seconds of a GPU
     left_out   what is not in the figures, in words
 
-Left out are the scorer, sampling, loading and communication; and zero-shot tasks, where there are any.
+Left out are the scorer, sampling, loading and communication; zero-shot tasks, where there are any; and what a model
+computes again at every step that has another state than keys and values.
 """
 
 import json
@@ -19,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from aura_dist.config import EvaluateConfig
 from aura_dist.core.evaluation_work import READ_RATE, LanguageModelCost, Step, continuing, reading
+from aura_dist.core.layout import parse_layout
 from aura_dist.core.partition import make_batches
 from aura_dist.core.schedule import TFLOPS
 from aura_dist.data.tokens import load_tokenizer
 from aura_dist.errors import AuraError
+from aura_dist.evaluation.decoding import only_attention
 from aura_dist.evaluation.perplexity import tokens_at_once
 from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
 from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
@@ -39,7 +43,7 @@ from aura_dist.model.use import LoadedModel
 from aura_dist.settings import resolve
 
 
-def plan(config: EvaluateConfig, tflops: float | None = None) -> dict[str, Any]:
+def plan(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> dict[str, Any]:
     """The figures above.
 
     Raises
@@ -51,16 +55,19 @@ def plan(config: EvaluateConfig, tflops: float | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(source.name, source.revision)
     loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
     prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
-    steps = [*_texts(config, loaded, prefix), *_prompts(config, loaded, prefix)]
+    readers = parse_layout(config.sharding, world_size).num_row_workers
+    steps = [*(readers * [*_texts(config, loaded, prefix)]), *_prompts(config, loaded, prefix)]
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     rate = tflops or TFLOPS[device, DTYPES[config.dtype].itemsize]
     longest = max((step.num_new for step in steps), default=1)
+    selects = only_attention(DynamicCache(config=loaded.model.config))
     cost = model_cost(loaded.model, config.dtype, longest)
+    left_out = [*(["zero-shot tasks"] if config.tasks else []), *([] if selects else ["what has no cache"])]
     return {
         "seconds": sum(cost.seconds(step, rate, READ_RATE[device]) for step in steps),
         "flops": sum(map(cost.flops, steps)),
         "gpu": device == "cuda",
-        "left_out": "zero-shot tasks" if config.tasks else "",
+        "left_out": " and ".join(left_out),
     }
 
 
@@ -99,13 +106,13 @@ def _prompts(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | None)
 
 def main(settings: Mapping[str, Any]) -> None:
     """Print the figures of these settings."""
-    own = {name: value for name, value in settings.items() if name != "tflops"}
+    own = {name: value for name, value in settings.items() if name not in ("tflops", "world_size")}
     config = resolve(EvaluateConfig, {**own, "out": "none.json"})
-    print(json.dumps(plan(config, settings.get("tflops"))))
+    print(json.dumps(plan(config, settings.get("tflops"), settings.get("world_size", 1))))
 
 
 if __name__ == "__main__":
     try:
-        main(json.loads(Path(sys.argv[1]).read_text()))
+        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except AuraError as failure:
         sys.exit(f"error: {failure}")

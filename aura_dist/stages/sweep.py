@@ -9,7 +9,6 @@ import csv
 import fcntl
 import json
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,15 +21,14 @@ import yaml
 from aura_dist.config import VERBS, SweepConfig
 from aura_dist.core.grid import STAGES, Cell, make_cells
 from aura_dist.core.jobs import Graph, Job, make_graph
-from aura_dist.core.sweep_table import cell_row, figures, render_plan
-from aura_dist.errors import ConfigError, StoreError, SweepError
+from aura_dist.core.sweep_table import cell_row, figures
+from aura_dist.errors import ClusterError, ConfigError, StoreError, SweepError
 from aura_dist.evaluation.compare import against_plain
 from aura_dist.runtime.job_command import JobCommand
-from aura_dist.runtime.job_cost import Cost, plan_costs
 from aura_dist.runtime.local_jobs import LocalLauncher
 from aura_dist.runtime.signals import StopFlag, interruption
-from aura_dist.runtime.slurm_executor import stage_resources
 from aura_dist.runtime.slurm_jobs import SlurmLauncher
+from aura_dist.runtime.sweep_cost import dry_run
 from aura_dist.settings import resolve
 
 logger = logging.getLogger(__name__)
@@ -47,7 +45,10 @@ def run(config: SweepConfig, document: Mapping[str, Any]) -> None:
     cells = make_cells(document, known)
     graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
     if config.dry_run:
-        print(dry_run(config, document, cells, graph))
+        sweep = Sweep(config, cells, graph)
+        left = {job.id: sweep.settings(job) for job in sweep.left()}
+        launch = config.ranks if config.launcher == "local" else config.resources
+        print(dry_run(cells, graph, left, document.get("plan") or {}, launch))
         return
     out = Path(config.out)
     with locked(out) as lock, StopFlag() as stop, stop.deferred():
@@ -146,8 +147,13 @@ class Sweep:
         logger.info("%d cells: %d jobs, %d to run", len(self._cells), len(self._graph.jobs), len(left))
         while True:
             ready = startable(left.values(), running, chains=launcher.chains)
-            running |= set(launcher.start([self._commands[job.id] for job in ready[: launcher.room]]))
-            if not running:
+            try:
+                running |= set(launcher.start([self._commands[job.id] for job in ready[: launcher.room]]))
+            except ClusterError:
+                self.write_table()
+                if stop.received is None:  # Ctrl-C ends sbatch too
+                    raise
+            if not running and not ready:
                 break
             time.sleep(launcher.poll_seconds)
             if stop.received is not None:
@@ -155,6 +161,8 @@ class Sweep:
                 self.write_table()
                 raise interruption(stop.received, note)
             for job_id in launcher.ended():
+                if job_id not in running:  # withdrawn with one before it
+                    continue
                 running.remove(job_id)
                 if self._settle(job_id, left) == "failed":
                     waiting = [job.id for job in self._graph.descendants(job_id) if job.id in running]
@@ -254,39 +262,6 @@ def startable(left: Iterable[Job], running: Iterable[str], *, chains: bool) -> l
             found.append(job)
             started.add(job.id)
     return found
-
-
-def dry_run(config: SweepConfig, document: Mapping[str, Any], cells: list[Cell], graph: Graph) -> str:
-    """Cells, jobs, and what the collections and evaluations that are left would take."""
-    sweep = Sweep(config, cells, graph)
-    left = sweep.left()
-    planned = {k: v for k, v in (document.get("plan") or {}).items() if k not in ("data", "store")}
-    wanted = {}
-    for job in left:
-        if job.stage == "collect":
-            wanted[job.id] = job.stage, {**sweep.settings(job), **planned, **_launch(config, "collect")}
-        elif job.stage == "evaluate":
-            gpu = "device_memory" in planned or "device" in _launch(config, "evaluate")
-            more = {"tflops": planned.get("tflops"), **({"device": "cuda"} if gpu else {})}
-            wanted[job.id] = job.stage, {**job.settings, **more}
-    costs = plan_costs(wanted)
-    text = render_plan(cells, graph, left, {job: cost.words for job, cost in costs.items()})
-    total = Cost.total(costs.values()).words if costs else "0 GPU-hours"
-    note = "; scoring, fits, sampling and scorers are not in it" if left else "; nothing is left"
-    return f"{text}\n\n{total} in all, if ranks are busy all the time{note}"
-
-
-def _launch(config: SweepConfig, stage: str) -> dict[str, Any]:
-    """Plan's flags that say how a collection or an evaluation would be started."""
-    if config.launcher == "local":
-        return {"world_size": config.ranks}
-    resources = stage_resources(config.resources, stage)
-    counts = [resources.get(name, 1) for name in ("nodes", "tasks_per_node")]
-    if not all(isinstance(count, int) and count > 0 for count in counts):
-        raise ConfigError(f"resources: nodes, tasks_per_node: expected integers of at least 1, got {counts}")
-    tasks = math.prod(counts)
-    gpu = any("gpu" in name or name == "slurm_gres" for name in resources)
-    return {"world_size": tasks, **({"device": "cuda"} if gpu else {})}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from aura_dist.config import EvaluateConfig
@@ -77,4 +76,16 @@ def test_seconds_follow_the_stated_rate_and_say_what_they_are_of(tiny_dir, input
     assert [f["gpu"] for f in found] == [False, True]
     assert found[0]["left_out"] == "zero-shot tasks"
     assert found[0]["seconds"] == pytest.approx(found[0]["flops"] / 1e3, rel=1e-6)
-    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(("sharding", "readers"), [("replicate", 4), ("tensor=2", 2)])
+def test_every_replica_reads_all_texts(tiny_dir, inputs, sharding, readers):
+    settings = {"model": str(tiny_dir("llama")), "out": "none.json"}
+    texts = {**settings, "perplexity_texts": inputs["perplexity_texts"]}
+    alone, shared = (
+        plan(resolve(EvaluateConfig, {**found, "sharding": sharding}), 1e-9, world_size)["seconds"]
+        for found, world_size in ((texts, 1 if sharding == "replicate" else 2), (texts, 4))
+    )
+    assert shared == pytest.approx(readers * alone, rel=1e-9)
+    prompts = resolve(EvaluateConfig, {**settings, "toxicity_prompts": inputs["toxicity_prompts"]})
+    assert plan(prompts, 1e-9, 4) == plan(prompts, 1e-9, 1)

@@ -24,6 +24,7 @@ from aura_dist.core.jobs import make_graph
 from aura_dist.errors import StoreError
 from aura_dist.evaluation.toxicity import ByPrompt, ratios
 from aura_dist.runtime.job_command import JobCommand
+from aura_dist.runtime.signals import StopFlag
 from aura_dist.settings import resolve
 from aura_dist.stages.sweep import Sweep, locked, resolved_settings
 from tests.distributed.launch import REPOSITORY
@@ -87,6 +88,47 @@ def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_onl
     assert pd.isna(increase[0]), "the plain model itself"
     expected = table["perplexity.token_weighted"][1:] - table["perplexity.token_weighted"][0]
     pd.testing.assert_series_equal(increase[1:], expected, check_names=False)
+
+
+def test_failure_takes_back_what_waits_for_it_and_starts_all_of_it_again(sweep, tmp_path):
+    """A launcher that chains stands for Slurm's; the collection fails once, and a fit that waits is reported too."""
+    document = read_config_file(sweep({"method": ["aura", "det0"]}))
+    known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
+    cells = make_cells(document, known)
+    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    running = Sweep(resolve(SweepConfig, merge("sweep", document, {})), cells, graph)
+    (tmp_path / "sweep").mkdir()
+    running.prepare(document)
+    asked = []
+
+    class Launcher:
+        chains, room, poll_seconds = True, 100, 0.0
+
+        def adopt(self, commands):
+            return []
+
+        def start(self, commands):
+            asked.append(("start", [c.stage for c in commands]))
+            self.commands = commands
+            return [c.job for c in commands]
+
+        def withdraw(self, commands):
+            asked.append(("withdraw", [c.stage for c in commands]))
+
+        def ended(self):
+            first = len([what for what, _ in asked if what == "start"]) == 1
+            for command in self.commands[: 1 if first else None]:
+                command.begin()
+                command.log.touch()
+                command.end(int(first))
+            ended = [self.commands[0], self.commands[-1]] if first else self.commands
+            return [command.job for command in ended]
+
+    with StopFlag() as stop:
+        running.work(Launcher(), stop)
+    everything = ["collect", "score", "fit", "fit"]
+    assert asked[:3] == [("start", everything), ("withdraw", everything[1:]), ("start", everything)]
+    assert {row["state"] for row in running.rows()} == {"done"}
 
 
 def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from aura_dist.errors import ClusterError, ConfigError
-from aura_dist.runtime import slurm_jobs
+from aura_dist.runtime import slurm_jobs, slurm_task
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.local_jobs import LocalLauncher
 from aura_dist.runtime.slurm_executor import make_executor, outside_job, stage_resources
@@ -69,6 +69,7 @@ def slurm(tmp_path, monkeypatch):
     executor, queue = Executor(), {"7_1", "7_2"}
     monkeypatch.setattr(slurm_jobs, "make_executor", executor.make)
     monkeypatch.setattr(slurm_jobs, "queued_jobs", lambda: queue)
+    monkeypatch.setattr(slurm_jobs, "cancel_waiting", queue.difference_update)
     monkeypatch.setattr(slurm_jobs, "SQUEUE_SECONDS", -1.0)
     return SimpleNamespace(launcher=slurm_jobs.SlurmLauncher(tmp_path, {}), executor=executor, queue=queue)
 
@@ -177,7 +178,51 @@ def test_next_sweep_does_not_follow_what_waits_for_a_job_that_is_gone(slurm, cha
     assert after.adopt(chain[1:]) == ["fit-a", "evaluate-a"]
 
 
-def test_queue_that_takes_no_more_jobs_is_filled_and_asked_again_once_one_has_ended(slurm, chain):
+def test_job_that_slurm_drops_though_what_it_needs_is_done_is_submitted_again(slurm, chain):
+    """Slurm's word counts there: a stage that was done, and killed as it ended, has not ended well."""
+    score, fit, _ = chain
+    slurm.launcher.start([score, fit])
+    attempt(score, "", 0)
+    assert slurm.launcher.ended() == ["score-a"]
+    slurm.queue.clear()
+    assert [slurm.launcher.ended(), slurm.launcher.ended()] == [[], ["fit-a"]]
+    assert (fit.state.state, fit.state.attempts) == ("queued", 0)
+    slurm.launcher.start([fit])
+    assert slurm.executor.after[-1] == []
+    assert [slurm.launcher.ended(), slurm.launcher.ended()] == [[], ["fit-a"]]
+    assert (fit.state.state, fit.state.attempts) == ("failed", 1), "once"
+
+
+def test_what_has_ended_is_not_waited_for_by_slurm(slurm, chain):
+    score, fit, evaluate = chain
+    slurm.launcher.start([score, fit])
+    attempt(score, "", 0)
+    attempt(fit, "error: no room\n", 1)
+    other = JobCommand(fit.directory, "fit-b", "fit", ("score-a",))
+    assert slurm.launcher.start([other, evaluate]) == ["fit-b"], "what fit-a failed is told first"
+    assert slurm.executor.after[-1] == []
+
+
+def test_older_submission_is_not_followed_where_the_next_one_was_cut_short(slurm, chain, monkeypatch):
+    score, fit, _ = chain
+    slurm.launcher.start([score, fit])
+    attempt(score, "error: no room\n", 1)
+    assert slurm.launcher.ended() == ["score-a"]
+    slurm.launcher.withdraw([fit])
+    slurm.queue.add("7_2")  # it goes a little later
+
+    def killed():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm.executor, "batch", killed)
+    for command in (score, fit):
+        with pytest.raises(KeyboardInterrupt):
+            slurm.launcher.start([command])
+        assert command.state.submission
+    assert slurm_jobs.SlurmLauncher(score.directory, {}).adopt([score, fit]) == []
+
+
+def test_queue_that_takes_no_more_jobs_is_filled_and_asked_again_once_one_has_ended(slurm, chain, monkeypatch):
     fits = [JobCommand(chain[0].directory, f"fit-{name}", "fit", ("score-a",)) for name in "bcde"]
     slurm.executor.room = 3
     started = slurm.launcher.start([chain[0], *fits])
@@ -189,9 +234,21 @@ def test_queue_that_takes_no_more_jobs_is_filled_and_asked_again_once_one_has_en
     slurm.executor.room += 1
     assert slurm.launcher.room > 0
     assert slurm.launcher.start(fits[2:]) == ["fit-d"]
-    slurm.executor.room = 0
+    slurm.launcher.withdraw(fits[:3])
+    assert slurm.launcher.start(fits[3:]) == [], "places of ended jobs are free a little later"
+    monkeypatch.setattr(slurm_jobs, "FULL_SECONDS", -1.0)
+    monkeypatch.setattr(slurm_jobs, "REFUSED_SECONDS", -1.0)
+    slurm.launcher._full_until = 0.0
     with pytest.raises(ClusterError, match=r"sbatch refused the jobs of fit: .*submit limit"):
+        slurm.launcher.start(fits[3:])
+    with pytest.raises(ClusterError, match="sbatch refused"):
         slurm_jobs.SlurmLauncher(chain[0].directory, {}).start(fits[3:])
+
+
+def test_long_submission_looks_up_between_arrays(slurm, chain, monkeypatch):
+    monkeypatch.setattr(slurm_jobs, "SUBMIT_SECONDS", -1.0)
+    assert slurm.launcher.start(chain) == ["score-a"]
+    assert slurm.launcher.start(chain[1:]) == ["fit-a"]
 
 
 def test_local_sweep_waits_for_what_is_in_the_queue(slurm, command, monkeypatch):
@@ -290,13 +347,23 @@ def test_stage_that_was_done_as_it_was_warned_ends_well_for_slurm(slurm, command
     (task,) = slurm.executor.submitted
     task()
     task._process = SimpleNamespace()
-    monkeypatch.setattr(slurm_jobs, "_ended", lambda process: 0)
+    monkeypatch.setattr(slurm_task, "_ended", lambda process: 0)
     with pytest.raises(SystemExit) as ended:
         task.checkpoint()
     assert ended.value.code is None
-    monkeypatch.setattr(slurm_jobs, "_ended", lambda process: 138)
+    monkeypatch.setattr(slurm_task, "_ended", lambda process: 138)
     assert task.checkpoint() is not None
-    assert command.state.state == "queued"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_warning_before_the_stage_has_started_is_no_end(slurm, command, begun, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    slurm.launcher.start([command])
+    (task,) = slurm.executor.submitted
+    if begun:
+        command.begin()
+    assert task.checkpoint() is not None
+    assert (command.state.state, command.state.attempts) == ("queued", 0)
 
 
 def test_running_job_that_was_given_up_says_nothing_of_the_next_ones_state(slurm, command, stages, monkeypatch):
@@ -347,7 +414,10 @@ def test_resources_of_every_stage_are_checked_before_the_first_job(tmp_path, mon
 def test_what_jobs_wait_for_is_slurms_to_know(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
     monkeypatch.setattr("shutil.which", lambda name, *more, **named: f"/usr/bin/{name}")
-    resources = {"slurm_dependency": "singleton", "slurm_additional_parameters": {"licenses": "a"}}
+    resources = {
+        "slurm_dependency": "singleton", "slurm_additional_parameters": [["licenses", "a"]],
+        "slurm_teardown": ["rm -rf scratch"],
+    }  # fmt: skip
 
     def script(after):
         return make_executor(tmp_path, "fit", resources, after)._executor._make_submission_file_text("python", "id")
@@ -357,6 +427,10 @@ def test_what_jobs_wait_for_is_slurms_to_know(tmp_path, monkeypatch):
     assert waiting.count("--dependency") == 1
     for line in ("--dependency=afterok:3_1:4", "--kill-on-invalid-dep=yes", "--licenses=a"):
         assert f"#SBATCH {line}\n" in waiting
+    commands = waiting[waiting.index("\nsrun ") :].split("\n")
+    assert [line for line in commands[2:] if line and line[0] != "#"] == ["code=$?", "rm -rf scratch", "exit $code"]
+    with pytest.raises(ConfigError, match="resources of fit"):
+        make_executor(tmp_path, "fit", {"slurm_additional_parameters": 3}, ["4"])
 
 
 def test_jobs_of_a_driver_that_is_a_job_have_their_own_cores_and_memory(tmp_path, monkeypatch):
