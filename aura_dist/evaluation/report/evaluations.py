@@ -61,9 +61,7 @@ class Evaluation:
     def method(self) -> str:
         """The intervention's method; `none` without one."""
         meta = self.document.get("intervention")
-        if not meta:
-            return "none"
-        return str(_mapping(meta).get("method") or ("composed" if "composed" in meta else "unknown"))
+        return method_of(_mapping(meta)) if meta else "none"
 
     @property
     def strength(self) -> float | None:
@@ -129,6 +127,21 @@ class Evaluation:
         name = self.toxicity.get("continuations")
         place = self.path.parent / name if isinstance(name, str) else None
         return place if place is not None and place.is_file() else None
+
+
+def method_of(meta: Mapping[str, Any]) -> str:
+    """An intervention's method; of a composed one that of its parts with their number, if it is the same in all."""
+    methods = _methods(meta)
+    if len(methods) > 1:
+        return f"{methods[0]} in {len(methods)} steps" if len(set(methods)) == 1 else "composed"
+    return methods[0]
+
+
+def _methods(meta: Mapping[str, Any]) -> list[str]:
+    parts = meta.get("composed")
+    if isinstance(parts, list) and parts:
+        return [method for part in parts for method in _methods(_mapping(part))]
+    return [str(meta.get("method") or "unknown")]
 
 
 def by_prompt(one: Evaluation) -> ByPrompt | None:

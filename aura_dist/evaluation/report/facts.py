@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aura_dist.evaluation.report.evaluations import Evaluation
+from aura_dist.evaluation.report.evaluations import Evaluation, method_of
 from aura_dist.evaluation.report.rundir import Fitted
 from aura_dist.evaluation.report.scored import StoreSummary
 
@@ -92,7 +92,7 @@ def intervention_table(fitted: Sequence[tuple[str, Fitted]]) -> Table:
     for run, one in fitted:
         parameters = dict(one.meta.get("parameters") or {})
         shown = ", ".join(f"{k} {_value(v)}" for k, v in parameters.items() if v is not None)
-        method = str(one.meta.get("method") or "composed")
+        method = method_of(one.meta)
         share = one.num_changed / one.num_neurons if one.num_neurons else 0.0
         changed = f"{one.num_changed:,}", f"{share:.1%}"
         rows.append((run, one.name, method, str(one.meta.get("concept") or "–"), shown or "–", *changed))
