@@ -1,5 +1,8 @@
 """What is asked of a cluster, before there is one; progress lines; the memory a worker needs."""
 
+import socket
+from contextlib import suppress
+
 import pytest
 
 from aura_dist.core.column_sums import WORKER_BYTES, scoring_bytes
@@ -67,3 +70,12 @@ def test_progress_says_neurons_and_bytes_a_second():
     plain = Progress("collect", 4, 4000)
     plain.advance(1, 1000)
     assert "GB/s" not in plain.line()
+
+
+def test_another_dashboard_on_this_machine_is_no_matter():
+    with socket.socket() as other:
+        with suppress(OSError):  # somebody's already
+            other.bind(("127.0.0.1", 8787))
+            other.listen()
+        with dask_client("threads", 1, "1GB") as client:
+            assert client.submit(sum, [1, 2]).result() == 3
