@@ -5,7 +5,6 @@ A local cluster's workers never spill: tasks give back a few numbers, so what fi
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -119,7 +118,7 @@ def dask_client(
             client = stack.enter_context(Client(cluster, timeout=CONNECT_SECONDS))
         except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
             raise ClusterError(f"--dask {kind}: expected a cluster that answers: {brief(error)}") from error
-        if client.dashboard_link:
+        if client.dashboard_link and find_spec("bokeh"):  # without it there is none to look at
             logger.info("dashboard: %s", _reachable(client.dashboard_link, client.scheduler.address))
         yield client
 
@@ -135,16 +134,12 @@ def _local(kind: str, num_workers: int | None, limit: int) -> Any:
 
     count = num_workers or available_cores()
     workers, threads = (1, count) if kind == "threads" else (count, 1)
-    with warnings.catch_warnings():
-        # another's dashboard: ours then has a port of its own, and says which
-        warnings.filterwarnings("ignore", r"(?s)\s*Port \d+ is already in use", UserWarning)
-        return LocalCluster(
-            processes=kind == "processes",
-            memory_limit=limit,
-            # the dashboard is Bokeh's: without it there is none to look at
-            dashboard_address=f"{LOOPBACK}:0" if find_spec("bokeh") else None,
-            # a task's error reaches the user as it is, in one line
-            silence_logs=logging.ERROR if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL,
-            n_workers=workers,
-            threads_per_worker=threads,
-        )
+    return LocalCluster(
+        processes=kind == "processes",
+        memory_limit=limit,
+        dashboard_address=f"{LOOPBACK}:0",  # None would be port 8787, another's maybe
+        # a task's error reaches the user as it is, in one line
+        silence_logs=logging.ERROR if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL,
+        n_workers=workers,
+        threads_per_worker=threads,
+    )
