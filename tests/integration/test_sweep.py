@@ -24,6 +24,7 @@ from aura_dist.core.jobs import make_graph
 from aura_dist.errors import StoreError
 from aura_dist.evaluation.toxicity import ByPrompt, ratios
 from aura_dist.runtime.job_command import JobCommand
+from aura_dist.runtime.job_cost import Cost, plan_costs
 from aura_dist.runtime.signals import StopFlag
 from aura_dist.settings import resolve
 from aura_dist.stages.sweep import Sweep, locked, resolved_settings
@@ -248,11 +249,15 @@ def test_dry_run_counts_evaluations_and_asks_once_for_those_that_differ_in_stren
     each = float(line.split()[2])
     collection = next(float(line.split(": ")[1].split()[0]) for line in shown.splitlines() if ": " in line)
     assert float(shown.strip().splitlines()[-1].split()[0]) == pytest.approx(3 * each + collection, rel=0.01)
-    (tmp_path / "texts.csv").unlink()
-    assert main(["sweep", "--config", config, "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"  3, each not known: data .*texts.csv.*: no such file", shown), shown
-    assert ", and 3 not known" in shown
+
+
+def test_costs_that_cannot_be_planned_are_told_with_their_reason():
+    missing = {"model": "none/such", "perplexity_texts": "texts.csv"}
+    costs = plan_costs({"a": ("evaluate", missing), "b": ("evaluate", {**missing, "strength": 0.5})})
+    assert costs["a"] is costs["b"], "asked once"
+    assert re.match(r"not known: --model 'none/such'", costs["a"].words)
+    total = Cost.total([*costs.values(), Cost(cpu_hours=2.0)])
+    assert total.words == "2 hours of CPU ranks, and 2 not known"
 
 
 def test_slurm_is_refused_where_there_is_none(sweep, capsys, monkeypatch):
