@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 
 from aura_dist.errors import AuraError, StoreError
-from aura_dist.evaluation.report.evaluations import Evaluation, read_evaluation
+from aura_dist.evaluation.report.evaluations import Evaluation, method_of, read_evaluation
 from aura_dist.evaluation.report.rundir import (
     INTERVENTIONS,
     JOBS,
@@ -156,8 +156,7 @@ def _interventions(run: RunDirectory) -> Part:
     whole, broken = [], []
     for path in run.intervention_paths:
         try:
-            meta = read_meta(path)
-            whole.append(f"{path.name} ({meta.get('method') or 'composed'})")
+            whole.append(f"{path.name} ({method_of(read_meta(path))})")
         except StoreError:
             broken.append(path.name)
     return _listed("fit", whole, [], broken)

@@ -74,8 +74,9 @@ class SlurmLauncher:
         """Jobs of an earlier run of the sweep that are in the queue, and wait there for no job that is not."""
         queued, left = still_queued(commands), {c.job for c in commands}
         for command in commands:  # each after those it needs
-            if command in queued and all(need not in left or need in self._watched for need in command.needs):
-                self._watched[command.job] = _Watched(command, queued[command])
+            needs = left.intersection(command.needs)
+            if command in queued and needs <= self._watched.keys():
+                self._watched[command.job] = _Watched(command, queued[command], waits=bool(needs))
                 self._taken = time.monotonic()
         return list(self._watched)
 

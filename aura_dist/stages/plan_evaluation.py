@@ -56,16 +56,17 @@ def plan(config: EvaluateConfig, tflops: float | None = None, world_size: int = 
     loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
     prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
     readers = parse_layout(config.sharding, world_size).num_row_workers
-    steps = [*(readers * [*_texts(config, loaded, prefix)]), *_prompts(config, loaded, prefix)]
+    # how often each is run, and what
+    shares = [(readers, [*_texts(config, loaded, prefix)]), (1, [*_prompts(config, loaded, prefix)])]
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     rate = tflops or TFLOPS[device, DTYPES[config.dtype].itemsize]
-    longest = max((step.num_new for step in steps), default=1)
+    longest = max((step.num_new for _, steps in shares for step in steps), default=1)
     selects = only_attention(DynamicCache(config=loaded.model.config))
     cost = model_cost(loaded.model, config.dtype, longest)
     left_out = [*(["zero-shot tasks"] if config.tasks else []), *([] if selects else ["what has no cache"])]
     return {
-        "seconds": sum(cost.seconds(step, rate, READ_RATE[device]) for step in steps),
-        "flops": sum(map(cost.flops, steps)),
+        "seconds": sum(n * sum(cost.seconds(s, rate, READ_RATE[device]) for s in steps) for n, steps in shares),
+        "flops": sum(n * sum(map(cost.flops, steps)) for n, steps in shares),
         "gpu": device == "cuda",
         "left_out": " and ".join(left_out),
     }

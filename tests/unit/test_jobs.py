@@ -174,6 +174,12 @@ def test_next_sweep_does_not_follow_what_waits_for_a_job_that_is_gone(slurm, cha
     slurm.queue.add("7_2")
     assert after.adopt(chain) == ["score-a", "fit-a", "evaluate-a"]
     attempt(chain[0], "", 0)
+    assert after.ended() == ["score-a"]
+    slurm.queue.remove("7_2")  # Slurm's word on score-a was another
+    assert [after.ended(), after.ended()] == [[], ["fit-a"]]
+    assert (chain[1].state.state, chain[1].state.attempts) == ("queued", 0)
+    slurm.queue.add("7_2")
+    chain[1].write(chain[1].state.submitted())
     after = slurm_jobs.SlurmLauncher(chain[0].directory, {})
     assert after.adopt(chain[1:]) == ["fit-a", "evaluate-a"]
 
