@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 
 from aura_dist.errors import AuraError, StoreError
-from aura_dist.evaluation.report.evaluations import Evaluation, method_of, read_evaluation
+from aura_dist.evaluation.report.evaluations import Evaluation, read_evaluation
 from aura_dist.evaluation.report.rundir import (
     INTERVENTIONS,
     JOBS,
@@ -20,6 +20,7 @@ from aura_dist.evaluation.report.rundir import (
     read_meta,
 )
 from aura_dist.store.access import local_path, open_group, read_array
+from aura_dist.store.artifact import method_of
 from aura_dist.store.schema import DONE, StoreSpec, activation_path, tasks_of
 from aura_dist.store.scores import MARKER, count_columns, score_attributes, score_path, scored_statistics
 

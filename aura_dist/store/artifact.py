@@ -73,7 +73,7 @@ class Intervention:
         """What tells that a store was collected under this intervention."""
         return {
             "digest": self.digest,
-            "method": self.meta.get("method", "composed" if "composed" in self.meta else None),
+            "method": method_of(self.meta),
             "parameters": self.meta.get("parameters"),
             "strength": strength,
         }
@@ -191,6 +191,21 @@ class Intervention:
             {s: tensors[f"{s}.shift"] for s in order if f"{s}.shift" in tensors},
             meta,
         )
+
+
+def method_of(meta: Mapping[str, Any]) -> str:
+    """A described intervention's method; of a composed one that of its parts with their number, if it is one."""
+    methods = _methods(meta)
+    if len(methods) > 1:
+        return f"{methods[0]} in {len(methods)} steps" if len(set(methods)) == 1 else "composed"
+    return methods[0]
+
+
+def _methods(meta: Mapping[str, Any]) -> list[str]:
+    parts = meta.get("composed")
+    if isinstance(parts, list) and parts:
+        return [method for part in parts if isinstance(part, Mapping) for method in _methods(part)] or ["unknown"]
+    return [str(meta.get("method") or "unknown")]
 
 
 def _check_description(meta: Mapping[str, Any]) -> None:

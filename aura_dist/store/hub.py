@@ -6,19 +6,17 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aura_dist.errors import StoreError, brief
-
-if TYPE_CHECKING:
-    from aura_dist.store.artifact import Intervention
+from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE, Intervention, method_of
 
 CARD_FILE = "README.md"
 # what the hub takes for `base_model`; it refuses a card with anything else
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def push(intervention: "Intervention", repo: str, *, private: bool, token: str | None) -> str:
+def push(intervention: Intervention, repo: str, *, private: bool, token: str | None) -> str:
     """Upload files and card to `repo`, made if need be; returns the address of the commit. StoreError if it fails.
 
     Of paths of this machine, only the last part leaves it.
@@ -32,7 +30,7 @@ def push(intervention: "Intervention", repo: str, *, private: bool, token: str |
             api = HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repo, folder_path=scratch, commit_message=f"Intervention {_method(intervention.meta)}"
+                repo_id=repo, folder_path=scratch, commit_message=f"Intervention {method_of(intervention.meta)}"
             )
         except Exception as error:  # the hub's client has a dozen errors of its own
             raise StoreError(f"intervention cannot be pushed to {repo!r}: {brief(error)}") from error
@@ -43,8 +41,6 @@ def pull(repo: str, *, revision: str | None, token: str | None) -> Path:
     """The local directory of the files at `repo`; StoreError if they cannot be had."""
     from huggingface_hub import snapshot_download
 
-    from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE
-
     try:
         found = snapshot_download(repo, revision=revision, token=token, allow_patterns=[META_FILE, WEIGHTS_FILE])
     except Exception as error:
@@ -52,7 +48,7 @@ def pull(repo: str, *, revision: str | None, token: str | None) -> Path:
     return Path(found)
 
 
-def card(intervention: "Intervention", repo: str) -> str:
+def card(intervention: Intervention, repo: str) -> str:
     """The model card: method, concept, data, figures, and how to use it."""
     meta = intervention.meta
     model = (meta.get("model") or {}).get("name")
@@ -82,7 +78,7 @@ def _parts(meta: Mapping[str, Any]) -> str:
     sampling = data.get("sampling") or {}
     rows = ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None)
     lines = {
-        "method": _method(meta),
+        "method": method_of(meta),
         "parameters": json.dumps(meta.get("parameters") or {}),
         "concept": meta.get("concept"),
         "model": model.get("name") and f"{_name(model['name'])} (fingerprint `{str(model.get('fingerprint'))[:16]}`)",
@@ -101,10 +97,6 @@ def _without_paths(meta: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("composed"):
         found["composed"] = [_without_paths(inner) for inner in found["composed"]]
     return found
-
-
-def _method(meta: Mapping[str, Any]) -> str:
-    return str(meta.get("method") or ("composed of several" if meta.get("composed") else "not stated"))
 
 
 def _name(model: str) -> str:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from aura_dist.errors import InputError, StoreError
 from aura_dist.store import artifact
-from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE, Intervention
+from aura_dist.store.artifact import META_FILE, WEIGHTS_FILE, Intervention, method_of
 
 
 def example(seed=0):
@@ -230,3 +230,19 @@ def test_strength_and_restriction():
     assert a.at_strength(0).num_changed == 0
     assert a.restricted({"model.layers.0.mlp", "unknown"}).sites == ["model.layers.0.mlp"]
     assert a.restricted({"only.shifted"}).shift["only.shifted"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"method": "aura"}, "aura"),
+        ({"composed": [{"method": "aura"}, {"composed": [{"method": "aura"}, {"method": "aura"}]}]}, "aura in 3 steps"),
+        ({"composed": [{"method": "aura"}, {"method": "damp"}]}, "composed"),
+        ({"composed": []}, "unknown"),
+        ({"composed": ["not a description"]}, "unknown"),
+        ({}, "unknown"),
+    ],
+)
+def test_what_was_fitted_layer_by_layer_is_called_by_its_method(meta, expected):
+    assert method_of(meta) == expected
+    assert Intervention({}, {}, meta).identity(1.0)["method"] == expected

@@ -121,7 +121,7 @@ def test_card_names_no_directory_as_a_model_of_the_hub(tmp_path, monkeypatch):
 
 def test_card_of_what_states_nothing():
     text = card(example(model=None, data=None, method=None, parameters=None, concept=None, composed=None), "me/damped")
-    assert "- method: not stated" in text
+    assert "- method: unknown" in text
     assert "base_model" not in text
 
 

@@ -20,7 +20,7 @@ from aura_dist.evaluation.report.distributions import (
     module_of,
     summarise,
 )
-from aura_dist.evaluation.report.evaluations import Estimate, estimate, method_of, plain_first, read_evaluation
+from aura_dist.evaluation.report.evaluations import Estimate, estimate, plain_first, read_evaluation
 from aura_dist.evaluation.report.headline import headline
 from aura_dist.evaluation.report.naming import labels_of, modules_in_short
 from aura_dist.evaluation.report.svg import FAINT, INK, SERIES, Picture, inline, tidy
@@ -278,20 +278,6 @@ def test_a_sweeps_evaluations_are_named_by_what_they_differ_in(front, swept):
     assert labels_of([*front, again])[0] == "m-plain-0123456784", "two of one name keep the files' names"
     kind = swept("plain-pre-0123456786", preprompt="Be kind.")
     assert labels_of([front[0], kind]) == ["no intervention", "no intervention, pre-prompt"]
-
-
-@pytest.mark.parametrize(
-    ("meta", "expected"),
-    [
-        ({"method": "aura"}, "aura"),
-        ({"composed": [{"method": "aura"}, {"composed": [{"method": "aura"}, {"method": "aura"}]}]}, "aura in 3 steps"),
-        ({"composed": [{"method": "aura"}, {"method": "damp"}]}, "composed"),
-        ({"composed": []}, "unknown"),
-        ({}, "unknown"),
-    ],
-)
-def test_what_was_fitted_layer_by_layer_is_called_by_its_method(meta, expected):
-    assert method_of(meta) == expected
 
 
 def test_modules_are_short_as_long_as_they_stay_apart(swept):

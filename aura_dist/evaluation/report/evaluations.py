@@ -11,6 +11,7 @@ import numpy as np
 
 from aura_dist.errors import InputError, brief
 from aura_dist.evaluation.toxicity import ByPrompt
+from aura_dist.store.artifact import method_of
 
 # what tells a results file from any other JSON document; of the second, an earlier version wrote less
 _PARTS = ("perplexity", "toxicity", "zero_shot")
@@ -127,21 +128,6 @@ class Evaluation:
         name = self.toxicity.get("continuations")
         place = self.path.parent / name if isinstance(name, str) else None
         return place if place is not None and place.is_file() else None
-
-
-def method_of(meta: Mapping[str, Any]) -> str:
-    """An intervention's method; of a composed one that of its parts with their number, if it is the same in all."""
-    methods = _methods(meta)
-    if len(methods) > 1:
-        return f"{methods[0]} in {len(methods)} steps" if len(set(methods)) == 1 else "composed"
-    return methods[0]
-
-
-def _methods(meta: Mapping[str, Any]) -> list[str]:
-    parts = meta.get("composed")
-    if isinstance(parts, list) and parts:
-        return [method for part in parts for method in _methods(_mapping(part))]
-    return [str(meta.get("method") or "unknown")]
 
 
 def by_prompt(one: Evaluation) -> ByPrompt | None:

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aura_dist.evaluation.report.evaluations import Evaluation, method_of
+from aura_dist.evaluation.report.evaluations import Evaluation
 from aura_dist.evaluation.report.rundir import Fitted
 from aura_dist.evaluation.report.scored import StoreSummary
+from aura_dist.store.artifact import method_of
 
 DIGEST_LENGTH = 12
 
