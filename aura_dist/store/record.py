@@ -13,8 +13,11 @@ from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.store.access import get_array, read_array
 from aura_dist.store.schema import ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
 
-# names for people: a moved file or a renamed directory is still the same data and model
-_NOT_COMPARED = {"model name", "model revision", "tokenizer name", "data path"}
+# words for people: a moved file or a renamed directory is still the same data and model, and an intervention's digest
+# tells what it does
+_NOT_COMPARED = {
+    "model name", "model revision", "tokenizer name", "data path", "intervention method", "intervention parameters",
+}  # fmt: skip
 
 
 def check_same(path: str, group: zarr.Group, spec: StoreSpec, samples: Samples) -> None:

@@ -217,38 +217,26 @@ def test_lock_outlives_the_sweep_as_long_as_a_job_runs(tmp_path):
 
 
 def test_dry_run_says_what_would_run_and_writes_nothing(sweep, tmp_path, capsys):
+    """Of the evaluations, those that differ in strength alone are asked about once."""
+    (tmp_path / "texts.csv").write_text("text\nIt rained all day.\n")
     config = sweep(
-        {"seed": [0, 1], "method": ["aura", "det0"]},
+        [{"method": ["none"]}, {"seed": [0, 1], "method": ["aura"], "strength": [0.5, 1.0]}],
         plan={"device_memory": "80GB", "world_size": 4, "tflops": 1e-9},
+        evaluate={"perplexity_texts": str(tmp_path / "texts.csv"), "text_column": "text", "tasks": ["arc_easy"]},
     )
     assert main(["sweep", "--config", config, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "4 cells" in shown
-    assert "8 jobs, 8 to run" in shown
+    assert "5 cells" in shown
+    assert "11 jobs, 11 to run" in shown
     assert "  collect      2, 2 to run" in shown
-    assert shown.count("GPU-hours") == 3
+    evaluations = next(line for line in shown.splitlines() if line.startswith("  5, each "))
+    assert evaluations.endswith(" GPU-hours, without zero-shot tasks")
+    each = float(evaluations.split()[2])
     hours = [float(line.split(": ")[1].split()[0]) for line in shown.splitlines() if line.startswith("  collect-")]
     total = float(shown.strip().splitlines()[-1].split()[0])
-    assert hours[0] > 0
-    assert total == pytest.approx(sum(hours), rel=0.01)
+    assert min(*hours, each) > 0
+    assert total == pytest.approx(sum(hours) + 5 * each, rel=0.01)
     assert not Path(tmp_path / "sweep").exists()
-
-
-def test_dry_run_counts_evaluations_and_asks_once_for_those_that_differ_in_strength(sweep, tmp_path, capsys):
-    (tmp_path / "texts.csv").write_text("text\nIt rained all day.\n")
-    evaluate = {"perplexity_texts": str(tmp_path / "texts.csv"), "text_column": "text"}
-    config = sweep(
-        [{"method": ["none"]}, {"method": ["aura"], "strength": [0.5, 1.0]}],
-        plan={"tflops": 1e-9},
-        evaluate={**evaluate, "tasks": ["arc_easy"]},
-    )
-    assert main(["sweep", "--config", config, "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    line = next(line for line in shown.splitlines() if line.startswith("  3, each "))
-    assert line.endswith(" hours of CPU ranks, without zero-shot tasks")
-    each = float(line.split()[2])
-    collection = next(float(line.split(": ")[1].split()[0]) for line in shown.splitlines() if ": " in line)
-    assert float(shown.strip().splitlines()[-1].split()[0]) == pytest.approx(3 * each + collection, rel=0.01)
 
 
 def test_costs_that_cannot_be_planned_are_told_with_their_reason():
@@ -273,7 +261,8 @@ def test_command_line_refuses_a_grid_that_is_not_there(tmp_path, capsys):
     assert "error: 'grid' is required" in capsys.readouterr().err
 
 
-def test_all_of_a_sweep_may_stand_in_its_own_section(sweep, tmp_path, capsys):
+def test_all_of_a_sweep_may_stand_in_its_own_section(sweep, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aura_dist.runtime.sweep_cost.plan_costs", lambda jobs: {})
     path = Path(sweep({"method": ["aura", "det0"]}))
     document = yaml.safe_load(path.read_text())
     own = {name: document.pop(name) for name in ("grid", "out", "jobs", "retries")}

@@ -1,4 +1,4 @@
-"""The grid of chunks that a store is made with."""
+"""The grid of chunks that a store is made with, and what is compared before going on with it."""
 
 from dataclasses import replace
 
@@ -7,7 +7,9 @@ import pytest
 
 from aura_dist.core import partition
 from aura_dist.core.store_size import store_size
+from aura_dist.errors import StoreError
 from aura_dist.store.access import get_array, open_group
+from aura_dist.store.record import check_same
 from aura_dist.store.schema import Samples, activation_path, chunk_widths, create_store
 from tests.stores import make_spec
 
@@ -26,3 +28,15 @@ def test_poolings_of_a_site_have_the_same_chunks(poolings, tmp_path, monkeypatch
     assert {a.chunks[1] for a in arrays} == {32} == set(chunk_widths(group, spec).values())
     planned = store_size(num_rows, 32, [width], ["float16", "float32"])
     assert planned.num_chunks == sum(a.nchunks for a in arrays)
+
+
+def test_words_for_an_intervention_may_change_but_not_what_it_does(tmp_path):
+    under = {"digest": "d", "method": "composed", "parameters": None, "strength": 1.0}
+    spec = replace(make_spec([16], ["toxic"]), intervention=under)
+    samples = Samples(np.arange(4), np.full(4, 8, np.int32), np.zeros((4, 1), np.int8))
+    create_store(str(tmp_path / "s"), spec, samples, {})
+    group = open_group(str(tmp_path / "s"))
+    check_same("s", group, replace(spec, intervention={**under, "method": "mean-act in 2 steps"}), samples)
+    for other in ({**under, "digest": "e"}, {**under, "strength": 0.5}, None):
+        with pytest.raises(StoreError, match="was collected under another intervention"):
+            check_same("s", group, replace(spec, intervention=other), samples)
