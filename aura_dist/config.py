@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from aura_dist.errors import ConfigError
-from aura_dist.settings import option
+from aura_dist.settings import flag, option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Pooling = Literal["max", "mean", "min", "last", "absmax"]
@@ -210,6 +210,20 @@ class EvaluateConfig(ModelOptions, InterventionOptions, DecodingOptions):
     limit: PositiveInt | None = option("only the first examples of each task", None)
     baseline: str | None = option("results of another evaluation of the same prompts, to compare with", None)
     out: str = option("JSON file to write the results to; continuations go beside it")
+
+    def __post_init__(self) -> None:
+        """Refuse to measure nothing, and a setting that would not be looked at."""
+        if not (self.toxicity_prompts or self.perplexity_texts or self.tasks):
+            raise ConfigError("expected at least one of --toxicity-prompts, --perplexity-texts and --tasks, got none")
+        needs = {
+            "toxicity_prompts": ("baseline", "prompt_column", "prompt_toxicity_column", "toxic_label"),
+            "perplexity_texts": ("perplexity_labels",),
+            "tasks": ("tasks_path", "num_fewshot", "limit"),
+        }
+        for part, names in needs.items():
+            for name in names:
+                if not getattr(self, part) and getattr(self, name) is not None:
+                    raise ConfigError(f"{flag(name)}: expected it with {flag(part)}, got it without; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,10 @@ def main() -> None:
     table = read_table(args.comments, ["text", "toxic"])
     seen: set[str] = set()
     if args.store:
-        rows = aura_dist.open_store(args.store)["samples"]["row"].values.tolist()
+        store = aura_dist.open_store(args.store)
+        if store.attrs["data"]["sha256"] != table.sha256:
+            raise InputError(f"{args.comments}: expected the file that {args.store} was collected from, got another")
+        rows = store["samples"]["row"].values.tolist()
         seen = {table.columns["text"][row] for row in rows}
     comments = held_out(table, seen, args.number, args.words)
     if args.rest:

@@ -20,7 +20,7 @@ for ((layer = 0; layer < num_layers; layer++)); do
     out="$run/interventions/layer-$layer"
     if [[ ! -f "$out/intervention.json" ]]; then
         aura-dist collect --config "$config" --modules "${@//\{\}/$layer}" "${before[@]}" --store "$store"
-        aura-dist score --store "$store"
+        aura-dist score --config "$config" --store "$store"
         aura-dist fit --config "$config" --store "$store" "${onto[@]}" --out "$out"
     fi
     before=(--intervention "$out")

@@ -17,6 +17,11 @@ for verb in collect score fit evaluate; do
     exit 2
   }
 done
+if [ -n "${SLURM_JOB_ID:-}" ]; then # within an allocation: the jobs would inherit what it has
+  for name in $(compgen -v SLURM_) $(compgen -v SRUN_); do
+    [ "$name" = SLURM_CONF ] || unset "$name"
+  done
+fi
 after=""
 for verb in collect score fit evaluate; do
   case $verb in

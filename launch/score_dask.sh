@@ -7,7 +7,9 @@
 #SBATCH --ntasks=1
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+here=$(dirname "$0")
+[ -f "$here/site.sh" ] || here=$SLURM_SUBMIT_DIR/launch # sbatch runs a copy of this file
+cd "$here/.."
 source launch/site.sh
 # shellcheck disable=SC2086
 exec $CONTAINER python -m aura_dist "$@" --dask slurm --num-workers "${WORKERS:-4}" \

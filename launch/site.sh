@@ -17,6 +17,6 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
 fi
 # where ranks meet: the first node of the allocation, at a port that follows from the job's number
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-  head_node=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  head_node=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
   head_port=${HEAD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 fi

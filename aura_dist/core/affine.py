@@ -88,7 +88,7 @@ def top_units(auroc: Scores, top_k: int | None) -> dict[str, NDArray[np.bool_]]:
     everything = np.concatenate(list(auroc.values()))
     scored = int(np.count_nonzero(~np.isnan(everything)))
     if top_k > scored:
-        raise InputError(f"--top-k: expected at most {scored}, the number of scored neurons, got {top_k}")
+        raise InputError(f"--top-k: expected at most {scored}, the number of neurons to choose from, got {top_k}")
     order = np.argsort(np.where(np.isnan(everything), np.inf, -everything), kind="stable")
     chosen = np.zeros(everything.shape, dtype=np.bool_)
     chosen[order[:top_k]] = True

@@ -64,7 +64,8 @@ def make_cells(document: Mapping[str, Any], known: Mapping[str, set[str]]) -> li
         cell = Cell(values, settings)
         if cell not in cells:
             cells.append(cell)
-    unused = [name for name in dict.fromkeys(n for c in combinations for n in c) if name not in used]
+    given = dict.fromkeys(name for c in combinations for name, value in c.items() if value is not None)
+    unused = [name for name in given if name not in used]
     if unused:
         raise ConfigError(
             f"grid: expected settings that a stage takes from it, got {unused[0]!r}, which a section fixes or no stage "
@@ -79,6 +80,11 @@ def _check_sections(document: Mapping[str, Any]) -> None:
     taken += [
         (f"section {stage!r}: ", name) for stage in STAGES for name in _OURS[stage] & set(document.get(stage) or {})
     ]
+    if "strength" in document and not _evaluates(document):
+        raise ConfigError(
+            "expected 'strength' in the section 'fit' of a sweep that evaluates nothing, got it on top, where it counts"
+            " for evaluations alone"
+        )
     for where, name in taken:
         raise ConfigError(f"{where}expected no {name!r} in a grid file: the sweep sets it; leave it out")
 
@@ -97,6 +103,8 @@ def _product(part: Mapping[str, Any], known: Mapping[str, set[str]]) -> Iterator
         nested = values.items() if name in STAGES and isinstance(values, dict) else [("", values)]
         for own, listed in nested:
             axis = f"{name}.{own}" if own else str(name)
+            if axis in axes:
+                raise ConfigError(f"grid: expected one list of values for {axis!r}, got two")
             _check_axis(axis, listed, known)
             axes[axis] = listed
     for combination in product(*axes.values()):
@@ -142,8 +150,7 @@ def _cell(
 
 
 def _evaluates(document: Mapping[str, Any]) -> bool:
-    grids = document["grid"] if isinstance(document["grid"], list) else [document["grid"]]
-    return "evaluate" in document or any("evaluate" in part for part in grids)
+    return "evaluate" in document or any("evaluate" in part for part in _parts(document.get("grid")))
 
 
 def _settle_fit(settings: Mapping[str, dict[str, Any]], chosen: Mapping[str, set[str]]) -> None:
@@ -151,7 +158,8 @@ def _settle_fit(settings: Mapping[str, dict[str, Any]], chosen: Mapping[str, set
     fit, concepts = settings["fit"], settings["collect"].get("concepts")
     if "concept" not in fit and concepts:
         fit["concept"] = concepts[0] if isinstance(concepts, list) else concepts
-    if fit.get("method", "aura") != "damp" and any(axis.endswith("alpha") for axis in chosen["fit"]):
+    varied = {axis.rpartition(".")[2] for axis in chosen["fit"]}
+    if fit.get("method", "aura") != "damp" and varied & {"alpha", "method"}:
         fit.pop("alpha", None)
         chosen["fit"].difference_update({"alpha", "fit.alpha"})
 

@@ -14,6 +14,8 @@ from typing import Any
 from aura_dist.core.grid import EXECUTION, STAGES, Cell
 
 DIGEST_LENGTH = 10
+# in the directory of a sweep: the names of the present grid's jobs; files of earlier grids' jobs lie beside theirs
+JOBS_FILE = "jobs.json"
 
 
 @dataclass(frozen=True)

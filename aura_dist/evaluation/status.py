@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
+from aura_dist.core.jobs import JOBS_FILE
 from aura_dist.errors import AuraError, StoreError
 from aura_dist.evaluation.report.evaluations import Evaluation, read_evaluation
 from aura_dist.evaluation.report.rundir import (
@@ -111,10 +112,16 @@ def run_status(run: RunDirectory) -> RunStatus:
 
 
 def _jobs(run: RunDirectory) -> Iterator[Job]:
-    """The jobs of a sweep, by their state files; what is none, or one that is being written, is left out."""
+    """The jobs of a sweep's present grid, by their state files; what is none, or is being written, is left out."""
+    try:
+        present = set(json.loads((run.path / JOBS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        present = set()
     for path in (p for p in _files(run.path / JOBS) if p.suffix == ".json" and not p.name.startswith(".")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            if present and found["job"] not in present:
+                continue
             yield Job(found["job"], found["state"], float(found.get("seconds") or 0), str(found.get("reason") or ""))
         except (OSError, ValueError, KeyError, TypeError):
             continue

@@ -42,7 +42,7 @@ def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> st
     text = config.get_text_config(decoder=True)
     digest = hashlib.sha256(json.dumps([getattr(text, f, None) for f in ARCHITECTURE_FIELDS], default=str).encode())
     tensors: list[tuple[str, str, list[int], str]] = []
-    for file in checkpoint_files(name, revision):
+    for file in checkpoint_files(name, revision, config):
         try:
             tensors += _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
         except Exception as error:  # a damaged file fails in as many ways as there are formats
@@ -51,9 +51,16 @@ def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> st
     return digest.hexdigest()
 
 
-def checkpoint_files(name: str, revision: str | None) -> list[Path]:
-    """The weight files of a local directory or hub name; safetensors before the old `.bin` format."""
-    for single in _SINGLE_FILES:  # in the order in which transformers looks, so that these are what it loads
+def checkpoint_files(name: str, revision: str | None, config: PretrainedConfig | None = None) -> list[Path]:
+    """The weight files of a local directory or hub name: what `config` names, then safetensors, then the old `.bin`."""
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and not str(named).endswith(".safetensors"):
+        raise ModelError(
+            f"--model {name!r}: expected a .safetensors file as transformers_weights of its config, got {named!r}; "
+            "save the model anew with save_pretrained"
+        )
+    singles = _SINGLE_FILES if named is None else (str(named),)
+    for single in singles:  # in the order in which transformers looks, so that these are what it loads
         file = _find(name, revision, single)
         if file is not None:
             return [file]
@@ -65,7 +72,7 @@ def checkpoint_files(name: str, revision: str | None) -> list[Path]:
             if missing:
                 raise ModelError(f"--model {name!r}: expected the weight file {missing[0]!r} of its index, found none")
             return [file for file in found if file is not None]
-    raise ModelError(f"--model {name!r}: expected weights in {' or '.join(_SINGLE_FILES)}, found neither")
+    raise ModelError(f"--model {name!r}: expected weights in {' or '.join(singles)}, found none")
 
 
 def _shards(index: Path) -> list[str]:

@@ -49,7 +49,7 @@ class FoldPlan:
     switches
         Settings of the configuration's text part that say that these biases are there.
     sites
-        Names of the sites that are folded; a site that the intervention leaves as it is counts.
+        Names of the sites that are folded; not those that the intervention leaves as they are.
     """
 
     folds: Mapping[str, Fold] = field(default_factory=dict)
@@ -83,12 +83,14 @@ def plan_folds(
         raise ModelError(f"the checkpoint is quantised: a scale cannot be folded into its weights; {HOOKS_ONLY}")
     names = _Names(model, stored)
     folds: dict[str, Fold] = {}
+    sites: list[str] = []
     without_bias: dict[str, NDArray[np.float32]] = {}
     for site in intervention.sites:
         scale, shift = intervention.map_of(site)
         shift = shift if shift is not None and shift.any() else None
         if shift is None and (scale == 1).all():
             continue
+        sites.append(site)
         module = model.get_submodule(site)
         _check_not_tied(model, site)
         dim = 1 if isinstance(module, Conv1D) else 0
@@ -104,7 +106,7 @@ def plan_folds(
         values = without_bias.get(site, np.zeros(width, np.float32))
         weight = names.stored_as(f"{site}.weight").name
         added[weight] = (names.of_new(bias, weight), values)
-    return FoldPlan(folds, added, switches, tuple(intervention.sites))
+    return FoldPlan(folds, added, switches, tuple(sites))
 
 
 class _Names:

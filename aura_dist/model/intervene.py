@@ -1,7 +1,7 @@
 """Lay an intervention over a model in memory, by forward hooks, and take it off again without a trace."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,11 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     Raises
     ------
     ModelError
-        The intervention has a site that the model lacks, or one of another width.
+        The intervention has a site that the model lacks, or one of another width; or, of the first forward, that it
+        does not call a site: nothing would be changed there.
     """
     _check_model(model, intervention)
+    called: dict[str, bool] = {}
     with ExitStack() as hooks:
         for site in intervention.sites:
             scale, shift = with_strength(*intervention.map_of(site), strength)
@@ -49,8 +51,33 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
             module = model.get_submodule(own_names(model)(site))
             columns = _seen(model, site, len(scale))
             scale, shift = scale[columns], None if shift is None else shift[columns]
-            hooks.callback(module.register_forward_hook(affine_hook(site, scale, shift)).remove)
+            called[site] = False
+            hooks.callback(module.register_forward_hook(affine_hook(site, scale, shift, called)).remove)
+        hooks.callback(model.base_model.register_forward_hook(_all_called(called)).remove)
         yield model
+
+
+def _all_called(called: Mapping[str, bool]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook of the base model: ModelError once a whole forward has left a site out."""
+
+    def check(module: nn.Module, args: Any, output: Any) -> None:
+        missing = next((site for site, was_called in called.items() if not was_called), None)
+        if missing is not None:
+            raise ModelError(
+                f"module {missing!r} was not called in the forward pass, so that no hook can change its output; "
+                "leave it out by `fit --modules`, or fold the intervention with `export`"
+            )
+
+    return check
+
+
+def laid_over(
+    model: PreTrainedModel, intervention: Intervention, strength: float
+) -> AbstractContextManager[PreTrainedModel]:
+    """`intervene` for a model that may have been cut after some layers: sites of the others are left out."""
+    modules, own_name = {name for name, _ in model.named_modules()}, own_names(model)
+    kept = [site for site in intervention.sites if own_name(site) in modules]
+    return intervene(model, intervention.restricted(kept), strength)
 
 
 def _seen(model: PreTrainedModel, site: str, width: int) -> NDArray[np.intp]:
@@ -112,7 +139,7 @@ def _check_width(intervention: Intervention, site: str, width: int, model_class:
 
 
 def affine_hook(
-    site: str, scale: NDArray[np.float32], shift: NDArray[np.float32] | None
+    site: str, scale: NDArray[np.float32], shift: NDArray[np.float32] | None, called: dict[str, bool] | None = None
 ) -> Callable[[nn.Module, Any, Any], Tensor]:
     """A forward hook that gives scale ⊙ output + shift, in float32 at least, rounded once to the output's dtype.
 
@@ -122,6 +149,8 @@ def affine_hook(
         Name for errors.
     scale, shift
         [D] of what the module gives: of all its neurons or, where it gives a slice of them, of that slice.
+    called
+        Where the hook notes that it was called, under the site's name.
 
     The hook raises ModelError if the output is not a float tensor of D neurons.
     """
@@ -129,11 +158,14 @@ def affine_hook(
 
     def on(device: torch.device) -> tuple[Tensor, Tensor | None]:
         if device not in constants:
-            moved = None if shift is None or not shift.any() else torch.tensor(shift, device=device)
-            constants[device] = (torch.tensor(scale, device=device), moved)
+            with torch.inference_mode(False):  # they outlive this forward, and autograd takes no inference tensors
+                moved = None if shift is None or not shift.any() else torch.tensor(shift, device=device)
+                constants[device] = (torch.tensor(scale, device=device), moved)
         return constants[device]
 
     def apply(module: nn.Module, args: Any, output: Any) -> Tensor:
+        if called is not None:
+            called[site] = True
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.shape[-1] != len(scale):
             raise ModelError(_unfit(site, module, output, len(scale)))
         scale_D, shift_D = on(output.device)
@@ -151,7 +183,8 @@ def affine_hook(
 
 def _is_ours_alone(module: nn.Module) -> bool:
     """Whether nobody else can hold the output of `module`: it is new, no other hook has seen it, nor autograd."""
-    return isinstance(module, (nn.Linear, Conv1D)) and len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
+    hooks = len(module._forward_hooks) + len(torch.nn.modules.module._global_forward_hooks)
+    return isinstance(module, (nn.Linear, Conv1D)) and hooks == 1 and not torch.is_grad_enabled()
 
 
 def _unfit(site: str, module: nn.Module, output: Any, width: int) -> str:

@@ -67,7 +67,12 @@ def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> li
             found.append((item, Target(Stored(name, dtype, values.shape, 0, 0), None, None, values)))
     placed, at = [], 0
     for item, target in sorted(found, key=lambda f: -f[0]):
-        stop = at + prod(target.stored.shape) * item
+        source = target.source
+        # of a dtype that is kept the size is what it was: elements of some take less than a byte
+        if source is not None and source.dtype == target.stored.dtype:
+            stop = at + source.stop - source.start
+        else:
+            stop = at + prod(target.stored.shape) * item
         placed.append(replace(target, stored=replace(target.stored, start=at, stop=stop)))
         at = stop
     return placed

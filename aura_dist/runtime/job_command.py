@@ -32,6 +32,8 @@ class JobCommand:
     ranks
         Processes to start on this machine, through torchrun where there are several; 1 under Slurm, which starts
         them itself.
+    traces
+        Patterns, within the directory, of the files that grow as the stage gets on.
     """
 
     directory: Path
@@ -39,6 +41,7 @@ class JobCommand:
     stage: str
     needs: tuple[str, ...] = ()
     ranks: int = 1
+    traces: tuple[str, ...] = ()
 
     @property
     def config(self) -> Path:
@@ -97,10 +100,15 @@ class JobCommand:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         return self.log.open("a", encoding="utf-8")
 
-    def end(self, code: int) -> None:
-        """Write how the job stands after an attempt that ended with this exit code."""
+    def end(self, code: int, *, asked: bool = False) -> None:
+        """Write how the job stands after an attempt that ended with this exit code; `asked` for by a person or not."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
             output = file.read().decode(errors="replace")
         output = re.split(rf"^{_ATTEMPT} .*$", output, flags=re.MULTILINE)[-1]
-        self.write(self.state.ended_with(code, output))
+        self.write(self.state.ended_with(code, output, None if asked else self.kept_bytes()))
+
+    def kept_bytes(self) -> int:
+        """Size of the files that grow as the stage gets on: the same work done again adds nothing to it."""
+        found = [path for pattern in self.traces for path in self.directory.glob(pattern)]
+        return sum(path.stat().st_size for path in found if path.is_file())

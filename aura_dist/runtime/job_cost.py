@@ -48,12 +48,13 @@ class Cost:
     @staticmethod
     def total(costs: "Iterable[Cost]") -> "Cost":
         costs = list(costs)
+        known = [cost for cost in costs if not cost.reason]
         return Cost(
-            sum(c.gpu_hours for c in costs),
-            sum(c.cpu_hours for c in costs),
-            sum(c.store_bytes for c in costs),
-            sum(bool(c.reason) for c in costs),
-            left_out=", ".join(dict.fromkeys(c.left_out for c in costs if c.left_out)),
+            sum(c.gpu_hours for c in known),
+            sum(c.cpu_hours for c in known),
+            sum(c.store_bytes for c in known),
+            len(costs) - len(known),
+            left_out=", ".join(dict.fromkeys(c.left_out for c in known if c.left_out)),
         )
 
 

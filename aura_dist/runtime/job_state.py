@@ -14,6 +14,12 @@ State = Literal["queued", "running", "done", "failed"]
 _REASON_LIMIT = 500
 # what a stage returns when a signal ended it in an orderly way: 128 + the number of SIGINT, SIGUSR1 or SIGTERM
 INTERRUPTED = (130, 138, 143)
+# so many attempts in a row that a signal ended before they had left anything new are a failure
+MAX_STALLS = 3
+_STALLED = (
+    f"{MAX_STALLS} starts in a row were ended by a signal (a time limit, or preemption) before any work was finished: "
+    "give the job more time, or smaller pieces (collect: --tokens-per-batch)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class JobState:
         How often it was started at all.
     submission
         Which of its submissions to a queue counts; empty if none does.
+    kept_bytes
+        Size of what its attempts had left when the last one was interrupted.
+    stalls
+        How many attempts in a row were interrupted and left nothing new.
     """
 
     job: str
@@ -56,14 +66,16 @@ class JobState:
     needs: tuple[str, ...] = field(default=())
     starts: int = 0
     submission: str = ""
+    kept_bytes: int = 0
+    stalls: int = 0
 
     def renewed(self) -> "JobState":
         """As if it had not been tried: it waits to be started, and no submission counts any more."""
-        return replace(self, state="queued", reason="", attempts=0, submission="")
+        return replace(self, state="queued", reason="", attempts=0, submission="", stalls=0)
 
     def submitted(self) -> "JobState":
         """As it stands once another attempt is in a queue: what the last one left must not be read as its end."""
-        return replace(self, state="queued", reason="", submission=uuid.uuid4().hex)
+        return replace(self, state="queued", reason="", submission=uuid.uuid4().hex, stalls=0)
 
     def begun(self) -> "JobState":
         """As it stands once an attempt has started."""
@@ -72,14 +84,23 @@ class JobState:
             self, state="running", reason="", attempts=attempts, starts=starts, started=time.time(), ended=None
         )
 
-    def ended_with(self, code: int, output: str) -> "JobState":
-        """As it stands after an attempt that ended with this exit code and this output."""
+    def ended_with(self, code: int, output: str, kept_bytes: int | None = None) -> "JobState":
+        """As it stands after an attempt that ended with this exit code and this output.
+
+        `kept_bytes` is the size of what its attempts have left; None where a person interrupted it, who may do so at
+        any time.
+        """
         ended = time.time()
         seconds = round(ended - (self.started or ended), 3)
         after = replace(self, seconds=seconds, ended=ended)
         if code == 0:
             return replace(after, state="done")
         if code in INTERRUPTED:
+            if kept_bytes is not None:
+                stalls = 0 if kept_bytes > self.kept_bytes else self.stalls + 1
+                after = replace(after, kept_bytes=kept_bytes, stalls=stalls)
+            if after.stalls >= MAX_STALLS:
+                return replace(after, state="failed", reason=_STALLED)
             return replace(after, state="queued", attempts=self.attempts - 1)
         return replace(after, state="failed", reason=reason_of(code, output))
 
@@ -112,5 +133,12 @@ def reason_of(code: int, output: str) -> str:
     errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
     said = (errors or lines or ["no output"])[-1][:_REASON_LIMIT]
     if code < 0:
-        return f"killed by {Signals(-code).name}; last output: {said}"
+        return f"killed by {_signal_name(-code)}; last output: {said}"
     return said if errors else f"exit code {code}; last output: {said}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return Signals(number).name
+    except ValueError:  # a real-time signal has none
+        return f"signal {number}"

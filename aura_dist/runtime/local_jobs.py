@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aura_dist.errors import ClusterError
 from aura_dist.runtime.job_command import JobCommand
+from aura_dist.runtime.job_state import INTERRUPTED
 from aura_dist.runtime.slurm_jobs import scancel_words, still_queued
 
 STOP_SECONDS = 60.0
@@ -71,7 +72,8 @@ class LocalLauncher:
         found = []
         for slot, running in enumerate(self._slots):
             if running is not None and (code := running[1].poll()) is not None:
-                running[0].end(code)
+                # a signal that `stop` did not send comes from a watchdog, or a hand that ends this one job
+                running[0].end(128 - code if code in INTERRUPTED else code)
                 self._slots[slot] = None
                 found.append(running[0].job)
         return found
@@ -88,7 +90,7 @@ class LocalLauncher:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 code = process.wait()
-            command.end(0 if code == 0 else _INTERRUPTED)
+            command.end(0 if code == 0 else _INTERRUPTED, asked=True)
         self._slots = [None] * len(self._slots)
         return ""
 

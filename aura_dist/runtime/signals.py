@@ -11,11 +11,18 @@ from aura_dist.errors import RunInterruptedError
 # SIGUSR1 is what Slurm jobs ask for as the warning before their time is up (`--signal=USR1@120`)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+FINISHED_ARE_KEPT = "finished tasks are kept: run the same command to go on"
+
 
 class StopFlag:
     """Context in which SIGTERM, SIGINT and SIGUSR1 raise RunInterruptedError, or, under `deferred`, set a flag.
 
     A second SIGINT raises KeyboardInterrupt at once. Must be entered in the main thread.
+
+    Parameters
+    ----------
+    note
+        What the user is told of the interrupted work.
 
     Attributes
     ----------
@@ -23,7 +30,8 @@ class StopFlag:
         Number of the signal received, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: str = FINISHED_ARE_KEPT) -> None:
+        self._note = note
         self.received: int | None = None
         self._deferred = False
         self._before: dict[int, Any] = {}
@@ -42,7 +50,7 @@ class StopFlag:
             raise KeyboardInterrupt
         self.received = number
         if not self._deferred:
-            raise interruption(number)
+            raise interruption(number, outcome=self._note)
 
     def __enter__(self) -> "StopFlag":
         for number in SIGNALS:
@@ -56,7 +64,6 @@ class StopFlag:
             signal.signal(number, handler)
 
 
-def interruption(number: int, note: str = "") -> RunInterruptedError:
-    """The error of a run that signal `number` ended; `note` is added to what the user is told."""
-    name = signal.Signals(number).name
-    return RunInterruptedError(f"{name} received; finished tasks are kept: run the same command to go on{note}", number)
+def interruption(number: int, note: str = "", *, outcome: str = FINISHED_ARE_KEPT) -> RunInterruptedError:
+    """The error of a run that signal `number` ended; `outcome` and `note` are what the user is told."""
+    return RunInterruptedError(f"{signal.Signals(number).name} received; {outcome}{note}", number)

@@ -1,6 +1,7 @@
 """submitit's executors: what a sweep's jobs ask of Slurm, and the environment that they are submitted from."""
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,10 @@ from aura_dist.errors import ConfigError, brief
 
 # Slurm's warning; submitit's own choice, USR2, would kill the stages, which Slurm signals too
 WARNING = "USR1"
-# a collection goes on where it was: any number of time limits is well
+# any number of time limits is well as long as the job gets on, which its state tells
 MAX_TIMEOUTS = 1000
+# submitit's own choice, 5 minutes, is less than large models take to load
+DEFAULT_MINUTES = 60
 _RANKED = ("collect", "evaluate")
 # since Slurm 22.05 a step has one core a task unless it is told, whatever the job has
 _ALL_CORES = 'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi'
@@ -24,6 +27,8 @@ def stage_resources(resources: Mapping[str, Any], stage: str) -> dict[str, Any]:
     if not isinstance(own, Mapping):
         raise ConfigError(f"resources: {stage}: expected keys and values, got {own!r}")
     found = {**{name: value for name, value in resources.items() if name not in STAGES}, **own}
+    if "slurm_time" in found:  # submitit reads it again as a number when the time is up
+        raise ConfigError(f"resources: expected timeout_min (minutes), got slurm_time {found['slurm_time']!r}")
     return found if stage in _RANKED else {**found, "nodes": 1, "tasks_per_node": 1}
 
 
@@ -38,17 +43,14 @@ def make_executor(folder: Path, stage: str, resources: Mapping[str, Any], after:
         import submitit
     except ImportError as error:
         raise ConfigError("--launcher slurm needs submitit: pip install 'aura-dist[slurm]'") from error
-    parameters = {"name": f"aura-{stage}", **stage_resources(resources, stage)}
-    setup = parameters.get("slurm_setup") or []
-    parameters["slurm_setup"] = [_ALL_CORES, *([setup] if isinstance(setup, str) else setup)]
-    teardown = parameters.get("slurm_teardown")
-    if teardown:  # its own exit code must not stand for the stage's
-        parameters["slurm_teardown"] = [
-            "code=$?",
-            *([teardown] if isinstance(teardown, str) else teardown),
-            "exit $code",
-        ]
+    parameters = {"name": f"aura-{stage}", "timeout_min": DEFAULT_MINUTES, **stage_resources(resources, stage)}
+    python = parameters.pop("slurm_python", None)
     try:
+        parameters["slurm_setup"] = [_ALL_CORES, *_lines(parameters.get("slurm_setup"))]
+        if teardown := _lines(parameters.get("slurm_teardown")):  # its own exit code must not stand for the stage's
+            parameters["slurm_teardown"] = ["code=$?", *teardown, "exit $code"]
+        if isinstance(words := parameters.get("slurm_srun_args"), str):
+            parameters["slurm_srun_args"] = shlex.split(words)
         if after:
             parameters.pop("slurm_dependency", None)
             parameters["slurm_additional_parameters"] = {
@@ -56,11 +58,21 @@ def make_executor(folder: Path, stage: str, resources: Mapping[str, Any], after:
                 "dependency": f"afterok:{':'.join(after)}",
                 "kill-on-invalid-dep": "yes",
             }
-        executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=MAX_TIMEOUTS)
+        executor = submitit.AutoExecutor(
+            folder=folder, cluster="slurm", slurm_max_num_timeout=MAX_TIMEOUTS, slurm_python=python
+        )
         executor.update_parameters(**parameters)
-    except (ValueError, TypeError, NameError, RuntimeError) as error:
+    except (ValueError, TypeError, NameError, RuntimeError, AssertionError) as error:  # the last of types
         raise ConfigError(f"resources of {stage}: {brief(error)}") from error
     return executor
+
+
+def _lines(given: Any) -> list[str]:
+    """Shell commands given as one text or several; TypeError for anything else."""
+    found = [given] if isinstance(given, str) else list(given or [])
+    if not all(isinstance(line, str) for line in found):
+        raise TypeError(f"expected shell commands, got {given!r}")
+    return found
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from aura_dist.core.grid import STAGES
 from aura_dist.errors import ClusterError, brief
 from aura_dist.runtime.job_command import JobCommand
-from aura_dist.runtime.slurm_executor import make_executor, outside_job
+from aura_dist.runtime.slurm_executor import DEFAULT_MINUTES, make_executor, outside_job, stage_resources
 from aura_dist.runtime.slurm_queue import MISSES, cancel_waiting, queued_jobs
 from aura_dist.runtime.slurm_task import JobTask
 
@@ -30,8 +30,10 @@ SUBMIT_SECONDS = 5.0
 FULL_SECONDS = 30.0
 # how long it may take no job at all while none of ours is in it
 REFUSED_SECONDS = 600.0
-# sbatch's words where a user, an account or the cluster has as many jobs as it may
-_LIMIT = re.compile("submit limit|temporarily", re.IGNORECASE)
+# sbatch's words where a user, an account or the cluster has as many jobs as it may, or an array is too large for it
+_LIMIT = re.compile("submit limit|temporarily|invalid job array", re.IGNORECASE)
+# and where its controller does not answer; a submission that it took all the same does not count
+_NO_ANSWER = re.compile("timed out|unable to contact|connection refused|communication", re.IGNORECASE)
 _LOST = "the Slurm job is gone without a word: cancelled, killed or out of memory; see {log} and `sacct`"
 
 
@@ -61,9 +63,14 @@ class SlurmLauncher:
         self._directory, self._resources = directory / "slurm", resources
         for stage in STAGES:  # what is wrong with the last stage's shows before the first is run
             make_executor(self._directory, stage, resources)
+        unlimited = [stage for stage in STAGES if "timeout_min" not in stage_resources(resources, stage)]
+        if unlimited:
+            names = ", ".join(unlimited)
+            logger.warning("resources: no timeout_min: jobs of %s may run for %d minutes", names, DEFAULT_MINUTES)
         self._watched: dict[str, _Watched] = {}
         self._asked = 0.0
         self._full_until = self._taken = -math.inf
+        self._began = time.monotonic()
 
     @property
     def room(self) -> int:
@@ -72,7 +79,12 @@ class SlurmLauncher:
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
         """Jobs of an earlier run of the sweep that are in the queue, and wait there for no job that is not."""
-        queued, left = still_queued(commands), {c.job for c in commands}
+        known, folder = {c.job for c in commands}, self._directory.parent
+        others = [JobCommand(folder, p.stem, "") for p in (folder / "jobs").glob("*.slurm") if p.stem not in known]
+        queued, left = still_queued([*commands, *others]), known
+        if strangers := [queued[c] for c in others if c in queued]:
+            words = scancel_words(strangers)
+            logger.warning("%d jobs in Slurm's queue are no part of this grid (to end them: %s)", len(strangers), words)
         for command in commands:  # each after those it needs
             needs = left.intersection(command.needs)
             if command in queued and needs <= self._watched.keys():
@@ -95,12 +107,14 @@ class SlurmLauncher:
 
     def _submit(self, commands: Sequence[JobCommand]) -> list[str]:
         """One array of jobs of the same stage and needs, or what of it the queue has room for."""
-        stage, needs = commands[0].stage, [self._watched[n] for n in commands[0].needs if n in self._watched]
-        states = [need.command.state.state for need in needs]
-        if not self.room or "failed" in states:  # which the sweep hears of next
+        stage, needs = commands[0].stage, commands[0].needs
+        states = {need: replace(commands[0], job=need).state.state for need in needs}
+        if not self.room or "failed" in states.values():  # which the sweep hears of next
             return []
-        # Slurm soon forgets a job that has ended
-        after = [need.slurm_id for need, state in zip(needs, states, strict=True) if state != "done"]
+        waits = [need for need in needs if states[need] != "done"]  # Slurm soon forgets a job that has ended
+        if not self._watched.keys() >= set(waits):  # what it needs could not be submitted now
+            return []
+        after = [self._watched[need].slurm_id for need in waits]
         executor = make_executor(self._directory, stage, self._resources, after)
         for command in commands:
             command.slurm_id.unlink(missing_ok=True)  # an older submission's
@@ -110,6 +124,9 @@ class SlurmLauncher:
                 submitted = [executor.submit(JobTask(command, command.state.submission)) for command in commands]
             ids = [job.job_id for job in submitted]
         except Exception as error:  # of submitit's and of sbatch's own kinds
+            if _NO_ANSWER.search(str(error)):  # its controller may be starting again
+                self._taken = max(self._taken, self._began)
+                return self._wait(stage, error)
             if _LIMIT.search(str(error)) is None:
                 raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
             return self._submit_some(commands, error)
@@ -122,13 +139,17 @@ class SlurmLauncher:
         return [command.job for command in commands]
 
     def _submit_some(self, commands: Sequence[JobCommand], error: Exception) -> list[str]:
-        """Those of an array that the queue has room for; ClusterError if it stays full though none of ours is in it."""
+        """Those of an array that the queue has room for."""
         if len(commands) > 1:
             middle = len(commands) // 2
             return self._submit(commands[:middle]) + self._submit(commands[middle:])
+        return self._wait(commands[0].stage, error)
+
+    def _wait(self, stage: str, error: Exception) -> list[str]:
+        """No job now; ClusterError if Slurm has taken none for long though none of ours is in its queue."""
         if not self._watched and time.monotonic() - self._taken > REFUSED_SECONDS:
-            raise ClusterError(f"sbatch refused the jobs of {commands[0].stage}: {brief(error)}") from error
-        logger.info("Slurm takes no more jobs (%s); the others once some have ended", brief(error))
+            raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
+        logger.info("Slurm takes no more jobs now (%s); the others later", brief(error))
         self._full_until = time.monotonic() + FULL_SECONDS
         return []
 
@@ -166,6 +187,7 @@ class SlurmLauncher:
         for job, entry in self._watched.items():
             entry.missed = 0 if listed is None or entry.slurm_id in listed else entry.missed + 1
             state = entry.command.state
+            entry.waits &= state.state != "running"
             if entry.missed < MISSES or state.state in ("done", "failed"):
                 continue
             if any(need in self._watched for need in entry.command.needs):

@@ -66,6 +66,8 @@ class JobTask:
             self.command.end(code if code == 0 else interrupted)
         if code == 0:
             sys.exit()  # done as it was warned: submitit would let the job fail, and all that waits for it
+        if self.command.state.state == "failed":  # time and again, without getting on
+            return None
         return DelayedSubmission(JobTask(self.command, self.submission))
 
 

@@ -35,10 +35,10 @@ def dry_run(
     for job, settings in left.items():
         stage = graph.jobs[job].stage
         if stage == "collect":
-            wanted[job] = stage, {**settings, **planned, **_launch(launch, stage)}
+            wanted[job] = stage, {**settings, **planned, **planned_launch(launch, stage)}
         elif stage == "evaluate":
             gpu = {"device": "cuda"} if "device_memory" in planned else {}
-            wanted[job] = stage, {**settings, "tflops": planned.get("tflops"), **gpu, **_launch(launch, stage)}
+            wanted[job] = stage, {**settings, "tflops": planned.get("tflops"), **gpu, **planned_launch(launch, stage)}
     costs = plan_costs(wanted)
     text = render_plan(cells, graph, [graph.jobs[job] for job in left], {job: c.words for job, c in costs.items()})
     total = Cost.total(costs.values()).words if costs else "0 GPU-hours"
@@ -46,13 +46,14 @@ def dry_run(
     return f"{text}\n\n{total} in all, if ranks are busy all the time; {note}"
 
 
-def _launch(launch: int | Mapping[str, Any], stage: str) -> dict[str, Any]:
+def planned_launch(launch: int | Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Plan's flags that say how a collection or an evaluation would be started."""
     if isinstance(launch, int):
         return {"world_size": launch}
-    resources = stage_resources(launch, stage)
-    counts = [resources.get(name, 1) for name in ("nodes", "tasks_per_node")]
+    resources = {name.removeprefix("slurm_"): value for name, value in stage_resources(launch, stage).items()}
+    tasks = resources.get("tasks_per_node", resources.get("ntasks_per_node", 1))
+    counts = [resources.get("nodes", 1), tasks]
     if not all(isinstance(count, int) and count > 0 for count in counts):
         raise ConfigError(f"resources: nodes, tasks_per_node: expected integers of at least 1, got {counts}")
-    gpu = any("gpu" in name or name == "slurm_gres" for name in resources)
+    gpu = any(("gpu" in name or name == "gres") and value for name, value in resources.items())
     return {"world_size": math.prod(counts), **({"device": "cuda"} if gpu else {})}

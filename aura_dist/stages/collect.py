@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from aura_dist.data.table import Table, read_table
 from aura_dist.data.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
 from aura_dist.errors import RunInterruptedError, StoreError
 from aura_dist.model.fingerprint import fingerprint
-from aura_dist.model.intervene import intervene
+from aura_dist.model.intervene import laid_over
 from aura_dist.model.sharding import (
     ModelSource,
     check_positions,
@@ -107,7 +108,7 @@ def collect_tasks(
     run = Run(spec, tokens, plans, team, stop)
     loaded = time.perf_counter()
     try:
-        with laid_over(model, config), stop.deferred(), counted_attempts(group) as begin, run.writer(group) as writer:
+        with _intervened(model, config), stop.deferred(), counted_attempts(group) as begin, run.writer(group) as writer:
             stream(model, run, tasks, writer, begin)
     except RunInterruptedError:
         _note_times(group, team, loaded - begun, loaded)
@@ -205,12 +206,13 @@ def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> 
             table.model_class, len(table.experts), table.experts[0],
         )  # fmt: skip
     found = fingerprint(config.model, config.revision, model_config)
+    directory = Path(config.model)
     under = None
     if config.intervention is not None:
         under = load_intervention(config.intervention, source, table, found).identity(config.strength)
     return StoreSpec(
         model={
-            "name": config.model,
+            "name": str(directory.resolve()) if directory.is_dir() else config.model,  # whence it is read later
             "revision": config.revision,
             "class": table.model_class,
             "fingerprint": found,
@@ -228,15 +230,14 @@ def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> 
     )
 
 
-def laid_over(model: PreTrainedModel, config: CollectConfig) -> AbstractContextManager[Any]:
+def _intervened(model: PreTrainedModel, config: CollectConfig) -> AbstractContextManager[Any]:
     """Context in which `--intervention` lies over a base model, which may have been cut after some layers.
 
     Entered before the capture's hooks are: what is pooled is what the intervention leaves.
     """
     if config.intervention is None:
         return nullcontext()
-    loaded = {f"{model.base_model_prefix}.{s.name}" for s in find_sites(model).sites}
-    return intervene(model, Intervention.load(config.intervention).restricted(loaded), config.strength)
+    return laid_over(model, Intervention.load(config.intervention), config.strength)
 
 
 def _provenance(config: CollectConfig) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aura_dist.config import EvaluateConfig
-from aura_dist.errors import ConfigError
 from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
 from aura_dist.evaluation.generation import generate
 from aura_dist.evaluation.journal import Journal, journal_path, settings_key
@@ -48,28 +47,12 @@ logger = logging.getLogger(__name__)
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, write `config.out`, and return what was written; other ranks than the first return nothing."""
-    _check_settings(config)
     with start_team(config.sharding, pick_device(config.device)) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         how = Decoding(
             config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
         )
         return _Evaluation(config, how, team, stop).run()
-
-
-def _check_settings(config: EvaluateConfig) -> None:
-    """ConfigError where nothing is to be measured, or a setting would not be looked at."""
-    if not (config.toxicity_prompts or config.perplexity_texts or config.tasks):
-        raise ConfigError("expected at least one of --toxicity-prompts, --perplexity-texts and --tasks, got none")
-    needs = {
-        "toxicity_prompts": ("baseline", "prompt_column", "prompt_toxicity_column", "toxic_label"),
-        "perplexity_texts": ("perplexity_labels",),
-        "tasks": ("tasks_path", "num_fewshot", "limit"),
-    }
-    for part, names in needs.items():
-        for name in names:
-            if not getattr(config, part) and getattr(config, name) is not None:
-                raise ConfigError(f"{flag(name)}: expected it with {flag(part)}, got it without; leave it out")
 
 
 @dataclass(frozen=True)

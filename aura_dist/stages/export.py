@@ -4,6 +4,7 @@ The new directory is made under another name beside its place and takes it when 
 leaves no half checkpoint.
 """
 
+import glob
 import json
 import logging
 import shutil
@@ -26,8 +27,10 @@ from aura_dist.model.sharding import ModelSource, load_config, skeleton
 from aura_dist.model.sites import find_sites
 from aura_dist.model.use import load_intervention
 from aura_dist.runtime.progress import Progress
+from aura_dist.runtime.signals import StopFlag
 from aura_dist.store.access import local_path
 from aura_dist.store.artifact import Intervention
+from aura_dist.store.hub import public_name, without_paths
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +54,26 @@ def run(config: ExportConfig) -> None:
         raise ConfigError(f"--out: expected a local directory, got the URL {config.out!r}; give its path")
     if out.exists() or out.is_symlink():
         raise StoreError(f"--out: expected a directory that does not exist yet, {config.out!r} does")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.export-*"):
+        logger.warning("%s was left by an export that was killed, unless one runs now: remove it", left)
     source = ModelSource(config.model, config.revision, "float32")
     model_config = load_config(source)
     found = fingerprint(config.model, config.revision, model_config)
     model = skeleton(model_config)
     intervention = load_intervention(config.intervention, source, find_sites(model), found)
-    files = checkpoint_files(config.model, config.revision)
+    files = checkpoint_files(config.model, config.revision, model_config)
     stored = {file: _tensors(file) for file in files}
     everything = [t for tensors in stored.values() for t in tensors]
     plan = plan_folds(model_config, model, intervention.at_strength(config.strength), everything)
     targets = {file: layout(stored[file], plan, as_float32=config.dtype == "float32") for file in files}
     provenance = _provenance(config, intervention, found, plan)
-    _make(config, out, model_config, plan, targets, provenance)
+    with StopFlag("nothing is left of it: run the same command again"):
+        _make(config, out, model_config, plan, targets, provenance)
+    num_left = len(intervention.sites) - len(plan.sites)
     print(
         f"folded {len(plan.sites)} of {len(intervention.sites)} modules into {config.out} "
-        f"({len(plan.folds)} tensors changed, {len(plan.added)} biases added)"
+        f"({len(plan.folds)} tensors changed, {len(plan.added)} biases added"
+        f"{f'; the intervention leaves {num_left} modules as they are' if num_left else ''})"
     )
 
 
@@ -77,8 +85,8 @@ def _tensors(file: Path) -> list[Stored]:
 def _provenance(config: ExportConfig, intervention: Intervention, found: str, plan: FoldPlan) -> dict[str, Any]:
     return {
         "aura_dist": __version__,
-        "model": {"name": config.model, "revision": config.revision, "fingerprint": found},
-        "intervention": dict(intervention.meta),
+        "model": {"name": public_name(config.model), "revision": config.revision, "fingerprint": found},
+        "intervention": without_paths(intervention.meta),
         "intervention_digest": intervention.digest,
         "strength": config.strength,
         "dtype": config.dtype,

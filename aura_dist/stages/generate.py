@@ -10,6 +10,7 @@ from aura_dist.model.use import load_for_use
 from aura_dist.runtime.launch import start_team
 from aura_dist.runtime.log import configure_rank
 from aura_dist.runtime.team import Team
+from aura_dist.store.artifact import method_of
 
 
 def run(config: GenerateConfig) -> list[dict[str, list[str]]]:
@@ -32,8 +33,8 @@ def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
     variants = {"plain": continue_alike(loaded, prompts, how, team)}
     if loaded.intervention is not None:
         with loaded.intervened(config.strength):
-            method = str(loaded.intervention.meta.get("method", "intervened"))
-            variants[method] = continue_alike(loaded, prompts, how, team)
+            method = method_of(loaded.intervention.meta)
+            variants["intervened" if method in variants else method] = continue_alike(loaded, prompts, how, team)
     results = [{name: texts[p] for name, texts in variants.items()} for p in range(len(config.prompt))]
     if team.world.is_first:
         for prompt, shown in zip(config.prompt, results, strict=True):

@@ -5,27 +5,24 @@ needs is done, or leaves that to Slurm, and keeps a state file of it → results
 these files alone, so that a sweep can be stopped and started again, and grown.
 """
 
-import csv
-import fcntl
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from aura_dist.config import VERBS, SweepConfig
+from aura_dist.config import VERBS, CollectConfig, PlanConfig, SweepConfig
 from aura_dist.core.grid import STAGES, Cell, make_cells
-from aura_dist.core.jobs import Graph, Job, make_graph
-from aura_dist.core.sweep_table import cell_row, figures
-from aura_dist.errors import ClusterError, ConfigError, StoreError, SweepError
-from aura_dist.evaluation.compare import against_plain
+from aura_dist.core.jobs import JOBS_FILE, Graph, Job, make_graph
+from aura_dist.errors import ClusterError, ConfigError, SweepError
+from aura_dist.evaluation.sweep_results import SweepResults, replace_text
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.local_jobs import LocalLauncher
+from aura_dist.runtime.lock import locked
 from aura_dist.runtime.signals import StopFlag, interruption
 from aura_dist.runtime.slurm_jobs import SlurmLauncher
 from aura_dist.runtime.sweep_cost import dry_run
@@ -36,6 +33,8 @@ logger = logging.getLogger(__name__)
 # ranks share what these stages do
 _RANKED = ("collect", "evaluate")
 _PLACES = {"store": "sweep.zarr", "out": "sweep", "intervention": None}
+# what `plan` takes beside the settings of a collection
+_PLANNING = {spec.name for spec in fields(PlanConfig)} - {spec.name for spec in fields(CollectConfig)}
 
 
 def run(config: SweepConfig, document: Mapping[str, Any]) -> None:
@@ -48,8 +47,11 @@ def run(config: SweepConfig, document: Mapping[str, Any]) -> None:
         sweep = Sweep(config, cells, graph)
         left = {job.id: sweep.settings(job) for job in sweep.left()}
         launch = config.ranks if config.launcher == "local" else config.resources
-        print(dry_run(cells, graph, left, document.get("plan") or {}, launch))
+        top = {name: value for name, value in document.items() if name in _PLANNING}
+        print(dry_run(cells, graph, left, {**top, **(document.get("plan") or {})}, launch))
         return
+    if "://" in config.out:
+        raise ConfigError(f"--out: expected a directory that all machines of the sweep see, got {config.out!r}")
     out = Path(config.out)
     with locked(out) as lock, StopFlag() as stop, stop.deferred():
         sweep = Sweep(config, cells, graph)
@@ -80,25 +82,6 @@ def resolved_settings(cell: Cell) -> dict[str, dict[str, Any]]:
     return found
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[int]:
-    """Within, no other sweep runs in the directory; gives the lock's descriptor. StoreError if one does."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a")
-    except OSError as error:
-        raise StoreError(f"--out {str(out)!r} cannot be written: {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(
-                f"--out {str(out)!r}: expected no other sweep in it, got one that runs, or a job that it left; "
-                "wait for it, or end it"
-            ) from error
-        yield file.fileno()
-
-
 class Sweep:
     """The jobs of a sweep and how they stand, by their files."""
 
@@ -108,15 +91,16 @@ class Sweep:
         local = config.launcher == "local"
         self._commands = {
             job.id: JobCommand(
-                self._out, job.id, job.stage, job.needs, config.ranks if local and job.stage in _RANKED else 1
+                self._out, job.id, job.stage, job.needs, config.ranks if local and job.stage in _RANKED else 1,
+                _traces(job),
             )
             for job in graph.jobs.values()
-        }
-        self._compared: dict[str, dict[str, float]] = {}
+        }  # fmt: skip
+        self._results = SweepResults(self._out, cells, graph)
 
     def is_done(self, job: Job) -> bool:
-        """Whether it said so, and what it made is there."""
-        return self._commands[job.id].state.state == "done" and (self._out / job.product).exists()
+        """Whether it said so, and what it made is there; results, whole."""
+        return self._commands[job.id].state.state == "done" and self._results.is_there(job)
 
     def left(self) -> list[Job]:
         """Jobs that are not done and that some cell still needs, each after those that it needs."""
@@ -127,11 +111,12 @@ class Sweep:
         return [job for job in self._graph.jobs.values() if job.id in wanted and not self.is_done(job)]
 
     def prepare(self, document: Mapping[str, Any]) -> None:
-        """Write the grid and every job's settings."""
+        """Write the grid, the names of its jobs, and every job's settings."""
         (self._out / "jobs").mkdir(exist_ok=True)
-        _replace(self._out / "sweep.yaml", yaml.safe_dump(dict(document), sort_keys=False))
+        replace_text(self._out / "sweep.yaml", yaml.safe_dump(dict(document), sort_keys=False))
+        replace_text(self._out / JOBS_FILE, json.dumps(list(self._graph.jobs), indent=2) + "\n")
         for job in self._graph.jobs.values():
-            _replace(self._commands[job.id].config, yaml.safe_dump(self.settings(job), sort_keys=False))
+            replace_text(self._commands[job.id].config, yaml.safe_dump(self.settings(job), sort_keys=False))
 
     def settings(self, job: Job) -> dict[str, Any]:
         """Of a job, with its paths."""
@@ -164,7 +149,7 @@ class Sweep:
                 if job_id not in running:  # withdrawn with one before it
                     continue
                 running.remove(job_id)
-                if self._settle(job_id, left) == "failed":
+                if self._settle(job_id, left) != "done":  # also of one that Slurm dropped, with all that waits for it
                     waiting = [job.id for job in self._graph.descendants(job_id) if job.id in running]
                     launcher.withdraw([self._commands[name] for name in waiting])
                     running.difference_update(waiting)
@@ -193,41 +178,12 @@ class Sweep:
 
     def rows(self) -> list[dict[str, Any]]:
         """The table: a row a cell."""
-        states = {job: {**asdict(command.state)} for job, command in self._commands.items()}
-        rows = []
-        for cell, last in zip(self._cells, self._graph.last, strict=True):
-            row = cell_row(cell, self._graph.ancestry(last), states)
-            found = {}
-            if row["state"] == "done" and self._graph.jobs[last].stage == "evaluate":
-                found = {**figures(self._results(last)), **self._against_plain(last)}
-            rows.append({**row, **{name: value for name, value in found.items() if name not in row}})
-        return rows
-
-    def _results(self, job_id: str) -> Any:
-        return json.loads((self._out / self._graph.jobs[job_id].product).read_text())
-
-    def _against_plain(self, job_id: str) -> dict[str, float]:
-        """Columns of a finished evaluation beside the plain model's; none as long as that is not done."""
-        plain = self._graph.plain(job_id)
-        if plain is None or not self.is_done(self._graph.jobs[plain]):
-            return {}
-        if job_id not in self._compared:  # thousands of draws, and the table is written after every cell
-            found = against_plain(self._results(plain), self._results(job_id))
-            self._compared[job_id] = {f"against_plain.{name}": value for name, value in found.items()}
-        return self._compared[job_id]
+        states = {job: asdict(command.state) for job, command in self._commands.items()}
+        return self._results.rows(states)
 
     def write_table(self) -> None:
         """Replace table.parquet and table.csv."""
-        import pandas as pd
-        from pandas.api.types import is_object_dtype
-
-        table = pd.DataFrame(self.rows()).convert_dtypes()
-        for name in filter(lambda n: is_object_dtype(table[n]), table):  # of several types; Parquet takes one
-            table[name] = table[name].map(str, na_action="ignore").astype("string")
-        aside = self._out / ".table.parquet"
-        table.to_parquet(aside, index=False)
-        aside.replace(self._out / "table.parquet")
-        _replace(self._out / "table.csv", table.to_csv(index=False, quoting=csv.QUOTE_MINIMAL))
+        self._results.write(self.rows())
 
     def report(self) -> None:
         """Say how the cells stand; SweepError if some failed."""
@@ -264,8 +220,10 @@ def startable(left: Iterable[Job], running: Iterable[str], *, chains: bool) -> l
     return found
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write aside, then rename."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+def _traces(job: Job) -> tuple[str, ...]:
+    """Patterns of the files that grow as a job gets on: marks of finished tasks, continuations, results."""
+    if job.stage == "collect":
+        return (f"{job.product}/progress/done/c/*",)
+    if job.stage == "evaluate":
+        return (f"{job.product.removesuffix('.json')}.*",)
+    return (f"{job.product}/**/*",) if job.stage == "fit" else (f"{job.product}/scores/**/*",)

@@ -32,9 +32,11 @@ class Intervention:
     shift
         Site → [D] float32; a site without one is not shifted.
     meta
-        Method, parameters, concept, model fingerprint, store digest.
+        Method, parameters, concept, model fingerprint, store digest; `applied_strength` where the maps are those of a
+        fitted one at that strength.
 
-    `b @ a` is `b` after `a`, as one intervention; InputError if they were made for different models.
+    `b @ a` is `b` after `a`, as one intervention; InputError if they were made for different models, or do not fit each
+    other.
     """
 
     scale: Mapping[str, NDArray[np.float32]]
@@ -80,9 +82,13 @@ class Intervention:
 
     def at_strength(self, strength: float) -> "Intervention":
         """The intervention whose map is this one's at strength s; see `core.affine.with_strength`."""
+        if strength == 1.0:
+            return self
         maps = {site: with_strength(*self.map_of(site), strength) for site in self.sites}
         shifts = {site: shift for site, (_, shift) in maps.items() if shift is not None}
-        return Intervention({site: scale for site, (scale, _) in maps.items()}, shifts, self.meta)
+        applied = strength * self.meta.get("applied_strength", 1.0)
+        meta = {**self.meta, "applied_strength": applied}
+        return Intervention({site: scale for site, (scale, _) in maps.items()}, shifts, meta)
 
     def restricted(self, sites: Collection[str]) -> "Intervention":
         """The same on some of its sites."""
@@ -123,7 +129,7 @@ class Intervention:
 
     def __matmul__(self, inner: "Intervention") -> "Intervention":
         models = [m for m in (inner.meta.get("model"), self.meta.get("model")) if m]
-        if len({m.get("fingerprint") for m in models}) > 1:
+        if len({m["fingerprint"] for m in models if m.get("fingerprint")}) > 1:
             names = " and ".join(repr(m.get("name")) for m in models)
             raise InputError(f"expected two interventions of one model, got those of {names}")
         scale: dict[str, NDArray[np.float32]] = {}
@@ -132,13 +138,17 @@ class Intervention:
             if site not in inner.sites or site not in self.sites:
                 maps = (self if site in self.sites else inner).map_of(site)
             else:
+                widths = [len(one.map_of(site)[0]) for one in (inner, self)]
+                if widths[0] != widths[1]:
+                    raise InputError(f"expected maps of one width at {site!r}, got {widths[0]} and {widths[1]} neurons")
                 maps = compose(self.map_of(site), inner.map_of(site))
             scale[site] = maps[0]
             if maps[1] is not None:
                 shift[site] = maps[1]
         meta: dict[str, Any] = {"composed": [dict(self.meta), dict(inner.meta)]}
         if models:
-            meta["model"] = models[0]  # so that the whole is refused where the parts would be
+            # so that the whole is refused where the parts would be
+            meta["model"] = max(models, key=lambda model: bool(model.get("fingerprint")))
         return Intervention(scale, shift, meta)
 
     def save(self, directory: str | Path) -> None:
@@ -217,6 +227,9 @@ def _check_description(meta: Mapping[str, Any]) -> None:
     for name in ("name", "fingerprint"):
         if not isinstance(model.get(name) or "", str):
             raise ValueError(f"{META_FILE} has {name} = {model[name]!r} for the model, where a text belongs")
+    sampling = (meta.get("data") or {}).get("sampling") or {}
+    if not isinstance(sampling, dict):
+        raise ValueError(f"{META_FILE} has {sampling!r} for the data's sampling, where an object belongs")
     for part in meta.get("composed") or []:
         if not isinstance(part, dict):
             raise ValueError(f"{META_FILE} has {part!r} where a composed intervention's description belongs")

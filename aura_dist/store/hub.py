@@ -19,12 +19,12 @@ _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 def push(intervention: Intervention, repo: str, *, private: bool, token: str | None) -> str:
     """Upload files and card to `repo`, made if need be; returns the address of the commit. StoreError if it fails.
 
-    Of paths of this machine, only the last part leaves it.
+    Of paths of this machine, only the last part leaves it. A card that is there is written anew.
     """
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as scratch:
-        replace(intervention, meta=_without_paths(intervention.meta)).save(scratch)
+        replace(intervention, meta=without_paths(intervention.meta)).save(scratch)
         (Path(scratch) / CARD_FILE).write_text(card(intervention, repo), encoding="utf-8")
         try:
             api = HfApi(token=token)
@@ -73,33 +73,36 @@ def card(intervention: Intervention, repo: str) -> str:
 def _parts(meta: Mapping[str, Any]) -> str:
     """Method, concept, model and data of one fitted map, as a list."""
     if meta.get("composed"):
-        return "\n\nafter\n\n".join(_parts(m) for m in meta["composed"])
+        strength = f"\n\nall at strength {meta['applied_strength']}" if "applied_strength" in meta else ""
+        return "\n\nafter\n\n".join(_parts(m) for m in meta["composed"]) + strength
     model, data = meta.get("model") or {}, meta.get("data") or {}
-    sampling = data.get("sampling") or {}
+    sampling, name = data.get("sampling") or {}, model.get("name")
     rows = ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None)
     lines = {
         "method": method_of(meta),
         "parameters": json.dumps(meta.get("parameters") or {}),
+        "at strength": meta.get("applied_strength"),
         "concept": meta.get("concept"),
-        "model": model.get("name") and f"{_name(model['name'])} (fingerprint `{str(model.get('fingerprint'))[:16]}`)",
+        "model": name and f"{public_name(name)} (fingerprint `{str(model.get('fingerprint'))[:16]}`)",
         "data": data.get("path") and f"{Path(str(data['path'])).name} (sha256 `{str(data.get('sha256'))[:16]}`)",
         "rows": rows or None,
     }
-    return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value)
+    return "\n".join(f"- {key}: {value}" for key, value in lines.items() if value)
 
 
-def _without_paths(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """A description that names models and data as the card does."""
+def without_paths(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A description that names models and data as the card does: of what lies on a disk, the last part."""
     found = dict(meta)
-    for part, key in (("model", "name"), ("data", "path")):
+    for part, key, shown in (("model", "name", public_name), ("data", "path", lambda path: Path(path).name)):
         if (found.get(part) or {}).get(key):
-            found[part] = {**found[part], key: _name(str(found[part][key]))}
+            found[part] = {**found[part], key: shown(str(found[part][key]))}
     if found.get("composed"):
-        found["composed"] = [_without_paths(inner) for inner in found["composed"]]
+        found["composed"] = [without_paths(inner) for inner in found["composed"]]
     return found
 
 
-def _name(model: str) -> str:
+def public_name(model: str) -> str:
+    """A hub name as it is; of a directory the last part."""
     return model if _is_hub_name(model) else Path(model).name
 
 

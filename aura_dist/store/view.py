@@ -86,13 +86,13 @@ def _lazy(group: zarr.Group, name: str, *, complete: bool = False) -> Any:
     import dask.array as da
 
     array = get_array(group, name)
-    getitem = partial(_block, in_whole_chunks(array), group, complete)
-    return da.from_array(array, chunks=array.chunks, getitem=getitem)
+    getitem = partial(_block, group, complete)
+    # a name that says nothing of the contents: to digest what they depend on takes longer than all else here
+    meta = np.empty((0,) * array.ndim, array.dtype)
+    return da.from_array(array, chunks=array.chunks, name=False, getitem=getitem, meta=meta)
 
 
-def _block(
-    whole: "zarr.Array[Any]", group: zarr.Group, complete: bool, array: "zarr.Array[Any]", index: tuple[slice, ...]
-) -> NDArray[Any]:
+def _block(group: zarr.Group, complete: bool, array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
     """One chunk of `array`, decoded in full and so checked; Dask narrows no getter but its own before it reads.
 
     StoreError if it is damaged, or is missing where the array is to be complete.
@@ -101,7 +101,7 @@ def _block(
     if complete:
         check_complete(group, array, [tuple(i.start // width for i, width in zip(index, array.chunks, strict=True))])
     try:
-        values = np.asarray(whole[chunk])
+        values = np.asarray(in_whole_chunks(array)[chunk])
     except StoreError:  # the store could not be reached
         raise
     except Exception as error:  # the codec pipeline raises its own kinds

@@ -281,11 +281,15 @@ def test_target_at_a_url_is_refused(tiny_dir, tmp_path, monkeypatch, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["map"]
 
 
-def test_what_is_not_folded_is_the_same_bytes(tiny_dir, tmp_path):
+def test_what_is_not_folded_is_the_same_bytes(tiny_dir, tmp_path, capsys):
     site = "model.layers.1.mlp.down_proj"
     intervention = random_intervention(tiny_dir("llama"), (site,))
     export(tiny_dir("llama"), intervention, tmp_path / "out")
+    capsys.readouterr()
     export(tiny_dir("llama"), intervention, tmp_path / "zero", "--strength", "0")
+    said = capsys.readouterr().out
+    assert "folded 0 of 1 modules" in said
+    assert "leaves 1 modules as they are" in said
     places = tiny_dir("llama"), tmp_path / "out", tmp_path / "zero"
     before, after, zero = (load_file(d / "model.safetensors") for d in places)
     assert {n for n in before if not torch.equal(before[n], after[n])} == {f"{site}.weight"}
@@ -477,7 +481,7 @@ def test_where_the_kernel_cannot_copy_it_is_read_and_written(tiny_dir, tmp_path,
 
 
 def test_killed_half_way_leaves_no_target(tmp_path):
-    """Killed at moments over the whole run: the target is not there, or it is whole."""
+    """Killed at moments over the whole run: the target is not there, or it is whole. What can clean up, does."""
     directory = save_tiny("llama", tmp_path / "model", max_shard_size="60KB")
     intervention = random_intervention(directory)
     intervention.save(tmp_path / "intervention")
@@ -487,19 +491,52 @@ def test_killed_half_way_leaves_no_target(tmp_path):
         "rewrite._write_all = slow\nfrom aura_dist.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     seen = set()
-    for delay in (0.0, 0.1, 0.3):
-        out = tmp_path / f"out-{delay}"
+    for delay, number in ((0.0, signal.SIGKILL), (0.1, signal.SIGKILL), (0.3, signal.SIGKILL), (0.0, signal.SIGTERM)):
+        out = tmp_path / f"out-{delay}-{number}"
         arguments = ["export", "--model", directory, "--intervention", tmp_path / "intervention", "--out", out]
-        process = subprocess.Popen([sys.executable, "-c", slowed, *map(str, arguments)], stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-c", slowed, *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and not list(tmp_path.glob(f".{out.name}.export-*/*/*.safetensors")):
             time.sleep(0.005)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+        if number == signal.SIGTERM:
+            assert process.returncode == 128 + number
+            assert "SIGTERM received; nothing is left of it" in said
+            assert not list(tmp_path.glob(f".{out.name}.export-*"))
         seen.add(out.exists())
         if out.exists():
             assert_close(logits(load(out)), hooked(directory, intervention))
     assert False in seen
+
+
+def test_weights_under_the_name_that_the_config_gives_are_those_that_are_folded(tmp_path):
+    directory = save_tiny("llama", tmp_path / "model")
+    (directory / "model.safetensors").rename(directory / "weights.safetensors")
+    save_file({"nothing": torch.ones(1)}, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "transformers_weights": "weights.safetensors"}))
+    intervention = random_intervention(directory)
+    assert export(directory, intervention, tmp_path / "out") == 0
+    assert_close(logits(load(tmp_path / "out")), hooked(directory, intervention))
+
+
+def test_tensors_of_less_than_a_byte_an_element_are_carried_whole(tmp_path):
+    directory = save_tiny("llama", tmp_path / "model")
+    with (directory / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        rest = file.read()
+    header["extra"] = {"dtype": "F4", "shape": [4], "data_offsets": [len(rest), len(rest) + 2]}
+    text = json.dumps(header).encode()
+    packed = len(text).to_bytes(8, "little") + text + rest + b"\x12\x34"
+    (directory / "model.safetensors").write_bytes(packed)
+    assert export(directory, random_intervention(directory), tmp_path / "out") == 0
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(written[:8], "little")
+    begin, end = json.loads(written[8:start])["extra"]["data_offsets"]
+    assert written[start + begin : start + end] == b"\x12\x34"
+    load(tmp_path / "out")
 
 
 @pytest.mark.realmodel

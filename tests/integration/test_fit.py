@@ -10,13 +10,11 @@ import zarr
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.store.access import fast_codecs
 from aura_dist.store.artifact import Intervention
 from aura_dist.store.scores import score_path
 from tests.models import tiny_causal
 
 FIRST, LAST = "model.layers.0.mlp.gate_proj", "model.layers.2.mlp.gate_proj"
-EXTRA = ("q_value", "mean_positive", "mean_negative", "linear_act_scale", "linear_act_shift")
 
 
 def collect(tiny, data, store, *more, poolings=("max", "mean")):
@@ -34,38 +32,12 @@ def collect(tiny, data, store, *more, poolings=("max", "mean")):
     return main(["collect", *known, *arguments, *more])
 
 
-def add_statistics(store):
-    """Put plain NumPy's statistics of every unit where `score` puts them, if it has not."""
-    view = aura_dist.open_store(store)
-    label = view["samples"]["label"].values[:, 0] == 1
-    group = zarr.open_group(store, mode="r+")
-    rng = np.random.default_rng(0)
-    for site in view["activations"]:
-        for pooling in ("max", "mean"):
-            values = view["activations"][site][pooling].values.astype(np.float64)
-            positive, negative = np.sort(values[label], axis=0), np.sort(values[~label], axis=0)
-            grid = (np.arange(1200) + 0.5) / 1200  # both classes' ranks: 30 and 40 divide 1,200
-            x, y = (v[(grid * len(v)).astype(int)] for v in (positive, negative))
-            scale = ((x - x.mean(0)) * (y - y.mean(0))).mean(0) / np.where(x.var(0) > 0, x.var(0), 1)
-            made = {
-                "q_value": rng.random(values.shape[1]),
-                "mean_positive": positive.mean(0),
-                "mean_negative": negative.mean(0),
-                "linear_act_scale": scale,
-                "linear_act_shift": y.mean(0) - scale * x.mean(0),
-            }
-            for name in set(EXTRA) - set(group[f"scores/{site}/{pooling}"].array_keys()):
-                with fast_codecs():
-                    group.create_array(score_path(site, pooling, name), data=made[name][None])
-    return store
-
-
 @pytest.fixture(scope="module")
 def store(tiny_dir, sentences_csv, tmp_path_factory):
     place = tmp_path_factory.mktemp("fit") / "store.zarr"
     assert collect(tiny_dir("llama"), sentences_csv, place, "--modules", "all", "norm") == 0
     assert main(["score", "--store", str(place)]) == 0
-    return add_statistics(place)
+    return place
 
 
 def fit(store, out, method, *more):
@@ -172,7 +144,6 @@ def sequential(tiny_dir, sentences_csv, store, tmp_path_factory):
     under = ["--intervention", str(place / "first"), "--strength", "0.5", "--modules", LAST, "*.1.mlp.up_proj"]
     assert collect(tiny_dir("llama"), sentences_csv, place / "store.zarr", *under) == 0
     assert main(["score", "--store", str(place / "store.zarr")]) == 0
-    add_statistics(place / "store.zarr")
     return place
 
 
@@ -197,7 +168,7 @@ def test_collected_under_an_intervention_is_what_hooks_give(sequential, tiny_dir
     assert store.attrs["intervention"]["method"] == "linear-act"
 
 
-def test_onto_composes_as_strong_as_it_was_collected_under(sequential, tmp_path):
+def test_onto_composes_as_strong_as_it_was_collected_under(sequential, tiny_dir, tmp_path, capsys):
     new = ["--modules", LAST]
     assert fit(sequential / "store.zarr", tmp_path / "both", "linear-act", "--onto", sequential / "first", *new) == 0
     assert fit(sequential / "store.zarr", tmp_path / "alone", "linear-act", *new) == 0
@@ -207,6 +178,10 @@ def test_onto_composes_as_strong_as_it_was_collected_under(sequential, tmp_path)
     for site in both.sites:
         np.testing.assert_array_equal(both.scale[site], expected.scale[site])
         np.testing.assert_array_equal(both.shift[site], expected.shift[site])
+    assert both.meta["composed"][1]["applied_strength"] == 0.5
+    command = ["generate", "--model", str(tiny_dir("llama")), "--intervention", str(tmp_path / "both")]
+    assert main([*command, "--prompt", "You are", "--num-samples", "1", "--max-new-tokens", "2"]) == 0
+    assert "  linear-act in 2 steps |" in capsys.readouterr().out
     model, ids = tiny_causal("llama"), torch.arange(5, 29).reshape(2, 12)
     with torch.no_grad(), aura_dist.intervene(model, both):
         once = model(input_ids=ids).logits

@@ -1,5 +1,7 @@
 """Interventions in memory: exact on exit, exactly the map that was asked for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import aura_dist
 from aura_dist.errors import InputError, ModelError
+from aura_dist.model.intervene import laid_over
 from aura_dist.model.sharding import skeleton
 from aura_dist.model.sites import find_sites
 from aura_dist.store.artifact import Intervention
@@ -226,6 +229,55 @@ def test_hooks_work_on_quantised_layers():
         model.get_submodule(site).register_forward_hook(lambda _m, _a, out, w=weight, b=bias: out * w + b)
     assert torch.equal(ours, logits(model))
     assert not torch.allclose(ours, untouched, atol=1e-3)
+
+
+def test_collection_lays_an_intervention_over_quantised_layers():
+    """And, of a model that was cut after a layer, over those that are left."""
+    model, intervention = quantised(), random_intervention("llama")
+    with aura_dist.intervene(model, intervention):
+        expected = model.model(input_ids=IDS).last_hidden_state
+    intervention = replace(intervention, scale={**intervention.scale, "model.layers.9.mlp.up_proj": np.ones(3)})
+    with laid_over(model.model, intervention, 1.0):
+        assert torch.equal(model.model(input_ids=IDS).last_hidden_state, expected)
+
+
+def test_module_that_the_forward_leaves_out_is_named():
+    model, intervention = tiny_causal("llama"), random_intervention("llama", ("mlp",))
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
+    with (
+        pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.down_proj' was not called"),
+        aura_dist.intervene(model, intervention),
+    ):
+        logits(model)
+    assert not any(m._forward_hooks for m in model.modules())
+    with aura_dist.intervene(model, intervention.restricted([f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up")])):
+        logits(model)
+
+
+def test_gradients_pass_after_a_forward_in_inference_mode():
+    model = tiny_causal("llama")
+    with aura_dist.intervene(model, random_intervention("llama", shift=True)):
+        with torch.inference_mode():
+            expected = model(input_ids=IDS).logits
+        got = model(input_ids=IDS).logits
+        got.sum().backward()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_what_another_hook_has_seen_is_not_changed_in_place():
+    model, intervention = tiny_causal("llama"), random_intervention("llama", ("mlp",))
+    seen = []
+    kept = lambda module, args, output: seen.append((output, output.clone()))  # noqa: E731
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: kept(m, a, o) if m is first else None)
+    first = model.model.layers[0].mlp.up_proj
+    try:
+        with aura_dist.intervene(model, intervention):
+            logits(model)
+    finally:
+        hook.remove()
+    assert torch.equal(*seen[0])
 
 
 def test_quantised_layers_of_another_width_are_refused():

@@ -34,6 +34,17 @@ def openings(place, *more):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_comments_that_the_store_was_not_made_of_are_refused(collected, tmp_path):
+    shuffled = tmp_path / "comments.csv"
+    header, *lines = (collected / "comments.csv").read_text().splitlines()
+    shuffled.write_text("\n".join([header, *lines[::-1]]) + "\n")
+    command = [sys.executable, OPENINGS, shuffled, tmp_path / "out.jsonl", "--store", collected / "s.zarr"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "expected the file that" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_openings_are_of_toxic_comments_that_no_fit_saw(collected):
     import aura_dist
 

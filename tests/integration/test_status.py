@@ -100,6 +100,8 @@ def test_jobs_of_a_sweep_and_why_they_failed(run, capsys):
     assert sum(line.startswith("collect ") for line in lines) == 2, "one for each store"
     assert "jobs: 1 done, 1 failed" in lines
     assert part(lines, "fit-b").split(maxsplit=3) == ["fit-b", "failed", "1:01", "no such concept"]
+    (run / "jobs.json").write_text(json.dumps(["fit-a"]))
+    assert "jobs: 1 done" in status(capsys, run), "fit-b is no part of the present grid"
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Sweeps on this machine: one table, every job once, failures with their reason, stop, start and growth."""
 
+import errno
 import json
 import math
 import os
@@ -22,12 +23,15 @@ from aura_dist.config import VERBS, SweepConfig, merge
 from aura_dist.core.grid import STAGES, make_cells
 from aura_dist.core.jobs import make_graph
 from aura_dist.errors import StoreError
+from aura_dist.evaluation.results import SCHEMA
 from aura_dist.evaluation.toxicity import ByPrompt, ratios
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.job_cost import Cost, plan_costs
+from aura_dist.runtime.lock import locked
 from aura_dist.runtime.signals import StopFlag
+from aura_dist.runtime.sweep_cost import planned_launch
 from aura_dist.settings import resolve
-from aura_dist.stages.sweep import Sweep, locked, resolved_settings
+from aura_dist.stages.sweep import Sweep, resolved_settings
 from tests.distributed.launch import REPOSITORY
 
 pytestmark = pytest.mark.timeout(300)
@@ -91,8 +95,11 @@ def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_onl
     pd.testing.assert_series_equal(increase[1:], expected, check_names=False)
 
 
-def test_failure_takes_back_what_waits_for_it_and_starts_all_of_it_again(sweep, tmp_path):
-    """A launcher that chains stands for Slurm's; the collection fails once, and a fit that waits is reported too."""
+@pytest.mark.parametrize("code", [1, 138])
+def test_failure_takes_back_what_waits_for_it_and_starts_all_of_it_again(sweep, tmp_path, code):
+    """A launcher that chains stands for Slurm's; the collection fails once, or is to be submitted again as Slurm has
+    dropped it, and a fit that waits is reported too.
+    """
     document = read_config_file(sweep({"method": ["aura", "det0"]}))
     known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
     cells = make_cells(document, known)
@@ -121,7 +128,7 @@ def test_failure_takes_back_what_waits_for_it_and_starts_all_of_it_again(sweep, 
             for command in self.commands[: 1 if first else None]:
                 command.begin()
                 command.log.touch()
-                command.end(int(first))
+                command.end(code if first else 0)
             ended = [self.commands[0], self.commands[-1]] if first else self.commands
             return [command.job for command in ended]
 
@@ -145,7 +152,7 @@ def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path)
     def finish(job_id, shares):
         head = {"prompts_sha256": "p", "scorer": "s", "num_samples": 1, "settings": {}}
         kept = {"toxic_share": shares, "maximum": shares}
-        results = {"model_fingerprint": "f", "toxicity": {**head, "per_prompt": kept}}
+        results = {"schema": SCHEMA, "model_fingerprint": "f", "toxicity": {**head, "per_prompt": kept}}
         (tmp_path / "sweep" / graph.jobs[job_id].product).write_text(json.dumps(results))
         command = JobCommand(tmp_path / "sweep", job_id, "evaluate")
         command.begin()
@@ -166,6 +173,11 @@ def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path)
     assert found.iloc[2].tolist() == [math.inf] * 3
     written = pd.read_csv(tmp_path / "sweep" / "table.csv")
     pd.testing.assert_frame_equal(table, written.astype(table.dtypes))
+    assert not running.left()
+    results = tmp_path / "sweep" / graph.jobs[aura].product
+    results.write_text(results.read_text()[:-9])
+    assert [job.id for job in running.left() if job.stage == "evaluate"] == [aura], "damaged results are made again"
+    running.write_table()
 
 
 def test_failed_cell_is_retried_then_listed_and_takes_no_other_with_it(sweep, tmp_path, capsys):
@@ -216,12 +228,35 @@ def test_lock_outlives_the_sweep_as_long_as_a_job_runs(tmp_path):
         pass
 
 
+def test_sweep_goes_on_where_files_cannot_be_locked(tmp_path, monkeypatch, caplog):
+    def refused(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with locked(tmp_path):
+        assert "cannot be locked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8}, {"world_size": 16, "device": "cuda"}),
+        ({"slurm_nodes": 2, "slurm_ntasks_per_node": 8, "slurm_gres": "gpu:8"}, {"world_size": 16, "device": "cuda"}),
+        ({"gpus_per_node": 0, "collect": {"slurm_tasks_per_node": 4}}, {"world_size": 4}),
+        (3, {"world_size": 3}),
+    ],
+)
+def test_ranks_are_planned_as_they_are_asked_of_slurm(resources, expected):
+    assert planned_launch(resources, "collect") == expected
+
+
 def test_dry_run_says_what_would_run_and_writes_nothing(sweep, tmp_path, capsys):
     """Of the evaluations, those that differ in strength alone are asked about once."""
     (tmp_path / "texts.csv").write_text("text\nIt rained all day.\n")
     config = sweep(
         [{"method": ["none"]}, {"seed": [0, 1], "method": ["aura"], "strength": [0.5, 1.0]}],
-        plan={"device_memory": "80GB", "world_size": 4, "tflops": 1e-9},
+        plan={"device_memory": "80GB", "world_size": 4},
+        tflops=1e-9,
         evaluate={"perplexity_texts": str(tmp_path / "texts.csv"), "text_column": "text", "tasks": ["arc_easy"]},
     )
     assert main(["sweep", "--config", config, "--dry-run"]) == 0
@@ -244,8 +279,8 @@ def test_costs_that_cannot_be_planned_are_told_with_their_reason():
     costs = plan_costs({"a": ("evaluate", missing), "b": ("evaluate", {**missing, "strength": 0.5})})
     assert costs["a"] is costs["b"], "asked once"
     assert re.match(r"not known: --model 'none/such'", costs["a"].words)
-    total = Cost.total([*costs.values(), Cost(cpu_hours=2.0)])
-    assert total.words == "2 hours of CPU ranks, and 2 not known"
+    total = Cost.total([*costs.values(), Cost(cpu_hours=2.0), Cost(gpu_hours=9.0, reason="too large")])
+    assert total.words == "2 hours of CPU ranks, and 3 not known"
 
 
 def test_slurm_is_refused_where_there_is_none(sweep, capsys, monkeypatch):

@@ -86,6 +86,7 @@ DAMAGE = {
     "model is a name": lambda p: spoil_json(p, model="m"),
     "fingerprint is a number": lambda p: spoil_json(p, model={"fingerprint": 3}),
     "parameters are a list": lambda p: spoil_json(p, parameters=[1]),
+    "sampling": lambda p: spoil_json(p, data={"sampling": "all"}),
     "composed of names": lambda p: spoil_json(p, composed=["aura"]),
     "composed of damaged ones": lambda p: spoil_json(p, composed=[{"model": {"name": ["m"]}}]),
     "neither scale nor shift": lambda p: respoil(p, "only.shifted.weight", np.ones(3, np.float32)),
@@ -207,6 +208,27 @@ def test_composition_is_of_one_model_and_stays_so():
         other @ a
     with pytest.raises(InputError, match="one model"):
         other @ (b @ a)
+
+
+def test_maps_of_other_widths_do_not_compose():
+    for width in (1, 2):  # one neuron would be every neuron's
+        a, b = (Intervention({"x": np.ones(n, np.float32)}) for n in (width, 3))
+        with pytest.raises(InputError, match=f"maps of one width at 'x', got {width} and 3 neurons"):
+            b @ a
+
+
+def test_model_without_a_fingerprint_composes_with_any_of_its_widths():
+    ones = {"x": np.ones(2, np.float32)}
+    named, whole = (Intervention(ones, meta={"model": {"name": "m", **more}}) for more in ({}, {"fingerprint": "f"}))
+    assert (whole @ named).meta["model"] == (named @ whole).meta["model"] == whole.meta["model"]
+
+
+def test_strength_that_maps_were_brought_to_is_told():
+    a = example()
+    assert a.at_strength(1.0).meta == a.meta
+    half = a.at_strength(0.5).at_strength(0.5)
+    assert half.meta["applied_strength"] == 0.25
+    assert (a @ half).meta["composed"][1]["applied_strength"] == 0.25
 
 
 def test_digest_is_of_what_is_done_to_each_site():

@@ -163,6 +163,26 @@ def test_paths_that_the_sweep_sets_are_refused(more):
         graph_of({"method": ["aura"]}, **more)
 
 
+def test_strength_on_top_of_a_sweep_that_evaluates_nothing_would_count_for_nothing():
+    document = {**BASE, "strength": 0.5, "grid": {"method": ["aura"]}}
+    document.pop("evaluate", None)
+    with pytest.raises(ConfigError, match="expected 'strength' in the section 'fit'"):
+        make_cells(document, KNOWN)
+
+
+def test_alpha_of_the_section_is_for_the_methods_that_look_at_it():
+    cells, graph = graph_of({"method": ["aura", "damp"]}, fit={"alpha": 0.3})
+    fits = [job.settings for job in graph.jobs.values() if job.stage == "fit"]
+    assert [settings.get("alpha") for settings in fits] == [None, 0.3]
+    assert len(cells) == 2
+    with pytest.raises(ConfigError, match="--alpha"):
+        graph_of({"top_k": [1, 2]}, fit={"alpha": 0.3, "method": "aura"})
+
+
+def test_axis_without_a_value_changes_nothing():
+    assert graph_of({"method": ["aura"], "top_k": [None]})[1].jobs == graph_of({"method": ["aura"]})[1].jobs
+
+
 def test_figures_are_flat_and_settings_are_left_out():
     results = {
         "config": {"model": "m"},

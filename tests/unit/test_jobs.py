@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,39 @@ def test_reason_is_what_the_last_attempt_said(command):
     assert state.reason == "exit code 1; last output: MemoryError"
     assert (state.attempts, state.starts) == (2, 2)
     assert attempt(command, "", -9).reason == "killed by SIGKILL; last output: no output"
+    assert attempt(command, "", -35).reason == "killed by signal 35; last output: no output"
     assert command.log.read_text().count("error: no such file") == 1, "the log keeps all"
+
+
+def test_interruptions_count_once_they_leave_nothing_new(command):
+    """The kept files stand for a store's marks: they grow with the work, and not with the same work done again."""
+    command = replace(command, traces=("kept/*",))
+    (command.directory / "kept").mkdir()
+    for number in range(4):
+        (command.directory / "kept" / str(number)).write_text("done")
+        assert attempt(command, "", 138).state == "queued"
+        assert attempt(command, "", 143).state == "queued"
+    assert command.state.attempts == 0
+    assert attempt(command, "", 138).state == "queued"
+    state = attempt(command, "", 138)
+    assert (state.state, state.attempts) == ("failed", 1)
+    assert "3 starts in a row were ended by a signal" in state.reason
+    command.write(state.submitted())
+    assert attempt(command, "", 138).state == "queued", "tried again, it is counted anew"
+    for _ in range(4):
+        command.begin()
+        command.end(130, asked=True)
+        assert command.state.state == "queued", "a person may stop at any time"
+
+
+def test_signal_from_outside_is_a_failure_of_a_local_job(command, monkeypatch):
+    process = SimpleNamespace(poll=lambda: 143)
+    monkeypatch.setattr(JobCommand, "start", lambda self, log, **how: process)
+    launcher = LocalLauncher(1)
+    launcher.start([command])
+    assert launcher.ended() == [command.job]
+    assert (command.state.state, command.state.attempts) == ("failed", 1)
+    assert command.state.reason.startswith("killed by SIGTERM")
 
 
 class Executor:
@@ -220,11 +253,17 @@ def test_older_submission_is_not_followed_where_the_next_one_was_cut_short(slurm
     def killed():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(slurm.executor, "batch", killed)
-    for command in (score, fit):
+    with monkeypatch.context() as patched:
+        patched.setattr(slurm.executor, "batch", killed)
         with pytest.raises(KeyboardInterrupt):
-            slurm.launcher.start([command])
-        assert command.state.submission
+            slurm.launcher.start([score])
+    assert score.state.submission
+    assert slurm_jobs.SlurmLauncher(score.directory, {}).adopt([score, fit]) == []
+    assert slurm.launcher.start([score]) == ["score-a"]
+    monkeypatch.setattr(slurm.executor, "batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        slurm.launcher.start([fit])
+    assert fit.state.submission
     assert slurm_jobs.SlurmLauncher(score.directory, {}).adopt([score, fit]) == []
 
 
@@ -249,6 +288,57 @@ def test_queue_that_takes_no_more_jobs_is_filled_and_asked_again_once_one_has_en
         slurm.launcher.start(fits[3:])
     with pytest.raises(ClusterError, match="sbatch refused"):
         slurm_jobs.SlurmLauncher(chain[0].directory, {}).start(fits[3:])
+
+
+def test_slurm_that_does_not_answer_is_asked_again(slurm, chain, monkeypatch):
+    def silent():
+        raise RuntimeError("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+
+    fits = [JobCommand(chain[0].directory, f"fit-{name}", "fit", ("score-a",)) for name in "bc"]
+    slurm.launcher.start(chain[:1])
+    with monkeypatch.context() as patched:
+        patched.setattr(slurm.executor, "batch", silent)
+        assert slurm.launcher.start(fits) == []
+    assert slurm.launcher.room == 0
+    slurm.launcher._full_until = 0.0
+    assert slurm.launcher.start(fits) == ["fit-b", "fit-c"]
+    monkeypatch.setattr(slurm.executor, "batch", silent)
+    assert slurm_jobs.SlurmLauncher(chain[0].directory, {}).start(chain[:1]) == []
+    monkeypatch.setattr(slurm_jobs, "REFUSED_SECONDS", -1.0)
+    with pytest.raises(ClusterError, match=r"sbatch refused .* timed out"):
+        slurm_jobs.SlurmLauncher(chain[0].directory, {}).start(chain[:1])
+
+
+def test_array_that_is_too_large_for_the_site_is_cut(slurm, chain, monkeypatch):
+    batch = slurm.executor.batch
+
+    @contextmanager
+    def at_most_two():
+        before = len(slurm.executor.submitted)
+        with batch():
+            yield
+            if len(slurm.executor.submitted) > before + 2:
+                del slurm.executor.submitted[before:]
+                raise RuntimeError("sbatch: error: Batch job submission failed: Invalid job array specification")
+
+    monkeypatch.setattr(slurm.executor, "batch", at_most_two)
+    fits = [JobCommand(chain[0].directory, f"fit-{name}", "fit", ("score-a",)) for name in "bcdef"]
+    assert slurm.launcher.start([chain[0], *fits]) == ["score-a", *(f.job for f in fits)]
+
+
+def test_job_is_not_submitted_before_what_it_needs(slurm, chain):
+    score, fit, evaluate = chain
+    slurm.launcher.start([score])
+    attempt(score, "error: no room\n", 1)  # which nobody has been told yet
+    assert slurm.launcher.start([fit, evaluate]) == []
+    assert len(slurm.executor.submitted) == 1
+
+
+def test_jobs_of_an_earlier_grid_that_are_still_in_the_queue_are_named(slurm, chain, caplog):
+    slurm.launcher.start(chain[:2])
+    after = slurm_jobs.SlurmLauncher(chain[0].directory, {})
+    assert after.adopt(chain[:1]) == ["score-a"]
+    assert "1 jobs in Slurm's queue are no part of this grid (to end them: scancel 7)" in caplog.text
 
 
 def test_long_submission_looks_up_between_arrays(slurm, chain, monkeypatch):
@@ -358,7 +448,10 @@ def test_stage_that_was_done_as_it_was_warned_ends_well_for_slurm(slurm, command
         task.checkpoint()
     assert ended.value.code is None
     monkeypatch.setattr(slurm_task, "_ended", lambda process: 138)
-    assert task.checkpoint() is not None
+    for again in (True, True, False):
+        command.begin()
+        assert (task.checkpoint() is not None) == again, "three times without getting on are enough"
+    assert command.state.state == "failed"
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -415,6 +508,36 @@ def test_resources_of_every_stage_are_checked_before_the_first_job(tmp_path, mon
     for wrong in ({"evaluate": {"nodez": 2}}, {"colect": {"nodes": 2}}):
         with pytest.raises(ConfigError, match=r"resources of .*(nodez|colect)"):
             slurm_jobs.SlurmLauncher(tmp_path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"slurm_time": "4:00:00"}, r"expected timeout_min \(minutes\), got slurm_time '4:00:00'"),
+        ({"timeout_min": "60"}, "resources of fit: "),
+        ({"mem_gb": "1.5"}, "resources of fit: "),
+        ({"slurm_setup": 5}, "resources of fit: "),
+        ({"slurm_setup": [5]}, "expected shell commands"),
+    ],
+)
+def test_resources_of_another_type_are_refused(wrong, message, tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    monkeypatch.setattr("shutil.which", lambda name, *more, **named: f"/usr/bin/{name}")
+    with pytest.raises(ConfigError, match=message):
+        make_executor(tmp_path, "fit", wrong)
+
+
+def test_jobs_have_an_hour_and_the_python_that_is_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    monkeypatch.setattr("shutil.which", lambda name, *more, **named: f"/usr/bin/{name}")
+    inside = "apptainer exec image.sif python"
+    executor = make_executor(tmp_path, "fit", {"slurm_python": inside, "slurm_srun_args": "--mpi=none -l"})._executor
+    script = executor._make_submission_file_text(executor._submitit_command_str, "id")
+    assert "#SBATCH --time=60\n" in script
+    assert f" --mpi=none -l {inside} -u -m submitit" in script
+    assert "#SBATCH --time=7\n" in make_executor(
+        tmp_path, "fit", {"timeout_min": 7}
+    )._executor._make_submission_file_text("python", "id")
 
 
 def test_what_jobs_wait_for_is_slurms_to_know(tmp_path, monkeypatch):

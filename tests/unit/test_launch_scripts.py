@@ -52,18 +52,20 @@ def test_site_may_read_variables_that_are_not_set(ranks, tmp_path):
 
 def test_pipeline_submits_nothing_before_all_settings_are_right(tmp_path):
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/submitted\necho 7\n')
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/submitted\nenv > {tmp_path}/env\necho 7\n')
     sbatch.chmod(0o755)
     settings = tmp_path / "run.yaml"
     settings.write_text(
         "model: m\nstore: s.zarr\ncollect: {data: c.csv, concepts: [toxic]}\nfit: {concept: toxic, out: i}\n"
     )
+    allocation = {"SLURM_JOB_ID": "3", "SLURM_CPUS_PER_TASK": "2", "SLURM_MEM_PER_NODE": "9", "SLURM_CONF": "/c"}
     programs = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
 
     def pipeline():
         return subprocess.run(
             ["bash", REPOSITORY / "launch" / "pipeline.sh", settings],
-            env={"PATH": os.pathsep.join(programs)}, capture_output=True, text=True, timeout=60, check=False,
+            env={"PATH": os.pathsep.join(programs), **allocation},
+            capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
 
     done = pipeline()
@@ -75,4 +77,21 @@ def test_pipeline_submits_nothing_before_all_settings_are_right(tmp_path):
         file.write("evaluate: {perplexity_texts: t.csv, out: r.json}\n")
     done = pipeline()
     assert (done.returncode, done.stdout) == (0, "collect 7\nscore 7\nfit 7\nevaluate 7\n"), done.stderr
-    assert len((tmp_path / "submitted").read_text().splitlines()) == 4
+    submitted = (tmp_path / "submitted").read_text().splitlines()
+    assert [line.count("--dependency=afterok:7 --kill-on-invalid-dep=yes") for line in submitted] == [0, 1, 1, 1]
+    inherited = [n for n in (tmp_path / "env").read_text().splitlines() if n.startswith(("SLURM_", "SRUN_"))]
+    assert inherited == ["SLURM_CONF=/c"], "what the allocation has is not the jobs'"
+
+
+@pytest.mark.parametrize("script", ["sweep.sh", "score_dask.sh"])
+def test_script_finds_its_checkout_within_an_allocation_and_as_a_job(script, tmp_path):
+    """`echo` stands for a container."""
+    copy = tmp_path / "slurm_script"  # as sbatch makes it
+    copy.write_bytes((REPOSITORY / "launch" / script).read_bytes())
+    for place, submitted_from in ((REPOSITORY / "launch" / script, tmp_path), (copy, REPOSITORY)):
+        env = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(submitted_from), "CONTAINER": "echo"}
+        done = subprocess.run(
+            ["bash", place, "x.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("python -m aura_dist ")
