@@ -23,6 +23,7 @@ MAPS = ("aura", "linear-act", "random")
 LAUNCHES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fsdp": (2, "fsdp", {}),
     "tensor": (2, "tensor", {}),
+    "tensor=3": (3, "tensor=3", {}),  # slices of several widths
     "fsdp=2,tensor=2": (4, "fsdp=2,tensor=2", {}),
     "zero3": (2, "zero3", {}),
     "zero3, offload to the CPU": (2, "zero3", {"offload": "cpu"}),
@@ -100,11 +101,24 @@ def test_what_is_fitted_changes_every_module(name, alone, maps):
         assert all(np.abs(plain[kind][0] - other).max() > 1e-2 * np.abs(other).max() for other in others)
 
 
-@pytest.mark.parametrize("sharding", ["fsdp", "tensor", "zero3"])
-def test_collection_under_an_intervention(sharding, tiny_dir, sentences_csv, tmp_path):
-    random_map(str(tiny_dir("llama"))).save(tmp_path / "map")
+@pytest.fixture(scope="module")
+def collected_under(tiny_dir, sentences_csv, tmp_path_factory):
+    """(Words of a collection under a map, its store by one process), which differs from one without the map."""
+    place = tmp_path_factory.mktemp("under")
+    random_map(str(tiny_dir("llama"))).save(place / "map")
     what = ["--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic", "--num-positive", "20"]
-    how = ["--num-negative", "20", "--tokens-per-batch", "256", "--intervention", str(tmp_path / "map")]
-    assert main(["collect", *what, *how, "--store", str(tmp_path / "alone")]) == 0
-    run_ranks(2, ["collect", *what, *how, "--store", str(tmp_path / "ranks"), "--sharding", sharding])
-    assert_same(tmp_path / "ranks", tmp_path / "alone", sharding)
+    what += ["--num-negative", "20", "--tokens-per-batch", "256"]
+    under = ["--intervention", str(place / "map")]
+    assert main(["collect", *what, "--store", str(place / "plain")]) == 0
+    assert main(["collect", *what, *under, "--store", str(place / "alone")]) == 0
+    plain, changed = (open_store(place / name)["activations"] for name in ("plain", "alone"))
+    for site in plain:
+        assert not np.allclose(plain[site]["max"].values, changed[site]["max"].values, atol=1e-2), site
+    return [*what, *under], place / "alone"
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "tensor", "zero3"])
+def test_collection_under_an_intervention(sharding, collected_under, tmp_path):
+    words, alone = collected_under
+    run_ranks(2, ["collect", *words, "--store", str(tmp_path / "ranks"), "--sharding", sharding])
+    assert_same(tmp_path / "ranks", alone, sharding)
