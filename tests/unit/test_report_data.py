@@ -244,11 +244,11 @@ NORMS = ["*.post_attention_layernorm", "*.post_feedforward_layernorm"]
 def swept(tmp_path):
     """`swept(name, method, strength, modules=…, top_k=…)`: results as a sweep names them."""
 
-    def write(name, method=None, strength=1.0, *, modules=None, top_k=None, preprompt=None):
+    def write(name, method=None, strength=1.0, *, modules=None, top_k=None, max_q=None, preprompt=None):
         path = write_results(tmp_path, f"m-{name}", method=method, strength=strength, preprompt=preprompt)
         document = json.loads(path.read_text())
         if method:
-            document["intervention"]["parameters"] |= {"modules": modules, "top_k": top_k}
+            document["intervention"]["parameters"] |= {"modules": modules, "top_k": top_k, "max_q": max_q}
         path.write_text(json.dumps(document))
         return read_evaluation("run", path)
 
@@ -274,6 +274,8 @@ def test_a_sweeps_evaluations_are_named_by_what_they_differ_in(front, swept):
     assert labels_of(front) == [
         "no intervention", "mean-act 0.5, mlp", "mean-act, mlp", "mean-act 0.5, norms", "mean-act, norms", "det0, mlp",
     ]  # fmt: skip
+    selected = swept("act-s0.5-0123456787", "mean-act", 0.5, modules=["mlp"], max_q=1e-6)
+    assert labels_of([*front, selected])[-1] == "mean-act 0.5, q ≤ 1e-06, mlp"
     again = swept("plain-0123456785")
     assert labels_of([*front, again])[0] == "m-plain-0123456784", "two of one name keep the files' names"
     kind = swept("plain-pre-0123456786", preprompt="Be kind.")
@@ -298,6 +300,13 @@ def test_lines_join_the_strengths_of_one_method_over_the_same_modules(front):
         ("det0, mlp", ("det0, mlp",), False),
     ]
     assert [p.strength for p in found[1].points] == [0.5, 1.0]
+
+
+def test_units_of_a_low_q_value_are_no_part_of_the_line_of_all(front, swept):
+    selected = swept("act-s0.5-0123456787", "mean-act", 0.5, modules=["mlp"], max_q=1e-6)
+    found = lines(comparisons([*front, selected], labels_of([*front, selected]))[0].points)
+    assert ("mean-act, mlp", ("0.5", "1"), True) in [(line.name, line.marks, line.joined) for line in found]
+    assert "mean-act, mlp, q ≤ 1e-06" in [line.name for line in found]
 
 
 def test_caption_tells_of_the_lines_that_are_drawn(front):

@@ -16,12 +16,14 @@ OUTSIDE = 4.0
 class Point:
     """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1].
 
-    `modules` names those that the map lies over, and is empty where they are the same for all.
+    `modules` names those that the map lies over, and is empty where they are the same for all; `variant` is what else
+    it was fitted with.
     """
 
     label: str
     method: str
     modules: str
+    variant: str
     strength: float | None
     top_k: int | None
     prompted: bool
@@ -161,4 +163,4 @@ def _point(one: Evaluation, label: str, names: Mapping[Any, str]) -> Point | Non
     if x is None or y is None:
         return None
     modules = "" if one.method == "none" else names.get(one.modules, "")
-    return Point(label, one.method, modules, one.strength, one.top_k, one.preprompt is not None, x, y)
+    return Point(label, one.method, modules, one.variant, one.strength, one.top_k, one.preprompt is not None, x, y)

@@ -83,6 +83,13 @@ class Evaluation:
         return _mapping(_mapping(self.document.get("intervention")).get("parameters")).get("top_k")
 
     @property
+    def variant(self) -> str:
+        """Further parameters of the fit, such as `q ≤ 0.05` or `α 0.3`; empty without."""
+        given = _mapping(_mapping(self.document.get("intervention")).get("parameters"))
+        shown = (("max_q", "q ≤ {:g}"), ("alpha", "α {:g}"))
+        return ", ".join(form.format(given[name]) for name, form in shown if _is_number(given.get(name)))
+
+    @property
     def modules(self) -> tuple[str, ...] | None:
         """Patterns of the modules that the map was confined to; None if it lies over all that were collected."""
         given = _mapping(_mapping(self.document.get("intervention")).get("parameters")).get("modules")

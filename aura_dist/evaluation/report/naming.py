@@ -37,6 +37,7 @@ def _described(evaluations: Sequence[Evaluation]) -> list[str]:
         method = PLAIN if e.method == "none" else e.method
         parts = [method if e.strength in (None, 1.0) else f"{method} {e.strength:g}"]
         parts += [f"top {e.top_k}"] if len({o.top_k for o in fitted if o.method == e.method}) > 1 else []
+        parts += [e.variant] if e.variant and len({o.variant for o in fitted if o.method == e.method}) > 1 else []
         parts += [short[e.modules]] if several_modules and e in fitted else []
         parts += ["pre-prompt"] if e.preprompt is not None else []
         parts += [e.model.rstrip("/").rsplit("/", 1)[-1]] if several_models else []

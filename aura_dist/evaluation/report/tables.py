@@ -45,6 +45,7 @@ def _laid_over(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list
         ("method", methods if methods != list(labels) else ["–"] * len(methods)),
         ("strength", ["–" if e.strength is None else f"{e.strength:g}" for e in evaluations]),
         ("top k", [str(e.top_k or "–") for e in evaluations]),
+        ("further", [e.variant or "–" for e in evaluations]),
         ("modules", ["–" if e.modules is None else short[e.modules] for e in evaluations]),
         ("pre-prompt", [_short(e.preprompt) for e in evaluations]),
     ]
@@ -86,7 +87,7 @@ def _columned(columns: Sequence[tuple[str, list[str]]], labels: Sequence[str]) -
     """A line a label; columns without a number are left out."""
     kept = [(name, cells) for name, cells in columns if set(cells) - {"–", "0.00"}]
     rows = [(label, *(cells[i] for _, cells in kept)) for i, label in enumerate(labels)] if kept else []
-    texts = (0, *(i for i, (name, _) in enumerate(kept, 1) if name in ("method", "modules", "pre-prompt")))
+    texts = (0, *(i for i, (name, _) in enumerate(kept, 1) if name in ("method", "further", "modules", "pre-prompt")))
     return Table(("evaluation", *(name for name, _ in kept)), tuple(rows), texts)
 
 

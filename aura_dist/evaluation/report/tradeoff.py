@@ -29,7 +29,7 @@ class Line:
     Attributes
     ----------
     name
-        Method, modules, pre-prompt: what the legend says.
+        Method, modules, further parameters, pre-prompt: what the legend says.
     points, marks
         In the order of what they differ in, and what each is called at its place.
     joined
@@ -43,19 +43,22 @@ class Line:
 
 
 def lines(points: Sequence[Point]) -> list[Line]:
-    """The points by method, modules and pre-prompt; where several strengths stand, by number of neurons too."""
+    """The points by what they were fitted with; where several strengths stand, by number of neurons too."""
     groups: dict[tuple[Any, ...], list[Point]] = {}
     for p in points:
-        groups.setdefault((p.method, p.modules, p.prompted), []).append(p)
+        groups.setdefault((p.method, p.modules, p.prompted, p.variant), []).append(p)
     found = []
-    for group in groups.values():
+    for (*alike_but_for_it, variant), group in groups.items():
+        several = sum(key[:-1] == tuple(alike_but_for_it) for key in groups) > 1
+        which = f", {variant}" if variant and several else ""
         if len({p.strength for p in group}) == 1:
-            found.append(_line(group, [p.top_k for p in group], "k {:,}", ""))
+            found.append(_line(group, [p.top_k for p in group], "k {:,}", which))
             continue
         sizes = list(dict.fromkeys(p.top_k for p in group))
         for k in sizes:
             alike = [p for p in group if p.top_k == k]
-            found.append(_line(alike, [p.strength for p in alike], "{:g}", f", top {k:,}" if k and sizes[1:] else ""))
+            size = f", top {k:,}" if k and sizes[1:] else ""
+            found.append(_line(alike, [p.strength for p in alike], "{:g}", which + size))
     return found
 
 
