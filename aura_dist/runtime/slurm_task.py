@@ -4,11 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import FrameType
 from typing import Any
 
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.slurm_executor import WARNING
+
+# how long network file systems let a node answer from its cache what a name stands for (NFS: acdirmax)
+CACHED_SECONDS = 60.0
 
 
 class JobTask:
@@ -28,7 +32,7 @@ class JobTask:
 
     def __call__(self) -> int:
         leads = os.environ.get("SLURM_PROCID", "0") == "0"
-        if not self._counts():
+        if not self._counts_soon():
             print(f"{self.command.job}: this submission does not count any more; nothing is done", flush=True)
             return 0
         if leads:
@@ -46,6 +50,13 @@ class JobTask:
         if leads and code:
             sys.exit(code if code > 0 else 128 - code)  # for Slurm: what waits for this job must not start
         return code
+
+    def _counts_soon(self) -> bool:
+        """Whether this submission counts; a node may show an older state file as long as it caches names."""
+        end = time.monotonic() + CACHED_SECONDS
+        while not self._counts() and time.monotonic() < end:
+            time.sleep(1.0)
+        return self._counts()
 
     def _counts(self) -> bool:
         return self.command.state.submission == self.submission

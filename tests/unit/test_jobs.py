@@ -98,6 +98,7 @@ class Executor:
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """A launcher whose jobs stay where the test puts them; `queue` is what squeue would say."""
+    monkeypatch.setattr(slurm_task, "CACHED_SECONDS", 0.0)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     executor, queue = Executor(), {"7_1", "7_2"}
     monkeypatch.setattr(slurm_jobs, "make_executor", executor.make)
@@ -407,6 +408,16 @@ def test_job_of_a_driver_that_was_killed_while_it_submitted_does_not_run_beside_
     assert (counted(), len(stages), command.state.state) == (0, 1, "done")
     assert orphan() == 0
     assert (len(stages), command.state.starts) == (1, 1)
+
+
+def test_job_on_a_node_that_still_shows_an_older_state_waits_for_the_present_one(slurm, command, stages, monkeypatch):
+    slurm.launcher.start([command])
+    (task,) = slurm.executor.submitted
+    present = command.state
+    command.write(present.renewed())
+    monkeypatch.setattr(slurm_task, "CACHED_SECONDS", 30.0)
+    monkeypatch.setattr("time.sleep", lambda seconds: command.write(present))
+    assert (task(), len(stages), command.state.state) == (0, 1, "done")
 
 
 def test_job_that_nobody_noted_is_followed_once_it_runs(slurm, command, stages, monkeypatch):
