@@ -24,6 +24,12 @@ class SweepResults:
         """Whether what a job makes is there; of an evaluation, whole."""
         return (self._out / job.product).exists() if job.stage != "evaluate" else self._read(job.id) is not None
 
+    def set_aside(self, job: Job) -> None:
+        """Give the name of damaged results free, which `evaluate` would not replace."""
+        place = self._out / job.product
+        if job.stage == "evaluate" and place.exists() and self._read(job.id) is None:
+            place.replace(place.with_name(f"{place.name}.damaged"))
+
     def rows(self, states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The table: a row a cell; `states` holds the content of every job's state file."""
         rows = []

@@ -53,12 +53,13 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
             scale, shift = scale[columns], None if shift is None else shift[columns]
             called[site] = False
             hooks.callback(module.register_forward_hook(affine_hook(site, scale, shift, called)).remove)
-        hooks.callback(model.base_model.register_forward_hook(_all_called(called)).remove)
+        for whole in {model, model.base_model}:  # some call parts of their base model, never that itself
+            hooks.callback(whole.register_forward_hook(_all_called(called)).remove)
         yield model
 
 
 def _all_called(called: Mapping[str, bool]) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook of the base model: ModelError once a whole forward has left a site out."""
+    """A forward hook of a whole model: ModelError once a whole forward has left a site out."""
 
     def check(module: nn.Module, args: Any, output: Any) -> None:
         missing = next((site for site, was_called in called.items() if not was_called), None)

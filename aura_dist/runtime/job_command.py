@@ -5,8 +5,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -32,8 +32,9 @@ class JobCommand:
     ranks
         Processes to start on this machine, through torchrun where there are several; 1 under Slurm, which starts
         them itself.
-    traces
-        Patterns, within the directory, of the files that grow as the stage gets on.
+    kept
+        How much the attempts have left: a number that grows as the stage gets on, and not as it does the same again.
+        Without it, interruptions never count.
     """
 
     directory: Path
@@ -41,7 +42,7 @@ class JobCommand:
     stage: str
     needs: tuple[str, ...] = ()
     ranks: int = 1
-    traces: tuple[str, ...] = ()
+    kept: Callable[[], int] | None = field(default=None, compare=False)
 
     @property
     def config(self) -> Path:
@@ -106,9 +107,5 @@ class JobCommand:
             file.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
             output = file.read().decode(errors="replace")
         output = re.split(rf"^{_ATTEMPT} .*$", output, flags=re.MULTILINE)[-1]
-        self.write(self.state.ended_with(code, output, None if asked else self.kept_bytes()))
-
-    def kept_bytes(self) -> int:
-        """Size of the files that grow as the stage gets on: the same work done again adds nothing to it."""
-        found = [path for pattern in self.traces for path in self.directory.glob(pattern)]
-        return sum(path.stat().st_size for path in found if path.is_file())
+        kept = None if asked or self.kept is None else self.kept()
+        self.write(self.state.ended_with(code, output, kept))

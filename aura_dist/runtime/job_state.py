@@ -48,8 +48,8 @@ class JobState:
         How often it was started at all.
     submission
         Which of its submissions to a queue counts; empty if none does.
-    kept_bytes
-        Size of what its attempts had left when the last one was interrupted.
+    kept
+        How much its attempts had left when the last one was interrupted.
     stalls
         How many attempts in a row were interrupted and left nothing new.
     """
@@ -66,7 +66,7 @@ class JobState:
     needs: tuple[str, ...] = field(default=())
     starts: int = 0
     submission: str = ""
-    kept_bytes: int = 0
+    kept: int = 0
     stalls: int = 0
 
     def renewed(self) -> "JobState":
@@ -84,11 +84,10 @@ class JobState:
             self, state="running", reason="", attempts=attempts, starts=starts, started=time.time(), ended=None
         )
 
-    def ended_with(self, code: int, output: str, kept_bytes: int | None = None) -> "JobState":
+    def ended_with(self, code: int, output: str, kept: int | None = None) -> "JobState":
         """As it stands after an attempt that ended with this exit code and this output.
 
-        `kept_bytes` is the size of what its attempts have left; None where a person interrupted it, who may do so at
-        any time.
+        `kept` is how much its attempts have left; None where interruptions do not count, as a person's.
         """
         ended = time.time()
         seconds = round(ended - (self.started or ended), 3)
@@ -96,11 +95,10 @@ class JobState:
         if code == 0:
             return replace(after, state="done")
         if code in INTERRUPTED:
-            if kept_bytes is not None:
-                stalls = 0 if kept_bytes > self.kept_bytes else self.stalls + 1
-                after = replace(after, kept_bytes=kept_bytes, stalls=stalls)
-            if after.stalls >= MAX_STALLS:
-                return replace(after, state="failed", reason=_STALLED)
+            if kept is not None:
+                after = replace(after, kept=kept, stalls=0 if kept > self.kept else self.stalls + 1)
+            if after.stalls >= MAX_STALLS:  # Slurm may queue it again all the same
+                return replace(after, state="failed", reason=_STALLED, submission="")
             return replace(after, state="queued", attempts=self.attempts - 1)
         return replace(after, state="failed", reason=reason_of(code, output))
 

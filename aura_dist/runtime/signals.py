@@ -48,8 +48,8 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
-        if not self._deferred:
+        first, self.received = self.received is None, number
+        if not self._deferred and (first or number == signal.SIGINT):  # what cleans up after one is let do so
             raise interruption(number, outcome=self._note)
 
     def __enter__(self) -> "StopFlag":

@@ -17,6 +17,8 @@ MAX_TIMEOUTS = 1000
 # submitit's own choice, 5 minutes, is less than large models take to load
 DEFAULT_MINUTES = 60
 _RANKED = ("collect", "evaluate")
+# other words for how many tasks a job has; submitit lets its own win
+_COUNTS = {"slurm_nodes", "slurm_tasks_per_node", "slurm_ntasks_per_node"}
 # since Slurm 22.05 a step has one core a task unless it is told, whatever the job has
 _ALL_CORES = 'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi'
 
@@ -29,7 +31,9 @@ def stage_resources(resources: Mapping[str, Any], stage: str) -> dict[str, Any]:
     found = {**{name: value for name, value in resources.items() if name not in STAGES}, **own}
     if "slurm_time" in found:  # submitit reads it again as a number when the time is up
         raise ConfigError(f"resources: expected timeout_min (minutes), got slurm_time {found['slurm_time']!r}")
-    return found if stage in _RANKED else {**found, "nodes": 1, "tasks_per_node": 1}
+    if stage in _RANKED:
+        return found
+    return {**{name: v for name, v in found.items() if name not in _COUNTS}, "nodes": 1, "tasks_per_node": 1}
 
 
 def make_executor(folder: Path, stage: str, resources: Mapping[str, Any], after: Sequence[str] = ()) -> Any:

@@ -9,7 +9,8 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ REFUSED_SECONDS = 600.0
 # sbatch's words where a user, an account or the cluster has as many jobs as it may, or an array is too large for it
 _LIMIT = re.compile("submit limit|temporarily|invalid job array", re.IGNORECASE)
 # and where its controller does not answer; a submission that it took all the same does not count
-_NO_ANSWER = re.compile("timed out|unable to contact|connection refused|communication", re.IGNORECASE)
+_NO_ANSWER = re.compile(
+    "timed out|unable to contact|connection refused|communication|zero bytes|endpoint is not|unexpected message|"
+    "standby",
+    re.IGNORECASE,
+)
 _LOST = "the Slurm job is gone without a word: cancelled, killed or out of memory; see {log} and `sacct`"
 
 
@@ -69,8 +74,9 @@ class SlurmLauncher:
             logger.warning("resources: no timeout_min: jobs of %s may run for %d minutes", names, DEFAULT_MINUTES)
         self._watched: dict[str, _Watched] = {}
         self._asked = 0.0
-        self._full_until = self._taken = -math.inf
-        self._began = time.monotonic()
+        self._full_until = -math.inf
+        self._refused_since: float | None = None
+        self._has_taken = False
 
     @property
     def room(self) -> int:
@@ -79,18 +85,25 @@ class SlurmLauncher:
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
         """Jobs of an earlier run of the sweep that are in the queue, and wait there for no job that is not."""
-        known, folder = {c.job for c in commands}, self._directory.parent
-        others = [JobCommand(folder, p.stem, "") for p in (folder / "jobs").glob("*.slurm") if p.stem not in known]
-        queued, left = still_queued([*commands, *others]), known
-        if strangers := [queued[c] for c in others if c in queued]:
-            words = scancel_words(strangers)
-            logger.warning("%d jobs in Slurm's queue are no part of this grid (to end them: %s)", len(strangers), words)
+        queued, left = still_queued(commands), {c.job for c in commands}
+        self._name_strangers(left)
         for command in commands:  # each after those it needs
             needs = left.intersection(command.needs)
             if command in queued and needs <= self._watched.keys():
                 self._watched[command.job] = _Watched(command, queued[command], waits=bool(needs))
-                self._taken = time.monotonic()
+                self._has_taken = True
         return list(self._watched)
+
+    def _name_strangers(self, known: Container[str]) -> None:
+        """Warn of jobs in the queue that no cell of the present grid waits for."""
+        folder = self._directory.parent
+        others = [JobCommand(folder, p.stem, "") for p in (folder / "jobs").glob("*.slurm") if p.stem not in known]
+        with suppress(ClusterError):  # nothing depends on them
+            if found := still_queued(others):
+                logger.warning(
+                    "%d jobs in Slurm's queue are of an earlier grid, and no cell waits for them (to end them: %s)",
+                    len(found), scancel_words(found.values()),
+                )  # fmt: skip
 
     def start(self, commands: Sequence[JobCommand]) -> list[str]:
         """Submit jobs, each after those it needs; the names of those that are in the queue then, maybe not all."""
@@ -125,7 +138,6 @@ class SlurmLauncher:
             ids = [job.job_id for job in submitted]
         except Exception as error:  # of submitit's and of sbatch's own kinds
             if _NO_ANSWER.search(str(error)):  # its controller may be starting again
-                self._taken = max(self._taken, self._began)
                 return self._wait(stage, error)
             if _LIMIT.search(str(error)) is None:
                 raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
@@ -133,7 +145,7 @@ class SlurmLauncher:
         for command, slurm_id in zip(commands, ids, strict=True):
             command.slurm_id.write_text(f"{slurm_id}\n")
             self._watched[command.job] = _Watched(command, slurm_id, waits=bool(after))
-        self._taken = time.monotonic()
+        self._has_taken, self._refused_since = True, None
         waiting = f", after {' '.join(after)}" if after else ""
         logger.info("%s: %d jobs submitted as %s%s", stage, len(commands), ids[0].partition("_")[0], waiting)
         return [command.job for command in commands]
@@ -143,11 +155,15 @@ class SlurmLauncher:
         if len(commands) > 1:
             middle = len(commands) // 2
             return self._submit(commands[:middle]) + self._submit(commands[middle:])
+        if not self._has_taken:  # it does not look as if it took any
+            raise ClusterError(f"sbatch refused the jobs of {commands[0].stage}: {brief(error)}") from error
         return self._wait(commands[0].stage, error)
 
     def _wait(self, stage: str, error: Exception) -> list[str]:
         """No job now; ClusterError if Slurm has taken none for long though none of ours is in its queue."""
-        if not self._watched and time.monotonic() - self._taken > REFUSED_SECONDS:
+        now = time.monotonic()
+        self._refused_since = now if self._refused_since is None else self._refused_since
+        if not self._watched and now - self._refused_since > REFUSED_SECONDS:
             raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
         logger.info("Slurm takes no more jobs now (%s); the others later", brief(error))
         self._full_until = time.monotonic() + FULL_SECONDS

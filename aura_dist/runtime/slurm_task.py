@@ -35,6 +35,8 @@ class JobTask:
         if not self._counts_soon():
             print(f"{self.command.job}: this submission does not count any more; nothing is done", flush=True)
             return 0
+        if self.command.state.state == "done":  # the node failed as it ended, and Slurm queued it again
+            return 0
         if leads:
             self.command.slurm_id.write_text(f"{_own_id()}\n")
             self.command.begin()

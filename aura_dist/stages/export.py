@@ -10,6 +10,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def run(config: ExportConfig) -> None:
     plan = plan_folds(model_config, model, intervention.at_strength(config.strength), everything)
     targets = {file: layout(stored[file], plan, as_float32=config.dtype == "float32") for file in files}
     provenance = _provenance(config, intervention, found, plan)
-    with StopFlag("nothing is left of it: run the same command again"):
-        _make(config, out, model_config, plan, targets, provenance)
+    with StopFlag("nothing is left of it: run the same command again") as stop:
+        _make(config, out, model_config, plan, targets, provenance, stop)
     num_left = len(intervention.sites) - len(plan.sites)
     print(
         f"folded {len(plan.sites)} of {len(intervention.sites)} modules into {config.out} "
@@ -102,6 +103,7 @@ def _make(
     plan: FoldPlan,
     targets: Mapping[Path, list[Target]],
     provenance: Mapping[str, Any],
+    stop: StopFlag,
 ) -> None:
     """Write all files aside, then put them in place at once."""
     needed = sum(t.stored.stop - t.stored.start for file in targets.values() for t in file)
@@ -110,7 +112,10 @@ def _make(
         free = shutil.disk_usage(out.parent).free
         if needed > free:
             raise StoreError(f"--out {config.out!r}: expected {needed:,} bytes of free disk, found {free:,}")
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.export-") as scratch:
+        with (
+            ExitStack() as ending,
+            tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.export-") as scratch,
+        ):
             made = Path(scratch) / out.name
             made.mkdir()
             carry_files(config.model, config.revision, made)
@@ -119,6 +124,7 @@ def _make(
             write_index(made, names, next(iter(targets)).parent)
             text = json.dumps(provenance, indent=2) + "\n"
             (made / PROVENANCE_FILE).write_text(text, encoding="utf-8")
+            ending.enter_context(stop.deferred())  # from here on it is there
             made.rename(out)
     except OSError as error:
         raise StoreError(f"--out {config.out!r} cannot be written: {error}") from error

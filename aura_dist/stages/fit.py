@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def run(config: FitConfig) -> None:
     sites = _chosen_sites(config, spec.sites)
     statistics = _read(config, group, spec, sites)
     scales, shifts = fit_maps(config.method, statistics, top_k=config.top_k, max_q=config.max_q, alpha=config.alpha)
-    fitted = Intervention(scales, shifts, _meta(config, spec, statistics)).at_strength(config.strength)
+    maps = Intervention(scales, shifts).at_strength(config.strength)
+    fitted = replace(maps, meta=_meta(config, spec, statistics))
     earlier = _earlier(config, spec)
     (fitted if earlier is None else fitted @ earlier).save(config.out)
     total = sum(len(s) for s in scales.values())

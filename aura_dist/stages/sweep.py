@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from aura_dist.config import VERBS, CollectConfig, PlanConfig, SweepConfig
 from aura_dist.core.grid import STAGES, Cell, make_cells
 from aura_dist.core.jobs import JOBS_FILE, Graph, Job, make_graph
 from aura_dist.errors import ClusterError, ConfigError, SweepError
+from aura_dist.evaluation.job_progress import kept
 from aura_dist.evaluation.sweep_results import SweepResults, replace_text
 from aura_dist.runtime.job_command import JobCommand
 from aura_dist.runtime.local_jobs import LocalLauncher
@@ -92,7 +94,7 @@ class Sweep:
         self._commands = {
             job.id: JobCommand(
                 self._out, job.id, job.stage, job.needs, config.ranks if local and job.stage in _RANKED else 1,
-                _traces(job),
+                partial(kept, job.stage, self._out / job.product),
             )
             for job in graph.jobs.values()
         }  # fmt: skip
@@ -157,6 +159,7 @@ class Sweep:
 
     def _queue(self, job: Job) -> None:
         """As if it had not been tried."""
+        self._results.set_aside(job)
         command = self._commands[job.id]
         command.write(command.state.renewed())
 
@@ -218,12 +221,3 @@ def startable(left: Iterable[Job], running: Iterable[str], *, chains: bool) -> l
             found.append(job)
             started.add(job.id)
     return found
-
-
-def _traces(job: Job) -> tuple[str, ...]:
-    """Patterns of the files that grow as a job gets on: marks of finished tasks, continuations, results."""
-    if job.stage == "collect":
-        return (f"{job.product}/progress/done/c/*",)
-    if job.stage == "evaluate":
-        return (f"{job.product.removesuffix('.json')}.*",)
-    return (f"{job.product}/**/*",) if job.stage == "fit" else (f"{job.product}/scores/**/*",)

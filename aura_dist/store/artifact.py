@@ -86,8 +86,8 @@ class Intervention:
             return self
         maps = {site: with_strength(*self.map_of(site), strength) for site in self.sites}
         shifts = {site: shift for site, (_, shift) in maps.items() if shift is not None}
-        applied = strength * self.meta.get("applied_strength", 1.0)
-        meta = {**self.meta, "applied_strength": applied}
+        before = self.meta.get("applied_strength")
+        meta = {**self.meta, "applied_strength": strength * (1.0 if before is None else before)}
         return Intervention({site: scale for site, (scale, _) in maps.items()}, shifts, meta)
 
     def restricted(self, sites: Collection[str]) -> "Intervention":
@@ -227,6 +227,9 @@ def _check_description(meta: Mapping[str, Any]) -> None:
     for name in ("name", "fingerprint"):
         if not isinstance(model.get(name) or "", str):
             raise ValueError(f"{META_FILE} has {name} = {model[name]!r} for the model, where a text belongs")
+    strength = meta.get("applied_strength")
+    if strength is not None and (isinstance(strength, bool) or not isinstance(strength, int | float)):
+        raise ValueError(f"{META_FILE} has applied_strength = {strength!r}, where a number belongs")
     sampling = (meta.get("data") or {}).get("sampling") or {}
     if not isinstance(sampling, dict):
         raise ValueError(f"{META_FILE} has {sampling!r} for the data's sampling, where an object belongs")

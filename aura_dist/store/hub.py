@@ -73,7 +73,7 @@ def card(intervention: Intervention, repo: str) -> str:
 def _parts(meta: Mapping[str, Any]) -> str:
     """Method, concept, model and data of one fitted map, as a list."""
     if meta.get("composed"):
-        strength = f"\n\nall at strength {meta['applied_strength']}" if "applied_strength" in meta else ""
+        strength = f"\n\nall at strength {meta['applied_strength']}" if meta.get("applied_strength") is not None else ""
         return "\n\nafter\n\n".join(_parts(m) for m in meta["composed"]) + strength
     model, data = meta.get("model") or {}, meta.get("data") or {}
     sampling, name = data.get("sampling") or {}, model.get("name")

@@ -255,6 +255,14 @@ def test_module_that_the_forward_leaves_out_is_named():
         logits(model)
 
 
+def test_module_that_a_decoder_within_a_base_model_leaves_out_is_named():
+    """OPT calls its base model's decoder, never the base model."""
+    model, intervention = tiny_causal("opt"), random_intervention("opt", ("mlp",))
+    model.model.decoder.layers[1].fc2.__class__ = type("Skipped", (nn.Linear,), {"__call__": nn.Linear.forward})
+    with pytest.raises(ModelError, match=r"fc2' was not called"), aura_dist.intervene(model, intervention):
+        logits(model)
+
+
 def test_gradients_pass_after_a_forward_in_inference_mode():
     model = tiny_causal("llama")
     with aura_dist.intervene(model, random_intervention("llama", shift=True)):

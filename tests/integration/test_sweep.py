@@ -23,6 +23,7 @@ from aura_dist.config import VERBS, SweepConfig, merge
 from aura_dist.core.grid import STAGES, make_cells
 from aura_dist.core.jobs import make_graph
 from aura_dist.errors import StoreError
+from aura_dist.evaluation.job_progress import kept
 from aura_dist.evaluation.results import SCHEMA
 from aura_dist.evaluation.toxicity import ByPrompt, ratios
 from aura_dist.runtime.job_command import JobCommand
@@ -32,7 +33,10 @@ from aura_dist.runtime.signals import StopFlag
 from aura_dist.runtime.sweep_cost import planned_launch
 from aura_dist.settings import resolve
 from aura_dist.stages.sweep import Sweep, resolved_settings
+from aura_dist.store.access import open_group
+from aura_dist.store.record import commit, unfinished
 from tests.distributed.launch import REPOSITORY
+from tests.stores import make_store
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -178,6 +182,29 @@ def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path)
     results.write_text(results.read_text()[:-9])
     assert [job.id for job in running.left() if job.stage == "evaluate"] == [aura], "damaged results are made again"
     running.write_table()
+    running._queue(graph.jobs[aura])
+    assert not results.exists(), "evaluate replaces nothing that it did not write"
+    assert results.with_name(f"{results.name}.damaged").exists()
+
+
+def test_interrupted_collection_that_finished_tasks_got_on(tmp_path):
+    """By the marks of a real store, which are all there from the start."""
+    store = make_store(tmp_path / "store.zarr", 400, [16], num_unfinished=3)
+    assert kept("collect", tmp_path / "none.zarr") == 0
+    before = kept("collect", store)
+    group = open_group(str(store))
+    left = unfinished(group)
+    assert (before > 0, len(left)) == (True, 3)
+    commit(group, left[0], {})
+    assert kept("collect", store) == before + 1
+
+
+def test_interrupted_evaluation_that_continued_prompts_got_on(tmp_path):
+    results = tmp_path / "gemma-aura.json"
+    assert kept("evaluate", results) == 0
+    (tmp_path / "gemma-aura.continuations.part-0.jsonl").write_text("{}\n")
+    (tmp_path / "gemma-aura-s0.5.continuations.part-0.jsonl").write_text("another's\n")
+    assert kept("evaluate", results) == 3
 
 
 def test_failed_cell_is_retried_then_listed_and_takes_no_other_with_it(sweep, tmp_path, capsys):

@@ -86,6 +86,7 @@ DAMAGE = {
     "model is a name": lambda p: spoil_json(p, model="m"),
     "fingerprint is a number": lambda p: spoil_json(p, model={"fingerprint": 3}),
     "parameters are a list": lambda p: spoil_json(p, parameters=[1]),
+    "strength": lambda p: spoil_json(p, applied_strength="half"),
     "sampling": lambda p: spoil_json(p, data={"sampling": "all"}),
     "composed of names": lambda p: spoil_json(p, composed=["aura"]),
     "composed of damaged ones": lambda p: spoil_json(p, composed=[{"model": {"name": ["m"]}}]),
@@ -229,6 +230,8 @@ def test_strength_that_maps_were_brought_to_is_told():
     half = a.at_strength(0.5).at_strength(0.5)
     assert half.meta["applied_strength"] == 0.25
     assert (a @ half).meta["composed"][1]["applied_strength"] == 0.25
+    stated = Intervention(a.scale, a.shift, {**a.meta, "applied_strength": None})
+    assert stated.at_strength(0.5).meta["applied_strength"] == 0.5
 
 
 def test_digest_is_of_what_is_done_to_each_site():

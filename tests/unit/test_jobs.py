@@ -1,6 +1,7 @@
 """Jobs of a sweep: their state files, and what the launchers make of them."""
 
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -40,17 +41,16 @@ def test_reason_is_what_the_last_attempt_said(command):
 
 
 def test_interruptions_count_once_they_leave_nothing_new(command):
-    """The kept files stand for a store's marks: they grow with the work, and not with the same work done again."""
-    command = replace(command, traces=("kept/*",))
-    (command.directory / "kept").mkdir()
-    for number in range(4):
-        (command.directory / "kept" / str(number)).write_text("done")
+    done = []
+    command = replace(command, kept=lambda: len(done))
+    for task in range(4):
+        done.append(task)
         assert attempt(command, "", 138).state == "queued"
         assert attempt(command, "", 143).state == "queued"
     assert command.state.attempts == 0
     assert attempt(command, "", 138).state == "queued"
     state = attempt(command, "", 138)
-    assert (state.state, state.attempts) == ("failed", 1)
+    assert (state.state, state.attempts, state.submission) == ("failed", 1, "")
     assert "3 starts in a row were ended by a signal" in state.reason
     command.write(state.submitted())
     assert attempt(command, "", 138).state == "queued", "tried again, it is counted anew"
@@ -292,6 +292,8 @@ def test_queue_that_takes_no_more_jobs_is_filled_and_asked_again_once_one_has_en
 
 
 def test_slurm_that_does_not_answer_is_asked_again(slurm, chain, monkeypatch):
+    now = time.monotonic()
+
     def silent():
         raise RuntimeError("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
 
@@ -304,6 +306,11 @@ def test_slurm_that_does_not_answer_is_asked_again(slurm, chain, monkeypatch):
     slurm.launcher._full_until = 0.0
     assert slurm.launcher.start(fits) == ["fit-b", "fit-c"]
     monkeypatch.setattr(slurm.executor, "batch", silent)
+    for job in (*fits, chain[0]):
+        attempt(job, "error: no room\n", 1)
+    slurm.launcher.ended()
+    monkeypatch.setattr("time.monotonic", lambda: now + 3600)  # since the last one that was taken
+    assert slurm.launcher.start(chain[:1]) == []
     assert slurm_jobs.SlurmLauncher(chain[0].directory, {}).start(chain[:1]) == []
     monkeypatch.setattr(slurm_jobs, "REFUSED_SECONDS", -1.0)
     with pytest.raises(ClusterError, match=r"sbatch refused .* timed out"):
@@ -339,7 +346,10 @@ def test_jobs_of_an_earlier_grid_that_are_still_in_the_queue_are_named(slurm, ch
     slurm.launcher.start(chain[:2])
     after = slurm_jobs.SlurmLauncher(chain[0].directory, {})
     assert after.adopt(chain[:1]) == ["score-a"]
-    assert "1 jobs in Slurm's queue are no part of this grid (to end them: scancel 7)" in caplog.text
+    assert (
+        "1 jobs in Slurm's queue are of an earlier grid, and no cell waits for them (to end them: scancel 7)"
+        in caplog.text
+    )
 
 
 def test_long_submission_looks_up_between_arrays(slurm, chain, monkeypatch):
@@ -450,6 +460,7 @@ def test_slurm_hears_how_a_stage_ended_from_its_first_task(slurm, command, stage
 
 def test_stage_that_was_done_as_it_was_warned_ends_well_for_slurm(slurm, command, stages, monkeypatch):
     pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    command = replace(command, kept=lambda: 0)
     slurm.launcher.start([command])
     (task,) = slurm.executor.submitted
     task()
@@ -509,6 +520,8 @@ def test_resources_of_a_stage_are_its_own_over_all_others():
     resources = {**shared, "collect": {"nodes": 2, "timeout_min": 9}}
     assert stage_resources(resources, "collect") == {**shared, "nodes": 2, "timeout_min": 9}
     assert stage_resources(resources, "fit") == {**shared, "nodes": 1, "tasks_per_node": 1}
+    many = {"slurm_nodes": 2, "slurm_ntasks_per_node": 4, "slurm_tasks_per_node": 4}
+    assert stage_resources(many, "score") == {"nodes": 1, "tasks_per_node": 1}
     with pytest.raises(ConfigError, match="collect: expected keys and values, got 8"):
         stage_resources({"collect": 8}, "collect")
 
