@@ -6,24 +6,28 @@ from aura_dist.errors import AuraError
 
 
 def kept(stage: str, product: Path) -> int:
-    """Of a collection the number of finished tasks; of an evaluation the bytes of continuations and results.
+    """Finished tasks of a collection, scored chunk columns, bytes of an evaluation's continuations and results.
 
-    0 for the other stages, which take minutes; and where nothing can be read.
+    0 for a fit, which takes seconds; and where nothing can be read.
     """
-    if stage == "collect":
-        return _finished_tasks(product)
-    if stage == "evaluate":
-        return sum(path.stat().st_size for path in product.parent.glob(f"{product.stem}.*") if path.is_file())
+    try:
+        if stage in ("collect", "score"):
+            return _in_store(stage, str(product))
+        if stage == "evaluate":
+            return sum(path.stat().st_size for path in product.parent.glob(f"{product.stem}.*"))
+    except (AuraError, OSError):  # another rank may still put its files in order
+        pass
     return 0
 
 
-def _finished_tasks(store: Path) -> int:
+def _in_store(stage: str, store: str) -> int:
     import numpy as np
 
     from aura_dist.store.access import open_group, read_array
-    from aura_dist.store.schema import DONE
+    from aura_dist.store.schema import DONE, StoreSpec
+    from aura_dist.store.scores import count_columns
 
-    try:
-        return int(np.count_nonzero(read_array(open_group(str(store)), DONE)))
-    except AuraError:
-        return 0
+    group = open_group(store)
+    if stage == "collect":
+        return int(np.count_nonzero(read_array(group, DONE)))
+    return count_columns(group, StoreSpec.from_attributes(group.attrs))[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from aura_dist.runtime.job_state import JobState, read_state, write_state
+from aura_dist.runtime.job_state import INTERRUPTED, JobState, read_state, write_state
 
 _LOG_TAIL_BYTES = 20_000
 # begins an attempt's part of the log: what an earlier one said is not why this one failed
@@ -107,5 +107,5 @@ class JobCommand:
             file.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
             output = file.read().decode(errors="replace")
         output = re.split(rf"^{_ATTEMPT} .*$", output, flags=re.MULTILINE)[-1]
-        kept = None if asked or self.kept is None else self.kept()
+        kept = self.kept() if self.kept is not None and code in INTERRUPTED and not asked else None
         self.write(self.state.ended_with(code, output, kept))

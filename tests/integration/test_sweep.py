@@ -187,7 +187,7 @@ def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path)
     assert results.with_name(f"{results.name}.damaged").exists()
 
 
-def test_interrupted_collection_that_finished_tasks_got_on(tmp_path):
+def test_interrupted_stage_that_finished_tasks_or_columns_got_on(tmp_path):
     """By the marks of a real store, which are all there from the start."""
     store = make_store(tmp_path / "store.zarr", 400, [16], num_unfinished=3)
     assert kept("collect", tmp_path / "none.zarr") == 0
@@ -197,6 +197,10 @@ def test_interrupted_collection_that_finished_tasks_got_on(tmp_path):
     assert (before > 0, len(left)) == (True, 3)
     commit(group, left[0], {})
     assert kept("collect", store) == before + 1
+    whole = make_store(tmp_path / "whole.zarr", 40, [16])
+    assert kept("score", whole) == 0
+    assert main(["score", "--store", str(whole), "--statistics", "auroc"]) == 0
+    assert kept("score", whole) > 0
 
 
 def test_interrupted_evaluation_that_continued_prompts_got_on(tmp_path):
