@@ -16,8 +16,8 @@ from aura_dist.core.sites import Site, matching
 from aura_dist.errors import ConfigError, InputError
 from aura_dist.store.access import local_path, open_group, store_around
 from aura_dist.store.artifact import Intervention
+from aura_dist.store.concept_scores import read_scores
 from aura_dist.store.schema import StoreSpec
-from aura_dist.store.view import read_scores
 
 logger = logging.getLogger(__name__)
 

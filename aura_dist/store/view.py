@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import InputError, StoreError
 from aura_dist.store.access import check_complete, damaged, get_array, in_whole_chunks, open_group, read_array
+from aura_dist.store.concept_scores import read_scores
 from aura_dist.store.schema import StoreSpec, activation_path
 from aura_dist.store.scores import read_statistic, score_attributes, score_path, scored_statistics
 
@@ -107,41 +108,6 @@ def _block(group: zarr.Group, complete: bool, array: "zarr.Array[Any]", index: t
     except Exception as error:  # the codec pipeline raises its own kinds
         raise damaged(group, array.path, error) from error
     return values[tuple(slice(i.stop - i.start) for i in index)]
-
-
-def read_scores(
-    group: zarr.Group, spec: StoreSpec, concept: str, pooling: str, statistic: str = "auroc"
-) -> dict[str, NDArray[Any]]:
-    """Site → [D] one statistic of one concept, in model order.
-
-    Raises
-    ------
-    InputError
-        The store has no such concept or pooling.
-    StoreError
-        The store has not been scored, or not wholly.
-    """
-    if concept not in spec.concepts:
-        raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
-    if pooling not in spec.poolings:
-        raise InputError(
-            f"--pooling: expected one of {', '.join(spec.poolings)}, got {pooling!r}; "
-            f"collect with `--pooling {' '.join([*spec.poolings, pooling])}` for it"
-        )
-    which = spec.concepts.index(concept)
-    scores: dict[str, NDArray[Any]] = {}
-    for site in spec.sites:
-        if statistic not in scored_statistics(group, site.name, pooling):
-            raise StoreError(
-                f"--store {group.store_path}: {site.name} has not been scored ({statistic}); "
-                "run `aura-dist score` first"
-            )
-        scores[site.name] = read_statistic(group, site.name, pooling, statistic)[which]
-    basis = score_attributes(group)
-    if basis["partial"]:
-        where = str(group.store_path)
-        logger.warning("%s: the scores are of %d of %d rows", where, basis["num_rows"], basis["total_rows"])
-    return scores
 
 
 def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> pd.DataFrame:

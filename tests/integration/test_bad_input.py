@@ -281,7 +281,7 @@ def test_store_of_other_data(refused, scored, tiny_dir, sentences_csv, tmp_path)
         ),
         (
             "fit --store {}/store.zarr --concept toxic --top-k 99999 --out {}/x",
-            "--top-k: expected at most 624, the number of scored neurons, got 99999",
+            "--top-k: expected at most 624, the number of neurons to choose from, got 99999",
         ),
         ("fit --store {}/store.zarr --concept toxic --method magic --out {}/x", "--method: expected one of"),
         ("fit --store {}/store.zarr --concept toxic --out {}/aura/intervention.json/x", "cannot be written"),
@@ -362,7 +362,7 @@ def test_store_that_is_not_scored(refused, scored, tmp_path):
         ("config.json", '{"model_type": "t5"}', r"not a causal language model|Unrecognized configuration class"),
         ("tokenizer.json", "[]", "its tokenizer cannot be loaded"),
         ("tokenizer.json", None, "its tokenizer cannot be loaded"),
-        ("model.safetensors", None, "expected weights in model.safetensors or pytorch_model.bin, found neither"),
+        ("model.safetensors", None, "expected weights in model.safetensors or pytorch_model.bin, found none"),
         ("model.safetensors", "nonsense", r"model\.safetensors' is damaged"),
     ],
 )

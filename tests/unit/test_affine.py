@@ -73,7 +73,7 @@ def test_top_k_is_exactly_k_and_never_nan(data):
 
 
 def test_more_than_there_are_is_an_error():
-    with pytest.raises(InputError, match="at most 2, the number of scored neurons, got 3"):
+    with pytest.raises(InputError, match="at most 2, the number of neurons to choose from, got 3"):
         top_units({"a": np.array([0.1, NAN, 0.2])}, 3)
 
 
