@@ -21,7 +21,7 @@ class StopFlag:
 
     Parameters
     ----------
-    note
+    outcome
         What the user is told of the interrupted work.
 
     Attributes
@@ -30,8 +30,8 @@ class StopFlag:
         Number of the signal received, or None.
     """
 
-    def __init__(self, note: str = FINISHED_ARE_KEPT) -> None:
-        self._note = note
+    def __init__(self, outcome: str = FINISHED_ARE_KEPT) -> None:
+        self._outcome = outcome
         self.received: int | None = None
         self._deferred = False
         self._before: dict[int, Any] = {}
@@ -50,7 +50,7 @@ class StopFlag:
             raise KeyboardInterrupt
         first, self.received = self.received is None, number
         if not self._deferred and (first or number == signal.SIGINT):  # what cleans up after one is let do so
-            raise interruption(number, outcome=self._note)
+            raise interruption(number, outcome=self._outcome)
 
     def __enter__(self) -> "StopFlag":
         for number in SIGNALS:

@@ -1,7 +1,7 @@
 """A store as xarray sees it: labelled dimensions, lazy values, nothing loaded until it is asked for."""
 
 import logging
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,27 +87,37 @@ def _lazy(group: zarr.Group, name: str, *, complete: bool = False) -> Any:
     import dask.array as da
 
     array = get_array(group, name)
-    getitem = partial(_block, group, complete)
     # a name that says nothing of the contents: to digest what they depend on takes longer than all else here
     meta = np.empty((0,) * array.ndim, array.dtype)
-    return da.from_array(array, chunks=array.chunks, name=False, getitem=getitem, meta=meta)
+    return da.from_array(array, chunks=array.chunks, name=False, getitem=_Blocks(group, complete), meta=meta)
 
 
-def _block(group: zarr.Group, complete: bool, array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
-    """One chunk of `array`, decoded in full and so checked; Dask narrows no getter but its own before it reads.
+@dataclass
+class _Blocks:
+    """Dask's getter of one array's chunks, each decoded in full and so checked.
 
-    StoreError if it is damaged, or is missing where the array is to be complete.
+    Dask narrows no getter but its own before it reads. The handle for whole chunks is made at the first of them: making
+    it takes a fifth of reading a chunk, and most arrays of an open store are never read.
     """
-    chunk = tuple(slice(i.start, i.start + width) for i, width in zip(index, array.chunks, strict=True))
-    if complete:
-        check_complete(group, array, [tuple(i.start // width for i, width in zip(index, array.chunks, strict=True))])
-    try:
-        values = np.asarray(in_whole_chunks(array)[chunk])
-    except StoreError:  # the store could not be reached
-        raise
-    except Exception as error:  # the codec pipeline raises its own kinds
-        raise damaged(group, array.path, error) from error
-    return values[tuple(slice(i.stop - i.start) for i in index)]
+
+    group: zarr.Group
+    complete: bool
+    whole: "zarr.Array[Any] | None" = None
+
+    def __call__(self, array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
+        """One chunk; StoreError if it is damaged, or is missing where the array is to be complete."""
+        whole = self.whole = in_whole_chunks(array) if self.whole is None else self.whole
+        chunk = tuple(slice(i.start, i.start + width) for i, width in zip(index, array.chunks, strict=True))
+        if self.complete:
+            place = tuple(i.start // width for i, width in zip(index, array.chunks, strict=True))
+            check_complete(self.group, array, [place])
+        try:
+            values = np.asarray(whole[chunk])
+        except StoreError:  # the store could not be reached
+            raise
+        except Exception as error:  # the codec pipeline raises its own kinds
+            raise damaged(self.group, array.path, error) from error
+        return values[tuple(slice(i.stop - i.start) for i in index)]
 
 
 def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> pd.DataFrame:
