@@ -1,6 +1,7 @@
 """The command line: parses, sets up logging, calls one stage. Stages are imported only when they run."""
 
 import argparse
+import gc
 import io
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
@@ -145,11 +147,22 @@ def run(argv: Sequence[str] | None = None) -> None:
 
     configure_logging(debug=debug)
     keep_freed_memory()
-    stage = import_module(VERBS[name].stage)
+    stage = _import(VERBS[name].stage)
     if VERBS[name].takes_file:
         stage.run(config, document)
     else:
         stage.run(config)
+
+
+def _import(stage: str) -> ModuleType:
+    """The module. What imports make stays: to look for garbage in between takes an eighth of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(stage)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
