@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from zarr.buffer.cpu import NDBuffer
 from zarr.core.sync import sync
 
-from aura_dist.core.statistics import STATISTICS, statistics_by_concept
+from aura_dist.core.column_statistics import statistics_by_concept
+from aura_dist.core.statistics import STATISTICS
 from aura_dist.errors import StoreError, brief
 from aura_dist.store.access import chunk_name, get_array, in_whole_chunks, missing_chunks, open_group, read_array
 from aura_dist.store.schema import activation_path

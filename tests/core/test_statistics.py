@@ -17,8 +17,9 @@ from scipy.stats import false_discovery_control, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from aura_dist.core import column_sums
+from aura_dist.core.column_statistics import statistics_by_concept
 from aura_dist.core.column_sums import ColumnSums, sums_fast, sums_plain
-from aura_dist.core.statistics import STATISTICS, benjamini_hochberg, statistics_by_concept
+from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
 from aura_dist.errors import InputError
 from tests.core.test_auroc import KINDS, make_values
 
@@ -321,7 +322,7 @@ def test_perfectly_separated_classes_have_no_error() -> None:
 
 
 def test_too_many_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aura_dist.core.statistics.MAX_ROWS", 4)
+    monkeypatch.setattr("aura_dist.core.column_statistics.MAX_ROWS", 4)
     values, labels = np.zeros((4, 1), np.float32), np.array([[0, 1, 0, 1]], np.int8)
     with pytest.raises(InputError, match="fewer than 4 rows"):
         statistics_by_concept(values, labels, NAMES)

@@ -10,7 +10,7 @@ import pytest
 from aura_dist import open_store
 from aura_dist.cli import main
 from aura_dist.core.affine import METHODS, fit_maps, needed_statistics
-from aura_dist.core.statistics import statistics_by_concept
+from aura_dist.core.column_statistics import statistics_by_concept
 from aura_dist.store.artifact import Intervention
 from tests.distributed.intervened import logits_and_greedy, random_map, run_plan
 from tests.distributed.launch import run_ranks

@@ -21,7 +21,8 @@ from scipy.stats import false_discovery_control
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.core.statistics import STATISTICS, statistics_by_concept
+from aura_dist.core.column_statistics import statistics_by_concept
+from aura_dist.core.statistics import STATISTICS
 from aura_dist.errors import StoreError
 from aura_dist.runtime.cluster import dask_client
 from aura_dist.stages import score as stage
