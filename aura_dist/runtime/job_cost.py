@@ -1,13 +1,12 @@
-"""What collections and evaluations would take, each asked in a process of its own: planning needs torch."""
+"""What collections and evaluations would take, asked in processes of their own: planning needs torch."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from math import ceil
 from typing import Any
 
 from aura_dist.runtime.cluster import available_cores
@@ -16,11 +15,9 @@ from aura_dist.runtime.job_state import reason_of
 _SECONDS_AN_HOUR = 3600
 # what moves no figure
 _IRRELEVANT = frozenset({"store", "seed", "strength", "intervention", "out"})
-# stage → the module that is asked, and its words before and after the file of settings
-_ASKED = {
-    "collect": (("aura_dist", "plan", "--config"), ("--json",)),
-    "evaluate": (("aura_dist.stages.plan_evaluation",), ()),
-}
+# planning takes a second or so a job, a process that can plan some seconds to start
+_JOBS_A_PROCESS = 8
+Job = tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,33 +55,35 @@ class Cost:
         )
 
 
-def plan_costs(jobs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Cost]:
+def plan_costs(jobs: Mapping[str, Job]) -> dict[str, Cost]:
     """Name → stage (`collect` or `evaluate`) and settings to plan with; equal ones are asked once."""
     keys = {
         name: json.dumps([stage, {k: v for k, v in settings.items() if k not in _IRRELEVANT}], sort_keys=True)
         for name, (stage, settings) in jobs.items()
     }
     distinct = list(dict.fromkeys(keys.values()))
-    with ThreadPoolExecutor(available_cores()) as pool:
-        found = dict(zip(distinct, pool.map(lambda key: _ask(*json.loads(key)), distinct), strict=True))
+    num_processes = max(1, min(available_cores(), ceil(len(distinct) / _JOBS_A_PROCESS)))
+    shares = [distinct[first::num_processes] for first in range(num_processes)]
+    found: dict[str, Cost] = {}
+    with ThreadPoolExecutor(num_processes) as pool:
+        for share, costs in zip(shares, pool.map(_ask, [list(map(json.loads, s)) for s in shares]), strict=True):
+            found |= zip(share, costs, strict=True)
     return {name: found[key] for name, key in keys.items()}
 
 
-def _ask(stage: str, settings: Mapping[str, Any]) -> Cost:
-    before, after = _ASKED[stage]
-    with TemporaryDirectory() as directory:
-        file = Path(directory) / "settings.json"  # which is YAML too
-        file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-        command = [sys.executable, "-m", *before, str(file), *after]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    try:
-        found = json.loads(done.stdout)
-        if stage == "evaluate":
-            hours, size, gpu = found["seconds"] / _SECONDS_AN_HOUR, 0, found["gpu"]
-        else:
-            hours = settings["world_size"] * (found["compute_seconds"] + found["stream_seconds"]) / _SECONDS_AN_HOUR
-            size, gpu = int(found["store"]["compressed_bytes"]), found["machine"]["gpu"]
-    except (ValueError, KeyError):
-        return Cost(reason=reason_of(done.returncode, done.stderr))
-    refused = reason_of(done.returncode, done.stderr) if done.returncode else ""
-    return Cost(hours if gpu else 0.0, 0.0 if gpu else hours, size, reason=refused, left_out=found.get("left_out", ""))
+def _ask(jobs: Sequence[Job]) -> list[Cost]:
+    """Of each job, by one process; by another one if it dies, whose end is why the job that it was at is not known."""
+    costs: list[Cost] = []
+    while len(costs) < len(jobs):
+        command, asked = [sys.executable, "-m", "aura_dist.plan_jobs"], json.dumps(jobs[len(costs) :])
+        done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+        costs += [_cost(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+        if len(costs) < len(jobs):
+            costs.append(Cost(reason=reason_of(done.returncode, done.stderr)))
+    return costs
+
+
+def _cost(seconds: float = 0.0, gpu: bool = False, store_bytes: int = 0, left_out: str = "", refused: str = "") -> Cost:
+    """Of an answer of `aura_dist.plan_jobs`."""
+    hours = seconds / _SECONDS_AN_HOUR
+    return Cost(hours if gpu else 0.0, 0.0 if gpu else hours, store_bytes, reason=refused, left_out=left_out)

@@ -45,6 +45,15 @@ class Rows:
 
 def run(config: PlanConfig) -> None:
     """Print the plan; BudgetError if it does not fit."""
+    report, refusal = plan(config)
+    print(json.dumps(asdict(report), indent=2) if config.json else render(report))
+    sys.stdout.flush()
+    if refusal:
+        raise BudgetError(refusal)
+
+
+def plan(config: PlanConfig) -> tuple[Report, str]:
+    """All figures, and why they do not fit: one line, empty if they do."""
     spread, machine = make_spread(config), make_machine(config)
     source = ModelSource(config.model, config.revision, config.dtype)
     model_config = load_config(source)
@@ -63,10 +72,8 @@ def run(config: PlanConfig) -> None:
         plan_file=config.tensor_plan,
     )
     report, wanted = make_report(config, found, rows, spread, machine)
-    print(json.dumps(asdict(report), indent=2) if config.json else render(report))
-    sys.stdout.flush()
-    if wanted.tokens_per_batch != config.tokens_per_batch:
-        raise BudgetError(_refusal(config, wanted, machine, report.advice))
+    fits = wanted.tokens_per_batch == config.tokens_per_batch
+    return report, "" if fits else _refusal(config, wanted, machine, report.advice)
 
 
 def make_machine(config: PlanConfig) -> Machine:

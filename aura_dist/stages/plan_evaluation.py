@@ -1,24 +1,11 @@
-"""What an evaluation would take; no weights are read. Asked by `sweep --dry-run`, in a process of its own.
-
-    python -m aura_dist.stages.plan_evaluation SETTINGS.json
-
-SETTINGS.json holds settings of `evaluate`, and `tflops` (null: that of a usual rank) and `world_size`. Prints one line
-of JSON:
-
-    seconds    of all ranks together: they share the continuations, and each replica reads all texts
-    flops      of all forwards
-    gpu        whether these are seconds of a GPU
-    left_out   what is not in the figures, in words
+"""What an evaluation would take; no weights are read.
 
 Left out are the scorer, sampling, loading and communication; zero-shot tasks, where there are any; and what a model
 computes again at every step that has another state than keys and values.
 """
 
-import json
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -29,7 +16,6 @@ from aura_dist.core.layout import parse_layout
 from aura_dist.core.partition import make_batches
 from aura_dist.core.schedule import TFLOPS
 from aura_dist.data.tokens import load_tokenizer
-from aura_dist.errors import AuraError
 from aura_dist.evaluation.decoding import only_attention
 from aura_dist.evaluation.perplexity import tokens_at_once
 from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
@@ -40,11 +26,32 @@ from aura_dist.model.sharding import DTYPES, ModelSource, load_config, skeleton
 from aura_dist.model.sizes import prepare, weight_sizes
 from aura_dist.model.trace import forward_cost
 from aura_dist.model.use import LoadedModel
-from aura_dist.settings import resolve
 
 
-def plan(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> dict[str, Any]:
-    """The figures above.
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What an evaluation would take.
+
+    Attributes
+    ----------
+    seconds
+        Of all ranks together: they share the continuations, and each replica reads all texts.
+    flops
+        Of all forwards.
+    gpu
+        Whether these are seconds of a GPU.
+    left_out
+        What is not in the figures, in words.
+    """
+
+    seconds: float
+    flops: float
+    gpu: bool
+    left_out: str
+
+
+def plan(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:
+    """The figures at `tflops` a rank, or at those of a usual one.
 
     Raises
     ------
@@ -64,12 +71,12 @@ def plan(config: EvaluateConfig, tflops: float | None = None, world_size: int = 
     selects = only_attention(DynamicCache(config=loaded.model.config))
     cost = model_cost(loaded.model, config.dtype, longest)
     left_out = [*(["zero-shot tasks"] if config.tasks else []), *([] if selects else ["what has no cache"])]
-    return {
-        "seconds": sum(n * sum(cost.seconds(s, rate, READ_RATE[device]) for s in steps) for n, steps in shares),
-        "flops": sum(n * sum(map(cost.flops, steps)) for n, steps in shares),
-        "gpu": device == "cuda",
-        "left_out": " and ".join(left_out),
-    }
+    return EvaluationPlan(
+        seconds=sum(n * sum(cost.seconds(s, rate, READ_RATE[device]) for s in steps) for n, steps in shares),
+        flops=sum(n * sum(map(cost.flops, steps)) for n, steps in shares),
+        gpu=device == "cuda",
+        left_out=" and ".join(left_out),
+    )
 
 
 def model_cost(model: PreTrainedModel, dtype: str, longest: int) -> LanguageModelCost:
@@ -103,17 +110,3 @@ def _prompts(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | None)
         ((len({p for p, _ in batch}), len(batch), len(prompts.ids[batch[0][0]])) for batch in batches),
         how.max_new_tokens,
     )
-
-
-def main(settings: Mapping[str, Any]) -> None:
-    """Print the figures of these settings."""
-    own = {name: value for name, value in settings.items() if name not in ("tflops", "world_size")}
-    config = resolve(EvaluateConfig, {**own, "out": "none.json"})
-    print(json.dumps(plan(config, settings.get("tflops"), settings.get("world_size", 1))))
-
-
-if __name__ == "__main__":
-    try:
-        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    except AuraError as failure:
-        sys.exit(f"error: {failure}")

@@ -5,6 +5,7 @@ import json
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from aura_dist.cli import main
 from aura_dist.config import EvaluateConfig
 from aura_dist.core.evaluation_work import LanguageModelCost, Step, continuing
 from aura_dist.core.work import ForwardCost
@@ -17,9 +18,10 @@ from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.texts import read_texts, tokenize_texts
 from aura_dist.model.sharding import ModelSource, load_causal
 from aura_dist.model.use import LoadedModel
+from aura_dist.plan_jobs import answer
 from aura_dist.runtime.world import World
 from aura_dist.settings import resolve
-from aura_dist.stages.plan_evaluation import main, plan
+from aura_dist.stages.plan_evaluation import plan
 
 PREPROMPT = "Be kind."
 
@@ -53,7 +55,7 @@ def test_operations_are_those_of_the_real_forwards(name, tiny_dir, inputs):
         tokens = tokenize_texts(file, loaded, prefix, config.max_tokens)
         negative_log_likelihoods(model, tokens, config.tokens_per_batch, num_context=prefix.num_context)
         continue_alike(loaded, tokenize_prompts(prompts, tokenizer, model.config, how, prefix=prefix), how)
-    assert plan(config)["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert plan(config).flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 def test_a_forward_takes_as_long_as_its_operations_or_as_reading_the_weights():
@@ -66,16 +68,40 @@ def test_a_forward_takes_as_long_as_its_operations_or_as_reading_the_weights():
     assert list(continuing([(2, 6, 7)], num_tokens=1)) == steps[:1]
 
 
-def test_seconds_follow_the_stated_rate_and_say_what_they_are_of(tiny_dir, inputs, capsys):
+def test_seconds_follow_the_stated_rate_and_say_what_they_are_of(tiny_dir, inputs):
     settings = {**inputs, "model": str(tiny_dir("llama")), "tasks": ["arc_easy"]}
-    found = []
-    for tflops, device in ((1e-9, "cpu"), (2e-9, "cuda")):
-        main({**settings, "tflops": tflops, "device": device})
-        found.append(json.loads(capsys.readouterr().out))
+    found = [
+        answer("evaluate", {**settings, "tflops": tflops, "device": device, "world_size": 1})
+        for tflops, device in ((1e-9, "cpu"), (2e-9, "cuda"))
+    ]
     assert found[0]["seconds"] == pytest.approx(2 * found[1]["seconds"], rel=1e-6)
     assert [f["gpu"] for f in found] == [False, True]
     assert found[0]["left_out"] == "zero-shot tasks"
-    assert found[0]["seconds"] == pytest.approx(found[0]["flops"] / 1e3, rel=1e-6)
+    assert found[0]["seconds"] == pytest.approx(plan(resolve(EvaluateConfig, settings)).flops / 1e3, rel=1e-6)
+
+
+def test_collections_are_answered_as_plan_prints_them(tiny_dir, sentences_csv, capsys):
+    model, data = str(tiny_dir("llama")), sentences_csv
+    settings = {"model": model, "data": data, "concepts": ["toxic"], "num_positive": 20, "world_size": 2}
+    flags = ["--data", data, "--concepts", "toxic", "--num-positive", "20", "--world-size", "2", "--json"]
+    capsys.readouterr()
+    assert main(["plan", "--model", model, *flags]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = answer("collect", {**settings, "pooling": ["max"], "overwrite": True})
+    assert found["seconds"] == 2 * (printed["compute_seconds"] + printed["stream_seconds"])
+    assert (found["store_bytes"], found["gpu"]) == (printed["store"]["compressed_bytes"], False)
+    small = answer("collect", {**settings, "host_memory": "1MB"})
+    assert small["refused"].startswith("--host-memory 1MB: expected room for")
+    assert small["seconds"] == found["seconds"]
+
+
+@pytest.mark.parametrize("stage", ["collect", "evaluate"])
+def test_job_that_cannot_be_planned_is_answered_with_the_reason(stage, monkeypatch):
+    missing = {"model": "none/such", "perplexity_texts": "texts.csv"}
+    missing |= {"data": "data.csv", "concepts": ["toxic"]} if stage == "collect" else {}
+    assert answer(stage, missing)["refused"].startswith("--model 'none/such'")
+    monkeypatch.setattr("aura_dist.plan_jobs.resolve", lambda *a: 1 / 0)
+    assert answer(stage, missing) == {"refused": "ZeroDivisionError: division by zero"}
 
 
 @pytest.mark.parametrize(("sharding", "readers"), [("replicate", 4), ("tensor=2", 2)])
@@ -83,7 +109,7 @@ def test_every_replica_reads_all_texts(tiny_dir, inputs, sharding, readers):
     settings = {"model": str(tiny_dir("llama")), "out": "none.json"}
     texts = {**settings, "perplexity_texts": inputs["perplexity_texts"]}
     alone, shared = (
-        plan(resolve(EvaluateConfig, {**found, "sharding": sharding}), 1e-9, world_size)["seconds"]
+        plan(resolve(EvaluateConfig, {**found, "sharding": sharding}), 1e-9, world_size).seconds
         for found, world_size in ((texts, 1 if sharding == "replicate" else 2), (texts, 4))
     )
     assert shared == pytest.approx(readers * alone, rel=1e-9)

@@ -4,13 +4,14 @@ import errno
 import json
 import math
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,47 +42,101 @@ from tests.stores import make_store
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture
-def sweep(tiny_dir, sentences_csv, tmp_path):
-    """`sweep(grid, …)`: writes a grid file over a tiny model, without evaluation unless a section says so."""
+@pytest.fixture(scope="module")
+def write(tiny_dir, sentences_csv):
+    """`write(directory, grid, …)`: a grid file over a tiny model, without evaluation unless a section says so."""
 
-    def write(grid, **more) -> str:
+    def file(directory, grid, **more) -> str:
         document = {
             "model": str(tiny_dir("gemma3")),
-            "out": str(tmp_path / "sweep"),
+            "out": str(directory / "sweep"),
             "retries": 1,
             "jobs": 2,
             "collect": {"data": sentences_csv, "concepts": ["toxic"], "num_positive": 20, "num_negative": 20},
             "grid": grid,
             **more,
         }
-        path = tmp_path / "grid.yaml"
+        path = directory / "grid.yaml"
         path.write_text(yaml.safe_dump(document))
         return str(path)
 
-    return write
+    return file
+
+
+@pytest.fixture
+def sweep(write, tmp_path):
+    return partial(write, tmp_path)
 
 
 def states(tmp_path) -> dict[str, dict]:
     return {p.stem: json.loads(p.read_text()) for p in sorted((tmp_path / "sweep" / "jobs").glob("*.json"))}
 
 
-def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_only(sweep, tmp_path):
+@dataclass(frozen=True)
+class Stopped:
+    """A sweep that was interrupted as its collection had begun, and a second one that was started meanwhile."""
+
+    config: str
+    code: int
+    said: str
+    second: "subprocess.CompletedProcess[str]"
+    states: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def stopped(write, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stopped")
+    config = write(directory, {"method": ["aura"]})
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "aura_dist", "sweep", "--config", config]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        while not any(s["state"] == "running" for s in states(directory).values()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    found = {name: state["state"] for name, state in states(directory).items()}
+    with locked(directory / "sweep"):
+        pass  # no process of the sweep is left: it would hold the lock
+    return Stopped(config, process.returncode, said, second, found)
+
+
+@pytest.fixture(scope="module")
+def finished(stopped):
+    """The directory of the interrupted sweep, once the same command was run again: a store, its scores and a fit."""
+    assert main(["sweep", "--config", stopped.config]) == 0
+    return Path(stopped.config).parent / "sweep"
+
+
+@pytest.fixture
+def grown(finished, tmp_path):
+    """A copy of it, from which other grids can grow; the states of its jobs."""
+    shutil.copytree(finished, tmp_path / "sweep")
+    return states(tmp_path)
+
+
+def test_interrupted_sweep_leaves_no_process_and_goes_on(stopped, finished):
+    assert stopped.second.returncode == 2
+    assert "expected no other sweep in it, got one that runs" in stopped.second.stderr
+    assert stopped.code == 130
+    assert "stopped: SIGINT received; finished tasks are kept: run the same command to go on" in stopped.said
+    assert set(stopped.states.values()) == {"queued"}
+    assert {s["state"] for s in states(finished.parent).values()} == {"done"}
+
+
+def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_only(grown, sweep, tmp_path):
     texts = tmp_path / "texts.csv"
     texts.write_text("text\nThe library opens at nine.\nIt rained all day.\n")
-    evaluate = {"perplexity_texts": str(texts)}
-    config = sweep({"method": ["none", "aura"]}, evaluate=evaluate)
-    assert main(["sweep", "--config", config]) == 0
-    before = states(tmp_path)
-    assert Counter(s["stage"] for s in before.values()) == {"collect": 1, "score": 1, "fit": 1, "evaluate": 2}
-
-    config = sweep({"method": ["none", "aura"], "strength": [0.5, 1.0]}, evaluate=evaluate)
+    config = sweep({"method": ["none", "aura"], "strength": [0.5]}, evaluate={"perplexity_texts": str(texts)})
     assert main(["sweep", "--config", config]) == 0
     after = states(tmp_path)
-    assert {name: after[name] for name in before} == before, "what was done is not done again"
-    assert [s["stage"] for name, s in after.items() if name not in before] == ["evaluate"]
+    assert {name: after[name] for name in grown} == grown, "what was done is not done again"
+    assert Counter(s["stage"] for s in grown.values()) == {"collect": 1, "score": 1, "fit": 1}
+    assert [s["stage"] for name, s in after.items() if name not in grown] == ["evaluate"] * 2
     table = pd.read_parquet(tmp_path / "sweep" / "table.parquet")
-    assert table[["method", "strength"]].values.tolist()[1:] == [["aura", 0.5], ["aura", 1.0]]
+    assert table["method"].tolist() == ["none", "aura"]
+    assert table["strength"][1] == 0.5
     written = pd.read_csv(tmp_path / "sweep" / "table.csv")
     pd.testing.assert_frame_equal(table, written.astype(table.dtypes))
 
@@ -91,12 +146,27 @@ def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_onl
     more = ["--intervention", settings["intervention"], "--out", str(tmp_path / "by-hand.json")]
     assert main([*by_hand, *more]) == 0
     expected = json.loads((tmp_path / "by-hand.json").read_text())["perplexity"]["token_weighted"]
-    assert table["perplexity.token_weighted"][1] == pytest.approx(expected, rel=1e-6)
-    assert len(set(table["perplexity.token_weighted"])) == 3, "every cell has its own figure"
+    plain, ours = table["perplexity.token_weighted"]
+    assert ours == pytest.approx(expected, rel=1e-6)
+    assert ours != plain, "every cell has its own figure"
     increase = table["against_plain.perplexity_increase"]
     assert pd.isna(increase[0]), "the plain model itself"
-    expected = table["perplexity.token_weighted"][1:] - table["perplexity.token_weighted"][0]
-    pd.testing.assert_series_equal(increase[1:], expected, check_names=False)
+    assert increase[1] == ours - plain
+
+
+def test_failed_cell_is_retried_then_listed_and_takes_no_other_with_it(grown, sweep, tmp_path, capsys):
+    config = sweep({"method": ["aura", "mean-act", "det0"]})
+    assert main(["sweep", "--config", config]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: 1 of 3 cells failed, the first by fit-mean-act-")
+    assert "collect with `--pooling max mean`" in error
+    table = pd.read_csv(tmp_path / "sweep" / "table.csv").set_index("method")
+    assert table["state"].to_dict() == {"aura": "done", "mean-act": "failed", "det0": "done"}
+    assert "--pooling" in table["reason"]["mean-act"]
+    after = states(tmp_path)
+    assert {name: after[name] for name in grown} == grown, "what was done is not done again"
+    starts = {s["job"].split("-")[1]: s["starts"] for name, s in after.items() if name not in grown}
+    assert starts == {"det0": 1, "mean": 2}
 
 
 @pytest.mark.parametrize("code", [1, 138])
@@ -211,41 +281,6 @@ def test_interrupted_evaluation_that_continued_prompts_got_on(tmp_path):
     assert kept("evaluate", results) == 3
 
 
-def test_failed_cell_is_retried_then_listed_and_takes_no_other_with_it(sweep, tmp_path, capsys):
-    config = sweep({"method": ["aura", "mean-act", "det0"]})
-    assert main(["sweep", "--config", config]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: 1 of 3 cells failed, the first by fit-mean-act-")
-    assert "collect with `--pooling max mean`" in error
-    table = pd.read_csv(tmp_path / "sweep" / "table.csv").set_index("method")
-    assert table["state"].to_dict() == {"aura": "done", "mean-act": "failed", "det0": "done"}
-    assert "--pooling" in table["reason"]["mean-act"]
-    starts = {s["job"].split("-")[1]: s["starts"] for s in states(tmp_path).values() if s["stage"] == "fit"}
-    assert starts == {"aura": 1, "det0": 1, "mean": 2}
-
-
-def test_interrupted_sweep_leaves_no_process_and_goes_on(sweep, tmp_path):
-    config = sweep({"seed": [0, 1], "method": ["aura"]})
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "aura_dist", "sweep", "--config", config]
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
-        while not any(s["state"] == "running" for s in states(tmp_path).values()):
-            assert process.poll() is None
-            time.sleep(0.05)
-        second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
-        assert second.returncode == 2
-        assert "expected no other sweep in it, got one that runs" in second.stderr
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "stopped: SIGINT received; finished tasks are kept: run the same command to go on" in said
-    assert {s["state"] for s in states(tmp_path).values()} == {"queued"}
-    with locked(tmp_path / "sweep"):
-        pass  # no process of the sweep is left: it would hold the lock
-    assert main(["sweep", "--config", config]) == 0
-    assert {s["state"] for s in states(tmp_path).values()} == {"done"}
-
-
 def test_lock_outlives_the_sweep_as_long_as_a_job_runs(tmp_path):
     with locked(tmp_path) as lock:
         job = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
@@ -305,13 +340,25 @@ def test_dry_run_says_what_would_run_and_writes_nothing(sweep, tmp_path, capsys)
     assert not Path(tmp_path / "sweep").exists()
 
 
-def test_costs_that_cannot_be_planned_are_told_with_their_reason():
-    missing = {"model": "none/such", "perplexity_texts": "texts.csv"}
-    costs = plan_costs({"a": ("evaluate", missing), "b": ("evaluate", {**missing, "strength": 0.5})})
-    assert costs["a"] is costs["b"], "asked once"
-    assert re.match(r"not known: --model 'none/such'", costs["a"].words)
-    total = Cost.total([*costs.values(), Cost(cpu_hours=2.0), Cost(gpu_hours=9.0, reason="too large")])
-    assert total.words == "2 hours of CPU ranks, and 3 not known"
+def test_equal_jobs_are_asked_about_once_and_one_that_ends_the_process_takes_no_other_with_it(monkeypatch):
+    asked = []
+
+    def run(command, **settings):
+        models = [job["model"] for _, job in json.loads(settings["input"])]
+        asked.append(models)
+        dies = "too large" in models
+        answers = [{"seconds": 7200.0, "gpu": False}] * (models.index("too large") if dies else len(models))
+        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+        return subprocess.CompletedProcess(command, -signal.SIGKILL if dies else 0, lines, "reading the config\n")
+
+    monkeypatch.setattr("aura_dist.runtime.job_cost.subprocess.run", run)
+    jobs = {name: ("evaluate", {"model": name}) for name in ("small", "too large", "last")}
+    costs = plan_costs({**jobs, "again": ("evaluate", {"model": "small", "strength": 0.5})})
+    assert asked == [["small", "too large", "last"], ["last"]]
+    assert costs["again"] is costs["small"]
+    assert costs["too large"].words == "not known: killed by SIGKILL; last output: reading the config"
+    total = Cost.total([*costs.values(), Cost(gpu_hours=9.0, reason="too large")])
+    assert total.words == "6 hours of CPU ranks, and 2 not known"
 
 
 def test_slurm_is_refused_where_there_is_none(sweep, capsys, monkeypatch):
