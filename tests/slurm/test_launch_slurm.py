@@ -1,8 +1,10 @@
 """The scripts of `launch/` on a real Slurm of two nodes: equal to one process, resumed after Slurm's warning."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ HERE = {"HEAD_NODE": "127.0.0.1", "MASTER_ADDR": "127.0.0.1", "PROCESSES": "1"}
 
 @pytest.fixture(scope="module")
 def settings(tiny_dir, sentences_csv):
-    """Of a run in batches so small that it takes a while."""
+    """Of a run of four tasks."""
     return {
         "model": str(tiny_dir("llama")),
         "concept": "toxic",
@@ -34,10 +36,9 @@ def settings(tiny_dir, sentences_csv):
         "collect": {
             "data": sentences_csv,
             "concepts": ["toxic"],
-            "tokens_per_batch": 48,
-            "modules": ["all"],
-            "num_positive": 120,
-            "num_negative": 120,
+            "tokens_per_batch": 512,
+            "num_positive": 60,
+            "num_negative": 60,
         },
         "evaluate": {"perplexity_texts": sentences_csv, "max_tokens": 16},
     }
@@ -59,6 +60,45 @@ def write_config(settings, directory: Path, **more) -> Path:
     return path
 
 
+def in_small_batches(settings, **more):
+    """The same in batches so small that it takes a while."""
+    return {**settings, "collect": {**settings["collect"], "tokens_per_batch": 48, **more}}
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job, the last of several, and the directory of its run."""
+
+    job: str
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def torchrun(slurm, settings, tmp_path_factory):
+    """A collection by torchrun over two nodes."""
+    directory = tmp_path_factory.mktemp("torchrun")
+    config, log = write_config(settings, directory, sharding="tensor"), directory / "collect.log"
+    command = [*NODES, "--output", log, "launch/multi_node.sbatch", "collect", "--config", config]
+    return Submitted(slurm.submit(*command, **HERE), directory)
+
+
+@pytest.fixture(scope="module")
+def pipeline(slurm, settings, tmp_path_factory):
+    """Collection and evaluation by torchrun over two nodes, scoring by Dask workers that are jobs, all dependent."""
+    directory = tmp_path_factory.mktemp("pipeline")
+    config = write_config(settings, directory, sharding="fsdp")
+    worker = f"queue=main cores=1 memory=2GB walltime=0:10:00 interface=lo local_directory={directory}"
+    how = {
+        "RANKS": " ".join(NODES), "RANKS_SCRIPT": "launch/multi_node.sbatch", "WORKERS": "1", "DASK_WORKER": worker,
+        "SBATCH_OUTPUT": str(directory / "%x.log"),
+    }  # fmt: skip
+    done = slurm.run("bash", "launch/pipeline.sh", config, **HERE, **how)
+    assert done.returncode == 0, done.stderr
+    jobs = dict(line.split() for line in done.stdout.splitlines())
+    assert list(jobs) == ["collect", "score", "fit", "evaluate"]
+    return Submitted(jobs["evaluate"], directory)
+
+
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
     """A run directory made by one process."""
@@ -69,33 +109,21 @@ def whole(settings, tmp_path_factory):
     return directory
 
 
-def test_torchrun_over_two_nodes_equals_one_process(slurm, settings, whole, tmp_path):
-    config = write_config(settings, tmp_path, sharding="tensor")
-    log = tmp_path / "job.log"
-    job = slurm.submit(*NODES, "--output", log, "launch/multi_node.sbatch", "collect", "--config", config, **HERE)
-    assert slurm.wait(job, 120, log) == "COMPLETED", log.read_text()
-    assert_same(tmp_path / "store.zarr", whole / "store.zarr", "tensor")
+def test_torchrun_over_two_nodes_equals_one_process(slurm, torchrun, pipeline, whole):
+    """Both are submitted before the one process begins: the nodes wait a lot."""
+    directory = torchrun.directory
+    assert slurm.wait(torchrun.job, 180) == "COMPLETED", tail([directory / "collect.log"])
+    assert_same(directory / "store.zarr", whole / "store.zarr", "tensor")
 
 
-def test_pipeline_of_dependent_jobs_equals_one_process(slurm, settings, whole, tmp_path):
-    """Collection and evaluation by torchrun over two nodes, scoring by Dask workers that are jobs."""
-    config = write_config(settings, tmp_path, sharding="fsdp")
-    worker = f"queue=main cores=1 memory=2GB walltime=0:10:00 interface=lo local_directory={tmp_path}"
-    how = {
-        "RANKS": " ".join(NODES), "RANKS_SCRIPT": "launch/multi_node.sbatch", "WORKERS": "1", "DASK_WORKER": worker,
-        "SBATCH_OUTPUT": str(tmp_path / "%x.log"),
-    }  # fmt: skip
-    done = slurm.run("bash", "launch/pipeline.sh", config, **HERE, **how)
-    assert done.returncode == 0, done.stderr
-    jobs = dict(line.split() for line in done.stdout.splitlines())
-    assert list(jobs) == ["collect", "score", "fit", "evaluate"]
-    state = slurm.wait(jobs["evaluate"], 240)
-    assert state == "COMPLETED", tail(sorted(tmp_path.glob("*.log")))
-    assert_same(tmp_path / "store.zarr", whole / "store.zarr", "fsdp")
-    ours, theirs = (Intervention.load(d / "interventions" / "aura") for d in (tmp_path, whole))
+def test_pipeline_of_dependent_jobs_equals_one_process(slurm, pipeline, whole):
+    directory = pipeline.directory
+    assert slurm.wait(pipeline.job, 240) == "COMPLETED", tail(sorted(directory.glob("*.log")))
+    assert_same(directory / "store.zarr", whole / "store.zarr", "fsdp")
+    ours, theirs = (Intervention.load(d / "interventions" / "aura") for d in (directory, whole))
     for site, scale in theirs.scale.items():
         np.testing.assert_allclose(ours.scale[site], scale, atol=2e-3, err_msg=site)  # a rank may swap at a near tie
-    ours, theirs = (json.loads((d / "aura.json").read_text())["perplexity"] for d in (tmp_path, whole))
+    ours, theirs = (json.loads((d / "aura.json").read_text())["perplexity"] for d in (directory, whole))
     assert ours["token_weighted"] == pytest.approx(theirs["token_weighted"], rel=1e-4)
 
 
@@ -118,7 +146,8 @@ def interrupt_and_resume(slurm, settings, directory, times):
 
     The first comes after a task is done, the others as soon as one is begun: so that some are left for all of them.
     """
-    config, store, log = write_config(settings, directory, sharding="fsdp"), directory / "store.zarr", directory / "log"
+    store, log = directory / "store.zarr", directory / "log"
+    config = write_config(in_small_batches(settings), directory, sharding="fsdp")
     job = slurm.submit(*NODES, "--output", log, "launch/ranks.sbatch", "collect", "--config", config, **HERE)
     wait_until(lambda: num_done(store) > 0, log)
     for restart in range(1, times + 1):
@@ -153,7 +182,7 @@ def test_warned_job_queues_itself_again_and_finishes(slurm, settings, whole, tmp
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_job_warned_three_times_equals_the_uninterrupted_one(slurm, settings, tmp_path):
-    settings = {**settings, "collect": {**settings["collect"], "num_positive": 240, "num_negative": 240}}  # 5 tasks
+    settings = in_small_batches(settings, num_positive=240, num_negative=240, modules=["all"])  # 5 tasks
     uninterrupted = tmp_path / "uninterrupted"
     config, log = write_config(settings, uninterrupted, sharding="fsdp"), uninterrupted / "log"
     job = slurm.submit(*NODES, "--output", log, "launch/ranks.sbatch", "collect", "--config", config, **HERE)
@@ -162,14 +191,12 @@ def test_job_warned_three_times_equals_the_uninterrupted_one(slurm, settings, tm
     assert chunk_files(tmp_path / "warned" / "store.zarr") == chunk_files(uninterrupted / "store.zarr")
 
 
-def test_job_that_fails_is_not_queued_again(slurm, settings, tmp_path):
+def test_job_that_fails_is_not_queued_again(slurm, settings, whole, tmp_path):
     """Here as the third launch in a row died in the same task."""
-    config, store, log = write_config(settings, tmp_path), tmp_path / "store.zarr", tmp_path / "log"
-    sampled = ["--num-positive", "20", "--num-negative", "20"]
-    assert main(["collect", "--config", str(config), *sampled]) == 0
-    group = open_group(str(store))
+    config, log = write_config(settings, tmp_path), tmp_path / "log"
+    group = open_group(str(shutil.copytree(whole / "store.zarr", tmp_path / "store.zarr")))
     get_array(group, DONE)[0], get_array(group, ATTEMPTS)[0] = 0, 3
-    job = slurm.submit("--output", log, "launch/ranks.sbatch", "collect", "--config", config, *sampled)
+    job = slurm.submit("--output", log, "launch/ranks.sbatch", "collect", "--config", config)
     assert slurm.wait(job, 60, log) == "FAILED"
     assert "error: --store" in log.read_text()
     assert "3 launches died in task 0" in log.read_text()
