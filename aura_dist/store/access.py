@@ -25,7 +25,11 @@ FORMAT = "aura_dist"
 SCHEMA_VERSION = 3
 # what lies directly under a store's root
 MEMBERS = ("activations", "progress", "samples", "scores")
-CODEC_SETTINGS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.chunk_concurrent_maximum": 1}
+OPENING = {
+    "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
+    "codec_pipeline.chunk_concurrent_maximum": 1,
+    "array.write_empty_chunks": True,  # a chunk that is not there is one that was not written
+}
 _OPENING = threading.RLock()
 # s3://…, and drivers chained as in simplecache::s3://…
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
@@ -42,7 +46,7 @@ def fast_codecs() -> Iterator[None]:
     """
     import zarrs  # noqa: F401  (registers the pipeline)
 
-    with _OPENING, zarr.config.set(CODEC_SETTINGS):
+    with _OPENING, zarr.config.set(OPENING):
         yield
 
 
@@ -90,6 +94,16 @@ def in_whole_chunks(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
     assert isinstance(array.metadata, ArrayV3Metadata)
     with fast_codecs():
         return zarr.Array(AsyncArray(array.metadata.update_shape(shape), array.store_path, array.async_array.config))
+
+
+def in_every_chunk(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
+    """A handle that writes chunks of fill values too: to leave them out is to have them count as lost.
+
+    The Rust pipeline leaves them out (zarrs 0.2.3, whatever `write_empty_chunks` says); Python's does as it is told.
+    """
+    assert isinstance(array.metadata, ArrayV3Metadata)
+    with _OPENING, zarr.config.set({**OPENING, "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
+        return zarr.Array(AsyncArray(array.metadata, array.store_path, array.async_array.config))
 
 
 def read_array(group: zarr.Group, name: str, *, complete: bool = False) -> NDArray[Any]:

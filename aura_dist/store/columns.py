@@ -19,7 +19,15 @@ from zarr.core.sync import sync
 from aura_dist.core.column_statistics import statistics_by_concept
 from aura_dist.core.statistics import STATISTICS
 from aura_dist.errors import StoreError, brief
-from aura_dist.store.access import chunk_name, get_array, in_whole_chunks, missing_chunks, open_group, read_array
+from aura_dist.store.access import (
+    chunk_name,
+    get_array,
+    in_every_chunk,
+    in_whole_chunks,
+    missing_chunks,
+    open_group,
+    read_array,
+)
 from aura_dist.store.schema import activation_path
 from aura_dist.store.scores import MARKER, Column, score_path
 
@@ -106,6 +114,8 @@ def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> 
     One of our own for each column, and its threads, cost more than the writing.
     """
     arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in (*made, MARKER)}
+    if any(np.isnan(values).any() for values in made.values()):  # as chunks are filled, those of whole numbers with 0
+        arrays = {name: in_every_chunk(array) for name, array in arrays.items()}
     region = (slice(None), slice(column.start, column.stop))
 
     async def write() -> None:

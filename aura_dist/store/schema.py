@@ -11,6 +11,7 @@ STORE.zarr                             attributes: see `StoreSpec`; `created`, w
 ```
 """
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.group import GroupMetadata
+from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
+from zarr.storage import MemoryStore
 
 from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.core.sites import Site
@@ -154,59 +158,71 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
             attributes = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance}
             clear(path)
             root = zarr.open_group(store_at(path), mode="w", zarr_format=3, attributes=attributes)
-            _add(root, "samples/row", samples.row, ("sample",))
-            _add(root, "samples/num_tokens", samples.num_tokens, ("sample",))
-            _add(root, "samples/label", samples.label, ("sample", "concept"))
             done = np.zeros(len(tasks_of(samples.num_tokens, spec.tokens_per_batch)), dtype=np.uint8)
-            _add(root, DONE, done, ("task",), chunks=(1,))
-            _add(root, ATTEMPTS, done, ("task",), chunks=(1,))
+            given: dict[str, tuple[NDArray[Any], Layout]] = {
+                "samples/row": (samples.row, Layout.of(samples.row, ("sample",))),
+                "samples/num_tokens": (samples.num_tokens, Layout.of(samples.num_tokens, ("sample",))),
+                "samples/label": (samples.label, Layout.of(samples.label, ("sample", "concept"))),
+                DONE: (done, Layout.of(done, ("task",), chunks=(1,))),
+                ATTEMPTS: (done, Layout.of(done, ("task",), chunks=(1,))),
+            }
+            layouts = {name: layout for name, (_, layout) in given.items()}
             num_arrays = len(spec.sites) * len(spec.poolings)
-            _empty(root, NONFINITE, (len(done), num_arrays), (1, num_arrays), np.int64, ("task", "array"), 0)
-            dtypes = {pooling: np.dtype(stored_dtype(pooling, spec.dtype)) for pooling in spec.poolings}
-            largest = max(dtype.itemsize for dtype in dtypes.values())
+            layouts[NONFINITE] = Layout((len(done), num_arrays), (1, num_arrays), "int64", ("task", "array"), 0)
+            dtypes = {pooling: stored_dtype(pooling, spec.dtype) for pooling in spec.poolings}
+            largest = max(np.dtype(dtype).itemsize for dtype in dtypes.values())
             for site in spec.sites:
                 # alike for all poolings: a rank owns the same columns of each
                 shape, chunks = (num_rows, site.width), (rows, columns_per_chunk(site.width, num_rows, largest))
                 for pooling, dtype in dtypes.items():
                     name = activation_path(site.name, pooling)
-                    _empty(root, name, shape, chunks, dtype, ("sample", "neuron"), np.nan)
+                    layouts[name] = Layout(shape, chunks, dtype, ("sample", "neuron"), np.nan)
+            create_arrays(root, layouts)
+            for name, (values, _) in given.items():
+                get_array(root, name)[...] = values
             root.attrs["created"] = True
     except OSError as error:
         raise StoreError(f"--store {path!r} cannot be written: {error}") from error
 
 
-def codecs() -> tuple[BloscCodec, Crc32cCodec]:
-    """lz4 with byte shuffle, then a checksum of the compressed bytes."""
-    return BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()
+@dataclass(frozen=True)
+class Layout:
+    """How an array of a store lies there: shape, chunks, dtype, names of its dims, and what missing values read as."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    dims: tuple[str, ...]
+    fill_value: float
+
+    @classmethod
+    def of(cls, values: NDArray[Any], dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> "Layout":
+        """That of `values`; one chunk by default."""
+        return cls(values.shape, chunks or values.shape, values.dtype.name, dims, 0)
 
 
-def _add(
-    group: zarr.Group,
-    name: str,
-    values: NDArray[Any],
-    dimensions: tuple[str, ...],
-    chunks: tuple[int, ...] | None = None,
-) -> None:
-    _empty(group, name, values.shape, chunks or values.shape, values.dtype, dimensions, 0)[...] = values
+def create_arrays(group: zarr.Group, layouts: Mapping[str, Layout]) -> None:
+    """Make arrays by their paths, without chunks, many at a time; ValueError if one is there."""
+    described = {layout: _metadata(layout) for layout in set(layouts.values())}
+    nodes: dict[str, GroupMetadata | ArrayV2Metadata | ArrayV3Metadata]
+    nodes = {name: described[layout] for name, layout in layouts.items()}
+    deque(zarr.create_hierarchy(store=group.store, nodes=nodes), maxlen=0)
 
 
-def _empty(
-    group: zarr.Group,
-    name: str,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    dtype: Any,
-    dimensions: tuple[str, ...],
-    fill_value: float,
-) -> "zarr.Array[Any]":
-    return group.create_array(
-        name,
-        shape=shape,
-        chunks=chunks,
-        dtype=dtype,
-        fill_value=fill_value,
+def _metadata(layout: Layout) -> ArrayV3Metadata:
+    """As `zarr.json` says it: lz4 with byte shuffle, then a checksum of the compressed bytes.
+
+    Taken from an array in memory: to make an array takes six times as long as to write its description.
+    """
+    array = zarr.create_array(
+        MemoryStore(),
+        shape=layout.shape,
+        chunks=layout.chunks,
+        dtype=layout.dtype,
+        fill_value=layout.fill_value,
         serializer=BytesCodec(),
-        compressors=codecs(),
-        dimension_names=dimensions,
-        config={"write_empty_chunks": True},
+        compressors=(BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()),
+        dimension_names=layout.dims,
     )
+    assert isinstance(array.metadata, ArrayV3Metadata)
+    return array.metadata

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
 from aura_dist.errors import ConfigError, StoreError
-from aura_dist.store.access import damaged, get_array, is_there, read_array
+from aura_dist.store.access import damaged, get_array, in_every_chunk, is_there, read_array
 from aura_dist.store.basis import Basis
-from aura_dist.store.schema import StoreSpec, activation_path, codecs
+from aura_dist.store.schema import Layout, StoreSpec, activation_path, create_arrays
 from aura_dist.store.times import TIMES
 
 MARKER, ADJUSTED = "scored", "adjusted"
@@ -172,27 +172,14 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
     """Make the arrays of one site and pooling that are not there yet, and its marker."""
     place, (_, chunk) = f"scores/{site}/{pooling}", get_array(group, activation_path(site, pooling)).chunks
     width = next(s.width for s in spec.sites if s.name == site)
-    for name in [n for n in names if not is_there(group, f"{place}/{n}")]:
+    num_concepts, layouts = len(spec.concepts), {}
+    for name in names:
         dtype = STATISTICS[name].dtype
-        group.create_array(
-            f"{place}/{name}",
-            shape=(len(spec.concepts), width),
-            chunks=(len(spec.concepts), chunk),
-            dtype=dtype,
-            fill_value=np.nan if dtype == "float64" else 0,
-            compressors=codecs(),
-            dimension_names=("concept", "neuron"),
-            config={"write_empty_chunks": True},
-        )
-    if not is_there(group, f"{place}/{MARKER}"):
-        group.create_array(
-            f"{place}/{MARKER}",
-            shape=(ceil(width / chunk),),
-            chunks=(1,),
-            dtype="uint32",
-            fill_value=0,
-            dimension_names=("chunk_column",),
-        )
+        fill_value = np.nan if dtype == "float64" else 0
+        layouts[name] = Layout((num_concepts, width), (num_concepts, chunk), dtype, ("concept", "neuron"), fill_value)
+    layouts[MARKER] = Layout((ceil(width / chunk),), (1,), "uint32", ("chunk_column",), 0)
+    missing = {f"{place}/{name}": layout for name, layout in layouts.items() if not is_there(group, f"{place}/{name}")}
+    create_arrays(group, missing)
 
 
 def scored_statistics(group: zarr.Group, site: str, pooling: str) -> tuple[str, ...]:
@@ -248,5 +235,5 @@ def adjust(group: zarr.Group, spec: StoreSpec) -> None:
             p_D[...] = benjamini_hochberg(p_D)
         for site, part in zip(spec.sites, parts, strict=True):
             make_arrays(group, spec, site.name, pooling, ["q_value"])
-            get_array(group, score_path(site.name, pooling, "q_value"))[...] = part
+            in_every_chunk(get_array(group, score_path(site.name, pooling, "q_value")))[...] = part
         group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]

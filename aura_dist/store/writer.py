@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aura_dist.core.columns import Interval
 from aura_dist.errors import StoreError
-from aura_dist.store.access import get_array
+from aura_dist.store.access import get_array, in_every_chunk
 from aura_dist.store.schema import activation_path
 
 NUM_BUFFERS = 3
@@ -114,22 +114,25 @@ class ChunkWriter:
             return
         start, stop, buffer, wait = item
         wait()
+        nonfinite = {}
         for key, values in buffer.items():
             rows = values[: stop - start]
-            bad = rows.size - int(np.count_nonzero(np.isfinite(rows)))
-            if bad:
-                self._nonfinite[activation_path(*key)] += bad
-        runner.run(self._write(slice(start, stop), buffer))
+            nonfinite[key] = rows.size - int(np.count_nonzero(np.isfinite(rows)))
+            if nonfinite[key]:
+                self._nonfinite[activation_path(*key)] += nonfinite[key]
+        runner.run(self._write(slice(start, stop), buffer, nonfinite))
         self._free.put(buffer)
 
-    async def _write(self, rows: slice, buffer: RowBuffer) -> None:
+    async def _write(self, rows: slice, buffer: RowBuffer, nonfinite: Mapping[tuple[str, str], int]) -> None:
         """All sites at once: one turn of the event loop instead of one for each array."""
         writes = []
         for key, values in buffer.items():
             place = 0
+            # NaN is what chunks are filled with
+            array = in_every_chunk(self._arrays[key]) if nonfinite[key] else self._arrays[key]
             for start, stop in self._owned[key[0]]:
                 part = values[: rows.stop - rows.start, place : place + stop - start]
-                writes.append(self._arrays[key].async_array.setitem((rows, slice(start, stop)), part))
+                writes.append(array.async_array.setitem((rows, slice(start, stop)), part))
                 place += stop - start
         await asyncio.gather(*writes)
 

@@ -4,9 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers as hf
 
+import aura_dist
 from aura_dist.cli import main
 from aura_dist.model.capture import Capture
 from aura_dist.store import writer as writer_module
@@ -144,10 +146,10 @@ def test_failing_write_stops_the_run_with_its_error(whole, tiny_dir, sentences_c
     command = arguments(tiny_dir("llama"), sentences_csv, store)
     write = writer_module.ChunkWriter._write
 
-    async def full_disk(self, rows, buffer):
+    async def full_disk(self, rows, *rest):
         if rows.start < 320:
             raise OSError(28, "No space left on device")
-        await write(self, rows, buffer)
+        await write(self, rows, *rest)
 
     monkeypatch.setattr(writer_module.ChunkWriter, "_write", full_disk)
     assert main(command) == 2
@@ -222,6 +224,31 @@ def test_responses_that_are_not_finite_are_counted_and_named(tiny_dir, sentences
     assert counted["activations/transformer.h.2.mlp.c_fc/max"] == 16
     assert counted["activations/transformer.h.2.mlp.c_proj/max"] == 16 * 48, "what follows an infinity is not finite"
     assert not any("h.1." in name for name in counted)
+
+
+def test_layer_that_gives_nothing_but_nan_is_stored_scored_and_left_alone(tiny_dir, sentences_csv, tmp_path, capsys):
+    """NaN is what chunks are filled with, and a chunk that is not there counts as lost."""
+    model = hf.AutoModelForCausalLM.from_pretrained(tiny_dir("llama"))
+    model.model.layers[2].mlp.up_proj.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    store, fitted = tmp_path / "store.zarr", str(tmp_path / "aura")
+    rows = ["--num-positive", "20", "--num-negative", "20"]
+    assert main(arguments(tmp_path / "model", sentences_csv, store, *rows)) == 0
+    assert main(["score", "--store", str(store)]) == 0
+    assert f"{2 * (80 + 48)} neurons have NaN responses and so no score" in capsys.readouterr().err
+    view = aura_dist.open_store(store)
+    spoilt = ["model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"]
+    for site in view["scores"].children:
+        for pooling in ("max", "mean"):
+            scores = view["scores"][site][pooling]
+            assert bool(np.isnan(scores["auroc"]).all()) == (site in spoilt)
+            assert bool(np.isnan(scores["q_value"]).all()) == (site in spoilt)
+            assert bool((scores["num_distinct"] == 0).all()) == (site in spoilt)
+    assert main(["fit", "--store", str(store), "--concept", "toxic", "--out", fitted]) == 0
+    scale = aura_dist.Intervention.load(fitted).scale
+    assert all((scale[site] == 1).all() for site in spoilt if site in scale)
+    assert any((values < 1).any() for values in scale.values())
 
 
 @pytest.fixture(scope="module")
