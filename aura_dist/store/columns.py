@@ -22,11 +22,11 @@ from aura_dist.errors import StoreError, brief
 from aura_dist.store.access import (
     chunk_name,
     get_array,
-    in_every_chunk,
     in_whole_chunks,
     missing_chunks,
     open_group,
     read_array,
+    writing,
 )
 from aura_dist.store.schema import activation_path
 from aura_dist.store.scores import MARKER, Column, score_path
@@ -114,8 +114,7 @@ def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> 
     One of our own for each column, and its threads, cost more than the writing.
     """
     arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in (*made, MARKER)}
-    if any(np.isnan(values).any() for values in made.values()):  # as chunks are filled, those of whole numbers with 0
-        arrays = {name: in_every_chunk(array) for name, array in arrays.items()}
+    arrays |= {name: writing(arrays[name], values) for name, values in made.items()}
     region = (slice(None), slice(column.start, column.stop))
 
     async def write() -> None:

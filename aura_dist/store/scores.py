@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
 from aura_dist.errors import ConfigError, StoreError
-from aura_dist.store.access import damaged, get_array, in_every_chunk, is_there, read_array
+from aura_dist.store.access import damaged, get_array, is_there, read_array, writing
 from aura_dist.store.basis import Basis
 from aura_dist.store.schema import Layout, StoreSpec, activation_path, create_arrays
 from aura_dist.store.times import TIMES
@@ -235,5 +235,5 @@ def adjust(group: zarr.Group, spec: StoreSpec) -> None:
             p_D[...] = benjamini_hochberg(p_D)
         for site, part in zip(spec.sites, parts, strict=True):
             make_arrays(group, spec, site.name, pooling, ["q_value"])
-            in_every_chunk(get_array(group, score_path(site.name, pooling, "q_value")))[...] = part
+            writing(get_array(group, score_path(site.name, pooling, "q_value")), part)[...] = part
         group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aura_dist.core.columns import Interval
 from aura_dist.errors import StoreError
-from aura_dist.store.access import get_array, in_every_chunk
+from aura_dist.store.access import get_array, writing
 from aura_dist.store.schema import activation_path
 
 NUM_BUFFERS = 3
@@ -114,25 +114,24 @@ class ChunkWriter:
             return
         start, stop, buffer, wait = item
         wait()
-        nonfinite = {}
+        arrays = dict(self._arrays)
         for key, values in buffer.items():
             rows = values[: stop - start]
-            nonfinite[key] = rows.size - int(np.count_nonzero(np.isfinite(rows)))
-            if nonfinite[key]:
-                self._nonfinite[activation_path(*key)] += nonfinite[key]
-        runner.run(self._write(slice(start, stop), buffer, nonfinite))
+            bad = rows.size - int(np.count_nonzero(np.isfinite(rows)))
+            if bad:
+                self._nonfinite[activation_path(*key)] += bad
+                arrays[key] = writing(arrays[key], rows)
+        runner.run(self._write(slice(start, stop), buffer, arrays))
         self._free.put(buffer)
 
-    async def _write(self, rows: slice, buffer: RowBuffer, nonfinite: Mapping[tuple[str, str], int]) -> None:
+    async def _write(self, rows: slice, buffer: RowBuffer, arrays: "Mapping[tuple[str, str], zarr.Array[Any]]") -> None:
         """All sites at once: one turn of the event loop instead of one for each array."""
         writes = []
         for key, values in buffer.items():
             place = 0
-            # NaN is what chunks are filled with
-            array = in_every_chunk(self._arrays[key]) if nonfinite[key] else self._arrays[key]
             for start, stop in self._owned[key[0]]:
                 part = values[: rows.stop - rows.start, place : place + stop - start]
-                writes.append(array.async_array.setitem((rows, slice(start, stop)), part))
+                writes.append(arrays[key].async_array.setitem((rows, slice(start, stop)), part))
                 place += stop - start
         await asyncio.gather(*writes)
 
