@@ -14,6 +14,7 @@ STORE.zarr                             attributes: see `StoreSpec`; `created`, w
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -203,12 +204,12 @@ class Layout:
 
 def create_arrays(group: zarr.Group, layouts: Mapping[str, Layout]) -> None:
     """Make arrays by their paths, without chunks, many at a time; ValueError if one is there."""
-    described = {layout: _metadata(layout) for layout in set(layouts.values())}
     nodes: dict[str, GroupMetadata | ArrayV2Metadata | ArrayV3Metadata]
-    nodes = {name: described[layout] for name, layout in layouts.items()}
+    nodes = {name: _metadata(layout) for name, layout in layouts.items()}
     deque(zarr.create_hierarchy(store=group.store, nodes=nodes), maxlen=0)
 
 
+@lru_cache(maxsize=64)
 def _metadata(layout: Layout) -> ArrayV3Metadata:
     """As `zarr.json` says it: lz4 with byte shuffle, then a checksum of the compressed bytes.
 
