@@ -7,6 +7,7 @@ account holds for any architecture, its copies and float32 detours included, and
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -38,16 +39,16 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class _Fresh:
-    """A tensor that a call made anew, and the call's operations."""
+class _Made:
+    """What a call made anew: shape, stride and dtype of each tensor, whether it is one alone; and its operations."""
 
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    alone: bool
     flops: int
 
-    def make(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+    def again(self) -> Any:
+        made = tuple(torch.empty_strided(shape, stride, dtype=d, device="meta") for shape, stride, d in self.tensors)
+        return made[0] if self.alone else made
 
 
 def _form(value: Any) -> Any:
@@ -72,14 +73,26 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
     return out, 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
-def _is_fresh(out: object, given: object) -> bool:
-    """Whether `out` is one tensor that fills a storage of its own."""
-    if not isinstance(out, Tensor) or not out.is_meta:
-        return False
-    storage = out.untyped_storage()
-    theirs = {leaf.untyped_storage()._cdata for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
-    filled = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta").untyped_storage()
-    return storage._cdata not in theirs and storage.nbytes() == filled.nbytes()
+@cache
+def _gives_views(func: Any) -> bool:
+    """Whether what it returns lies in what it was given, by its schema."""
+    return any(value.alias_info is not None for value in func._schema.returns)
+
+
+def _made(out: Any, flops: int, given: object) -> _Made | None:
+    """To make the like of `out` again; None if it is not made of tensors that fill storages of their own."""
+    tensors = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple) else ()
+    taken = {leaf.untyped_storage()._cdata for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or not tensor.is_meta:
+            return None
+        storage = tensor.untyped_storage()
+        filled = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        if storage._cdata in taken or storage.nbytes() != filled.untyped_storage().nbytes():
+            return None
+        taken.add(storage._cdata)
+    described = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
+    return _Made(described, isinstance(out, Tensor), flops) if described else None
 
 
 class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -97,7 +110,7 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._on_cpu = on_cpu
         self._given = [tensor.untyped_storage() for tensor in given]  # kept, so that none of them is counted
         self._seen = {storage._cdata for storage in self._given}
-        self._known: dict[Any, _Fresh] = {}
+        self._known: dict[Any, _Made] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -105,20 +118,24 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return False  # models ask whether a mask is all ones: batches are padded
-        form = (func, _form(args), _form(kwargs))
-        if form in self._known:
-            out = self._known[form].make()
-            self.flops += self._known[form].flops
-        else:
-            out, flops = _run(func, args, kwargs)
-            self.flops += flops
-            if _is_fresh(out, (args, kwargs)):
-                self._known[form] = _Fresh(out.shape, out.stride(), out.dtype, flops)
+        out = self._call(func, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
         if self._on_cpu and func._overloadpacket is aten.sum and args[0].is_floating_point():
             self._note_widened(args[0], out)
+        return out
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the kernel gives, or the like of what it gave to a call of the same form; counts its operations."""
+        form = None if _gives_views(func) else (func, _form(args), _form(kwargs))
+        if form in self._known:
+            self.flops += self._known[form].flops
+            return self._known[form].again()
+        out, flops = _run(func, args, kwargs)
+        self.flops += flops
+        if form is not None and (made := _made(out, flops, (args, kwargs))) is not None:
+            self._known[form] = made
         return out
 
     def _note_widened(self, summed: Tensor, out: Tensor) -> None:
