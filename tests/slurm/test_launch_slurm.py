@@ -109,8 +109,18 @@ def whole(settings, tmp_path_factory):
     return directory
 
 
-def test_torchrun_over_two_nodes_equals_one_process(slurm, torchrun, pipeline, whole):
-    """Both are submitted before the one process begins: the nodes wait a lot."""
+@pytest.fixture(scope="module")
+def doomed(slurm, settings, whole, tmp_path_factory):
+    """A collection of which three launches in a row have died in the same task."""
+    directory = tmp_path_factory.mktemp("doomed")
+    config, log = write_config(settings, directory), directory / "log"
+    group = open_group(str(shutil.copytree(whole / "store.zarr", directory / "store.zarr")))
+    get_array(group, DONE)[0], get_array(group, ATTEMPTS)[0] = 0, 3
+    return Submitted(slurm.submit("--output", log, "launch/ranks.sbatch", "collect", "--config", config), directory)
+
+
+def test_torchrun_over_two_nodes_equals_one_process(slurm, torchrun, pipeline, whole, doomed):
+    """All are submitted before one is waited for: the nodes wait a lot."""
     directory = torchrun.directory
     assert slurm.wait(torchrun.job, 180) == "COMPLETED", tail([directory / "collect.log"])
     assert_same(directory / "store.zarr", whole / "store.zarr", "tensor")
@@ -157,7 +167,7 @@ def interrupt_and_resume(slurm, settings, directory, times):
         wait_until(lambda: is_requeued(slurm, job, restart), log)  # noqa: B023
         assert times == 1 or not under_way(store), "a warning counts as no death"
         assert times == 1 or num_done(store) < len(read_array(open_group(str(store)), DONE)), "nothing is left"
-        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+4")  # Slurm lets it wait for two minutes
+        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+1")  # Slurm lets it wait for two minutes
     assert slurm.wait(job, 180, log) == "COMPLETED", log.read_text()
     assert log.read_text().count("requeued as job") == times, log.read_text()
 
@@ -191,13 +201,9 @@ def test_job_warned_three_times_equals_the_uninterrupted_one(slurm, settings, tm
     assert chunk_files(tmp_path / "warned" / "store.zarr") == chunk_files(uninterrupted / "store.zarr")
 
 
-def test_job_that_fails_is_not_queued_again(slurm, settings, whole, tmp_path):
-    """Here as the third launch in a row died in the same task."""
-    config, log = write_config(settings, tmp_path), tmp_path / "log"
-    group = open_group(str(shutil.copytree(whole / "store.zarr", tmp_path / "store.zarr")))
-    get_array(group, DONE)[0], get_array(group, ATTEMPTS)[0] = 0, 3
-    job = slurm.submit("--output", log, "launch/ranks.sbatch", "collect", "--config", config)
-    assert slurm.wait(job, 60, log) == "FAILED"
+def test_job_that_fails_is_not_queued_again(slurm, doomed):
+    log = doomed.directory / "log"
+    assert slurm.wait(doomed.job, 120, log) == "FAILED"
     assert "error: --store" in log.read_text()
     assert "3 launches died in task 0" in log.read_text()
     assert "requeued" not in log.read_text()
