@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -20,21 +21,18 @@ from tests.slurm.conftest import REPOSITORY, tail
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def grid(tiny_dir, sentences_csv, tmp_path):
-    """24 cells over two collections, and one that cannot be fitted as long as a directory is missing."""
+def write_grid(directory: Path, model: Path, data: str, grid, **more) -> Path:
+    """A grid file over a tiny model."""
     document = {
-        "model": str(tiny_dir("gemma3")),
-        "out": str(tmp_path / "sweep"),
+        "model": str(model),
+        "out": str(directory / "sweep"),
         "retries": 0,
         "resources": {"slurm_partition": "main", "timeout_min": 10, "cpus_per_task": 1, "slurm_mem": "1500MB"},
-        "collect": {"data": sentences_csv, "concepts": ["toxic"], "num_positive": 20, "num_negative": 20},
-        "grid": [
-            {"seed": [0, 1], "method": ["aura", "damp", "det0"], "top_k": [2, 4, 6, 8]},
-            {"seed": [0], "method": ["aura"], "fit": {"onto": [str(tmp_path / "missing")]}},
-        ],
+        "collect": {"data": data, "concepts": ["toxic"], "num_positive": 20, "num_negative": 20},
+        "grid": grid,
+        **more,
     }
-    path = tmp_path / "grid.yaml"
+    path = directory / "grid.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
 
@@ -67,38 +65,65 @@ def running(sweep: Path, stage: str) -> str | None:
     return None
 
 
-def test_failed_and_killed_cells_leave_the_others_alone_and_a_rerun_does_what_is_left(slurm, grid, tmp_path):
-    sweep = tmp_path / "sweep"
-    first = start(slurm, grid)
+@dataclass(frozen=True)
+class Run:
+    """How a sweep's command ended, what it said, and then the table and the states of the jobs."""
+
+    code: int
+    said: str
+    table: pd.DataFrame
+    states: dict[str, dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def swept(slurm, tiny_dir, sentences_csv, tmp_path_factory):
+    """24 cells over two collections, and one that cannot be fitted as long as a directory is missing.
+
+    The first command is interrupted, the second sees a fit killed, and a hand mends what is missing before the third.
+    """
+    directory = tmp_path_factory.mktemp("swept")
+    grid = [
+        {"seed": [0, 1], "method": ["aura", "damp", "det0"], "top_k": [2, 4, 6, 8]},
+        {"seed": [0], "method": ["aura"], "fit": {"onto": [str(directory / "missing")]}},
+    ]
+    path, sweep = write_grid(directory, tiny_dir("gemma3"), sentences_csv, grid), directory / "sweep"
+    runs = []
+
+    def finish(command, timeout):
+        said = command.communicate(timeout=timeout)[1]
+        table = sweep / "table.parquet"
+        runs.append(Run(command.returncode, said, pd.read_parquet(table) if table.exists() else None, states(sweep)))
+
+    first = start(slurm, path)
     wait_for(lambda: running(sweep, "collect"))
     first.send_signal(signal.SIGINT)
-    said = first.communicate(timeout=30)[1]
-    assert first.returncode == 130, said
-    assert "29 jobs stay in Slurm's queue" in said
-
-    second = start(slurm, grid)
+    finish(first, 30)
+    second = start(slurm, path)
     killed = wait_for(lambda: running(sweep, "fit"))
     assert slurm.run("scancel", "--signal=KILL", killed).returncode == 0
-    said = second.communicate(timeout=200)[1]
+    finish(second, 200)
+    shutil.copytree(next((sweep / "interventions").iterdir()), directory / "missing")
+    finish(start(slurm, path), 120)
+    return sweep, runs
+
+
+def test_failed_and_killed_cells_leave_the_others_alone_and_a_rerun_does_what_is_left(swept):
+    sweep, (interrupted, second, third) = swept
+    assert interrupted.code == 130, interrupted.said
+    assert "29 jobs stay in Slurm's queue" in interrupted.said
+
     logs = tail(sorted((sweep / "slurm").glob("*.err"))[-2:])
-    assert second.returncode == 2, f"{said}\n{logs}"
-    assert "error: 2 of 25 cells failed" in said, f"{said}\n{logs}"
-    table = pd.read_parquet(sweep / "table.parquet")
-    assert Counter(table["state"]) == {"done": 23, "failed": 2}
-    reasons = " / ".join(table["reason"].dropna())
+    assert second.code == 2, f"{second.said}\n{logs}"
+    assert "error: 2 of 25 cells failed" in second.said, f"{second.said}\n{logs}"
+    assert Counter(second.table["state"]) == {"done": 23, "failed": 2}
+    reasons = " / ".join(second.table["reason"].dropna())
     assert "missing" in reasons
     assert re.search("killed by SIGTERM|killed by SIGKILL|the Slurm job is gone without a word", reasons)
-    before = states(sweep)
-    assert Counter(s["stage"] for s in before.values()) == {"collect": 2, "score": 2, "fit": 25}
+    assert Counter(s["stage"] for s in second.states.values()) == {"collect": 2, "score": 2, "fit": 25}
 
-    # a hand mends the one, and the other is tried again
-    done = next((sweep / "interventions").iterdir())
-    shutil.copytree(done, tmp_path / "missing")
-    third = start(slurm, grid)
-    said = third.communicate(timeout=120)[1]
-    assert third.returncode == 0, said
+    assert third.code == 0, third.said
     assert set(pd.read_csv(sweep / "table.csv")["state"]) == {"done"}
-    after = states(sweep)
+    before, after = second.states, third.states
     again = {name for name in after if after[name] != before[name]}
     assert again == {name for name, state in before.items() if state["state"] == "failed"}
     assert {after[name]["starts"] for name in again} == {2}
@@ -107,37 +132,45 @@ def test_failed_and_killed_cells_leave_the_others_alone_and_a_rerun_does_what_is
         assert (sweep / after[name]["log"]).read_text().count("wrote") == 1, "collected once"
 
 
-def test_jobs_go_on_without_the_driver_and_those_that_wait_for_one_that_failed_wait_again(slurm, grid, tmp_path):
-    document = yaml.safe_load(grid.read_text())
-    document |= {"retries": 1, "grid": {"method": ["aura", "det0"], "top_k": [2, 4]}}
-    grid.write_text(yaml.safe_dump(document))
-    sweep = tmp_path / "sweep"
-    driver = start(slurm, grid)
-    killed = wait_for(lambda: running(sweep, "collect"))
-    wait_for(lambda: len(slurm.queue()) == 6)
-    assert Counter(slurm.queue().values()) == {"RUNNING": 1, "PENDING": 5}, "Slurm holds them back"
-    first = {state["submission"] for state in states(sweep).values()}
+def test_jobs_go_on_without_the_driver_and_those_that_wait_for_one_that_failed_wait_again(
+    slurm, swept, tiny_dir, sentences_csv, tmp_path
+):
+    """The collection is there from another grid; its scoring is killed, and then the driver."""
+    sweep = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    earlier = set(states(sweep))
+    values = {"method": ["aura", "det0"], "top_k": [3, 5]}
+    more = {"retries": 1, "score": {"statistics": ["auroc"]}}
+    path = write_grid(tmp_path, tiny_dir("gemma3"), sentences_csv, values, **more)
+
+    def left():
+        return {name: state for name, state in states(sweep).items() if name not in earlier}
+
+    driver = start(slurm, path)
+    killed = wait_for(lambda: any(s["state"] == "running" for s in left().values()) and running(sweep, "score"))
+    wait_for(lambda: len(slurm.queue()) == 5)
+    assert Counter(slurm.queue().values()) == {"RUNNING": 1, "PENDING": 4}, "Slurm holds them back"
+    first = {state["submission"] for state in left().values()}
     assert slurm.run("scancel", "--signal=KILL", killed).returncode == 0
-    wait_for(lambda: len({s["submission"] for s in states(sweep).values()} - first - {""}) == 6)
-    wait_for(lambda: all((sweep / "jobs" / f"{name}.slurm").exists() for name in states(sweep)))
+    wait_for(lambda: len({s["submission"] for s in left().values()} - first - {""}) == 5)
+    wait_for(lambda: all((sweep / "jobs" / f"{name}.slurm").exists() for name in left()))
     driver.kill()
     driver.communicate(timeout=30)
 
-    wait_for(lambda: all(s["state"] in ("done", "failed") for s in states(sweep).values()))
-    found = states(sweep)
+    wait_for(lambda: all(s["state"] in ("done", "failed") for s in left().values()))
+    found = left()
     assert {s["state"] for s in found.values()} == {"done"}, f"{found}\n{tail(list((sweep / 'logs').iterdir()))}"
-    assert {name.split("-")[0]: s["starts"] for name, s in found.items()} == {"collect": 2, "score": 1, "fit": 1}
-    said = start(slurm, grid).communicate(timeout=60)[1]
+    assert sorted((s["stage"], s["starts"]) for s in found.values()) == [*[("fit", 1)] * 4, ("score", 2)]
+    said = start(slurm, path).communicate(timeout=60)[1]
     assert "6 jobs, 0 to run" in said
     assert set(pd.read_csv(sweep / "table.csv")["state"]) == {"done"}
 
 
 @pytest.mark.slow
-def test_warned_collection_of_a_sweep_goes_on_where_it_was(slurm, grid, tmp_path):
+def test_warned_collection_of_a_sweep_goes_on_where_it_was(slurm, tiny_dir, sentences_csv, tmp_path):
     """Over two nodes, one rank each; submitit queues the job again at Slurm's warning."""
+    grid = write_grid(tmp_path, tiny_dir("gemma3"), sentences_csv, {"method": ["aura"]}, sharding="fsdp")
     document = yaml.safe_load(grid.read_text())
     document["collect"] |= {"num_positive": 200, "num_negative": 200, "tokens_per_batch": 48, "modules": ["all"]}
-    document |= {"sharding": "fsdp", "grid": {"method": ["aura"]}}
     document["resources"]["collect"] = {"nodes": 2, "tasks_per_node": 1}
     grid.write_text(yaml.safe_dump(document))
     sweep = tmp_path / "sweep"
