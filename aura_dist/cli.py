@@ -11,13 +11,13 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
-from aura_dist.config import VERBS, merge
-from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError, brief
+from aura_dist.config import VERBS
+from aura_dist.config_file import merge, read_config_file
+from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError
 from aura_dist.settings import flag, hints, place_of, resolve
 
 EXIT_USER_ERROR = 2
@@ -88,43 +88,6 @@ def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) 
 
 def _show(default: object) -> str:
     return " ".join(map(str, default)) if isinstance(default, list) else str(default)
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """The YAML document at `path`; ConfigError if it is missing, malformed or not a mapping."""
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
-    try:
-        document = yaml.safe_load(text)
-        tree: Any = yaml.compose(text, Loader=yaml.SafeLoader)
-    except RecursionError as error:
-        raise ConfigError(f"config file {path!r}: expected verbs and their settings, got deeper nesting") from error
-    except Exception as error:  # a value that is not what its form or tag says fails as Python's own types do
-        raise ConfigError(f"config file {path!r} is not valid YAML: {brief(error)}") from error
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise ConfigError(f"config file {path!r}: expected keys and values, got a {type(document).__name__}")
-    _check_distinct(path, tree)
-    for key, section in tree.value:
-        if key.value in VERBS and section.id == "mapping":
-            _check_distinct(path, section)
-    return document
-
-
-def _check_distinct(path: str, tree: Any) -> None:
-    """ConfigError for a key that stands twice in one place: YAML would take the last without a word."""
-    seen: set[str] = set()
-    for key, _ in tree.value:
-        if key.value in seen:
-            raise ConfigError(
-                f"config file {path!r}, line {key.start_mark.line + 1}: expected each key once, got {key.value!r} again"
-            )
-        seen.add(key.value)
 
 
 def run(argv: Sequence[str] | None = None) -> None:

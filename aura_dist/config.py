@@ -4,8 +4,7 @@ The command line is generated from them and a YAML file is checked against them 
 stages and the command line read this module.
 """
 
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -318,46 +317,3 @@ VERBS: dict[str, Verb] = {
     "sweep": Verb(SweepConfig, "aura_dist.stages.sweep", takes_file=True),
     "demo": Verb(DemoConfig, "aura_dist.demo"),
 }
-
-
-def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `verb` by order of force: top of the file < section it inherits < its section < flags.
-
-    Raises
-    ------
-    ConfigError
-        A key that no verb knows, or one in a section whose verb does not know it; a strength that would count twice.
-    """
-    known = {name: {f.name for f in fields(v.config)} for name, v in VERBS.items()}
-    shared = set().union(*known.values())
-    for key, value in document.items():
-        if key in VERBS:
-            if not isinstance(value, dict | None):
-                raise ConfigError(f"config section {key!r}: expected keys and values, got {value!r}")
-            for name in value or {}:
-                _check_key(str(name), known[key], f"config section {key!r}")
-        else:
-            _check_key(str(key), shared | set(VERBS), "config file")
-    top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
-    if "strength" in top and not (verb == "fit" and "strength" in flags):
-        _check_strength(verb, document)
-    inherited = document.get(VERBS[verb].inherits or "") or {}
-    return {**top, **inherited, **(document.get(verb) or {}), **flags}
-
-
-def _check_strength(verb: str, document: dict[str, Any]) -> None:
-    """ConfigError if the strength on top of a file is one of `fit` and of a verb that lays on what was fitted."""
-    fits = (verb == "fit" or "fit" in document) and "strength" not in (document.get("fit") or {})
-    if fits and {"model", "generate", "evaluate", "export"} & document.keys():
-        raise ConfigError(
-            "config file: expected 'strength' in one section, got it on top: fit would write it into the intervention, "
-            "and the model's use lay it on again; move it to the section 'evaluate' (generate, export), or to 'fit'"
-        )
-
-
-def _check_key(name: str, known: set[str], where: str) -> None:
-    if name in known:
-        return
-    close = get_close_matches(name, known, n=1) or get_close_matches(name.replace("-", "_"), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
-    raise ConfigError(f"{where}: unknown key {name!r}{hint}")

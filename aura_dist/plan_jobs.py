@@ -17,7 +17,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from aura_dist.config import EvaluateConfig, PlanConfig, merge
+from aura_dist.config import EvaluateConfig, PlanConfig
+from aura_dist.config_file import merge
 from aura_dist.errors import AuraError, brief
 from aura_dist.settings import resolve
 from aura_dist.stages import plan, plan_evaluation

@@ -19,8 +19,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from aura_dist.cli import main, read_config_file
-from aura_dist.config import VERBS, SweepConfig, merge
+from aura_dist.cli import main
+from aura_dist.config import VERBS, SweepConfig
+from aura_dist.config_file import merge, read_config_file
 from aura_dist.core.grid import STAGES, make_cells
 from aura_dist.core.jobs import make_graph
 from aura_dist.errors import StoreError

@@ -11,8 +11,8 @@ from aura_dist.config import (
     EvaluateConfig,
     FitConfig,
     GenerateConfig,
-    merge,
 )
+from aura_dist.config_file import merge
 from aura_dist.errors import ConfigError
 from aura_dist.settings import describe, hints, resolve, shown_name
 

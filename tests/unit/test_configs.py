@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from aura_dist.cli import main, read_config_file
-from aura_dist.config import VERBS, merge
+from aura_dist.cli import main
+from aura_dist.config import VERBS
+from aura_dist.config_file import merge, read_config_file
 from aura_dist.settings import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"

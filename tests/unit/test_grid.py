@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from aura_dist.cli import read_config_file
 from aura_dist.config import VERBS
+from aura_dist.config_file import read_config_file
 from aura_dist.core.grid import STAGES, make_cells
 from aura_dist.core.jobs import make_graph
 from aura_dist.core.sweep_table import cell_row, figures
