@@ -13,6 +13,7 @@ JOBS.json is a list of [stage, settings]: of `collect` with what `plan` takes be
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +37,7 @@ def answer(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _collection(settings: Mapping[str, Any]) -> dict[str, Any]:
     config = resolve(PlanConfig, merge("plan", dict(settings), {}))
-    report, refusal = plan.plan(config)
+    report, refusal = plan.make_plan(config)
     return {
         "seconds": config.world_size * (report.compute_seconds + report.stream_seconds),
         "gpu": report.machine.gpu,
@@ -48,10 +49,17 @@ def _collection(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in settings.items() if name not in ("tflops", "world_size")}
     config = resolve(EvaluateConfig, {**own, "out": "none.json"})
-    found = plan_evaluation.plan(config, settings.get("tflops"), settings.get("world_size", 1))
+    found = plan_evaluation.make_plan(config, settings.get("tflops"), settings.get("world_size", 1))
     return {"seconds": found.seconds, "gpu": found.gpu, "left_out": found.left_out}
 
 
+def main() -> None:
+    """Answer what stdin asks; whatever a library prints goes to stderr."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for stage, settings in json.load(sys.stdin):
+        print(json.dumps(answer(stage, settings)), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    for job in json.load(sys.stdin):
-        print(json.dumps(answer(*job)), flush=True)
+    main()

@@ -1,4 +1,4 @@
-"""Compiled kernel behind `aura_dist.core.statistics`: one sort of a column, then every sum for every concept.
+"""Compiled kernel behind `aura_dist.core.column_statistics`: one sort of a column, then every sum for every concept.
 
 A sorted column is kept as its *runs*: the distinct values in ascending order, how many rows hold each, and the
 run of every row. A concept then needs two counts a run, positives and negatives; all of its sums are taken in one

@@ -52,9 +52,9 @@ class _Made:
 
 
 def _form(value: Any) -> Any:
-    """What a kernel of the meta device sees of an argument: hashable, without values of tensors."""
+    """What a kernel of the meta device sees of an argument, hashable; a tensor with values is like no other."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
     if isinstance(value, list | tuple):
         return tuple(map(_form, value))
     if isinstance(value, dict):
@@ -129,9 +129,10 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the kernel gives, or the like of what it gave to a call of the same form; counts its operations."""
         form = None if _gives_views(func) else (func, _form(args), _form(kwargs))
-        if form in self._known:
-            self.flops += self._known[form].flops
-            return self._known[form].again()
+        known = self._known.get(form)
+        if known is not None:
+            self.flops += known.flops
+            return known.again()
         out, flops = _run(func, args, kwargs)
         self.flops += flops
         if form is not None and (made := _made(out, flops, (args, kwargs))) is not None:

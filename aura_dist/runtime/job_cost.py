@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 from aura_dist.runtime.cluster import available_cores
@@ -15,9 +16,11 @@ from aura_dist.runtime.job_state import reason_of
 _SECONDS_AN_HOUR = 3600
 # what moves no figure
 _IRRELEVANT = frozenset({"store", "seed", "strength", "intervention", "out"})
-# planning takes a second or so a job, a process that can plan some seconds to start
-_JOBS_A_PROCESS = 8
-Job = tuple[str, Mapping[str, Any]]
+# planning takes a second or so a job, and longer where texts are many; a process that can plan some seconds to start
+_JOBS_A_PROCESS = 4
+_INTERRUPTED = (-SIGINT, -SIGTERM, 128 + SIGINT, 128 + SIGTERM)
+# stage (`collect` or `evaluate`) and settings to plan with
+Question = tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Cost:
         )
 
 
-def plan_costs(jobs: Mapping[str, Job]) -> dict[str, Cost]:
-    """Name → stage (`collect` or `evaluate`) and settings to plan with; equal ones are asked once."""
+def plan_costs(jobs: Mapping[str, Question]) -> dict[str, Cost]:
+    """What each job costs; equal questions are asked once."""
     keys = {
         name: json.dumps([stage, {k: v for k, v in settings.items() if k not in _IRRELEVANT}], sort_keys=True)
         for name, (stage, settings) in jobs.items()
@@ -71,19 +74,27 @@ def plan_costs(jobs: Mapping[str, Job]) -> dict[str, Cost]:
     return {name: found[key] for name, key in keys.items()}
 
 
-def _ask(jobs: Sequence[Job]) -> list[Cost]:
-    """Of each job, by one process; by another one if it dies, whose end is why the job that it was at is not known."""
+def _ask(questions: Sequence[Question]) -> list[Cost]:
+    """Costs of the questions, in their order, from one process.
+
+    A process that ends early was ended by the question that it was at, whose cost is not known; another one takes
+    those after it. But one that is interrupted is not followed: a person wants the command to end.
+    """
     costs: list[Cost] = []
-    while len(costs) < len(jobs):
-        command, asked = [sys.executable, "-m", "aura_dist.plan_jobs"], json.dumps(jobs[len(costs) :])
+    while len(costs) < len(questions):
+        command, asked = [sys.executable, "-m", "aura_dist.plan_jobs"], json.dumps(questions[len(costs) :])
         done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
-        costs += [_cost(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
-        if len(costs) < len(jobs):
-            costs.append(Cost(reason=reason_of(done.returncode, done.stderr)))
+        answers = [json.loads(line) for line in done.stdout.splitlines(keepends=True) if line.endswith("\n")]
+        costs += map(_cost, answers)
+        if len(costs) < len(questions):
+            ended = Cost(reason=reason_of(done.returncode, done.stderr))
+            costs += [ended] * (len(questions) - len(costs) if done.returncode in _INTERRUPTED else 1)
     return costs
 
 
-def _cost(seconds: float = 0.0, gpu: bool = False, store_bytes: int = 0, left_out: str = "", refused: str = "") -> Cost:
+def _cost(answer: Mapping[str, Any]) -> Cost:
     """Of an answer of `aura_dist.plan_jobs`."""
-    hours = seconds / _SECONDS_AN_HOUR
-    return Cost(hours if gpu else 0.0, 0.0 if gpu else hours, store_bytes, reason=refused, left_out=left_out)
+    hours = answer.get("seconds", 0.0) / _SECONDS_AN_HOUR
+    gpu_hours, cpu_hours = (hours, 0.0) if answer.get("gpu") else (0.0, hours)
+    size, reason, left_out = answer.get("store_bytes", 0), answer.get("refused", ""), answer.get("left_out", "")
+    return Cost(gpu_hours, cpu_hours, size, reason=reason, left_out=left_out)

@@ -45,14 +45,14 @@ class Rows:
 
 def run(config: PlanConfig) -> None:
     """Print the plan; BudgetError if it does not fit."""
-    report, refusal = plan(config)
+    report, refusal = make_plan(config)
     print(json.dumps(asdict(report), indent=2) if config.json else render(report))
     sys.stdout.flush()
     if refusal:
         raise BudgetError(refusal)
 
 
-def plan(config: PlanConfig) -> tuple[Report, str]:
+def make_plan(config: PlanConfig) -> tuple[Report, str]:
     """All figures, and why they do not fit: one line, empty if they do."""
     spread, machine = make_spread(config), make_machine(config)
     source = ModelSource(config.model, config.revision, config.dtype)

@@ -50,7 +50,7 @@ class EvaluationPlan:
     left_out: str
 
 
-def plan(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:
+def make_plan(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:
     """The figures at `tflops` a rank, or at those of a usual one.
 
     Raises

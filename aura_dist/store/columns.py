@@ -18,7 +18,7 @@ from zarr.core.sync import sync
 
 from aura_dist.core.column_statistics import statistics_by_concept
 from aura_dist.core.statistics import STATISTICS
-from aura_dist.errors import StoreError, brief
+from aura_dist.errors import StoreError
 from aura_dist.store.access import (
     chunk_name,
     get_array,
@@ -26,10 +26,10 @@ from aura_dist.store.access import (
     missing_chunks,
     open_group,
     read_array,
-    writing,
+    write_whole,
 )
 from aura_dist.store.schema import activation_path
-from aura_dist.store.scores import MARKER, Column, score_path
+from aura_dist.store.scores import MARKER, Column, errors_of_writing, score_path
 
 _thread = threading.local()
 
@@ -92,12 +92,8 @@ def _score_column(source: Source, column: Column) -> Scored:
     made = statistics_by_concept(values_NM, labels_CN, column.statistics)
     del values_NM
     computed = time.perf_counter()
-    try:
+    with errors_of_writing(source.path):
         _write(source, column, made)
-    except (OSError, RuntimeError) as error:  # the Rust pipeline raises RuntimeError for a full disk
-        raise StoreError(
-            f"--store {source.path!r}: a score cannot be written: {brief(error)}; mend that and run `score` again"
-        ) from error
     return Scored(_num_unscored(made), read - start, computed - read, time.perf_counter() - computed)
 
 
@@ -114,12 +110,11 @@ def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> 
     One of our own for each column, and its threads, cost more than the writing.
     """
     arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in (*made, MARKER)}
-    arrays |= {name: writing(arrays[name], values) for name, values in made.items()}
-    region = (slice(None), slice(column.start, column.stop))
+
+    writes = [write_whole(arrays[name], (0, column.start), values) for name, values in made.items()]
 
     async def write() -> None:
         # all end before an error is raised: none goes on writing once the column counts as failed
-        writes = (arrays[name].async_array.setitem(region, values) for name, values in made.items())
         for error in await asyncio.gather(*writes, return_exceptions=True):
             if error is not None:
                 raise error

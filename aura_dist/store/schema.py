@@ -11,7 +11,7 @@ STORE.zarr                             attributes: see `StoreSpec`; `created`, w
 ```
 """
 
-from collections import deque
+import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,8 +21,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import GroupMetadata
-from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
@@ -153,33 +155,17 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
     StoreError
         The path cannot be written.
     """
-    num_rows, rows = len(samples), rows_per_chunk(len(samples))
+    num_tasks = len(tasks_of(samples.num_tokens, spec.tokens_per_batch))
+    given: dict[str, NDArray[Any]]
+    given = {"samples/row": samples.row, "samples/num_tokens": samples.num_tokens, "samples/label": samples.label}
+    given |= {name: np.zeros(num_tasks, dtype=np.uint8) for name in (DONE, ATTEMPTS)}
     try:
         with fast_codecs():
             attributes = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance}
             clear(path)
             root = zarr.open_group(store_at(path), mode="w", zarr_format=3, attributes=attributes)
-            done = np.zeros(len(tasks_of(samples.num_tokens, spec.tokens_per_batch)), dtype=np.uint8)
-            given: dict[str, tuple[NDArray[Any], Layout]] = {
-                "samples/row": (samples.row, Layout.of(samples.row, ("sample",))),
-                "samples/num_tokens": (samples.num_tokens, Layout.of(samples.num_tokens, ("sample",))),
-                "samples/label": (samples.label, Layout.of(samples.label, ("sample", "concept"))),
-                DONE: (done, Layout.of(done, ("task",), chunks=(1,))),
-                ATTEMPTS: (done, Layout.of(done, ("task",), chunks=(1,))),
-            }
-            layouts = {name: layout for name, (_, layout) in given.items()}
-            num_arrays = len(spec.sites) * len(spec.poolings)
-            layouts[NONFINITE] = Layout((len(done), num_arrays), (1, num_arrays), "int64", ("task", "array"), 0)
-            dtypes = {pooling: stored_dtype(pooling, spec.dtype) for pooling in spec.poolings}
-            largest = max(np.dtype(dtype).itemsize for dtype in dtypes.values())
-            for site in spec.sites:
-                # alike for all poolings: a rank owns the same columns of each
-                shape, chunks = (num_rows, site.width), (rows, columns_per_chunk(site.width, num_rows, largest))
-                for pooling, dtype in dtypes.items():
-                    name = activation_path(site.name, pooling)
-                    layouts[name] = Layout(shape, chunks, dtype, ("sample", "neuron"), np.nan)
-            create_arrays(root, layouts)
-            for name, (values, _) in given.items():
+            create_arrays(root, _layouts(spec, samples, num_tasks))
+            for name, values in given.items():
                 get_array(root, name)[...] = values
             root.attrs["created"] = True
     except OSError as error:
@@ -196,24 +182,55 @@ class Layout:
     dims: tuple[str, ...]
     fill_value: float
 
-    @classmethod
-    def of(cls, values: NDArray[Any], dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> "Layout":
-        """That of `values`; one chunk by default."""
-        return cls(values.shape, chunks or values.shape, values.dtype.name, dims, 0)
+
+def _layouts(spec: StoreSpec, samples: Samples, num_tasks: int) -> dict[str, Layout]:
+    """Path → layout of every array that `collect` fills."""
+    num_rows, num_concepts, num_arrays = len(samples), samples.label.shape[1], len(spec.sites) * len(spec.poolings)
+    found = {
+        "samples/row": Layout((num_rows,), (num_rows,), "int64", ("sample",), 0),
+        "samples/num_tokens": Layout((num_rows,), (num_rows,), "int32", ("sample",), 0),
+        "samples/label": Layout((num_rows, num_concepts), (num_rows, num_concepts), "int8", ("sample", "concept"), 0),
+        DONE: Layout((num_tasks,), (1,), "uint8", ("task",), 0),
+        ATTEMPTS: Layout((num_tasks,), (1,), "uint8", ("task",), 0),
+        NONFINITE: Layout((num_tasks, num_arrays), (1, num_arrays), "int64", ("task", "array"), 0),
+    }
+    dtypes = {pooling: stored_dtype(pooling, spec.dtype) for pooling in spec.poolings}
+    largest = max(np.dtype(dtype).itemsize for dtype in dtypes.values())
+    for site in spec.sites:
+        # alike for all poolings: a rank owns the same columns of each
+        chunks = (rows_per_chunk(num_rows), columns_per_chunk(site.width, num_rows, largest))
+        for pooling, dtype in dtypes.items():
+            layout = Layout((num_rows, site.width), chunks, dtype, ("sample", "neuron"), np.nan)
+            found[activation_path(site.name, pooling)] = layout
+    return found
 
 
 def create_arrays(group: zarr.Group, layouts: Mapping[str, Layout]) -> None:
-    """Make arrays by their paths, without chunks, many at a time; ValueError if one is there."""
-    nodes: dict[str, GroupMetadata | ArrayV2Metadata | ArrayV3Metadata]
-    nodes = {name: _metadata(layout) for name, layout in layouts.items()}
-    deque(zarr.create_hierarchy(store=group.store, nodes=nodes), maxlen=0)
+    """Make the arrays that are not there yet, without chunks, and the groups around them; many at a time."""
+    arrays = {name: _metadata(layout) for name, layout in layouts.items()}
+    parents = {"/".join(parts[:end]) for name in layouts for parts in [name.split("/")] for end in range(1, len(parts))}
+
+    async def make(name: str, metadata: ArrayV3Metadata | GroupMetadata) -> None:
+        for key, described in metadata.to_buffer_dict(default_buffer_prototype()).items():
+            path = "/".join(filter(None, (group.path, name, key)))
+            if not await group.store.exists(path):
+                await group.store.set(path, described)
+
+    async def make_all() -> None:
+        for nodes in (dict.fromkeys(sorted(parents), GroupMetadata()), arrays):
+            # all end before an error is raised
+            for error in await asyncio.gather(*map(make, nodes, nodes.values()), return_exceptions=True):
+                if error is not None:
+                    raise error
+
+    sync(make_all())
 
 
 @lru_cache(maxsize=64)
 def _metadata(layout: Layout) -> ArrayV3Metadata:
     """As `zarr.json` says it: lz4 with byte shuffle, then a checksum of the compressed bytes.
 
-    Taken from an array in memory: to make an array takes six times as long as to write its description.
+    Taken from an array in memory, once a layout: to make an array takes six times as long as to write what it is.
     """
     array = zarr.create_array(
         MemoryStore(),

@@ -11,7 +11,7 @@ written at the end, by one process, and `adjusted` says that they are.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
 from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
-from aura_dist.errors import ConfigError, StoreError
-from aura_dist.store.access import damaged, get_array, is_there, read_array, writing
+from aura_dist.errors import ConfigError, StoreError, brief
+from aura_dist.store.access import damaged, get_array, is_there, read_array, write_whole
 from aura_dist.store.basis import Basis
 from aura_dist.store.schema import Layout, StoreSpec, activation_path, create_arrays
 from aura_dist.store.times import TIMES
@@ -168,6 +169,17 @@ def count_columns(group: zarr.Group, spec: StoreSpec) -> tuple[int, int]:
     return scored, total
 
 
+@contextmanager
+def errors_of_writing(store: str) -> Iterator[None]:
+    """Within, what keeps a score from being written is raised as a StoreError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the Rust pipeline raises RuntimeError for a full disk
+        raise StoreError(
+            f"--store {store!r}: a score cannot be written: {brief(error)}; mend that and run `score` again"
+        ) from error
+
+
 def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, names: Sequence[str]) -> None:
     """Make the arrays of one site and pooling that are not there yet, and its marker."""
     place, (_, chunk) = f"scores/{site}/{pooling}", get_array(group, activation_path(site, pooling)).chunks
@@ -178,8 +190,8 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
         fill_value = np.nan if dtype == "float64" else 0
         layouts[name] = Layout((num_concepts, width), (num_concepts, chunk), dtype, ("concept", "neuron"), fill_value)
     layouts[MARKER] = Layout((ceil(width / chunk),), (1,), "uint32", ("chunk_column",), 0)
-    missing = {f"{place}/{name}": layout for name, layout in layouts.items() if not is_there(group, f"{place}/{name}")}
-    create_arrays(group, missing)
+    with errors_of_writing(str(group.store_path)):
+        create_arrays(group, {f"{place}/{name}": layout for name, layout in layouts.items()})
 
 
 def scored_statistics(group: zarr.Group, site: str, pooling: str) -> tuple[str, ...]:
@@ -235,5 +247,7 @@ def adjust(group: zarr.Group, spec: StoreSpec) -> None:
             p_D[...] = benjamini_hochberg(p_D)
         for site, part in zip(spec.sites, parts, strict=True):
             make_arrays(group, spec, site.name, pooling, ["q_value"])
-            writing(get_array(group, score_path(site.name, pooling, "q_value")), part)[...] = part
+            q_values = get_array(group, score_path(site.name, pooling, "q_value"))
+            with errors_of_writing(str(group.store_path)):
+                sync(write_whole(q_values, (0, 0), part))
         group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]

@@ -8,7 +8,7 @@ import asyncio
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aura_dist.core.columns import Interval
 from aura_dist.errors import StoreError
-from aura_dist.store.access import get_array, writing
+from aura_dist.store.access import get_array, write_whole
 from aura_dist.store.schema import activation_path
 
 NUM_BUFFERS = 3
@@ -114,26 +114,24 @@ class ChunkWriter:
             return
         start, stop, buffer, wait = item
         wait()
-        arrays = dict(self._arrays)
         for key, values in buffer.items():
             rows = values[: stop - start]
             bad = rows.size - int(np.count_nonzero(np.isfinite(rows)))
             if bad:
                 self._nonfinite[activation_path(*key)] += bad
-                arrays[key] = writing(arrays[key], rows)
-        runner.run(self._write(slice(start, stop), buffer, arrays))
+        runner.run(_together(self._writes(slice(start, stop), buffer)))
         self._free.put(buffer)
 
-    async def _write(self, rows: slice, buffer: RowBuffer, arrays: "Mapping[tuple[str, str], zarr.Array[Any]]") -> None:
-        """All sites at once: one turn of the event loop instead of one for each array."""
+    def _writes(self, rows: slice, buffer: RowBuffer) -> list[Coroutine[Any, Any, None]]:
+        """What writes the buffer, site by site."""
         writes = []
         for key, values in buffer.items():
             place = 0
             for start, stop in self._owned[key[0]]:
                 part = values[: rows.stop - rows.start, place : place + stop - start]
-                writes.append(arrays[key].async_array.setitem((rows, slice(start, stop)), part))
+                writes.append(write_whole(self._arrays[key], (rows.start, start), part))
                 place += stop - start
-        await asyncio.gather(*writes)
+        return writes
 
     def __enter__(self) -> "ChunkWriter":
         return self
@@ -145,3 +143,8 @@ class ChunkWriter:
         self._thread.join()
         if error is None:
             self.check()
+
+
+async def _together(writes: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """All sites at once: one turn of the event loop instead of one for each array."""
+    await asyncio.gather(*writes)

@@ -27,9 +27,9 @@ OPTIONS = {
 
 def record_writes(written: Counter[str]) -> None:
     """Count how often each chunk is written from here, and that it is written whole."""
-    write = ChunkWriter._write
+    writes = ChunkWriter._writes
 
-    async def recorded(self: ChunkWriter, rows: slice, buffer: RowBuffer) -> None:
+    def recorded(self: ChunkWriter, rows: slice, buffer: RowBuffer) -> list:
         for key in buffer:
             array = self._arrays[key]
             assert rows.start % array.chunks[0] == 0
@@ -39,9 +39,9 @@ def record_writes(written: Counter[str]) -> None:
                 assert stop % array.chunks[1] == 0 or stop == array.shape[1]
                 for column in range(start, stop, array.chunks[1]):
                     written[f"{array.store_path} {rows.start} {column}"] += 1
-        await write(self, rows, buffer)
+        return writes(self, rows, buffer)
 
-    ChunkWriter._write = recorded
+    ChunkWriter._writes = recorded
 
 
 def num_whole(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ from aura_dist.model.use import LoadedModel
 from aura_dist.plan_jobs import answer
 from aura_dist.runtime.world import World
 from aura_dist.settings import resolve
-from aura_dist.stages.plan_evaluation import plan
+from aura_dist.stages.plan_evaluation import make_plan
 
 PREPROMPT = "Be kind."
 
@@ -55,7 +55,7 @@ def test_operations_are_those_of_the_real_forwards(name, tiny_dir, inputs):
         tokens = tokenize_texts(file, loaded, prefix, config.max_tokens)
         negative_log_likelihoods(model, tokens, config.tokens_per_batch, num_context=prefix.num_context)
         continue_alike(loaded, tokenize_prompts(prompts, tokenizer, model.config, how, prefix=prefix), how)
-    assert plan(config).flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert make_plan(config).flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 def test_a_forward_takes_as_long_as_its_operations_or_as_reading_the_weights():
@@ -77,7 +77,7 @@ def test_seconds_follow_the_stated_rate_and_say_what_they_are_of(tiny_dir, input
     assert found[0]["seconds"] == pytest.approx(2 * found[1]["seconds"], rel=1e-6)
     assert [f["gpu"] for f in found] == [False, True]
     assert found[0]["left_out"] == "zero-shot tasks"
-    assert found[0]["seconds"] == pytest.approx(plan(resolve(EvaluateConfig, settings)).flops / 1e3, rel=1e-6)
+    assert found[0]["seconds"] == pytest.approx(make_plan(resolve(EvaluateConfig, settings)).flops / 1e3, rel=1e-6)
 
 
 def test_collections_are_answered_as_plan_prints_them(tiny_dir, sentences_csv, capsys):
@@ -109,9 +109,9 @@ def test_every_replica_reads_all_texts(tiny_dir, inputs, sharding, readers):
     settings = {"model": str(tiny_dir("llama")), "out": "none.json"}
     texts = {**settings, "perplexity_texts": inputs["perplexity_texts"]}
     alone, shared = (
-        plan(resolve(EvaluateConfig, {**found, "sharding": sharding}), 1e-9, world_size).seconds
+        make_plan(resolve(EvaluateConfig, {**found, "sharding": sharding}), 1e-9, world_size).seconds
         for found, world_size in ((texts, 1 if sharding == "replicate" else 2), (texts, 4))
     )
     assert shared == pytest.approx(readers * alone, rel=1e-9)
     prompts = resolve(EvaluateConfig, {**settings, "toxicity_prompts": inputs["toxicity_prompts"]})
-    assert plan(prompts, 1e-9, 4) == plan(prompts, 1e-9, 1)
+    assert make_plan(prompts, 1e-9, 4) == make_plan(prompts, 1e-9, 1)

@@ -144,19 +144,19 @@ def test_store_that_was_never_finished_being_made_is_made_anew(whole, tiny_dir, 
 def test_failing_write_stops_the_run_with_its_error(whole, tiny_dir, sentences_csv, tmp_path, monkeypatch, capsys):
     store = tmp_path / "store.zarr"
     command = arguments(tiny_dir("llama"), sentences_csv, store)
-    write = writer_module.ChunkWriter._write
+    writes = writer_module.ChunkWriter._writes
 
-    async def full_disk(self, rows, *rest):
+    def full_disk(self, rows, buffer):
         if rows.start < 320:
             raise OSError(28, "No space left on device")
-        await write(self, rows, *rest)
+        return writes(self, rows, buffer)
 
-    monkeypatch.setattr(writer_module.ChunkWriter, "_write", full_disk)
+    monkeypatch.setattr(writer_module.ChunkWriter, "_writes", full_disk)
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert "No space left on device" in error
-    monkeypatch.setattr(writer_module.ChunkWriter, "_write", write)
+    monkeypatch.setattr(writer_module.ChunkWriter, "_writes", writes)
     assert main(command) == 0
     assert chunk_files(store) == chunk_files(whole)
 

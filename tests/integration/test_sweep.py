@@ -75,7 +75,7 @@ def states(tmp_path) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A sweep that was interrupted as its collection had begun, and a second one that was started meanwhile."""
+    """A sweep that was interrupted as its collections had begun, and a second one that was started meanwhile."""
 
     config: str
     code: int
@@ -87,7 +87,7 @@ class Stopped:
 @pytest.fixture(scope="module")
 def stopped(write, tmp_path_factory):
     directory = tmp_path_factory.mktemp("stopped")
-    config = write(directory, {"method": ["aura"]})
+    config = write(directory, {"seed": [0, 1], "method": ["aura"]})
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "aura_dist", "sweep", "--config", config]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
@@ -105,7 +105,7 @@ def stopped(write, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(stopped):
-    """The directory of the interrupted sweep, once the same command was run again: a store, its scores and a fit."""
+    """The directory of the interrupted sweep, once the same command was run again: two stores, scored and fitted."""
     assert main(["sweep", "--config", stopped.config]) == 0
     return Path(stopped.config).parent / "sweep"
 
@@ -133,7 +133,7 @@ def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_onl
     assert main(["sweep", "--config", config]) == 0
     after = states(tmp_path)
     assert {name: after[name] for name in grown} == grown, "what was done is not done again"
-    assert Counter(s["stage"] for s in grown.values()) == {"collect": 1, "score": 1, "fit": 1}
+    assert Counter(s["stage"] for s in grown.values()) == {"collect": 2, "score": 2, "fit": 2}
     assert [s["stage"] for name, s in after.items() if name not in grown] == ["evaluate"] * 2
     table = pd.read_parquet(tmp_path / "sweep" / "table.parquet")
     assert table["method"].tolist() == ["none", "aura"]
@@ -153,6 +153,15 @@ def test_table_holds_what_single_commands_give_and_growth_runs_the_new_cells_onl
     increase = table["against_plain.perplexity_increase"]
     assert pd.isna(increase[0]), "the plain model itself"
     assert increase[1] == ours - plain
+
+    config = sweep({"method": ["aura"], "strength": [0.5, 1.0]}, evaluate={"perplexity_texts": str(texts)})
+    assert main(["sweep", "--config", config]) == 0
+    now = states(tmp_path)
+    assert {name: now[name] for name in after} == after, "an evaluation that was done neither"
+    assert [s["stage"] for name, s in now.items() if name not in after] == ["evaluate"]
+    halved, whole = pd.read_parquet(tmp_path / "sweep" / "table.parquet")["perplexity.token_weighted"]
+    assert halved == ours
+    assert whole not in (ours, plain)
 
 
 def test_failed_cell_is_retried_then_listed_and_takes_no_other_with_it(grown, sweep, tmp_path, capsys):
@@ -341,25 +350,55 @@ def test_dry_run_says_what_would_run_and_writes_nothing(sweep, tmp_path, capsys)
     assert not Path(tmp_path / "sweep").exists()
 
 
-def test_equal_jobs_are_asked_about_once_and_one_that_ends_the_process_takes_no_other_with_it(monkeypatch):
-    asked = []
+@pytest.fixture
+def answering(monkeypatch):
+    """`answering(ends)`: stands for processes that plan; of a model that `ends` names one ends by that signal. Returns
+    the models that each was asked about.
+    """
 
-    def run(command, **settings):
-        models = [job["model"] for _, job in json.loads(settings["input"])]
-        asked.append(models)
-        dies = "too large" in models
-        answers = [{"seconds": 7200.0, "gpu": False}] * (models.index("too large") if dies else len(models))
-        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-        return subprocess.CompletedProcess(command, -signal.SIGKILL if dies else 0, lines, "reading the config\n")
+    def stand_in(ends):
+        asked = []
 
-    monkeypatch.setattr("aura_dist.runtime.job_cost.subprocess.run", run)
+        def run(command, **settings):
+            models = [job["model"] for _, job in json.loads(settings["input"])]
+            asked.append(models)
+            last = next((i for i, model in enumerate(models) if model in ends), None)
+            answers = [{"seconds": 3600.0 * len(model), "gpu": False} for model in models[:last]]
+            lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+            code = 0 if last is None else -ends[models[last]]
+            return subprocess.CompletedProcess(command, code, lines if code == 0 else f'{lines}{{"sec', "at work\n")
+
+        monkeypatch.setattr("aura_dist.runtime.job_cost.subprocess.run", run)
+        return asked
+
+    return stand_in
+
+
+def test_equal_jobs_are_asked_about_once_and_one_that_ends_the_process_takes_no_other_with_it(answering):
+    asked = answering({"too large": signal.SIGKILL})
     jobs = {name: ("evaluate", {"model": name}) for name in ("small", "too large", "last")}
     costs = plan_costs({**jobs, "again": ("evaluate", {"model": "small", "strength": 0.5})})
     assert asked == [["small", "too large", "last"], ["last"]]
     assert costs["again"] is costs["small"]
-    assert costs["too large"].words == "not known: killed by SIGKILL; last output: reading the config"
+    assert costs["too large"].words == "not known: killed by SIGKILL; last output: at work"
     total = Cost.total([*costs.values(), Cost(gpu_hours=9.0, reason="too large")])
-    assert total.words == "6 hours of CPU ranks, and 2 not known"
+    assert total.words == "14 hours of CPU ranks, and 2 not known"
+
+
+def test_interrupted_planning_asks_no_further(answering):
+    asked = answering({"b": signal.SIGINT})
+    costs = plan_costs({name: ("collect", {"model": name}) for name in "abc"})
+    assert asked == [["a", "b", "c"]]
+    assert [bool(cost.reason) for cost in costs.values()] == [False, True, True]
+
+
+def test_many_jobs_are_shared_by_processes(answering, monkeypatch):
+    monkeypatch.setattr("aura_dist.runtime.job_cost.available_cores", lambda: 3)
+    asked = answering({})
+    models = ["m" * i for i in range(1, 18)]
+    costs = plan_costs({model: ("collect", {"model": model}) for model in models})
+    assert sorted(map(len, asked)) == [5, 6, 6]
+    assert [cost.cpu_hours for cost in costs.values()] == list(range(1, 18)), "each has its own"
 
 
 def test_slurm_is_refused_where_there_is_none(sweep, capsys, monkeypatch):

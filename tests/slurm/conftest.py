@@ -75,6 +75,17 @@ def slurm(tmp_path_factory):
     subprocess.run(["bash", CLUSTER, "stop", state], check=True, timeout=30)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_job_is_left(slurm):
+    """Jobs of a test that failed, or of a fixture that was not waited for, are not those of the next module."""
+    yield
+    slurm.run("scancel", "--partition=main")
+    end = time.monotonic() + 60
+    while slurm.queue():
+        assert time.monotonic() < end, slurm.queue()
+        time.sleep(POLL_SECONDS)
+
+
 def tail(paths: Sequence[Path]) -> str:
     """The ends of some files, for a failure's message."""
     return "\n".join(f"== {p}\n{p.read_text()[-3000:]}" for p in paths if p.exists())

@@ -137,6 +137,14 @@ def test_pipeline_of_dependent_jobs_equals_one_process(slurm, pipeline, whole):
     assert ours["token_weighted"] == pytest.approx(theirs["token_weighted"], rel=1e-4)
 
 
+def test_job_that_fails_is_not_queued_again(slurm, doomed):
+    log = doomed.directory / "log"
+    assert slurm.wait(doomed.job, 120, log) == "FAILED"
+    assert "error: --store" in log.read_text()
+    assert "3 launches died in task 0" in log.read_text()
+    assert "requeued" not in log.read_text()
+
+
 def num_done(store: Path) -> int:
     """Finished tasks of a store; 0 while it is being made."""
     try:
@@ -199,11 +207,3 @@ def test_job_warned_three_times_equals_the_uninterrupted_one(slurm, settings, tm
     assert slurm.wait(job, 180, log) == "COMPLETED", log.read_text()
     interrupt_and_resume(slurm, settings, tmp_path / "warned", 3)
     assert chunk_files(tmp_path / "warned" / "store.zarr") == chunk_files(uninterrupted / "store.zarr")
-
-
-def test_job_that_fails_is_not_queued_again(slurm, doomed):
-    log = doomed.directory / "log"
-    assert slurm.wait(doomed.job, 120, log) == "FAILED"
-    assert "error: --store" in log.read_text()
-    assert "3 launches died in task 0" in log.read_text()
-    assert "requeued" not in log.read_text()

@@ -8,7 +8,7 @@ from aura_dist.model.sharding import ModelSource, load_base, skeleton
 from aura_dist.model.sites import find_sites
 from aura_dist.model.sizes import is_mapped, prepare, split_names, weight_sizes
 from aura_dist.model.tensor_plan import tensor_plan
-from aura_dist.model.trace import forward_cost, trace_forward
+from aura_dist.model.trace import _Account, forward_cost, trace_forward
 from aura_dist.runtime.world import World
 from tests.models import ODD_CONFIGS, TINY_CONFIGS
 
@@ -35,6 +35,18 @@ def test_kernels_of_which_one_call_is_known_are_accounted_as_if_run(name, monkey
     known = trace_forward(model, sites, ["max", "mean"], (4, 32))
     monkeypatch.setattr("aura_dist.model.trace._made", lambda *call: None)
     assert trace_forward(model, sites, ["max", "mean"], (4, 32)) == known
+
+
+def test_calls_that_depend_on_values_are_not_taken_for_alike():
+    model, _ = prepared("llama")
+    account = _Account(model.parameters(), on_cpu=True)
+    with account:
+        given = torch.empty(8, 4, device="meta")
+        for num_true in (1, 8):
+            assert given[torch.arange(8) < num_true].shape == (num_true, 4)
+        assert {str((given + value).dtype) for value in (1, 1.0, True)} == {"torch.float32"}
+        whole = torch.empty(3, dtype=torch.int64, device="meta")
+        assert [(whole * value).dtype for value in (1, 1.0)] == [torch.int64, torch.float32]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-rotary", "opt"])
