@@ -1,9 +1,10 @@
 """What jobs of a sweep would take, asked by `sweep --dry-run` in a process of its own: planning needs torch.
 
-    python -m aura_dist.plan_jobs < JOBS.json
+    python -m aura_dist.plan_jobs JOBS.json ANSWERS.jsonl
 
 JOBS.json is a list of [stage, settings]: of `collect` with what `plan` takes beside, or of `evaluate` with `tflops`
-(null: that of a usual rank); both with `world_size`. Every job is answered by a line of JSON as soon as it is planned:
+(null: that of a usual rank); both with `world_size`. Every job is answered by a line of JSON as soon as it is planned;
+stdout and stderr are left to what libraries print.
 
     seconds        of all ranks together
     gpu            whether these are seconds of a GPU
@@ -13,9 +14,9 @@ JOBS.json is a list of [stage, settings]: of `collect` with what `plan` takes be
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from aura_dist.config import EvaluateConfig, PlanConfig
@@ -53,13 +54,12 @@ def _evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"seconds": found.seconds, "gpu": found.gpu, "left_out": found.left_out}
 
 
-def main() -> None:
-    """Answer what stdin asks; whatever a library prints goes to stderr."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for stage, settings in json.load(sys.stdin):
-        print(json.dumps(answer(stage, settings)), file=answers, flush=True)
+def main(asked: str, answers: str) -> None:
+    """Answer the file `asked` into the file `answers`."""
+    with open(answers, "w", encoding="utf-8") as file:
+        for stage, settings in json.loads(Path(asked).read_text(encoding="utf-8")):
+            print(json.dumps(answer(stage, settings)), file=file, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
-from signal import SIGINT, SIGTERM
+from pathlib import Path
+from signal import SIGINT
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from aura_dist.runtime.cluster import available_cores
@@ -18,7 +22,6 @@ _SECONDS_AN_HOUR = 3600
 _IRRELEVANT = frozenset({"store", "seed", "strength", "intervention", "out"})
 # planning takes a second or so a job, and longer where texts are many; a process that can plan some seconds to start
 _JOBS_A_PROCESS = 4
-_INTERRUPTED = (-SIGINT, -SIGTERM, 128 + SIGINT, 128 + SIGTERM)
 # stage (`collect` or `evaluate`) and settings to plan with
 Question = tuple[str, Mapping[str, Any]]
 
@@ -68,28 +71,43 @@ def plan_costs(jobs: Mapping[str, Question]) -> dict[str, Cost]:
     num_processes = max(1, min(available_cores(), ceil(len(distinct) / _JOBS_A_PROCESS)))
     shares = [distinct[first::num_processes] for first in range(num_processes)]
     found: dict[str, Cost] = {}
+    stop = threading.Event()
     with ThreadPoolExecutor(num_processes) as pool:
-        for share, costs in zip(shares, pool.map(_ask, [list(map(json.loads, s)) for s in shares]), strict=True):
-            found |= zip(share, costs, strict=True)
+        try:
+            for share, costs in zip(shares, pool.map(partial(_ask, stop), shares), strict=True):
+                found |= zip(share, costs, strict=True)
+        except BaseException:  # a person wants the command to end
+            stop.set()
+            raise
     return {name: found[key] for name, key in keys.items()}
 
 
-def _ask(questions: Sequence[Question]) -> list[Cost]:
+def _ask(stop: threading.Event, questions: Sequence[str]) -> list[Cost]:
     """Costs of the questions, in their order, from one process.
 
     A process that ends early was ended by the question that it was at, whose cost is not known; another one takes
-    those after it. But one that is interrupted is not followed: a person wants the command to end.
+    those after it, unless it is to stop.
     """
     costs: list[Cost] = []
-    while len(costs) < len(questions):
-        command, asked = [sys.executable, "-m", "aura_dist.plan_jobs"], json.dumps(questions[len(costs) :])
-        done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
-        answers = [json.loads(line) for line in done.stdout.splitlines(keepends=True) if line.endswith("\n")]
+    while len(costs) < len(questions) and not stop.is_set():
+        answers, ended = _answers(questions[len(costs) :])
         costs += map(_cost, answers)
         if len(costs) < len(questions):
-            ended = Cost(reason=reason_of(done.returncode, done.stderr))
-            costs += [ended] * (len(questions) - len(costs) if done.returncode in _INTERRUPTED else 1)
-    return costs
+            costs.append(Cost(reason=reason_of(ended.returncode, ended.stderr)))
+        if ended.returncode == -SIGINT:
+            stop.set()
+    return [*costs, *[Cost(reason="interrupted")] * (len(questions) - len(costs))]
+
+
+def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]":
+    """What a process answers, a whole line each, and how it ended."""
+    with TemporaryDirectory() as directory:
+        asked, answers = Path(directory, "jobs.json"), Path(directory, "answers.jsonl")
+        asked.write_text(f"[{','.join(questions)}]", encoding="utf-8")
+        command = [sys.executable, "-m", "aura_dist.plan_jobs", str(asked), str(answers)]
+        ended = subprocess.run(command, capture_output=True, text=True, errors="backslashreplace", check=False)
+        written = answers.read_text(encoding="utf-8") if answers.exists() else ""
+    return [json.loads(line) for line in written.splitlines(keepends=True) if line.endswith("\n")], ended
 
 
 def _cost(answer: Mapping[str, Any]) -> Cost:

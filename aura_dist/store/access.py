@@ -3,9 +3,8 @@
 import os
 import re
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,14 @@ def fast_codecs() -> Iterator[None]:
     import zarrs  # noqa: F401  (registers the pipeline)
 
     with _OPENING, zarr.config.set(OPENED_WITH):
+        yield
+
+
+@contextmanager
+def plain_codecs() -> Iterator[None]:
+    """The same with Python's codec pipeline, which writes chunks of fill values too."""
+    pipeline = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+    with _OPENING, zarr.config.set({**OPENED_WITH, **pipeline}):
         yield
 
 
@@ -95,47 +102,6 @@ def in_whole_chunks(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
     assert isinstance(array.metadata, ArrayV3Metadata)
     with fast_codecs():
         return zarr.Array(AsyncArray(array.metadata.update_shape(shape), array.store_path, array.async_array.config))
-
-
-def write_whole(array: "zarr.Array[Any]", start: tuple[int, ...], values: NDArray[Any]) -> Coroutine[Any, Any, None]:
-    """What writes `values` from `start` on, to be awaited: whole chunks, or as far as the array reaches; all of them.
-
-    The Rust pipeline leaves out chunks that hold fill values alone (zarrs 0.2.3, whatever `write_empty_chunks` says),
-    and one that is not there counts as lost: Python's pipeline writes these, one after the other.
-
-    Called outside of zarr's event loop, as all that opens arrays: another thread may wait there, and hold the lock.
-    """
-    left_out = list(_chunks_of_fill_values(array, values))
-    every_chunk = _in_every_chunk(array) if left_out else array
-
-    def region(part: Sequence[slice]) -> tuple[slice, ...]:
-        return tuple(slice(first + s.start, first + s.stop) for first, s in zip(start, part, strict=True))
-
-    async def write() -> None:
-        await array.async_array.setitem(region([slice(0, n) for n in values.shape]), values)
-        for part in left_out:
-            await every_chunk.async_array.setitem(region(part), values[part])
-
-    return write()
-
-
-def _chunks_of_fill_values(array: "zarr.Array[Any]", values: NDArray[Any]) -> Iterator[tuple[slice, ...]]:
-    """Parts of `values` that are whole chunks of the array and hold its fill value alone."""
-    filled = np.isnan(values) if np.isnan(array.fill_value) else values == array.fill_value
-    if filled.any():
-        for origin in product(*(range(0, n, chunk) for n, chunk in zip(values.shape, array.chunks, strict=True))):
-            ends = (min(o + c, n) for o, c, n in zip(origin, array.chunks, values.shape, strict=True))
-            part = tuple(map(slice, origin, ends))
-            if filled[part].all():
-                yield part
-
-
-def _in_every_chunk(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
-    """A handle by Python's pipeline, which writes chunks of fill values as it is told."""
-    assert isinstance(array.metadata, ArrayV3Metadata)
-    pipeline = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
-    with _OPENING, zarr.config.set({**OPENED_WITH, **pipeline}):
-        return zarr.Array(AsyncArray(array.metadata, array.store_path, array.async_array.config))
 
 
 def read_array(group: zarr.Group, name: str, *, complete: bool = False) -> NDArray[Any]:

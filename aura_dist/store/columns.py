@@ -26,10 +26,10 @@ from aura_dist.store.access import (
     missing_chunks,
     open_group,
     read_array,
-    write_whole,
 )
 from aura_dist.store.schema import activation_path
-from aura_dist.store.scores import MARKER, Column, errors_of_writing, score_path
+from aura_dist.store.scores import MARKER, Column, score_path
+from aura_dist.store.writing import errors_of_writing, prepare_write
 
 _thread = threading.local()
 
@@ -110,17 +110,16 @@ def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> 
     One of our own for each column, and its threads, cost more than the writing.
     """
     arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in (*made, MARKER)}
+    writes = [prepare_write(arrays[name], (0, column.start), values) for name, values in made.items()]
 
-    writes = [write_whole(arrays[name], (0, column.start), values) for name, values in made.items()]
-
-    async def write() -> None:
+    async def write_all() -> None:
         # all end before an error is raised: none goes on writing once the column counts as failed
-        for error in await asyncio.gather(*writes, return_exceptions=True):
+        for error in await asyncio.gather(*(write() for write in writes), return_exceptions=True):
             if error is not None:
                 raise error
         await arrays[MARKER].async_array.setitem(column.index, column.marker)
 
-    sync(write())
+    sync(write_all())
 
 
 def read_columns(source: Source, site: str, pooling: str, columns: slice) -> NDArray[Any]:

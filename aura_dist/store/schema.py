@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from zarr.storage import MemoryStore
 
 from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.core.sites import Site
-from aura_dist.errors import StoreError
+from aura_dist.errors import StoreError, brief
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, fast_codecs, get_array, store_at
 
 DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"
@@ -156,8 +157,11 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
         The path cannot be written.
     """
     num_tasks = len(tasks_of(samples.num_tokens, spec.tokens_per_batch))
-    given: dict[str, NDArray[Any]]
-    given = {"samples/row": samples.row, "samples/num_tokens": samples.num_tokens, "samples/label": samples.label}
+    given: dict[str, NDArray[Any]] = {
+        "samples/row": samples.row,
+        "samples/num_tokens": samples.num_tokens,
+        "samples/label": samples.label,
+    }
     given |= {name: np.zeros(num_tasks, dtype=np.uint8) for name in (DONE, ATTEMPTS)}
     try:
         with fast_codecs():
@@ -168,8 +172,8 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
             for name, values in given.items():
                 get_array(root, name)[...] = values
             root.attrs["created"] = True
-    except OSError as error:
-        raise StoreError(f"--store {path!r} cannot be written: {error}") from error
+    except (OSError, RuntimeError) as error:  # the Rust pipeline raises RuntimeError for a full disk
+        raise StoreError(f"--store {path!r} cannot be written: {brief(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -206,9 +210,15 @@ def _layouts(spec: StoreSpec, samples: Samples, num_tasks: int) -> dict[str, Lay
 
 
 def create_arrays(group: zarr.Group, layouts: Mapping[str, Layout]) -> None:
-    """Make the arrays that are not there yet, without chunks, and the groups around them; many at a time."""
+    """Make the arrays that are not there yet, without chunks, and the groups around them; many at a time.
+
+    Raises
+    ------
+    OSError
+        One cannot be made: the first error, once all have been tried.
+    """
     arrays = {name: _metadata(layout) for name, layout in layouts.items()}
-    parents = {"/".join(parts[:end]) for name in layouts for parts in [name.split("/")] for end in range(1, len(parts))}
+    parents = {str(parent) for name in layouts for parent in PurePosixPath(name).parents} - {"."}
 
     async def make(name: str, metadata: ArrayV3Metadata | GroupMetadata) -> None:
         for key, described in metadata.to_buffer_dict(default_buffer_prototype()).items():

@@ -11,7 +11,7 @@ written at the end, by one process, and `adjusted` says that they are.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from zarr.core.sync import sync
 
 from aura_dist.core.statistics import STATISTICS, benjamini_hochberg
-from aura_dist.errors import ConfigError, StoreError, brief
-from aura_dist.store.access import damaged, get_array, is_there, read_array, write_whole
+from aura_dist.errors import ConfigError, StoreError
+from aura_dist.store.access import damaged, get_array, is_there, read_array
 from aura_dist.store.basis import Basis
 from aura_dist.store.schema import Layout, StoreSpec, activation_path, create_arrays
 from aura_dist.store.times import TIMES
+from aura_dist.store.writing import errors_of_writing, prepare_write
 
 MARKER, ADJUSTED = "scored", "adjusted"
 BITS = {name: 1 << i for i, name in enumerate(STATISTICS)}
@@ -169,17 +170,6 @@ def count_columns(group: zarr.Group, spec: StoreSpec) -> tuple[int, int]:
     return scored, total
 
 
-@contextmanager
-def errors_of_writing(store: str) -> Iterator[None]:
-    """Within, what keeps a score from being written is raised as a StoreError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # the Rust pipeline raises RuntimeError for a full disk
-        raise StoreError(
-            f"--store {store!r}: a score cannot be written: {brief(error)}; mend that and run `score` again"
-        ) from error
-
-
 def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, names: Sequence[str]) -> None:
     """Make the arrays of one site and pooling that are not there yet, and its marker."""
     place, (_, chunk) = f"scores/{site}/{pooling}", get_array(group, activation_path(site, pooling)).chunks
@@ -237,17 +227,21 @@ def adjust(group: zarr.Group, spec: StoreSpec) -> None:
 
     To be called once every p-value stands. Interrupted, it is done again.
     """
-    for pooling in [p for p in spec.poolings if p not in _adjusted(group)]:
-        widths = [site.width for site in spec.sites]
-        q_CD = np.empty((len(spec.concepts), sum(widths)))
-        parts: list[NDArray[Any]] = np.split(q_CD, np.cumsum(widths)[:-1], axis=1)  # views: filled here, then read
-        for site, part in zip(spec.sites, parts, strict=True):
-            part[...] = read_statistic(group, site.name, pooling, "p_value")
-        for p_D in q_CD:
-            p_D[...] = benjamini_hochberg(p_D)
-        for site, part in zip(spec.sites, parts, strict=True):
-            make_arrays(group, spec, site.name, pooling, ["q_value"])
-            q_values = get_array(group, score_path(site.name, pooling, "q_value"))
-            with errors_of_writing(str(group.store_path)):
-                sync(write_whole(q_values, (0, 0), part))
-        group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]
+    with errors_of_writing(str(group.store_path)):
+        for pooling in [p for p in spec.poolings if p not in _adjusted(group)]:
+            _adjust(group, spec, pooling)
+
+
+def _adjust(group: zarr.Group, spec: StoreSpec, pooling: str) -> None:
+    widths = [site.width for site in spec.sites]
+    q_CD = np.empty((len(spec.concepts), sum(widths)))
+    parts: list[NDArray[Any]] = np.split(q_CD, np.cumsum(widths)[:-1], axis=1)  # views: filled here, then read
+    for site, part in zip(spec.sites, parts, strict=True):
+        part[...] = read_statistic(group, site.name, pooling, "p_value")
+    for p_D in q_CD:
+        p_D[...] = benjamini_hochberg(p_D)
+    for site, part in zip(spec.sites, parts, strict=True):
+        make_arrays(group, spec, site.name, pooling, ["q_value"])
+        write = prepare_write(get_array(group, score_path(site.name, pooling, "q_value")), (0, 0), part)
+        sync(write())
+    group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]

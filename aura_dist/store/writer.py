@@ -8,7 +8,7 @@ import asyncio
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from aura_dist.core.columns import Interval
 from aura_dist.errors import StoreError
-from aura_dist.store.access import get_array, write_whole
+from aura_dist.store.access import get_array
 from aura_dist.store.schema import activation_path
+from aura_dist.store.writing import Write, prepare_write
 
 NUM_BUFFERS = 3
 _POLL_SECONDS = 0.1
@@ -122,14 +123,14 @@ class ChunkWriter:
         runner.run(_together(self._writes(slice(start, stop), buffer)))
         self._free.put(buffer)
 
-    def _writes(self, rows: slice, buffer: RowBuffer) -> list[Coroutine[Any, Any, None]]:
+    def _writes(self, rows: slice, buffer: RowBuffer) -> list[Write]:
         """What writes the buffer, site by site."""
         writes = []
         for key, values in buffer.items():
             place = 0
             for start, stop in self._owned[key[0]]:
                 part = values[: rows.stop - rows.start, place : place + stop - start]
-                writes.append(write_whole(self._arrays[key], (rows.start, start), part))
+                writes.append(prepare_write(self._arrays[key], (rows.start, start), part))
                 place += stop - start
         return writes
 
@@ -145,6 +146,6 @@ class ChunkWriter:
             self.check()
 
 
-async def _together(writes: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def _together(writes: Sequence[Write]) -> None:
     """All sites at once: one turn of the event loop instead of one for each array."""
-    await asyncio.gather(*writes)
+    await asyncio.gather(*(write() for write in writes))

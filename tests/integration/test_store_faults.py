@@ -146,10 +146,12 @@ def test_failing_write_stops_the_run_with_its_error(whole, tiny_dir, sentences_c
     command = arguments(tiny_dir("llama"), sentences_csv, store)
     writes = writer_module.ChunkWriter._writes
 
+    async def failing():
+        raise OSError(28, "No space left on device")
+
     def full_disk(self, rows, buffer):
-        if rows.start < 320:
-            raise OSError(28, "No space left on device")
-        return writes(self, rows, buffer)
+        prepared = writes(self, rows, buffer)
+        return [*prepared[:2], failing, *prepared[3:]] if rows.start < 320 else prepared
 
     monkeypatch.setattr(writer_module.ChunkWriter, "_writes", full_disk)
     assert main(command) == 2

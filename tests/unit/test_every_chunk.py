@@ -11,8 +11,10 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from aura_dist.errors import StoreError
-from aura_dist.store.access import get_array, is_there, missing_chunks, read_array, store_at, write_whole
+from aura_dist.store.access import get_array, is_there, missing_chunks, open_group, read_array, store_at
 from aura_dist.store.schema import Layout, create_arrays
+from aura_dist.store.writer import ChunkWriter
+from aura_dist.store.writing import prepare_write
 from tests.stores import make_store
 
 SHAPE, CHUNKS = (10, 7), (4, 3)
@@ -32,11 +34,11 @@ def test_chunks_of_fill_values_are_written_with_the_others(group, dtype, fill):
     values = np.arange(1, 71).reshape(SHAPE).astype(dtype)
     values[0:4, 3:6] = values[8:10, 6:7] = fill  # a whole chunk, and one that the array ends in
     values[5, 1] = fill  # not all of its chunk
-    sync(write_whole(array, (0, 0), values))
+    sync(prepare_write(array, (0, 0), values)())
     assert not missing_chunks(array, np.ndindex(*array.cdata_shape))
     np.testing.assert_array_equal(read_array(group, "a/b/values", complete=True), values)
     part = np.full((4, 3), fill, dtype)
-    sync(write_whole(array, (4, 3), part))
+    sync(prepare_write(array, (4, 3), part)())
     values[4:8, 3:6] = part
     np.testing.assert_array_equal(read_array(group, "a/b/values", complete=True), values)
 
@@ -45,7 +47,7 @@ def test_what_stands_is_left_as_it_is(group):
     layout = Layout(SHAPE, CHUNKS, "float32", ("row", "column"), np.nan)
     create_arrays(group, {"a/b/one": layout})
     group["a"].attrs["kept"] = True
-    sync(write_whole(get_array(group, "a/b/one"), (0, 0), np.ones(SHAPE, np.float32)))
+    sync(prepare_write(get_array(group, "a/b/one"), (0, 0), np.ones(SHAPE, np.float32))())
     create_arrays(group, {"a/b/one": layout, "a/b/two": layout, "c": layout})
     assert group["a"].attrs["kept"]
     assert (read_array(group, "a/b/one", complete=True) == 1).all()
@@ -65,3 +67,26 @@ def test_full_disk_is_one_error(tmp_path, monkeypatch, caplog):
         make_store(tmp_path / "s.zarr", 40, (8, 8, 8))
     gc.collect()
     assert not caplog.records, "none that nobody has asked for"
+
+
+def test_owner_of_several_intervals_writes_nan_among_them(tmp_path):
+    """As under tensor parallelism: its columns lie side by side in the buffer."""
+    group = open_group(str(make_store(tmp_path / "s.zarr", 40, (96,))))
+    key, owned = ("layers.0.up", "max"), [(0, 12), (48, 60), (90, 96)]
+    array = get_array(group, "activations/layers.0.up/max")
+    before = read_array(group, "activations/layers.0.up/max")
+    values = np.arange(40 * 30, dtype=np.float32).reshape(40, 30)
+    values[:, 12:24] = np.nan
+    with ChunkWriter(group, {"layers.0.up": owned}, lambda: {key: np.empty((32, 30), np.float32)}, commit) as writer:
+        for start, stop in ((0, 32), (32, 40)):
+            buffer = writer.free_buffer()
+            buffer[key][: stop - start] = values[start:stop]
+            writer.write(start, stop, buffer, lambda: None)
+    for place, (start, stop) in zip((0, 12, 24), owned, strict=True):
+        before[:, start:stop] = values[:, place : place + stop - start]
+    assert not missing_chunks(array, np.ndindex(*array.cdata_shape))
+    np.testing.assert_array_equal(read_array(group, "activations/layers.0.up/max", complete=True), before)
+
+
+def commit(task, nonfinite):
+    """No task is finished here."""
