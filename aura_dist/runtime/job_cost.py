@@ -14,6 +14,7 @@ from signal import SIGINT
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from aura_dist.errors import ConfigError, brief
 from aura_dist.runtime.cluster import available_cores
 from aura_dist.runtime.job_state import reason_of
 
@@ -76,6 +77,8 @@ def plan_costs(jobs: Mapping[str, Question]) -> dict[str, Cost]:
         try:
             for share, costs in zip(shares, pool.map(partial(_ask, stop), shares), strict=True):
                 found |= zip(share, costs, strict=True)
+        except OSError as error:
+            raise ConfigError(f"jobs cannot be planned: {brief(error)}; mend that, or set TMPDIR") from error
         except BaseException:  # a person wants the command to end
             stop.set()
             raise
@@ -105,7 +108,9 @@ def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subproces
         asked, answers = Path(directory, "jobs.json"), Path(directory, "answers.jsonl")
         asked.write_text(f"[{','.join(questions)}]", encoding="utf-8")
         command = [sys.executable, "-m", "aura_dist.plan_jobs", str(asked), str(answers)]
-        ended = subprocess.run(command, capture_output=True, text=True, errors="backslashreplace", check=False)
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="backslashreplace", check=False
+        )  # without the terminal: a library's question gets no answer
         written = answers.read_text(encoding="utf-8") if answers.exists() else ""
     return [json.loads(line) for line in written.splitlines(keepends=True) if line.endswith("\n")], ended
 

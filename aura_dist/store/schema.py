@@ -30,7 +30,7 @@ from zarr.storage import MemoryStore
 
 from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.core.sites import Site
-from aura_dist.errors import StoreError, brief
+from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, fast_codecs, get_array, store_at
 
 DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"
@@ -172,7 +172,10 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
             for name, values in given.items():
                 get_array(root, name)[...] = values
             root.attrs["created"] = True
-    except (OSError, RuntimeError) as error:  # the Rust pipeline raises RuntimeError for a full disk
+    except AuraError:
+        raise
+    # RuntimeError: the Rust pipeline's, for a full disk; ValueError: opened for reading, as it cannot be written
+    except (OSError, RuntimeError, ValueError) as error:
         raise StoreError(f"--store {path!r} cannot be written: {brief(error)}") from error
 
 

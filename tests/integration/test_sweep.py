@@ -24,7 +24,7 @@ from aura_dist.config import VERBS, SweepConfig
 from aura_dist.config_file import merge, read_config_file
 from aura_dist.core.grid import STAGES, make_cells
 from aura_dist.core.jobs import make_graph
-from aura_dist.errors import StoreError
+from aura_dist.errors import ConfigError, StoreError
 from aura_dist.evaluation.job_progress import kept
 from aura_dist.evaluation.results import SCHEMA
 from aura_dist.evaluation.toxicity import ByPrompt, ratios
@@ -391,6 +391,12 @@ def test_interrupted_planning_asks_no_further(answering):
     costs = plan_costs({name: ("collect", {"model": name}) for name in "abc"})
     assert asked == [["a", "b", "c"]]
     assert [bool(cost.reason) for cost in costs.values()] == [False, True, True]
+
+
+def test_place_that_cannot_be_written_is_one_error(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/none/such")
+    with pytest.raises(ConfigError, match=r"jobs cannot be planned: .*/none/such"):
+        plan_costs({"a": ("collect", {"model": "m"})})
 
 
 def test_many_jobs_are_shared_by_processes(answering, monkeypatch):
