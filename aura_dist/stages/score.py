@@ -40,6 +40,7 @@ from aura_dist.store.scores import (
 )
 from aura_dist.store.times import SCORED, add_times
 from aura_dist.store.view import best_neurons, score_table
+from aura_dist.store.writing import errors_of_writing
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -94,13 +95,11 @@ def run(config: ScoreConfig) -> None:
 
 
 def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, overwrite: bool = False) -> None:
-    try:
+    with errors_of_writing(store, "a score"):
         if overwrite:
             discard(group, spec)
         if begin(group, spec, basis):
             logger.warning("%s was scored on other rows than are there now: it is scored anew", store)
-    except (OSError, ValueError) as error:  # ValueError: opened for reading, as it cannot be written
-        raise StoreError(f"--store {store!r}: scores cannot be written: {brief(error)}") from error
 
 
 def _check_memory(left: list[Pending], basis: Basis, num_concepts: int, limit: int, num_threads: int) -> None:

@@ -92,7 +92,7 @@ def _score_column(source: Source, column: Column) -> Scored:
     made = statistics_by_concept(values_NM, labels_CN, column.statistics)
     del values_NM
     computed = time.perf_counter()
-    with errors_of_writing(source.path):
+    with errors_of_writing(source.path, "a score"):
         _write(source, column, made)
     return Scored(_num_unscored(made), read - start, computed - read, time.perf_counter() - computed)
 

@@ -30,8 +30,8 @@ from zarr.storage import MemoryStore
 
 from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.core.sites import Site
-from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, fast_codecs, get_array, store_at
+from aura_dist.store.writing import errors_of_writing
 
 DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"
 
@@ -163,20 +163,14 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
         "samples/label": samples.label,
     }
     given |= {name: np.zeros(num_tasks, dtype=np.uint8) for name in (DONE, ATTEMPTS)}
-    try:
-        with fast_codecs():
-            attributes = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance}
-            clear(path)
-            root = zarr.open_group(store_at(path), mode="w", zarr_format=3, attributes=attributes)
-            create_arrays(root, _layouts(spec, samples, num_tasks))
-            for name, values in given.items():
-                get_array(root, name)[...] = values
-            root.attrs["created"] = True
-    except AuraError:
-        raise
-    # RuntimeError: the Rust pipeline's, for a full disk; ValueError: opened for reading, as it cannot be written
-    except (OSError, RuntimeError, ValueError) as error:
-        raise StoreError(f"--store {path!r} cannot be written: {brief(error)}") from error
+    with errors_of_writing(path), fast_codecs():
+        attributes = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance}
+        clear(path)
+        root = zarr.open_group(store_at(path), mode="w", zarr_format=3, attributes=attributes)
+        create_arrays(root, _layouts(spec, samples, num_tasks))
+        for name, values in given.items():
+            get_array(root, name)[...] = values
+        root.attrs["created"] = True
 
 
 @dataclass(frozen=True)

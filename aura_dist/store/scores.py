@@ -180,7 +180,7 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
         fill_value = np.nan if dtype == "float64" else 0
         layouts[name] = Layout((num_concepts, width), (num_concepts, chunk), dtype, ("concept", "neuron"), fill_value)
     layouts[MARKER] = Layout((ceil(width / chunk),), (1,), "uint32", ("chunk_column",), 0)
-    with errors_of_writing(str(group.store_path)):
+    with errors_of_writing(str(group.store_path), "a score"):
         create_arrays(group, {f"{place}/{name}": layout for name, layout in layouts.items()})
 
 
@@ -227,7 +227,7 @@ def adjust(group: zarr.Group, spec: StoreSpec) -> None:
 
     To be called once every p-value stands. Interrupted, it is done again.
     """
-    with errors_of_writing(str(group.store_path)):
+    with errors_of_writing(str(group.store_path), "a score"):
         for pooling in [p for p in spec.poolings if p not in _adjusted(group)]:
             _adjust(group, spec, pooling)
 

@@ -57,14 +57,15 @@ def _by_python(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
 
 
 @contextmanager
-def errors_of_writing(store: str) -> Iterator[None]:
-    """Within, what keeps a score from being written is raised as a StoreError."""
+def errors_of_writing(store: str, what: str = "") -> Iterator[None]:
+    """Within, what keeps the store, or `what` of it, from being written is raised as a StoreError."""
     try:
         yield
     except AuraError:
         raise
     # RuntimeError: the Rust pipeline's, for a full disk; ValueError: opened for reading, as it cannot be written
     except (OSError, RuntimeError, ValueError) as error:
+        name = f"--store {store!r}" + (f": {what}" if what else "")
         raise StoreError(
-            f"--store {store!r}: a score cannot be written: {brief(error)}; mend that and run `score` again"
+            f"{name} cannot be written: {brief(error)}; mend that and run the same command again"
         ) from error
