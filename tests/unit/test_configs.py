@@ -72,6 +72,20 @@ def test_plan_of_the_true_shape(name, tmp_path, capsys):
     assert plan["num_replicas"] >= 2, "8 GPUs make several replicas"
 
 
+def test_readme_says_what_plan_says_of_falcon_40b(tmp_path, capsys):
+    model = str(shape_dir("falcon-40b", tmp_path / "falcon-40b"))
+    command = ["plan", "--config", str(CONFIGS / "falcon-40b.yaml"), "--model", model, "--json"]
+    sizes = {}
+    for sharding in ("fsdp", "tensor", "zero3", "fsdp=4"):
+        more = ["--world-size", "8", "--device-memory", "80GB", "--sharding", sharding]
+        assert main([*command, *more]) == 0, capsys.readouterr().err
+        sizes[sharding] = f"{json.loads(capsys.readouterr().out)['device_bytes'] / 1e9:.1f}"
+    said = " ".join((CONFIGS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"{sizes['fsdp']} GB under `fsdp` (over all 8), {sizes['tensor']} under `tensor=8`" in said
+    assert f"{sizes['zero3']} under `zero3`; `fsdp=4` (two replicas" in said
+    assert f"as in `configs/falcon-40b.yaml`) {sizes['fsdp=4']}." in said
+
+
 @pytest.mark.parametrize("name", [n for n in PLANNED if n != "demo"])
 def test_protocol_of_the_paper(name):
     document = read_config_file(str(CONFIGS / f"{name}.yaml"))
