@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from aura_dist.core.auroc import auroc
-    from aura_dist.model.intervene import intervene
-    from aura_dist.store.artifact import Intervention
-    from aura_dist.store.view import open_store, top_neurons
+    from aura_dist.interventions.artifact import Intervention
+    from aura_dist.interventions.hooks import intervene
+    from aura_dist.scoring.auroc import auroc
+    from aura_dist.scoring.view import open_store, top_neurons
 
 _HOME_OF = {
-    "auroc": "aura_dist.core.auroc",
-    "open_store": "aura_dist.store.view",
-    "top_neurons": "aura_dist.store.view",
-    "Intervention": "aura_dist.store.artifact",
-    "intervene": "aura_dist.model.intervene",
+    "auroc": "aura_dist.scoring.auroc",
+    "open_store": "aura_dist.scoring.view",
+    "top_neurons": "aura_dist.scoring.view",
+    "Intervention": "aura_dist.interventions.artifact",
+    "intervene": "aura_dist.interventions.hooks",
 }
 
 __all__ = ["Intervention", "__version__", "auroc", "intervene", "open_store", "top_neurons"]

@@ -15,10 +15,10 @@ from types import ModuleType
 from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
-from aura_dist.config import VERBS
-from aura_dist.config_file import merge, read_config_file
+from aura_dist.config.file import merge, read_config_file
+from aura_dist.config.settings import flag, hints, place_of, resolve
+from aura_dist.config.verbs import VERBS
 from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError
-from aura_dist.settings import flag, hints, place_of, resolve
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -50,7 +50,7 @@ class _Once(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs, generated from the dataclasses of `aura_dist.config`."""
+    """The parser of all verbs, generated from the dataclasses of `aura_dist.config.verbs`."""
     parser = _Parser(
         prog="aura-dist",
         description="Find the neurons that tell two classes of text apart, and whisper them down.",
@@ -105,8 +105,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     if only_check:
         return
 
-    from aura_dist.runtime.log import configure_logging
-    from aura_dist.runtime.memory import keep_freed_memory
+    from aura_dist.ranks.log import configure_logging
+    from aura_dist.ranks.memory import keep_freed_memory
 
     configure_logging(debug=debug)
     keep_freed_memory()

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 import aura_dist
-from aura_dist.data.labels import check_texts, parse_labels
-from aura_dist.data.table import Table, read_table
 from aura_dist.errors import AuraError, InputError
+from aura_dist.text.labels import check_texts, parse_labels
+from aura_dist.text.table import Table, read_table
 
 
 def held_out(table: Table, seen: set[str], number: int, words: int) -> list[str]:

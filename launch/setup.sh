@@ -67,5 +67,5 @@ if [ "$extras" != demo ] && [ ! -e .venv/torch_extensions/deepspeed_shm_comm/dee
     install_packages "g++ and Python's headers" "g++ python$(python_version .venv/bin/python)-dev" "g++ python3-dev"
   fi
   echo "compiling DeepSpeed's collectives for the CPU (minutes, once)" >&2
-  .venv/bin/python -m aura_dist.model.zero3
+  .venv/bin/python -m aura_dist.models.strategies.zero3
 fi

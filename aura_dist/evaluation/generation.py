@@ -14,10 +14,10 @@ from aura_dist.evaluation.decoding import Decoder, Rows
 from aura_dist.evaluation.noise import sample_key
 from aura_dist.evaluation.prompts import Pair, TokenizedPrompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.model.use import LoadedModel
-from aura_dist.runtime.progress import Progress
-from aura_dist.runtime.signals import StopFlag
-from aura_dist.runtime.team import Team
+from aura_dist.interventions.use import LoadedModel
+from aura_dist.ranks.progress import Progress
+from aura_dist.ranks.signals import StopFlag
+from aura_dist.ranks.team import Team
 
 ROWS_PER_BATCH = 128
 # batches that each row worker finds at least, where there is so much work: the last ones end together

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from aura_dist.core.partition import make_batches
-from aura_dist.data.tokens import Batch, TokenizedTexts
 from aura_dist.errors import InputError
 from aura_dist.evaluation.bootstrap import bootstrap_means, interval
 from aura_dist.evaluation.decoding import only_attention
+from aura_dist.store.grid import make_batches
+from aura_dist.text.tokens import Batch, TokenizedTexts
 
 # float32 logits of one forward; a vocabulary of 262,144 would else take 2 GB for 2,048 tokens
 LOGITS_BYTES = 256 * 2**20

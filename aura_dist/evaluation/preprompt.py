@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from aura_dist.data.tokens import TokenizedTexts
 from aura_dist.errors import InputError, brief
+from aura_dist.text.tokens import TokenizedTexts
 
 
 def read_preprompt(given: str) -> str:

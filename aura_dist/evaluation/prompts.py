@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from aura_dist.data.labels import check_texts
-from aura_dist.data.table import Table, read_table
 from aura_dist.errors import InputError, MissingColumnError, brief
 from aura_dist.evaluation.noise import prompt_keys
 from aura_dist.evaluation.preprompt import Prefix
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.model.sharding import check_positions, check_vocabulary
+from aura_dist.models.load import check_positions, check_vocabulary
+from aura_dist.text.labels import check_texts
+from aura_dist.text.table import Table, read_table
 
 # where prompts stand: RealToxicityPrompts' records; a plain table
 TEXT_COLUMNS = ("prompt.text", "prompt", "text")

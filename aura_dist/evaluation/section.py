@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.data.tokens import tokenizer_digest
 from aura_dist.errors import StoreError
 from aura_dist.evaluation.journal import Journal, Record
 from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, checked_scores
 from aura_dist.evaluation.toxicity import ByPrompt, by_prompt, estimates, groups
-from aura_dist.model.use import LoadedModel
+from aura_dist.interventions.use import LoadedModel
+from aura_dist.text.tokens import tokenizer_digest
 
 
 def sampling_settings(how: Decoding) -> dict[str, Any]:

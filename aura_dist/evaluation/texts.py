@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.data.labels import check_classes, check_texts, parse_labels
-from aura_dist.data.table import read_table
-from aura_dist.data.tokens import TokenizedTexts, tokenize
 from aura_dist.evaluation.perplexity import both_sides, negative_log_likelihoods, summary
 from aura_dist.evaluation.preprompt import Prefix
-from aura_dist.model.sharding import check_positions, check_vocabulary
-from aura_dist.model.use import LoadedModel
+from aura_dist.interventions.use import LoadedModel
+from aura_dist.models.load import check_positions, check_vocabulary
+from aura_dist.text.labels import check_classes, check_texts, parse_labels
+from aura_dist.text.table import read_table
+from aura_dist.text.tokens import TokenizedTexts, tokenize
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,14 @@ import numpy as np
 import zarr
 from transformers import PreTrainedModel
 
-from aura_dist.config import CollectConfig
-from aura_dist.core.partition import Task
-from aura_dist.data.labels import check_classes, check_texts, parse_labels
-from aura_dist.data.sampling import Sampling, sample_rows, without_mixed_negatives
-from aura_dist.data.table import Table, read_table
-from aura_dist.data.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
+from aura_dist.collecting.stream import Run, stream
+from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import RunInterruptedError, StoreError
-from aura_dist.model.fingerprint import fingerprint
-from aura_dist.model.intervene import laid_over
-from aura_dist.model.sharding import (
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.hooks import laid_over
+from aura_dist.interventions.use import load_intervention
+from aura_dist.models.identity import fingerprint
+from aura_dist.models.load import (
     ModelSource,
     check_positions,
     check_vocabulary,
@@ -39,18 +37,20 @@ from aura_dist.model.sharding import (
     sharding_options,
     skeleton,
 )
-from aura_dist.model.sites import find_sites
-from aura_dist.model.stream import Run, stream
-from aura_dist.model.use import load_intervention
-from aura_dist.runtime.launch import start_team
-from aura_dist.runtime.log import configure_rank
-from aura_dist.runtime.signals import StopFlag
-from aura_dist.runtime.team import Team
+from aura_dist.ranks.launch import start_team
+from aura_dist.ranks.log import configure_rank
+from aura_dist.ranks.signals import StopFlag
+from aura_dist.ranks.team import Team
+from aura_dist.sites.find import find_sites
 from aura_dist.store.access import exists, open_group
-from aura_dist.store.artifact import Intervention
+from aura_dist.store.grid import Task
 from aura_dist.store.record import check_same, counted_attempts, most_attempted, nonfinite_responses, unfinished
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
 from aura_dist.store.times import COLLECTED, add_times
+from aura_dist.text.labels import check_classes, check_texts, parse_labels
+from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
+from aura_dist.text.table import Table, read_table
+from aura_dist.text.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 

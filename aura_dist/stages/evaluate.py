@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from aura_dist.config import EvaluateConfig
+from aura_dist.config.settings import flag
+from aura_dist.config.verbs import EvaluateConfig
 from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
 from aura_dist.evaluation.generation import generate
 from aura_dist.evaluation.journal import Journal, journal_path, settings_key
@@ -34,13 +35,12 @@ from aura_dist.evaluation.section import fixing_settings, head, score
 from aura_dist.evaluation.texts import TextFile, measure, read_texts, tokenize_texts
 from aura_dist.evaluation.toxicity import groups
 from aura_dist.evaluation.zero_shot import ZeroShot
-from aura_dist.model.sharding import ModelSource, pick_device, sharding_options
-from aura_dist.model.use import LoadedModel, load_for_use
-from aura_dist.runtime.launch import start_team
-from aura_dist.runtime.log import configure_rank
-from aura_dist.runtime.signals import StopFlag
-from aura_dist.runtime.team import Team
-from aura_dist.settings import flag
+from aura_dist.interventions.use import LoadedModel, load_for_use
+from aura_dist.models.load import ModelSource, pick_device, sharding_options
+from aura_dist.ranks.launch import start_team
+from aura_dist.ranks.log import configure_rank
+from aura_dist.ranks.signals import StopFlag
+from aura_dist.ranks.team import Team
 
 logger = logging.getLogger(__name__)
 

@@ -17,21 +17,21 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from aura_dist import __version__
-from aura_dist.config import ExportConfig
+from aura_dist.config.verbs import ExportConfig
 from aura_dist.errors import ConfigError, StoreError
-from aura_dist.model.carry import carry_files, write_config, write_index
-from aura_dist.model.checkpoint import Stored, open_weights
-from aura_dist.model.fingerprint import checkpoint_files, fingerprint
-from aura_dist.model.fold import FoldPlan, plan_folds
-from aura_dist.model.rewrite import Target, layout, write
-from aura_dist.model.sharding import ModelSource, load_config, skeleton
-from aura_dist.model.sites import find_sites
-from aura_dist.model.use import load_intervention
-from aura_dist.runtime.progress import Progress
-from aura_dist.runtime.signals import StopFlag
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.export.carry import carry_files, write_config, write_index
+from aura_dist.interventions.export.checkpoint import Stored, open_weights
+from aura_dist.interventions.export.fold import FoldPlan, plan_folds
+from aura_dist.interventions.export.rewrite import Target, layout, write
+from aura_dist.interventions.hub import public_name, without_paths
+from aura_dist.interventions.use import load_intervention
+from aura_dist.models.identity import checkpoint_files, fingerprint
+from aura_dist.models.load import ModelSource, load_config, skeleton
+from aura_dist.ranks.progress import Progress
+from aura_dist.ranks.signals import StopFlag
+from aura_dist.sites.find import find_sites
 from aura_dist.store.access import local_path
-from aura_dist.store.artifact import Intervention
-from aura_dist.store.hub import public_name, without_paths
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,16 @@
 """generate: continuations of prompts, with and without an intervention side by side."""
 
-from aura_dist.config import GenerateConfig
+from aura_dist.config.verbs import GenerateConfig
 from aura_dist.evaluation.generation import continue_alike
 from aura_dist.evaluation.preprompt import make_prefix, read_preprompt
 from aura_dist.evaluation.prompts import tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.model.sharding import ModelSource, pick_device, sharding_options
-from aura_dist.model.use import load_for_use
-from aura_dist.runtime.launch import start_team
-from aura_dist.runtime.log import configure_rank
-from aura_dist.runtime.team import Team
-from aura_dist.store.artifact import method_of
+from aura_dist.interventions.artifact import method_of
+from aura_dist.interventions.use import load_for_use
+from aura_dist.models.load import ModelSource, pick_device, sharding_options
+from aura_dist.ranks.launch import start_team
+from aura_dist.ranks.log import configure_rank
+from aura_dist.ranks.team import Team
 
 
 def run(config: GenerateConfig) -> list[dict[str, list[str]]]:

@@ -1,7 +1,7 @@
 """plan: what `collect` would take, before anything is spent; the model's configuration is read, never its weights.
 
 Data flow: rows and their token counts (from the data, or an upper bound) → the model on the meta device → sites,
-weights, a traced forward → `core/budget.py` → tables, or a refusal that names the largest setting that fits.
+weights, a traced forward → `planning/budget.py` → tables, or a refusal that names the largest setting that fits.
 """
 
 import json
@@ -14,22 +14,22 @@ import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from aura_dist.config import PlanConfig
-from aura_dist.core.fitting import Fit, advice, fit, survey
-from aura_dist.core.layout import parse_layout
-from aura_dist.core.plan_text import Report, render
-from aura_dist.core.schedule import TFLOPS, run_seconds, schedule
-from aura_dist.core.store_size import store_size
-from aura_dist.core.units import parse_bytes, show_bytes
-from aura_dist.core.work import Machine, Spread, Tier
-from aura_dist.data.labels import check_texts, parse_labels
-from aura_dist.data.sampling import Sampling, sample_rows, without_mixed_negatives
-from aura_dist.data.table import read_table
-from aura_dist.data.tokens import load_tokenizer, tokenize
+from aura_dist.config.verbs import PlanConfig
 from aura_dist.errors import AuraError, BudgetError, ConfigError
-from aura_dist.model.estimate import Estimate, estimate
-from aura_dist.model.sharding import DTYPES, ModelSource, load_config
+from aura_dist.models.load import DTYPES, ModelSource, load_config
+from aura_dist.planning.estimate import Estimate, estimate
+from aura_dist.planning.schedule import TFLOPS, run_seconds, schedule
+from aura_dist.planning.store_size import store_size
+from aura_dist.planning.text import Report, render
+from aura_dist.planning.units import parse_bytes, show_bytes
+from aura_dist.planning.what_fits import Fit, advice, fit, survey
+from aura_dist.planning.work import Machine, Spread, Tier
+from aura_dist.ranks.layout import parse_layout
 from aura_dist.store.schema import tasks_of
+from aura_dist.text.labels import check_texts, parse_labels
+from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
+from aura_dist.text.table import read_table
+from aura_dist.text.tokens import load_tokenizer, tokenize
 
 MAX_RANKS_PER_HOST = 8
 

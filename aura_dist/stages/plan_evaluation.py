@@ -10,22 +10,22 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from aura_dist.config import EvaluateConfig
-from aura_dist.core.evaluation_work import READ_RATE, LanguageModelCost, Step, continuing, reading
-from aura_dist.core.layout import parse_layout
-from aura_dist.core.partition import make_batches
-from aura_dist.core.schedule import TFLOPS
-from aura_dist.data.tokens import load_tokenizer
+from aura_dist.config.verbs import EvaluateConfig
 from aura_dist.evaluation.decoding import only_attention
 from aura_dist.evaluation.perplexity import tokens_at_once
 from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
 from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.texts import read_texts, tokenize_texts
-from aura_dist.model.sharding import DTYPES, ModelSource, load_config, skeleton
-from aura_dist.model.sizes import prepare, weight_sizes
-from aura_dist.model.trace import forward_cost
-from aura_dist.model.use import LoadedModel
+from aura_dist.interventions.use import LoadedModel
+from aura_dist.models.load import DTYPES, ModelSource, load_config, skeleton
+from aura_dist.planning.evaluation_work import READ_RATE, LanguageModelCost, Step, continuing, reading
+from aura_dist.planning.schedule import TFLOPS
+from aura_dist.planning.sizes import prepare, weight_sizes
+from aura_dist.planning.trace import forward_cost
+from aura_dist.ranks.layout import parse_layout
+from aura_dist.store.grid import make_batches
+from aura_dist.text.tokens import load_tokenizer
 
 
 @dataclass(frozen=True)

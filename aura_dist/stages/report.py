@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from aura_dist.config import ReportConfig
+from aura_dist.config.verbs import ReportConfig
 from aura_dist.errors import ConfigError, StoreError
-from aura_dist.evaluation.report.content import Content, Shown, make_content
-from aura_dist.evaluation.report.distributions import Bar
-from aura_dist.evaluation.report.page import check_extra, render
-from aura_dist.evaluation.report.rundir import INTERVENTIONS, JOBS, RunDirectory, named_apart, open_run
+from aura_dist.report.content import Content, Shown, make_content
+from aura_dist.report.distributions import Bar
+from aura_dist.report.page import check_extra, render
+from aura_dist.report.rundir import INTERVENTIONS, JOBS, RunDirectory, named_apart, open_run
 
 logger = logging.getLogger(__name__)
 

@@ -18,17 +18,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zarr
 
-from aura_dist.config import ScoreConfig
-from aura_dist.core.column_sums import scoring_bytes
+from aura_dist.config.verbs import ScoreConfig
 from aura_dist.errors import ClusterError, ConfigError, StoreError, brief
-from aura_dist.runtime.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_shape
-from aura_dist.runtime.progress import Progress
-from aura_dist.store.access import open_group
-from aura_dist.store.basis import Basis, basis_of
-from aura_dist.store.columns import Scored, Source, compile_kernels, score_columns
-from aura_dist.store.describe import by_layer, confounding_warning, top_table
-from aura_dist.store.schema import StoreSpec
-from aura_dist.store.scores import (
+from aura_dist.ranks.progress import Progress
+from aura_dist.scoring.basis import Basis, basis_of
+from aura_dist.scoring.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_shape
+from aura_dist.scoring.column_sums import scoring_bytes
+from aura_dist.scoring.describe import by_layer, confounding_warning, top_table
+from aura_dist.scoring.scores import (
     Column,
     Pending,
     adjust,
@@ -38,8 +35,11 @@ from aura_dist.store.scores import (
     pending,
     resolve_statistics,
 )
+from aura_dist.scoring.view import best_neurons, score_table
+from aura_dist.scoring.worker import Scored, Source, compile_kernels, score_columns
+from aura_dist.store.access import open_group
+from aura_dist.store.schema import StoreSpec
 from aura_dist.store.times import SCORED, add_times
-from aura_dist.store.view import best_neurons, score_table
 from aura_dist.store.writing import errors_of_writing
 
 if TYPE_CHECKING:

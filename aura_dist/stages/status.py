@@ -4,10 +4,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from aura_dist.config import StatusConfig
-from aura_dist.evaluation.report.rundir import named_apart
-from aura_dist.evaluation.status import DAMAGED, NOTHING, Part, RunStatus, find_runs, run_status
-from aura_dist.runtime.progress import clock
+from aura_dist.config.verbs import StatusConfig
+from aura_dist.ranks.progress import clock
+from aura_dist.report.rundir import named_apart
+from aura_dist.report.status import DAMAGED, NOTHING, Part, RunStatus, find_runs, run_status
 
 STAGES = ("collect", "score", "fit", "evaluate")
 

@@ -1,6 +1,6 @@
 """sweep: a grid of settings → jobs that share what they have in common → one table. Never imports torch.
 
-Data flow: grid file → cells → graph of jobs (`core/`) → a launcher starts each job as `aura-dist STAGE` once what it
+Data flow: grid file → cells → graph of jobs (`sweep/`) → a launcher starts each job as `aura-dist STAGE` once what it
 needs is done, or leaves that to Slurm, and keeps a state file of it → results files → table. What is done is read from
 these files alone, so that a sweep can be stopped and started again, and grown.
 """
@@ -16,19 +16,20 @@ from typing import Any
 
 import yaml
 
-from aura_dist.config import VERBS, CollectConfig, PlanConfig, SweepConfig
-from aura_dist.core.grid import STAGES, Cell, make_cells
-from aura_dist.core.jobs import JOBS_FILE, Graph, Job, make_graph
+from aura_dist.config.settings import resolve
+from aura_dist.config.verbs import VERBS, CollectConfig, PlanConfig, SweepConfig
 from aura_dist.errors import ClusterError, ConfigError, SweepError
-from aura_dist.evaluation.job_progress import kept
-from aura_dist.evaluation.sweep_results import SweepResults, replace_text
-from aura_dist.runtime.job_command import JobCommand
-from aura_dist.runtime.local_jobs import LocalLauncher
-from aura_dist.runtime.lock import locked
-from aura_dist.runtime.signals import StopFlag, interruption
-from aura_dist.runtime.slurm_jobs import SlurmLauncher
-from aura_dist.runtime.sweep_cost import dry_run
-from aura_dist.settings import resolve
+from aura_dist.ranks.signals import StopFlag, interruption
+from aura_dist.report.rundir import JOBS_FILE
+from aura_dist.store.lock import locked
+from aura_dist.sweep.cost import dry_run
+from aura_dist.sweep.graph import Graph, Job, make_graph
+from aura_dist.sweep.grid import STAGES, Cell, make_cells
+from aura_dist.sweep.job_command import JobCommand
+from aura_dist.sweep.local import LocalLauncher
+from aura_dist.sweep.progress import kept
+from aura_dist.sweep.results import SweepResults, replace_text
+from aura_dist.sweep.slurm import SlurmLauncher
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from aura_dist.core.partition import Task, columns_per_chunk, make_tasks, rows_per_chunk
-from aura_dist.core.sites import Site
+from aura_dist.sites.site import Site
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, fast_codecs, get_array, store_at
+from aura_dist.store.grid import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.store.writing import errors_of_writing
 
 DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"

@@ -16,8 +16,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from aura_dist.core.columns import Interval
 from aura_dist.errors import StoreError
+from aura_dist.sites.ownership import Interval
 from aura_dist.store.access import get_array
 from aura_dist.store.schema import activation_path
 from aura_dist.store.writing import Write, prepare_write

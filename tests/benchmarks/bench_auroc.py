@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 
-from aura_dist.core import auroc as module  # noqa: E402
+from aura_dist.scoring import auroc as module  # noqa: E402
 
 Array = NDArray[Any]
 NUM_REPETITIONS = 7

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-from aura_dist.config import CollectConfig
-from aura_dist.core.partition import make_batches, row_chunks, rows_per_chunk
-from aura_dist.data.tokens import TokenizedTexts, load_tokenizer
-from aura_dist.model.sharding import DTYPES, ModelSource, column_plans, load_base
-from aura_dist.model.stream import Run, stream
-from aura_dist.runtime.launch import start_team
-from aura_dist.runtime.memory import keep_freed_memory
-from aura_dist.runtime.signals import StopFlag
-from aura_dist.runtime.world import World
+from aura_dist.collecting.stream import Run, stream
+from aura_dist.config.verbs import CollectConfig
+from aura_dist.models.load import DTYPES, ModelSource, column_plans, load_base
+from aura_dist.ranks.launch import start_team
+from aura_dist.ranks.memory import keep_freed_memory
+from aura_dist.ranks.signals import StopFlag
+from aura_dist.ranks.world import World
 from aura_dist.stages.collect import load_samples, make_spec
 from aura_dist.store.access import open_group
+from aura_dist.store.grid import make_batches, row_chunks, rows_per_chunk
 from aura_dist.store.schema import StoreSpec, chunk_widths, create_store, tasks_of
+from aura_dist.text.tokens import TokenizedTexts, load_tokenizer
 
 NAIVE_BATCH = 16
 
@@ -125,7 +125,7 @@ def main() -> None:
     print(f"best collect / best bare: {min(ours) / min(base):.3f}")
     print(f"collect: {num_tokens / mine:,.0f} tokens/s")
     if not args.skip_naive:
-        from aura_dist.data.table import read_table
+        from aura_dist.text.table import read_table
 
         texts = read_table(args.data, ["text"]).columns["text"]
         slow = naive(config, spec, [texts[r] for r in sorted(samples.row)])

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from aura_dist.model.checkpoint import open_weights
-from aura_dist.model.sharding import skeleton
-from aura_dist.model.sites import find_sites
-from aura_dist.store.artifact import Intervention
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.export.checkpoint import open_weights
+from aura_dist.models.load import skeleton
+from aura_dist.sites.find import find_sites
 from tests.models import tiny_tokenizer
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
@@ -70,9 +70,9 @@ def make_checkpoint(directory: Path, num_bytes: int, dtype: torch.dtype) -> Llam
 # prints the seconds of the work itself: the start of Python and the imports are left out
 EXPORT = """
 import sys, time
-from aura_dist.config import ExportConfig
-from aura_dist.runtime.log import configure_logging
-from aura_dist.runtime.memory import keep_freed_memory
+from aura_dist.config.verbs import ExportConfig
+from aura_dist.ranks.log import configure_logging
+from aura_dist.ranks.memory import keep_freed_memory
 from aura_dist.stages import export
 configure_logging()
 keep_freed_memory()

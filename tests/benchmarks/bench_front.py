@@ -21,18 +21,18 @@ import numpy as np
 
 import aura_dist
 from aura_dist.cli import main as aura_dist_cli
-from aura_dist.data.tokens import tokenize
 from aura_dist.evaluation.generation import continue_alike
 from aura_dist.evaluation.perplexity import perplexity
 from aura_dist.evaluation.prompts import tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import load_scorer
 from aura_dist.evaluation.toxicity import by_prompt, estimates
-from aura_dist.model.sharding import ModelSource
-from aura_dist.model.use import LoadedModel, load_for_use
-from aura_dist.runtime.memory import keep_freed_memory
-from aura_dist.runtime.world import World
-from aura_dist.store.artifact import Intervention
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.use import LoadedModel, load_for_use
+from aura_dist.models.load import ModelSource
+from aura_dist.ranks.memory import keep_freed_memory
+from aura_dist.ranks.world import World
+from aura_dist.text.tokens import tokenize
 
 AFTER_NORMS = ["*.post_attention_layernorm", "*.post_feedforward_layernorm"]
 TOP_K = "500"

@@ -18,12 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import aura_dist
-from aura_dist.config import ExportConfig
-from aura_dist.model.sharding import DTYPES
-from aura_dist.model.sites import find_sites
-from aura_dist.runtime.memory import keep_freed_memory
+from aura_dist.config.verbs import ExportConfig
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.models.load import DTYPES
+from aura_dist.ranks.memory import keep_freed_memory
+from aura_dist.sites.find import find_sites
 from aura_dist.stages import export
-from aura_dist.store.artifact import Intervention
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numba
 import numpy as np
 
-from aura_dist.config import ScoreConfig
-from aura_dist.core import auroc_kernels, run_kernels
-from aura_dist.core.column_statistics import statistics_by_concept
-from aura_dist.core.statistics import STATISTICS
+from aura_dist.config.verbs import ScoreConfig
+from aura_dist.scoring import auroc_kernels, run_kernels
+from aura_dist.scoring.column_statistics import statistics_by_concept
+from aura_dist.scoring.statistics import STATISTICS
 from aura_dist.stages import score
 from aura_dist.store.access import get_array, open_group
 from tests.stores import make_store

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from aura_dist.evaluation.noise import prompt_keys, sample_key
 from aura_dist.evaluation.sampling import Decoding, noisy_candidates
-from aura_dist.runtime.launch import start_team
+from aura_dist.ranks.launch import start_team
 
 NEAR = 1e-4
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from aura_dist.model.intervene import intervene
-from aura_dist.model.sharding import ModelSource, ShardingOptions, load_causal, load_config, skeleton
-from aura_dist.model.sites import find_sites
-from aura_dist.runtime.launch import start_team
-from aura_dist.store.artifact import Intervention
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.hooks import intervene
+from aura_dist.models.load import ModelSource, ShardingOptions, load_causal, load_config, skeleton
+from aura_dist.ranks.launch import start_team
+from aura_dist.sites.find import find_sites
 
 PROMPT = [[5, 90, 33, 120, 7, 250, 14]]
 NUM_NEW = 6

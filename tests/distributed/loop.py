@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from aura_dist.config import CollectConfig
+from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import AuraError
 from aura_dist.stages import collect
 from aura_dist.store.writer import ChunkWriter, RowBuffer

@@ -13,12 +13,12 @@ import yaml
 
 from aura_dist.cli import main
 from aura_dist.errors import StoreError
+from aura_dist.interventions.artifact import Intervention
 from aura_dist.store.access import get_array, open_group, read_array
-from aura_dist.store.artifact import Intervention
 from aura_dist.store.schema import ATTEMPTS, DONE
-from tests.distributed.test_strategies import assert_same
-from tests.integration.test_store_faults import chunk_files
+from tests.collecting.test_strategies import assert_same
 from tests.slurm.conftest import tail
+from tests.store.test_store_faults import chunk_files
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 NODES = ["--nodes=2", "--ntasks-per-node=1"]

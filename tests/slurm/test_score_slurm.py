@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.test_score import score_files
+from tests.scoring.test_score import score_files
 from tests.stores import make_store
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]

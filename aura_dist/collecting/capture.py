@@ -1,0 +1,207 @@
+"""Hooks that pool every site's output on the device and put it into the store's row buffers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from aura_dist.collecting.exchange import ColumnExchange
+from aura_dist.errors import ModelError
+from aura_dist.sites.find import own_names
+from aura_dist.sites.ownership import ColumnPlan
+from aura_dist.sites.pooling import TokenMask
+from aura_dist.store.writer import RowBuffer
+from aura_dist.text.tokens import Batch
+
+
+def row_buffer(
+    dtypes: Mapping[tuple[str, str], torch.dtype], plans: Mapping[str, ColumnPlan], num_rows: int, device: str
+) -> RowBuffer:
+    """An empty buffer of one row chunk: every array's columns that are written here.
+
+    Parameters
+    ----------
+    dtypes
+        (site, pooling) → dtype of the stored values.
+    plans
+        Site → which columns.
+    num_rows
+        Rows of a chunk.
+    device
+        Page-locked where a GPU copies into it on its own.
+    """
+    return {
+        key: torch.empty((num_rows, plans[key[0]].num_owned), dtype=dtype, pin_memory=device != "cpu").numpy()
+        for key, dtype in dtypes.items()
+        if plans[key[0]].num_owned
+    }
+
+
+class Capture:
+    """Runs batches through a base model and copies each site's pooled output to the host.
+
+    Parameters
+    ----------
+    model
+        Base model (no language-model head), in eval mode.
+    plans
+        Site → what this rank sees and writes of it; names as in the causal language model.
+    poolings
+        Methods of `TokenMask`.
+    device
+        Where the forward takes its input.
+    exchange
+        Takes the pooled values that other ranks write; None where every rank writes what it sees.
+
+    Use as a context manager: leaving it removes the hooks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plans: Mapping[str, ColumnPlan],
+        poolings: Sequence[str],
+        device: str,
+        exchange: ColumnExchange | None = None,
+    ) -> None:
+        self._model = model
+        self._plans = plans
+        self._poolings = tuple(poolings)
+        self._exchange = exchange
+        self._device = torch.device(device)
+        self._batch: Batch | None = None
+        self._buffer: RowBuffer = {}
+        self._at = 0
+        self._masks: dict[torch.device, TokenMask] = {}
+        self._called: set[str] = set()
+        self._pooled: dict[tuple[str, str], Tensor] = {}
+        self._hooks = ExitStack()
+        self._streams: dict[torch.device, Any] = {}
+
+    def __enter__(self) -> "Capture":
+        own_name = own_names(self._model)
+        for name, plan in self._plans.items():
+            handle = self._model.get_submodule(own_name(name)).register_forward_hook(self._hook(name, plan))
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+
+    def run(self, batch: Batch, buffer: RowBuffer, at: int) -> None:
+        """Forward `batch`; put its pooled outputs into rows [at, at + B) of `buffer`.
+
+        On a GPU the copies are asynchronous: `copied` gives what to wait for.
+
+        Raises
+        ------
+        ModelError
+            A site was not called, called twice, or gave an output of another shape.
+        """
+        self._batch, self._buffer, self._at = batch, buffer, at
+        self._masks.clear()
+        self._pooled.clear()
+        self._called.clear()
+        self._forward(batch)
+        missing = next((name for name in self._plans if name not in self._called), None)
+        if missing is not None:
+            raise ModelError(f"module {missing!r} was not called in the forward pass; leave it out of --modules")
+        for key, pooled_BD in self._pooled.items():
+            with self._beside_forward(pooled_BD):
+                self._copy_out(key, pooled_BD)
+
+    def skip(self, batch: Batch) -> None:
+        """Forward `batch` and drop the result: keeps step with ranks that still have rows."""
+        self._batch = None
+        self._forward(batch)
+
+    def copied(self) -> Callable[[], None]:
+        """A call that blocks until the buffers given to `run` so far hold their values."""
+        events = [stream.record_event() for stream in self._streams.values()]
+
+        def wait() -> None:
+            for event in events:
+                event.synchronize()
+
+        return wait
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch) -> None:
+        self._model(
+            input_ids=torch.from_numpy(batch.input_ids).to(self._device),
+            attention_mask=torch.from_numpy(batch.attention_mask).to(self._device, torch.int64),
+            use_cache=False,
+        )
+
+    def _beside_forward(self, pooled_BD: Tensor) -> AbstractContextManager[Any]:
+        """On a GPU, the stream of the copies, behind what the forward has been given so far."""
+        device = pooled_BD.device
+        if device.type != "cuda":
+            return nullcontext()
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        pooled_BD.record_stream(stream)
+        return torch.cuda.stream(stream)
+
+    def _keep(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
+        """On a GPU until all is launched; on the CPU it goes out at once, lest it split the heap's free blocks."""
+        if pooled_BD.device.type == "cpu":
+            self._copy_out(key, pooled_BD)
+        else:
+            self._pooled[key] = pooled_BD
+
+    def _copy_out(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
+        plan = self._plans[key[0]]
+        rows = slice(self._at, self._at + len(pooled_BD))
+        first = _needed(plan).start
+        for move in plan.keeps:
+            target = torch.from_numpy(self._buffer[key])[rows, slice(*move.target)]
+            target.copy_(pooled_BD[:, move.source[0] - first : move.source[1] - first], non_blocking=True)
+        if self._exchange is not None:
+            self._exchange.stage(key, pooled_BD, rows)
+
+    def _mask_on(self, device: torch.device) -> TokenMask:
+        """The batch's mask on a device: layers may lie on several."""
+        assert self._batch is not None
+        if device not in self._masks:
+            self._masks[device] = TokenMask.build(self._batch.pool_mask, device)
+        return self._masks[device]
+
+    def _hook(self, name: str, plan: ColumnPlan) -> Callable[[nn.Module, object, object], None]:
+        needed = _needed(plan)
+
+        def pool(module: nn.Module, args: object, output: object) -> None:
+            if self._batch is None:
+                return
+            acts_BTD = _as_batch(output, self._batch.input_ids.shape, name, plan.num_seen)
+            if name in self._called:
+                raise ModelError(f"module {name!r} is called twice in a forward pass; leave it out of --modules")
+            self._called.add(name)
+            if needed.stop > needed.start:
+                mask = self._mask_on(acts_BTD.device)
+                for pooling in self._poolings:
+                    self._keep((name, pooling), getattr(mask, pooling)(acts_BTD[..., needed]))
+
+        return pool
+
+
+def _needed(plan: ColumnPlan) -> slice:
+    """The run of seen columns that someone writes from here: all, or this rank's share of a replicated output."""
+    used = [m.source for m in plan.keeps] + [i for sent in plan.sends.values() for i in sent]
+    return slice(min(a for a, _ in used), max(b for _, b in used)) if used else slice(0, 0)
+
+
+def _as_batch(output: object, shape: tuple[int, int], name: str, width: int) -> Tensor:
+    """A site's output as [B, T, D]; some models flatten batch and token for a while, or add a dim of heads."""
+    num_rows, num_tokens = shape
+    same = (*shape, width), (num_rows * num_tokens, width), (num_rows, 1, num_tokens, width)
+    if isinstance(output, Tensor) and output.shape in same:
+        return output.reshape(*shape, width)
+    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ModelError(f"module {name!r}: expected an output of shape {(*shape, width)}, got {got}")

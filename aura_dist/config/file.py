@@ -1,0 +1,89 @@
+"""A file of settings: read strictly, and merged with the flags for one verb."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from aura_dist.config.verbs import VERBS
+from aura_dist.errors import ConfigError, brief
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The YAML document at `path`; ConfigError if it is missing, malformed or not a mapping."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
+    try:
+        document = yaml.safe_load(text)
+        tree: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError as error:
+        raise ConfigError(f"config file {path!r}: expected verbs and their settings, got deeper nesting") from error
+    except Exception as error:  # a value that is not what its form or tag says fails as Python's own types do
+        raise ConfigError(f"config file {path!r} is not valid YAML: {brief(error)}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"config file {path!r}: expected keys and values, got a {type(document).__name__}")
+    _check_distinct(path, tree)
+    for key, section in tree.value:
+        if key.value in VERBS and section.id == "mapping":
+            _check_distinct(path, section)
+    return document
+
+
+def _check_distinct(path: str, tree: Any) -> None:
+    """ConfigError for a key that stands twice in one place: YAML would take the last without a word."""
+    seen: set[str] = set()
+    for key, _ in tree.value:
+        if key.value in seen:
+            raise ConfigError(
+                f"config file {path!r}, line {key.start_mark.line + 1}: expected each key once, got {key.value!r} again"
+            )
+        seen.add(key.value)
+
+
+def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `verb` by order of force: top of the file < section it inherits < its section < flags.
+
+    Raises
+    ------
+    ConfigError
+        A key that no verb knows, or one in a section whose verb does not know it; a strength that would count twice.
+    """
+    known = {name: {f.name for f in fields(v.config)} for name, v in VERBS.items()}
+    shared = set().union(*known.values())
+    for key, value in document.items():
+        if key in VERBS:
+            if not isinstance(value, dict | None):
+                raise ConfigError(f"config section {key!r}: expected keys and values, got {value!r}")
+            for name in value or {}:
+                _check_key(str(name), known[key], f"config section {key!r}")
+        else:
+            _check_key(str(key), shared | set(VERBS), "config file")
+    top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
+    if "strength" in top and not (verb == "fit" and "strength" in flags):
+        _check_strength(verb, document)
+    inherited = document.get(VERBS[verb].inherits or "") or {}
+    return {**top, **inherited, **(document.get(verb) or {}), **flags}
+
+
+def _check_strength(verb: str, document: dict[str, Any]) -> None:
+    """ConfigError if the strength on top of a file is one of `fit` and of a verb that lays on what was fitted."""
+    fits = (verb == "fit" or "fit" in document) and "strength" not in (document.get("fit") or {})
+    if fits and {"model", "generate", "evaluate", "export"} & document.keys():
+        raise ConfigError(
+            "config file: expected 'strength' in one section, got it on top: fit would write it into the intervention, "
+            "and the model's use lay it on again; move it to the section 'evaluate' (generate, export), or to 'fit'"
+        )
+
+
+def _check_key(name: str, known: set[str], where: str) -> None:
+    if name in known:
+        return
+    close = get_close_matches(name, known, n=1) or get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+    raise ConfigError(f"{where}: unknown key {name!r}{hint}")

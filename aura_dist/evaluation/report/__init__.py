@@ -1,1 +1,0 @@
-"""The report: run directories → figures' data → pictures → one page."""

@@ -1,0 +1,252 @@
+"""The intervention as a file: `intervention.safetensors` (`<site>.scale`, `<site>.shift`) and `intervention.json`."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from aura_dist.errors import InputError, StoreError
+from aura_dist.interventions.methods import compose, count_changed, with_strength
+
+WEIGHTS_FILE = "intervention.safetensors"
+META_FILE = "intervention.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One elementwise affine map z ← scale ⊙ z + shift per site.
+
+    Attributes
+    ----------
+    scale
+        Site → [D] float32.
+    shift
+        Site → [D] float32; a site without one is not shifted.
+    meta
+        Method, parameters, concept, model fingerprint, store digest; `applied_strength` where the maps are those of a
+        fitted one at that strength.
+
+    `b @ a` is `b` after `a`, as one intervention; InputError if they were made for different models, or do not fit each
+    other.
+    """
+
+    scale: Mapping[str, NDArray[np.float32]]
+    shift: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites, in the order of `scale`, then those that are only shifted."""
+        return list({**self.scale, **self.shift})
+
+    @property
+    def num_changed(self) -> int:
+        """Number of neurons that are not left as they are."""
+        return count_changed(self.scale, self.shift)
+
+    def map_of(self, site: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """(scale, shift or None) of a site."""
+        shift = self.shift.get(site)
+        scale = self.scale.get(site)
+        if scale is None:
+            scale = np.ones(0 if shift is None else shift.shape, dtype=np.float32)
+        return scale, shift
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what is done to each site, whatever it was made by and wherever it lies."""
+        digest = hashlib.sha256()
+        for site in sorted(self.sites):
+            for name, values in zip(("scale", "shift"), self.map_of(site), strict=True):
+                if values is not None:
+                    digest.update(f"{site}.{name}".encode() + np.ascontiguousarray(values, dtype=np.float32).tobytes())
+        return digest.hexdigest()
+
+    def identity(self, strength: float) -> dict[str, Any]:
+        """What tells that a store was collected under this intervention."""
+        return {
+            "digest": self.digest,
+            "method": method_of(self.meta),
+            "parameters": self.meta.get("parameters"),
+            "strength": strength,
+        }
+
+    def at_strength(self, strength: float) -> "Intervention":
+        """The intervention whose map is this one's at strength s; see `methods.with_strength`."""
+        if strength == 1.0:
+            return self
+        maps = {site: with_strength(*self.map_of(site), strength) for site in self.sites}
+        shifts = {site: shift for site, (_, shift) in maps.items() if shift is not None}
+        before = self.meta.get("applied_strength")
+        meta = {**self.meta, "applied_strength": strength * (1.0 if before is None else before)}
+        return Intervention({site: scale for site, (scale, _) in maps.items()}, shifts, meta)
+
+    def restricted(self, sites: Collection[str]) -> "Intervention":
+        """The same on some of its sites."""
+        kept = set(sites)
+        return Intervention(
+            {s: v for s, v in self.scale.items() if s in kept},
+            {s: v for s, v in self.shift.items() if s in kept},
+            self.meta,
+        )
+
+    def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload to the Hugging Face hub, with a model card; returns the address of the commit.
+
+        Parameters
+        ----------
+        repo
+            `user/name`; made if it is not there.
+        private
+            Whether a new repository is private.
+        token
+            By default the one that is logged in.
+
+        Raises
+        ------
+        StoreError
+            The hub cannot be reached, or refuses.
+        """
+        from aura_dist.interventions.hub import push
+
+        return push(self, repo, private=private, token=token)
+
+    @classmethod
+    def from_hub(cls, repo: str, *, revision: str | None = None, token: str | None = None) -> "Intervention":
+        """Download from the Hugging Face hub; StoreError if there is no intervention at `repo`."""
+        from aura_dist.interventions.hub import pull
+
+        return cls.load(pull(repo, revision=revision, token=token))
+
+    def __matmul__(self, inner: "Intervention") -> "Intervention":
+        models = [m for m in (inner.meta.get("model"), self.meta.get("model")) if m]
+        if len({m["fingerprint"] for m in models if m.get("fingerprint")}) > 1:
+            names = " and ".join(repr(m.get("name")) for m in models)
+            raise InputError(f"expected two interventions of one model, got those of {names}")
+        scale: dict[str, NDArray[np.float32]] = {}
+        shift: dict[str, NDArray[np.float32]] = {}
+        for site in {**dict.fromkeys(inner.sites), **dict.fromkeys(self.sites)}:
+            if site not in inner.sites or site not in self.sites:
+                maps = (self if site in self.sites else inner).map_of(site)
+            else:
+                widths = [len(one.map_of(site)[0]) for one in (inner, self)]
+                if widths[0] != widths[1]:
+                    raise InputError(f"expected maps of one width at {site!r}, got {widths[0]} and {widths[1]} neurons")
+                maps = compose(self.map_of(site), inner.map_of(site))
+            scale[site] = maps[0]
+            if maps[1] is not None:
+                shift[site] = maps[1]
+        meta: dict[str, Any] = {"composed": [dict(self.meta), dict(inner.meta)]}
+        if models:
+            # so that the whole is refused where the parts would be
+            meta["model"] = max(models, key=lambda model: bool(model.get("fingerprint")))
+        return Intervention(scale, shift, meta)
+
+    def save(self, directory: str | Path) -> None:
+        """Write both files; StoreError if the directory cannot be written, or `load` would refuse what is written.
+
+        Both are written aside first. While they take their places the description is missing, so that an
+        interruption never leaves the files of two interventions to be read as one.
+        """
+        place = Path(directory)
+        tensors = {f"{s}.scale": np.asarray(v, dtype=np.float32) for s, v in self.scale.items()}
+        tensors |= {f"{s}.shift": np.asarray(v, dtype=np.float32) for s, v in self.shift.items()}
+        meta = {**self.meta, "format_version": FORMAT_VERSION, "sites": self.sites}
+        try:
+            _check_tensors(tensors)
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place, prefix=".writing-") as scratch:
+                made = Path(scratch)
+                save_file(tensors, made / WEIGHTS_FILE)
+                (made / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+                (place / META_FILE).unlink(missing_ok=True)
+                (made / WEIGHTS_FILE).replace(place / WEIGHTS_FILE)
+                (made / META_FILE).replace(place / META_FILE)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StoreError(f"intervention {str(place)!r} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Intervention":
+        """Read both files; StoreError if one is missing or damaged."""
+        place = Path(directory)
+        try:
+            meta = json.loads((place / META_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(place / WEIGHTS_FILE)
+            order = list(meta.pop("sites"))
+            version = meta.pop("format_version")
+            _check_description(meta)
+            _check_tensors(tensors)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise StoreError(
+                f"intervention {str(place)!r}: expected {META_FILE} and {WEIGHTS_FILE} as `fit` writes them: {error}"
+            ) from error
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"intervention {str(place)!r}: expected format version {FORMAT_VERSION}, got {version}; "
+                "read it with the version of aura_dist that wrote it"
+            )
+        if sorted({name.rpartition(".")[0] for name in tensors}) != sorted(map(str, order)):
+            raise StoreError(f"intervention {str(place)!r}: {WEIGHTS_FILE} and {META_FILE} name different modules")
+        return cls(
+            {s: tensors[f"{s}.scale"] for s in order if f"{s}.scale" in tensors},
+            {s: tensors[f"{s}.shift"] for s in order if f"{s}.shift" in tensors},
+            meta,
+        )
+
+
+def method_of(meta: Mapping[str, Any]) -> str:
+    """A described intervention's method; of a composed one that of its parts with their number, if it is one."""
+    methods = _methods(meta)
+    if len(methods) > 1:
+        return f"{methods[0]} in {len(methods)} steps" if len(set(methods)) == 1 else "composed"
+    return methods[0]
+
+
+def _methods(meta: Mapping[str, Any]) -> list[str]:
+    parts = meta.get("composed")
+    if isinstance(parts, list) and parts:
+        return [method for part in parts if isinstance(part, Mapping) for method in _methods(part)] or ["unknown"]
+    return [str(meta.get("method") or "unknown")]
+
+
+def _check_description(meta: Mapping[str, Any]) -> None:
+    """ValueError unless what is stated has the form that is read later; what is null is not stated."""
+    for name in ("model", "data", "parameters"):
+        if not isinstance(meta.get(name) or {}, dict):
+            raise ValueError(f"{META_FILE} has {name} = {meta[name]!r} where an object belongs")
+    model = meta.get("model") or {}
+    for name in ("name", "fingerprint"):
+        if not isinstance(model.get(name) or "", str):
+            raise ValueError(f"{META_FILE} has {name} = {model[name]!r} for the model, where a text belongs")
+    strength = meta.get("applied_strength")
+    if strength is not None and (isinstance(strength, bool) or not isinstance(strength, int | float)):
+        raise ValueError(f"{META_FILE} has applied_strength = {strength!r}, where a number belongs")
+    sampling = (meta.get("data") or {}).get("sampling") or {}
+    if not isinstance(sampling, dict):
+        raise ValueError(f"{META_FILE} has {sampling!r} for the data's sampling, where an object belongs")
+    for part in meta.get("composed") or []:
+        if not isinstance(part, dict):
+            raise ValueError(f"{META_FILE} has {part!r} where a composed intervention's description belongs")
+        _check_description(part)
+
+
+def _check_tensors(tensors: Mapping[str, NDArray[Any]]) -> None:
+    """ValueError unless all are scales and shifts, finite, and one for each neuron of their module."""
+    widths: dict[str, int] = {}
+    for name, values in tensors.items():
+        site, _, kind = name.rpartition(".")
+        if kind not in ("scale", "shift") or values.ndim != 1 or values.dtype.kind != "f":
+            raise ValueError(f"{WEIGHTS_FILE} has {name!r}, {values.dtype} of shape {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{WEIGHTS_FILE} has values in {name!r} that are not finite")
+        if widths.setdefault(site, len(values)) != len(values):
+            raise ValueError(f"{WEIGHTS_FILE} has {widths[site]} and {len(values)} neurons for {site!r}")

@@ -1,0 +1,234 @@
+"""Write one weight file anew, some of its tensors folded, the rest copied block by block at the disk's speed.
+
+Plan, then work: the layout of the new file is a function of headers; the work is a list of independent blocks,
+each read, changed and written at its own place by one thread. Memory is a few blocks a thread, whatever the size
+of a tensor.
+"""
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aura_dist.errors import ModelError
+from aura_dist.interventions.export.checkpoint import FLOATS, Source, Stored, as_bytes
+from aura_dist.interventions.export.fold import Fold, FoldPlan
+
+# float32 bytes of a block: small enough that its passes stay in the processor's cache (4 times as fast as at 8 MB)
+BLOCK_BYTES = 2 << 20
+COPY_BYTES = 64 << 20
+NUM_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the new file; `source` is None for an added bias, whose values are `values`."""
+
+    stored: Stored
+    source: Stored | None
+    fold: Fold | None = None
+    values: NDArray[np.float32] | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        return self.fold is None and self.source is not None and self.source.dtype == self.stored.dtype
+
+
+def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> list[Target]:
+    """The new file's tensors, offsets counted from the end of its header: in the old order, biases after weights.
+
+    Tensors of wider dtypes come first, as safetensors writes them, so that each lies at a multiple of its size. A
+    tensor that no module had, and that bears the name of an added bias, gives way to it.
+    """
+    new_names = {name for name, _ in plan.added.values()}
+    found: list[tuple[int, Target]] = []  # with the bytes of an element
+    for tensor in tensors:
+        if tensor.name in new_names:
+            continue
+        item = (tensor.stop - tensor.start) // max(1, prod(tensor.shape))
+        dtype = tensor.dtype
+        if as_float32 and dtype in ("F16", "BF16"):
+            dtype, item = "F32", 4
+        found.append((item, Target(replace(tensor, dtype=dtype), tensor, plan.folds.get(tensor.name))))
+        if tensor.name in plan.added:
+            name, values = plan.added[tensor.name]
+            found.append((item, Target(Stored(name, dtype, values.shape, 0, 0), None, None, values)))
+    placed, at = [], 0
+    for item, target in sorted(found, key=lambda f: -f[0]):
+        source = target.source
+        # of a dtype that is kept the size is what it was: elements of some take less than a byte
+        if source is not None and source.dtype == target.stored.dtype:
+            stop = at + source.stop - source.start
+        else:
+            stop = at + prod(target.stored.shape) * item
+        placed.append(replace(target, stored=replace(target.stored, start=at, stop=stop)))
+        at = stop
+    return placed
+
+
+def header(targets: Sequence[Target], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file, with its length in front, filled up to a multiple of 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for target in targets:
+        stored = target.stored
+        entries[stored.name] = {
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "data_offsets": [stored.start, stored.stop],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write(source: Source, path: Path, targets: Sequence[Target], metadata: Mapping[str, str]) -> None:
+    """Write the file; an error of any block stops the rest and is raised.
+
+    Raises
+    ------
+    OSError
+        The disk is full, or the file cannot be written.
+    ModelError
+        The source ends early, or a folded float16 value overflows.
+    """
+    head = header(targets, metadata)
+    file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    try:
+        _write_all(file, memoryview(head), 0)
+        os.ftruncate(file, len(head) + max((t.stored.stop for t in targets), default=0))
+        # blocks are the parallelism: torch's own threads would only wait for each other
+        with ThreadPoolExecutor(NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(job) for job in _jobs(source, file, targets, len(head))]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        os.close(file)
+        torch.set_num_threads(torch.get_num_threads())  # of this thread; part of the setting is the process's
+
+
+def _jobs(source: Source, file: int, targets: Sequence[Target], base: int) -> Iterator[Callable[[], None]]:
+    """Independent pieces of the work, in the order of the new file."""
+    for run in _runs(targets, joined=source.descriptor is not None):
+        first, last, at = run[0], run[-1].source, base + run[0].stored.start
+        if first.source is None or last is None:
+            assert first.values is not None
+            values = torch.from_numpy(first.values).to(FLOATS[first.stored.dtype])
+            if not values.isfinite().all():
+                raise _overflow(first)
+            yield partial(_write_all, file, as_bytes(values), at)
+        elif first.is_copy:
+            for start in range(first.source.start, last.stop, COPY_BYTES):
+                stop = min(start + COPY_BYTES, last.stop)
+                yield partial(_copy, source, start, stop, file, at + start - first.source.start)
+        else:
+            rows, columns = _matrix(first)
+            step = max(1, BLOCK_BYTES // (4 * columns))
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                yield partial(_change, source, first, slice(start, stop), columns, file, at)
+
+
+def _runs(targets: Sequence[Target], *, joined: bool) -> Iterator[list[Target]]:
+    """Neighbours that are only copied, and lie next to each other in the old file too, as one."""
+    run: list[Target] = []
+    for target in targets:
+        before = run[-1].source if run and joined and run[-1].is_copy and target.is_copy else None
+        if run and (before is None or target.source is None or target.source.start != before.stop):
+            yield run
+            run = []
+        run.append(target)
+    if run:
+        yield run
+
+
+def _matrix(target: Target) -> tuple[int, int]:
+    """Rows and columns in which a tensor is worked through: a vector, or what is only converted, has one column."""
+    shape = target.stored.shape
+    return (shape[0], shape[1]) if target.fold is not None and len(shape) == 2 else (prod(shape), 1)
+
+
+def _copy(source: Source, start: int, stop: int, file: int, at: int) -> None:
+    """Bytes [start, stop) of the source to `at`: within the kernel where it can."""
+    while source.descriptor is not None and start < stop:
+        try:
+            count = os.copy_file_range(source.descriptor, file, stop - start, start, at)
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY:
+                raise
+            break
+        if not count:
+            break  # the file ends, or the file system copies nothing: reading tells which
+        start, at = start + count, at + count
+    for begin in range(start, stop, BLOCK_BYTES):
+        buffer = _BUFFERS.take("raw", min(BLOCK_BYTES, stop - begin), torch.uint8)
+        source.read(begin, buffer)
+        _write_all(file, as_bytes(buffer), at + begin - start)
+
+
+def _change(source: Source, target: Target, rows: slice, columns: int, file: int, at: int) -> None:
+    """Read some rows of a tensor, fold and convert them, and write them; `at` is where the tensor begins."""
+    assert target.source is not None
+    old, new = FLOATS[target.source.dtype], FLOATS[target.stored.dtype]
+    count = (rows.stop - rows.start) * columns
+    raw = _BUFFERS.take("raw", count, old)
+    source.read(target.source.start + rows.start * columns * old.itemsize, raw.view(torch.uint8))
+    changed = raw if target.fold is None else _folded(raw, target.fold, rows, columns)
+    if changed.dtype != new:
+        changed = _BUFFERS.take("out", count, new).copy_(changed)
+    if new == torch.float16 and not changed.isfinite().all() and raw.isfinite().all():
+        raise _overflow(target)
+    _write_all(file, as_bytes(changed), at + rows.start * columns * new.itemsize)
+
+
+def _folded(raw: Tensor, fold: Fold, rows: slice, columns: int) -> Tensor:
+    """The folded values, not yet rounded to the tensor's dtype: float32 products, or float64 where there is a sum."""
+    if columns == 1 and fold.dim == 0:
+        scale, wide = (torch.from_numpy(fold.scale[rows]).double(), raw.double())
+        # (c + w) ω − c, written so that ω = 1 gives w
+        changed = wide * scale + fold.offset * (scale - 1)
+        return changed if fold.shift is None else changed + torch.from_numpy(fold.shift[rows]).double()
+    wide = raw if raw.dtype.itemsize >= 4 else _BUFFERS.take("wide", raw.numel(), torch.float32).copy_(raw)
+    scale = torch.from_numpy(fold.scale if fold.dim else fold.scale[rows])
+    return wide.view(-1, columns).mul_(scale if fold.dim else scale[:, None]).view(-1)
+
+
+def _overflow(target: Target) -> ModelError:
+    return ModelError(f"tensor {target.stored.name!r} overflows float16 when folded; export with --dtype float32")
+
+
+def _write_all(file: int, data: memoryview, at: int) -> None:
+    while data:
+        count = os.pwrite(file, data, at)
+        data, at = data[count:], at + count
+
+
+class _Buffers(threading.local):
+    """Working memory of a thread, kept from block to block: fresh pages would cost more than the work."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
+        num_bytes = count * dtype.itemsize
+        if name not in self._held or self._held[name].numel() < num_bytes:
+            self._held[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._held[name][:num_bytes].view(dtype)
+
+
+_BUFFERS = _Buffers()
+_CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}

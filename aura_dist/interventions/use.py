@@ -1,0 +1,72 @@
+"""A model ready for use: causal language model, tokenizer, and the intervention that is to lie over it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aura_dist.errors import ModelError
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.hooks import check_fits, intervene
+from aura_dist.models.identity import fingerprint
+from aura_dist.models.load import PLAIN, ModelSource, ShardingOptions, load_causal, load_config, skeleton
+from aura_dist.ranks.world import World
+from aura_dist.sites.find import SiteTable, find_sites
+from aura_dist.text.tokens import load_tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What `load_for_use` gives; `fingerprint` is that of the weights on disk."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    intervention: Intervention | None
+
+    def intervened(self, strength: float) -> AbstractContextManager[Any]:
+        """Context in which the intervention lies over the model; nothing happens without one."""
+        return intervene(self.model, self.intervention, strength) if self.intervention else nullcontext(self.model)
+
+
+def load_for_use(
+    source: ModelSource, world: World, intervention_dir: str | None, options: ShardingOptions = PLAIN
+) -> LoadedModel:
+    """Load model, tokenizer and intervention; what does not fit is refused before the weights are read.
+
+    Raises
+    ------
+    ModelError
+        The model cannot be loaded, or the intervention was made for another one.
+    StoreError
+        There is no intervention at `intervention_dir`.
+    """
+    config = load_config(source)
+    found = fingerprint(source.name, source.revision, config)
+    intervention = None
+    if intervention_dir is not None:
+        intervention = load_intervention(intervention_dir, source, find_sites(skeleton(config)), found)
+    tokenizer = load_tokenizer(source.name, source.revision)
+    return LoadedModel(load_causal(source, world, options), tokenizer, found, intervention)
+
+
+def load_intervention(directory: str, source: ModelSource, table: SiteTable, found: str) -> Intervention:
+    """The intervention at `directory`, which must be one for the model with these sites and this fingerprint.
+
+    Raises
+    ------
+    ModelError
+        It was made for another model.
+    StoreError
+        There is none.
+    """
+    intervention = Intervention.load(directory)
+    check_fits(table, intervention)
+    made_for = intervention.meta.get("model") or {}
+    if (made_for.get("fingerprint") or found) != found:
+        raise ModelError(
+            f"--intervention {directory!r} was made for {made_for.get('name')!r} (fingerprint "
+            f"{made_for['fingerprint'][:12]}), but --model {source.name!r} has {found[:12]}; fit one for this model"
+        )
+    return intervention

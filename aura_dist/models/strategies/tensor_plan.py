@@ -1,0 +1,174 @@
+"""Plans for tensor parallelism: which layers' weights are split over the ranks, and how, by module name.
+
+A plan maps names (layer numbers as `*`, as in transformers' own plans) to transformers' styles. Ours are for
+architectures that bring none. Attention keeps whole outputs (`colwise_gather_output`, `rowwise_split_input`), so that
+no attention code needs to know of the ranks and any number of heads will do.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from aura_dist.errors import ConfigError, ModelError
+from aura_dist.sites.find import own_names
+from aura_dist.sites.ownership import Interval, split_columns
+from aura_dist.sites.site import Site
+
+Plan = dict[str, str]
+
+_GATHER, _SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
+# columns that a rank's hook sees, by the style of its module: blocks of the width that are each split over the ranks
+_SPLIT_OUTPUTS = {"colwise": 1, "packed_colwise": 2}
+_WHOLE_OUTPUTS = {_GATHER, "colwise_rep", "rowwise", _SPLIT_INPUT, "rowwise_rep", "packed_rowwise", "replicate"}
+_WHOLE_OUTPUTS |= {"replicated_with_grad_allreduce", "mla_kv_a_proj", "all_reduce", "local_params"}
+_OTHERS_WORDS = "--sharding fsdp, zero3, dispatch or replicate"
+
+
+def _fused(layers: str, attention: tuple[str, str], mlp: tuple[str, str], embedding: str) -> Plan:
+    """The plan of a decoder with a fused or separate projection in, and one out, of attention and MLP."""
+    projections = {f"{layers}.{name}": _GATHER for name in attention[0].split()}
+    return {
+        **projections,
+        f"{layers}.{attention[1]}": _SPLIT_INPUT,
+        f"{layers}.{mlp[0]}": "colwise",
+        f"{layers}.{mlp[1]}": "rowwise",
+        embedding: "embedding_rowwise",
+    }
+
+
+# model type → plan, with names as in the base model
+PLANS: dict[str, Plan] = {
+    "falcon": _fused(
+        "h.*",
+        ("self_attention.query_key_value", "self_attention.dense"),
+        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        "word_embeddings",
+    ),
+    "bloom": _fused(
+        "h.*",
+        ("self_attention.query_key_value", "self_attention.dense"),
+        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        "word_embeddings",
+    ),
+    "mpt": _fused("blocks.*", ("attn.Wqkv", "attn.out_proj"), ("ffn.up_proj", "ffn.down_proj"), "wte"),
+    "opt": _fused(
+        "decoder.layers.*",
+        ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.out_proj"),
+        ("fc1", "fc2"),
+        "decoder.embed_tokens",
+    ),
+}
+
+
+def generic(name: str) -> str:
+    """A module's name with `*` for the layer numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def read_plan(file: str) -> Plan:
+    """A user's plan from a YAML file; ConfigError if it is not a mapping of names to styles."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--tensor-plan {file!r} cannot be read: {error}") from error
+    known = _SPLIT_OUTPUTS.keys() | _WHOLE_OUTPUTS | {"embedding_rowwise", "embedding_colwise"}
+    if not isinstance(document, dict) or not document:
+        raise ConfigError(f"--tensor-plan {file!r}: expected module names and styles, got {type(document).__name__}")
+    for name, style in document.items():
+        if style not in known:
+            raise ConfigError(
+                f"--tensor-plan {file!r}: {name}: expected one of {', '.join(sorted(known))}, got {style!r}"
+            )
+    return {str(name): str(style) for name, style in document.items()}
+
+
+def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None) -> Plan:
+    """The plan of a model (on the meta device), whole, with names as in `model`.
+
+    Parameters
+    ----------
+    model
+        Causal language model or its base model: what will be loaded.
+    num_ranks
+        Ranks that split it.
+    file
+        A user's YAML plan, or None for transformers' own or ours. Names may be those of the causal language model.
+
+    Raises
+    ------
+    ModelError
+        There is no plan for the architecture, or it names what the model does not have or cannot be split.
+    """
+    own = dict(model.tp_plan)
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    modules = {generic(name): module for name, module in model.named_modules()}
+    if file is not None:
+        plan = own | _users_plan(file, model)
+    elif any(not style.startswith("embedding") for style in base.tp_plan.values()):
+        plan = own | _whole_heads(own, model, num_ranks)
+    elif model.config.model_type in PLANS:
+        plan = own | {f"{prefix}{name}": style for name, style in PLANS[model.config.model_type].items()}
+        if base is not model:  # its weight is often that of the embeddings, which are split
+            plan["lm_head"] = _GATHER
+    else:
+        transposed = any(_is_transposed(module) for module in modules.values())
+        why = "its Conv1D layers lie transposed and cannot be split" if transposed else "write one with --tensor-plan"
+        raise ModelError(
+            f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use {_OTHERS_WORDS}"
+        )
+    for name, style in plan.items():
+        if style != "replicate" and _is_transposed(modules.get(name)):
+            raise ModelError(
+                f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose weight lies transposed and "
+                f"cannot be split; use {_OTHERS_WORDS}"
+            )
+    return plan
+
+
+def _users_plan(file: str, model: PreTrainedModel) -> Plan:
+    """A user's plan with names as in `model`; ModelError for one that it does not have."""
+    plan = {own_names(model)(name): style for name, style in read_plan(file).items()}
+    known = {generic(name) for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    for name in plan:
+        if name not in known:
+            raise ModelError(f"--tensor-plan {file!r}: {type(model).__name__} has no module {name!r}")
+    return plan
+
+
+def _whole_heads(plan: Mapping[str, str], model: PreTrainedModel, num_ranks: int) -> Plan:
+    """Rules that keep attention's outputs whole, where its heads cannot be shared out evenly."""
+    text = model.config.get_text_config(decoder=True)
+    heads = [getattr(text, n, None) for n in ("num_attention_heads", "num_key_value_heads")]
+    if all(h is None or (isinstance(h, int) and h % num_ranks == 0) for h in heads):
+        return {}
+    replaced = {"colwise": _GATHER, "rowwise": _SPLIT_INPUT}
+    return {n: replaced[s] for n, s in plan.items() if "attn" in n and s in replaced}
+
+
+def _is_transposed(module: nn.Module | None) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def seen_columns(plan: Mapping[str, str], own_name: str, site: Site, num_ranks: int) -> list[tuple[Interval, ...]]:
+    """Per rank, the columns of a site's output that its hook gets.
+
+    Raises
+    ------
+    ModelError
+        The site's style splits its output in another way than by columns.
+    """
+    style = plan.get(generic(own_name), "replicate")
+    if style in _WHOLE_OUTPUTS:
+        return [((0, site.width),)] * num_ranks
+    if style in _SPLIT_OUTPUTS:
+        return split_columns(site.width, num_ranks, _SPLIT_OUTPUTS[style])
+    raise ModelError(
+        f"--sharding tensor: module {site.name!r} is split as {style!r}, which is not by columns; leave it out of "
+        f"--modules, or use {_OTHERS_WORDS}"
+    )

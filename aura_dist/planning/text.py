@@ -1,0 +1,138 @@
+"""A plan in words and tables, for the terminal."""
+
+from dataclasses import dataclass
+
+from aura_dist.planning.budget import RankMemory
+from aura_dist.planning.schedule import Schedule
+from aura_dist.planning.store_size import StoreSize
+from aura_dist.planning.units import show_bytes
+from aura_dist.planning.work import Machine
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every figure of a plan; bytes and seconds.
+
+    Attributes
+    ----------
+    kinds
+        Kind of site → (number of modules, number of neurons), in the whole model.
+    captured
+        The same of what `--modules` chose.
+    device_bytes, anonymous_bytes, host_bytes
+        Of one GPU; of one rank's anonymous memory on the host; of a machine and all its ranks.
+    fits
+        (sharding, device bytes, host bytes of a machine, largest tokens per batch or None) of every strategy.
+    advice
+        What to change; empty where the plan fits.
+    """
+
+    model: str
+    kinds: dict[str, tuple[int, int]]
+    captured: tuple[int, int]
+    uncaptured: int
+    rows: str
+    store: StoreSize
+    rows_chunk: int
+    columns_chunk: tuple[int, ...]
+    num_tasks: int
+    batches: Schedule
+    longest: int
+    tokens_per_batch: int
+    layers: int
+    weights_bytes: int
+    sharding: str
+    world_size: int
+    num_replicas: int
+    memory: RankMemory
+    device_bytes: int
+    anonymous_bytes: int
+    host_bytes: int
+    machine: Machine
+    tflops: float
+    compute_seconds: float
+    stream_seconds: float
+    fits: tuple[tuple[str, int, int, int | None], ...]
+    advice: str
+
+
+def render(report: Report) -> str:
+    """The plan as text."""
+    return "\n\n".join(
+        "\n".join(block) for block in (_model(report), _store(report), _work(report), _memory(report), _fits(report))
+    )
+
+
+def _ranks(report: Report) -> str:
+    return f"{report.world_size} rank{'s' if report.world_size > 1 else ''}"
+
+
+def _model(report: Report) -> list[str]:
+    lines = [f"model    {report.model}"]
+    lines += [f"  {kind:<9} {n:>5,} modules {neurons:>12,} neurons" for kind, (n, neurons) in report.kinds.items()]
+    lines.append(f"  {'captured':<9} {report.captured[0]:>5,} modules {report.captured[1]:>12,} neurons")
+    if report.uncaptured:
+        lines.append(f"  {report.uncaptured} expert parameters are 3-D tensors and are not captured")
+    lines.append(f"  to be loaded: {report.layers} decoder layers, no head, {show_bytes(report.weights_bytes)}")
+    return lines
+
+
+def _store(report: Report) -> list[str]:
+    store, columns = report.store, " or ".join(f"{c:,}" for c in report.columns_chunk)
+    return [
+        f"store    {store.num_rows:,} rows × {store.num_neurons:,} neurons, {store.num_arrays:,} arrays, "
+        f"{store.num_chunks:,} chunks of {report.rows_chunk} rows × {columns} columns",
+        f"  {show_bytes(store.raw_bytes)} raw, about {show_bytes(store.compressed_bytes)} on disk",
+    ]
+
+
+def _work(report: Report) -> list[str]:
+    batches, seconds = report.batches, report.compute_seconds + report.stream_seconds
+    lines = [
+        f"work     {report.num_tasks:,} tasks, {batches.num_batches:,} batches, {batches.num_tokens:,} tokens "
+        f"({batches.num_padded_tokens:,} with padding)",
+        f"  rows: {report.rows}",
+        f"  {batches.flops:.3g} FLOPs: {report.compute_seconds:,.0f} s at {report.tflops:g} TFLOP/s on each of "
+        f"{_ranks(report)}",
+    ]
+    if report.stream_seconds:
+        lines.append(f"  offloaded weights brought in: {report.stream_seconds:,.0f} s more; {seconds:,.0f} s in all")
+    return lines
+
+
+def _memory(report: Report) -> list[str]:
+    memory, replicas = report.memory, report.num_replicas
+    lines = [
+        f"memory   of one rank, {report.sharding} on {_ranks(report)}"
+        f" ({replicas} replica{'s' if replicas > 1 else ''}), {report.tokens_per_batch:,} tokens a batch"
+    ]
+    for place, parts, total in (
+        ("GPU", memory.device, report.device_bytes),
+        ("host", memory.host, sum(memory.host.values())),
+    ):
+        if parts:
+            lines.append(
+                f"  {place:<5} {show_bytes(total):>8}: "
+                + ", ".join(f"{k} {show_bytes(v)}" for k, v in parts.items() if v)
+            )
+    peak, before = show_bytes(report.anonymous_bytes), show_bytes(memory.preparing)
+    lines.append(f"  peak of anonymous memory {peak} ({before} while texts are read)")
+    if memory.mapped:
+        lines.append(f"  and weights of {show_bytes(memory.mapped)} read from their files through the page cache")
+    if memory.disk:
+        lines.append(f"  and {show_bytes(memory.disk)} offloaded to the disk")
+    return lines
+
+
+def _fits(report: Report) -> list[str]:
+    limits = [
+        f"{show_bytes(size)} {what}"
+        for size, what in ((report.machine.device_bytes, "a GPU"), (report.machine.host_bytes, "a machine"))
+        if size is not None
+    ]
+    lines = [f"what fits {_ranks(report)}" + (f" of {', '.join(limits)}" if limits else " (no limit given)")]
+    for name, device, host, largest in report.fits:
+        sizes = (f"{show_bytes(device):>8} a GPU, " if report.machine.gpu else "") + f"{show_bytes(host):>8} a machine"
+        verdict = "does not fit" if largest is None else f"fits, up to {largest:,} tokens a batch"
+        lines.append(f"  {name:<20} {sizes}: {verdict}")
+    return lines

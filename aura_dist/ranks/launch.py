@@ -1,0 +1,108 @@
+"""Start and end of a launch as one rank sees it: meet the others, join a replica, leave together."""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from aura_dist.errors import ConfigError, brief
+from aura_dist.ranks.team import Team
+from aura_dist.ranks.world import Place, World, place_from_environment, world_from
+
+TIMEOUT = timedelta(minutes=30)
+_TEAMS = itertools.count()
+
+
+@contextmanager
+def start_team(sharding: str, device: str) -> Iterator[Team]:
+    """The team of this launch, from the launcher's variables; meets the other ranks on entry.
+
+    Parameters
+    ----------
+    sharding
+        As `--sharding`.
+    device
+        `cpu` or `cuda`.
+
+    Raises
+    ------
+    ConfigError
+        The sharding does not fit the launch, or the other ranks cannot be met.
+    PeerError
+        Another rank failed; that rank tells why.
+    """
+    place = place_from_environment()
+    world = world_from(place, sharding, _device_of(place, device))
+    store = _meet(place)
+    team = Team(world, store, *_join_replica(world, store))
+    try:
+        yield team
+        team.finish()
+    except BaseException as error:
+        ending = team.ended_by(error)
+        if ending is error:
+            raise
+        raise ending from error
+    finally:
+        team.close()
+        # with NCCL an end in the middle of a collective would wait for ranks that are gone
+        if dist.is_initialized() and (sys.exc_info()[0] is None or world.device == "cpu"):
+            dist.destroy_process_group()
+
+
+def _device_of(place: Place, device: str) -> str:
+    if device != "cuda" or place.world_size == 1:
+        return device
+    index = place.local_rank % torch.cuda.device_count()  # a launcher may show each rank one GPU only
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
+def _meet(place: Place) -> Store:
+    if place.world_size == 1:
+        return HashStore()
+    return PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
+
+
+@cache
+def _launch_store(place: Place) -> Store:
+    """The launch's key-value store, for all teams that this process is in: where rank 0 hosts it, it hosts one."""
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"rank {place.global_rank} cannot meet the other {place.world_size - 1}: {brief(error)}; start with "
+            "torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and a free port of rank 0"
+        ) from error
+    return cast(Store, store)
+
+
+def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
+    """Process groups for host tensors: of the replica, and of the row worker; None where it is one rank."""
+    layout = world.layout
+    if layout.replica_size == 1 and layout.strategy != "zero3":
+        return None, None
+    backend = "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"replica/{world.replica}", store),
+        rank=world.rank,
+        world_size=layout.replica_size,
+        timeout=TIMEOUT,
+    )
+    if layout.replica_size == 1:
+        return None, None
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    columns = None
+    for first in range(0, layout.replica_size, layout.tensor):
+        group = dist.new_group(range(first, first + layout.tensor), backend="gloo", timeout=TIMEOUT)
+        if first == world.rank - world.column_rank:
+            columns = group
+    return control, columns

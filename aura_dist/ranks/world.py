@@ -1,0 +1,110 @@
+"""`World`: where this process stands among all processes of a launch. One frozen value, passed in, never global."""
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from aura_dist.errors import ConfigError
+from aura_dist.ranks.layout import Layout, parse_layout
+
+_FIRST_PORT, _NUM_PORTS = 20_000, 20_000
+
+
+@dataclass(frozen=True)
+class World:
+    """Place of one process.
+
+    Attributes
+    ----------
+    layout
+        The parallel axes of the launch.
+    global_rank, local_rank
+        Rank in the launch, and on this machine.
+    device
+        Device of this process, as torch names it.
+    """
+
+    layout: Layout = Layout()
+    global_rank: int = 0
+    local_rank: int = 0
+    device: str = "cpu"
+
+    @property
+    def replica(self) -> int:
+        """Index of the replica that this process belongs to."""
+        return self.global_rank // self.layout.replica_size
+
+    @property
+    def rank(self) -> int:
+        """Rank within the replica."""
+        return self.global_rank % self.layout.replica_size
+
+    @property
+    def row_worker(self) -> int:
+        """Index of the row worker that this process belongs to."""
+        return self.global_rank // self.layout.tensor
+
+    @property
+    def column_rank(self) -> int:
+        """Rank within the row worker: which of the columns."""
+        return self.global_rank % self.layout.tensor
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process makes the store and lists what is left."""
+        return self.global_rank == 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the launcher says of a process: its rank, the number of ranks, and its rank on this machine."""
+
+    global_rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def place_from_environment(environment: MutableMapping[str, str] | None = None) -> Place:
+    """The place that torchrun's variables give, else those of a Slurm job step, else that of a single process.
+
+    Under Slurm the variables that torch reads to meet the other ranks are filled in: address and port are taken
+    from the step, unless MASTER_ADDR and MASTER_PORT are set.
+
+    Raises
+    ------
+    ConfigError
+        A variable is missing or not a number.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(_number(env, "RANK"), _number(env, "WORLD_SIZE"), _number(env, "LOCAL_RANK", "0"))
+    if _number(env, "SLURM_STEP_NUM_TASKS", "1") > 1:
+        place = Place(
+            _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_LOCALID", "0")
+        )
+        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "localhost")))
+        step = _number(env, "SLURM_JOB_ID") * 31 + _number(env, "SLURM_STEP_ID", "0")
+        env.setdefault("MASTER_PORT", str(_FIRST_PORT + step % _NUM_PORTS))
+        ranks = {"RANK": place.global_rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": place.local_rank}
+        env.update({name: str(value) for name, value in ranks.items()})
+        return place
+    return Place()
+
+
+def world_from(place: Place, sharding: str, device: str) -> World:
+    """The world of a process; ConfigError if `sharding` does not fit the number of ranks."""
+    return World(parse_layout(sharding, place.world_size), place.global_rank, place.local_rank, device)
+
+
+def first_host(nodes: str) -> str:
+    """First host of Slurm's compressed list: `gpu[07-09,12],login` → `gpu07`."""
+    name, bracket, rest = re.split(r",(?![^\[]*\])", nodes)[0].partition("[")
+    return name + re.split(r"[,\-\]]", rest)[0] + rest.partition("]")[2] if bracket else name
+
+
+def _number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
+    value = env.get(name, default)
+    if value is None or not value.isdecimal():
+        raise ConfigError(f"environment variable {name}: expected a number, as the launcher sets it, got {value!r}")
+    return int(value)

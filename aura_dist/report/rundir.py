@@ -1,0 +1,146 @@
+"""A run directory: `config.yaml`, `store.zarr`, `interventions/<name>/`, `results/<name>.json`; any may be missing.
+
+One whose runs share their parts, as a sweep's does, holds several stores, and the state of each of its jobs.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aura_dist.errors import StoreError, brief
+from aura_dist.interventions.artifact import META_FILE, WEIGHTS_FILE, Intervention
+from aura_dist.report.evaluations import Evaluation, read_evaluation
+
+CONFIG, STORE, INTERVENTIONS, RESULTS, JOBS = "config.yaml", "store.zarr", "interventions", "results", "jobs"
+SWEEP = "sweep.yaml"
+# in the directory of a sweep: the names of the present grid's jobs; the files of earlier grids' jobs are beside theirs
+JOBS_FILE = "jobs.json"
+# where stores of a directory of shared parts lie
+_STORES = ("collections/*/*.zarr", "stores/*.zarr")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An intervention of a run, without its maps: its description, and how many neurons it changes."""
+
+    name: str
+    meta: Mapping[str, Any]
+    num_changed: int
+    num_neurons: int
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where the parts of a run lie.
+
+    Attributes
+    ----------
+    path, name
+        The directory, and what tells it from the others of a page.
+    stores
+        Paths of its stores: within it, else path or URL of that which `config.yaml` names.
+    """
+
+    path: Path
+    name: str
+    stores: tuple[str, ...]
+
+    @property
+    def intervention_paths(self) -> list[Path]:
+        place = self.path / INTERVENTIONS
+        return sorted(p for p in _entries(place) if p.is_dir() and not p.name.startswith("."))
+
+    @property
+    def result_paths(self) -> list[Path]:
+        return sorted(p for p in _entries(self.path / RESULTS) if p.suffix == ".json" and not p.name.startswith("."))
+
+    def interventions(self) -> list[Fitted]:
+        """StoreError if one is damaged."""
+        found = []
+        for path in self.intervention_paths:
+            loaded = Intervention.load(path)
+            total = sum(len(loaded.map_of(site)[0]) for site in loaded.sites)
+            found.append(Fitted(path.name, loaded.meta, loaded.num_changed, total))
+        return found
+
+    def evaluations(self) -> list[Evaluation]:
+        """InputError if one is damaged."""
+        return [read_evaluation(self.name, path) for path in self.result_paths]
+
+
+def _entries(place: Path) -> list[Path]:
+    return list(place.iterdir()) if place.is_dir() else []
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether some part of a run stands in the directory."""
+    return any((path / part).exists() for part in (STORE, INTERVENTIONS, RESULTS, SWEEP)) or bool(_stores(path))
+
+
+def _stores(path: Path) -> tuple[str, ...]:
+    own = [path / STORE] if (path / STORE).exists() else []
+    shared = [found for pattern in _STORES for found in sorted(path.glob(pattern))]
+    named = _config_store(path)
+    return tuple(str(store) for store in [*own, *shared]) or (() if named is None else (named,))
+
+
+def open_run(path: str) -> RunDirectory:
+    """The run directory at `path`.
+
+    Raises
+    ------
+    StoreError
+        There is no directory, or nothing of a run in it.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        found = "a file" if place.exists() else "nothing"
+        raise StoreError(f"RUN_DIR {path!r}: expected a run directory, found {found}; name the directory of a run")
+    if place.suffix == ".zarr" or (place / "zarr.json").is_file():
+        raise StoreError(f"RUN_DIR {path!r}: expected a run directory, got a store; name the directory it lies in")
+    if not is_run_directory(place):
+        raise StoreError(
+            f"RUN_DIR {path!r}: expected {STORE}, {INTERVENTIONS}/, {RESULTS}/ or a {CONFIG} that names a store, "
+            "found none of them; name the directory that --store and --out were given in"
+        )
+    return RunDirectory(place, place.resolve().name, _stores(place))
+
+
+def named_apart(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
+    """The same, those of one name told apart by the directories above."""
+    names = [run.name for run in runs]
+    depth = 2
+    paths = [run.path.resolve() for run in runs]
+    while len(set(names)) < len(set(paths)) and depth <= max(len(p.parts) for p in paths):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        depth += 1
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _config_store(path: Path) -> str | None:
+    """The store that the run's `config.yaml` names, on top or for collect."""
+    try:
+        document = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    section = document.get("collect")
+    store = document.get("store") or (section.get("store") if isinstance(section, dict) else None)
+    return store if isinstance(store, str) else None
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """An intervention's description alone; StoreError if either of its files is missing, or this one damaged."""
+    try:
+        meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
+        (directory / WEIGHTS_FILE).stat()
+    except (OSError, ValueError) as error:
+        raise StoreError(f"intervention {str(directory)!r}: {brief(error)}") from error
+    if not isinstance(meta, dict):
+        raise StoreError(f"intervention {str(directory)!r}: {META_FILE} holds no description")
+    return meta

@@ -1,0 +1,230 @@
+"""How far runs are, from their files alone: what is done, running, damaged and left. Reads no responses or scores."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from aura_dist.errors import AuraError, StoreError
+from aura_dist.interventions.artifact import method_of
+from aura_dist.report.evaluations import Evaluation, read_evaluation
+from aura_dist.report.rundir import (
+    INTERVENTIONS,
+    JOBS,
+    JOBS_FILE,
+    RESULTS,
+    RunDirectory,
+    is_run_directory,
+    open_run,
+    read_meta,
+)
+from aura_dist.scoring.scores import MARKER, count_columns, score_attributes, score_path, scored_statistics
+from aura_dist.store.access import local_path, open_group, read_array
+from aura_dist.store.schema import DONE, StoreSpec, activation_path, tasks_of
+
+FINISHED, HALF_DONE, NOTHING, DAMAGED = "done", "half done", "nothing", "damaged"
+FRESH_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a run.
+
+    Attributes
+    ----------
+    name
+        `collect`, `score`, `fit` or `evaluate`.
+    state
+        One of done, half done, nothing, damaged.
+    count
+        How much there is, in few words; empty where there is nothing.
+    detail
+        The rest, in words.
+    """
+
+    name: str
+    state: str
+    count: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep's job: `state` is queued, running, done or failed; why it failed; seconds of its last attempt."""
+
+    name: str
+    state: str
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is.
+
+    Attributes
+    ----------
+    name
+        Of the run.
+    parts
+        In the order of the pipeline; `collect` and `score` of each store.
+    jobs
+        Of a sweep.
+    changed
+        When a file of it last changed (seconds since the epoch), or None.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    jobs: tuple[Job, ...]
+    changed: float | None
+
+    @property
+    def is_finished(self) -> bool:
+        return all(part.state == FINISHED for part in self.parts) and all(job.state == "done" for job in self.jobs)
+
+    def seems_running(self, now: float) -> bool:
+        """Whether something is half done and a file has just changed: all that files can tell."""
+        half = any(part.state == HALF_DONE for part in self.parts) or any(job.state == "running" for job in self.jobs)
+        return half and self.changed is not None and now - self.changed < FRESH_SECONDS
+
+
+def find_runs(path: str) -> list[RunDirectory]:
+    """The run at `path`, or those in the directories below it, two deep; StoreError if there is none."""
+    place = Path(path)
+    if not place.is_dir() or is_run_directory(place):
+        return [open_run(path)]
+    children = [p for p in sorted(place.iterdir()) if p.is_dir() and p.suffix != ".zarr"]
+    below = [q for p in children for q in (sorted(p.iterdir()) if not is_run_directory(p) else [p]) if q.is_dir()]
+    found = [open_run(str(p)) for p in below if p.suffix != ".zarr" and is_run_directory(p)]
+    return found or [open_run(path)]
+
+
+def run_status(run: RunDirectory) -> RunStatus:
+    """How far a run is; what is damaged is the state of a part, never an error."""
+    stores = [part for store in run.stores for part in _store_parts(store)]
+    parts = [*(stores or [Part("collect", NOTHING), Part("score", NOTHING)]), _interventions(run), _results(run)]
+    changed = max(_changes(run), default=None)
+    return RunStatus(run.name, tuple(parts), tuple(_jobs(run)), changed)
+
+
+def _jobs(run: RunDirectory) -> Iterator[Job]:
+    """The jobs of a sweep's present grid, by their state files; what is none, or is being written, is left out."""
+    try:
+        present = set(json.loads((run.path / JOBS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        present = set()
+    for path in (p for p in _files(run.path / JOBS) if p.suffix == ".json" and not p.name.startswith(".")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if present and found["job"] not in present:
+                continue
+            yield Job(found["job"], found["state"], float(found.get("seconds") or 0), str(found.get("reason") or ""))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+
+
+def _store_parts(store: str) -> list[Part]:
+    try:
+        group = open_group(store)
+        spec = StoreSpec.from_attributes(group.attrs)
+        return [_collection(group, spec), _scores(group, spec)]
+    except AuraError as error:
+        there = (local_path(store) or Path()).exists()
+        return [Part("collect", DAMAGED if there else NOTHING, "", str(error)), Part("score", NOTHING)]
+
+
+def _collection(group: zarr.Group, spec: StoreSpec) -> Part:
+    done, tokens = read_array(group, DONE), read_array(group, "samples/num_tokens")
+    rows = sum(t.stop - t.start for t in tasks_of(tokens, spec.tokens_per_batch) if done[t.index])
+    neurons = sum(site.width for site in spec.sites)
+    detail = f"{rows:,} of {len(tokens):,} rows, {len(spec.sites):,} modules, {neurons:,} neurons"
+    finished = int(np.count_nonzero(done))
+    return Part("collect", _state(finished, len(done)), f"{finished:,} of {len(done):,} tasks", detail)
+
+
+def _scores(group: zarr.Group, spec: StoreSpec) -> Part:
+    scored, total = count_columns(group, spec)
+    statistics = scored_statistics(group, spec.sites[-1].name, spec.poolings[-1])
+    basis = score_attributes(group)
+    notes = [f"{len(statistics)} statistics"] if scored == total else []
+    if basis.get("partial"):
+        notes.append(f"of {basis['num_rows']:,} of {basis['total_rows']:,} rows")
+    return Part("score", _state(scored, total), f"{scored:,} of {total:,} chunk columns", ", ".join(notes))
+
+
+def _state(done: int, total: int) -> str:
+    return FINISHED if done == total else HALF_DONE if done else NOTHING
+
+
+def _interventions(run: RunDirectory) -> Part:
+    whole, broken = [], []
+    for path in run.intervention_paths:
+        try:
+            whole.append(f"{path.name} ({method_of(read_meta(path))})")
+        except StoreError:
+            broken.append(path.name)
+    return _listed("fit", whole, [], broken)
+
+
+def _results(run: RunDirectory) -> Part:
+    whole, broken = [], []
+    taken: set[str] = set()
+    for path in run.result_paths:
+        try:
+            one = read_evaluation(run.name, path)
+            whole.append(one.name)
+            taken.add(_continuations_of(one))
+        except AuraError:
+            broken.append(path.name)
+    begun = [p for p in _files(run.path / RESULTS) if p.suffix == ".jsonl" and p.name not in taken]
+    half = [f"{p.name} ({_count_lines(p):,} lines)" for p in begun]
+    return _listed("evaluate", whole, half, broken)
+
+
+def _continuations_of(one: Evaluation) -> str:
+    return str(one.toxicity.get("continuations"))
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else []
+
+
+def _listed(name: str, whole: list[str], half: list[str], broken: list[str]) -> Part:
+    texts = [", ".join(whole)] if whole else []
+    texts += [f"half done: {', '.join(half)}"] if half else []
+    texts += [f"damaged: {', '.join(broken)}"] if broken else []
+    state = DAMAGED if broken else HALF_DONE if half else FINISHED if whole else NOTHING
+    return Part(name, state, f"{len(whole):,}" if texts else "", "; ".join(texts))
+
+
+def _changes(run: RunDirectory) -> Iterator[float]:
+    """When directories and files changed in which stages write; of a store those alone that tell of progress."""
+    places = [*_files(run.path / RESULTS), *run.intervention_paths]
+    places += [run.path / part for part in (RESULTS, INTERVENTIONS, JOBS)]
+    for path in run.stores:
+        store = local_path(path)
+        places += [] if store is None else _store_places(store)
+    for place in places:
+        try:
+            yield place.stat().st_mtime
+        except OSError:  # not there, or gone meanwhile
+            continue
+
+
+def _store_places(store: Path) -> list[Path]:
+    try:
+        spec = StoreSpec.from_attributes(json.loads((store / "zarr.json").read_text(encoding="utf-8"))["attributes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [store]
+    names = [(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
+    chunks = [DONE, activation_path(*names[0]), *(score_path(*name, MARKER) for name in names)]
+    return [store, *(store / name / "c" for name in chunks)]

@@ -1,0 +1,145 @@
+"""Dask workers for scoring: threads of this process, processes of this machine, Slurm jobs, or a cluster that runs.
+
+A local cluster's workers never spill: tasks give back a few numbers, so what fills a worker is work in hand.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from aura_dist.errors import ClusterError, ConfigError, brief
+from aura_dist.ranks.memory import KEEP_FREED_MEMORY
+from aura_dist.scoring.slurm_workers import slurm_cluster
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger(__name__)
+
+LOCAL_KINDS = ("threads", "processes")
+SCHEMES = ("tcp://", "tls://")
+CONNECT_SECONDS = 30
+LOOPBACK = "127.0.0.1"
+SETTINGS = {
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    # Memory that a task is done with is kept for the next: a worker that waits for it to shrink waits for ever.
+    "distributed.worker.memory.pause": False,
+    # A task is not to blame for workers that a scheduler takes away.
+    "distributed.scheduler.allowed-failures": 10,
+    **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_FREED_MEMORY.items()},
+}
+# What a worker's process runs first: Ctrl-C reaches every process of a terminal, and this one ends its workers.
+IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_settings(kind: str, memory_limit: str) -> int:
+    """The memory limit in bytes; ConfigError as `dask_client` raises it, before any worker is started."""
+    if kind not in (*LOCAL_KINDS, "slurm") and not kind.startswith(SCHEMES):
+        raise ConfigError(f"--dask: expected one of {', '.join(LOCAL_KINDS)}, slurm, tcp://HOST:PORT, got {kind!r}")
+    from dask.utils import parse_bytes
+
+    try:
+        limit = int(parse_bytes(memory_limit))
+    except ValueError as error:
+        raise ConfigError(f"--memory-limit: expected a size such as 4GB, got {memory_limit!r}") from error
+    if limit <= 0:
+        raise ConfigError(f"--memory-limit: expected a size above 0, got {memory_limit!r}")
+    return limit
+
+
+def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[Any, Any]) -> tuple[int, int]:
+    """Memory in bytes and threads of one worker that `dask_client` starts; ConfigError if a setting is wrong."""
+    limit = check_settings(kind, memory_limit)
+    if kind == "threads":
+        return limit, num_workers or available_cores()
+    if kind != "slurm":
+        return limit, 1
+    for name in ("cores", "processes"):
+        value = slurm.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"--slurm: expected {name} to be an integer of at least 1, got {value!r}")
+    if not isinstance(slurm.get("walltime", ""), str):
+        raise ConfigError(f"--slurm: expected walltime in quotes, as '1:00:00', got the number {slurm['walltime']!r}")
+    processes = int(slurm.get("processes", 1))
+    memory = check_settings(kind, str(slurm["memory"])) if "memory" in slurm else limit
+    return memory // processes, max(1, int(slurm.get("cores", 1)) // processes)
+
+
+@contextmanager
+def dask_client(
+    kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[Any, Any] | None = None
+) -> "Iterator[Client]":
+    """A client of the cluster; one that was started here ends with the context, one that was there goes on.
+
+    Parameters
+    ----------
+    kind
+        `threads` of this process; `processes` of this machine, one thread each; `slurm`, jobs through
+        dask-jobqueue; or the address of a scheduler that runs, `tcp://HOST:PORT` or `tls://HOST:PORT`. TLS is set
+        up as Dask has it, in its own configuration (`distributed.comm.tls`).
+    num_workers
+        Threads, processes or Slurm workers; by default as many as cores, or two jobs.
+    memory_limit
+        Of each worker that is started, as Dask reads it: `4GB`, `500MiB`.
+    slurm
+        Options of dask-jobqueue's `SLURMCluster`.
+
+    Raises
+    ------
+    ConfigError
+        A setting is not one of these.
+    ClusterError
+        Workers cannot be started, or the scheduler cannot be reached.
+    """
+    limit = check_settings(kind, memory_limit)
+    import dask
+    from distributed import Client
+
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(SETTINGS))
+        if kind == "processes":
+            preload = [*dask.config.get("distributed.worker.preload"), IGNORE_INTERRUPTS]
+            stack.enter_context(dask.config.set({"distributed.worker.preload": preload}))
+        try:
+            cluster: Any = kind
+            if kind in LOCAL_KINDS:
+                cluster = stack.enter_context(_local(kind, num_workers, limit))
+            elif kind == "slurm":
+                cluster = stack.enter_context(slurm_cluster(num_workers, limit, slurm or {}))
+            client = stack.enter_context(Client(cluster, timeout=CONNECT_SECONDS))
+        except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
+            raise ClusterError(f"--dask {kind}: expected a cluster that answers: {brief(error)}") from error
+        if client.dashboard_link and find_spec("bokeh"):  # without it there is none to look at
+            logger.info("dashboard: %s", _reachable(client.dashboard_link, client.scheduler.address))
+        yield client
+
+
+def _reachable(link: str, scheduler_address: str) -> str:
+    """A dashboard's link; that of a scheduler within this process names an address at which it does not listen."""
+    protocol, place = scheduler_address.split("://")
+    return link.replace(place.partition("/")[0], LOOPBACK) if protocol == "inproc" else link
+
+
+def _local(kind: str, num_workers: int | None, limit: int) -> Any:
+    from distributed import LocalCluster
+
+    count = num_workers or available_cores()
+    workers, threads = (1, count) if kind == "threads" else (count, 1)
+    return LocalCluster(
+        processes=kind == "processes",
+        memory_limit=limit,
+        dashboard_address=f"{LOOPBACK}:0",  # None would be port 8787, another's maybe
+        # a task's error reaches the user as it is, in one line
+        silence_logs=logging.ERROR if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL,
+        n_workers=workers,
+        threads_per_worker=threads,
+    )

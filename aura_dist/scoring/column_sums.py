@@ -1,0 +1,176 @@
+"""The sums that every statistic of a neuron is made of, the plain way and the compiled way.
+
+With a_i = 2 · #(negatives below positive i) + #(negatives equal to it), and b_j the same for negative j among the
+positives: Σ a = 2U, and the spread of a and of b is the variance of the AUROC (see `statistics`). a and b are whole
+numbers and summed as such, centred on Q and P, what they are where the classes do not differ.
+
+Names by shape: N samples, M neurons (columns), C concepts, P positives and Q negatives of a concept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aura_dist.scoring.auroc import NOT_LABELLED, float_bits
+from aura_dist.scoring.auroc_kernels import SCRATCH_KEYS
+from aura_dist.scoring.statistics_kernels import REAL_SUMS, WHOLE_SUMS, column_sums
+
+# Values converted at once, where they are not float32 in C order already.
+CONVERTED_VALUES = 1 << 23
+# So that sums of squared ranks fit into 64 bits.
+MAX_ROWS = 1 << 21
+
+I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ColumnSums:
+    """Sums of every concept and column, [C, M] each; `num_positive` and `num_negative` are [C, 1].
+
+    Attributes
+    ----------
+    twice_u
+        2U = #(positive > negative) · 2 + #(positive == negative).
+    squared_above, squared_below
+        Σ (a − Q)² over the positives, Σ (b − P)² over the negatives.
+    num_distinct, num_nan
+        Distinct values, and NaN, among the rows labelled for the concept.
+    ties
+        Σ (t³ − t) over the distinct values, t the rows that hold one.
+    average_precision
+        Σ over the thresholds, falling, of (recall gained) · precision.
+    mean_positive, mean_negative, squares_positive, squares_negative
+        Mean and sum of squared deviations from it, by class.
+    min_positive, min_negative, max_positive, max_negative
+    cross
+        E[(x − x̄)(y − ȳ)] of positives x and negatives y under their monotone coupling.
+
+    Where `num_nan` is not 0 the others have no meaning.
+    """
+
+    num_positive: I64
+    num_negative: I64
+    twice_u: I64
+    squared_above: I64
+    squared_below: I64
+    num_distinct: I64
+    num_nan: I64
+    ties: F64
+    average_precision: F64
+    mean_positive: F64
+    mean_negative: F64
+    squares_positive: F64
+    squares_negative: F64
+    min_positive: F64
+    min_negative: F64
+    max_positive: F64
+    max_negative: F64
+    cross: F64
+
+
+assert tuple(f.name for f in fields(ColumnSums))[2:] == WHOLE_SUMS + REAL_SUMS
+
+
+def sums_fast(values_NM: NDArray[Any], labels_CN: NDArray[np.int8]) -> ColumnSums:
+    """By the compiled kernel: one sort a column for all concepts. Values must fit in float32."""
+    num_columns = values_NM.shape[1]
+    rows_K = np.flatnonzero((labels_CN != NOT_LABELLED).any(axis=0))
+    positives, starts_P = _where(labels_CN[:, rows_K] == 1)
+    unlabelled, starts_U = _where(labels_CN[:, rows_K] == NOT_LABELLED)
+    whole = np.empty((len(WHOLE_SUMS), len(labels_CN), num_columns), np.int64)
+    real = np.empty((len(REAL_SUMS), len(labels_CN), num_columns), np.float64)
+    in_place = values_NM.dtype == np.float32 and values_NM.dtype.isnative and values_NM.flags.c_contiguous
+    step = max(1, num_columns if in_place else CONVERTED_VALUES // max(1, len(values_NM)))
+    for first in range(0, num_columns, step):
+        block = slice(first, first + step)
+        bits_NM, nan_above, is_half = float_bits(values_NM[:, block])
+        whole[..., block], real[..., block] = column_sums(
+            bits_NM, nan_above, is_half, rows_K, positives, starts_P, unlabelled, starts_U
+        )
+    return _gathered(labels_CN, whole, real)
+
+
+def _where(mask_CK: NDArray[np.bool_]) -> tuple[I64, I64]:
+    starts = np.concatenate([[0], np.cumsum(np.count_nonzero(mask_CK, axis=1))]).astype(np.int64)
+    return np.nonzero(mask_CK)[1], starts
+
+
+def _gathered(labels_CN: NDArray[np.int8], whole: I64, real: F64) -> ColumnSums:
+    counts = ((labels_CN == value).sum(axis=1, keepdims=True, dtype=np.int64) for value in (1, 0))
+    return ColumnSums(*counts, *whole, *real)
+
+
+def sums_plain(values_NM: NDArray[Any], labels_CN: NDArray[np.int8]) -> ColumnSums:
+    """In NumPy, column by column and by the definitions, in the dtype of the values.
+
+    The reference for `sums_fast`, and the way for dtypes that float32 cannot hold. Values are compared in their own
+    dtype; means, deviations, extremes and the coupling are in float64.
+    """
+    shape = (len(labels_CN), values_NM.shape[1])
+    whole = np.zeros((len(WHOLE_SUMS), *shape), np.int64)
+    real = np.full((len(REAL_SUMS), *shape), np.nan)
+    for c, labels_N in enumerate(labels_CN):
+        for m in range(shape[1]):
+            positives, negatives = (np.sort(values_NM[labels_N == value, m]) for value in (1, 0))
+            num_nan = sum(np.count_nonzero(v != v) for v in (positives, negatives))
+            if num_nan:
+                whole[WHOLE_SUMS.index("num_nan"), c, m] = num_nan
+            else:
+                whole[:, c, m], real[:, c, m] = _column_plain(positives, negatives)
+    return _gathered(labels_CN, whole, real)
+
+
+def _column_plain(x_P: NDArray[Any], y_Q: NDArray[Any]) -> tuple[list[int], list[float]]:
+    """`WHOLE_SUMS` and `REAL_SUMS` of one column from its classes, each sorted."""
+    above = (np.searchsorted(y_Q, x_P, "left") + np.searchsorted(y_Q, x_P, "right")).astype(np.int64)
+    below = (np.searchsorted(x_P, y_Q, "left") + np.searchsorted(x_P, y_Q, "right")).astype(np.int64)
+    distinct, sizes = np.unique(np.concatenate([x_P, y_Q]), return_counts=True)
+    not_below = len(x_P) - np.searchsorted(x_P, distinct, "left")  # positives at or above each threshold
+    at_threshold = not_below - np.append(not_below[1:], 0)
+    precision = not_below / (not_below + len(y_Q) - np.searchsorted(y_Q, distinct, "left"))
+    whole = [
+        int(above.sum()),
+        int(((above - len(y_Q)) ** 2).sum()),
+        int(((below - len(x_P)) ** 2).sum()),
+        len(distinct),
+        0,
+    ]
+    x, y = x_P.astype(np.float64), y_Q.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities: NaN is what is wanted
+        x_mean, y_mean = x.mean(), y.mean()
+        squares = [float(np.square(v - mean).sum()) for v, mean in ((x, x_mean), (y, y_mean))]
+        cross = _cross_plain(x - x_mean, y - y_mean)
+    sizes = sizes.astype(np.float64)
+    ties, ap = (sizes * (sizes**2 - 1)).sum(), (at_threshold * precision).sum() / len(x)
+    return whole, [ties, ap, x_mean, y_mean, *squares, x[0], y[0], x[-1], y[-1], cross]
+
+
+def _cross_plain(x_P: F64, y_Q: F64) -> float:
+    """E[x y] under the monotone coupling: both quantile functions are constant between the cuts i/P and j/Q."""
+    num_x, num_y = len(x_P), len(y_Q)
+    cuts = np.union1d(np.arange(num_x + 1) * num_y, np.arange(num_y + 1) * num_x)  # in units of 1 / (P Q)
+    pieces = ((b - a) * x_P[a // num_y] * y_Q[a // num_x] for a, b in pairwise(cuts.tolist()))
+    return float(sum(pieces)) / (num_x * num_y)
+
+
+# What a worker's process takes before it has work: Python, NumPy, Zarr, Dask, the compiled kernels.
+WORKER_BYTES = 300_000_000
+
+
+def scoring_bytes(num_rows: int, num_columns: int, item_bytes: int, num_concepts: int, num_threads: int = 1) -> int:
+    """Memory that a worker needs to score chunk columns, `num_threads` at once: what `--memory-limit` must hold.
+
+    A chunk column as it was read, an eighth of it for what is being decoded, values converted for the kernel where
+    they are not float32, the kernel's scratch, and the sums of every statistic.
+    """
+    values = num_rows * num_columns * item_bytes
+    converted = 0 if item_bytes == 4 else 4 * min(CONVERTED_VALUES, num_rows * num_columns)
+    scratch = 4 * SCRATCH_KEYS + 80 * num_rows
+    sums = 3 * 8 * (len(WHOLE_SUMS) + len(REAL_SUMS)) * num_concepts * num_columns
+    return WORKER_BYTES + num_threads * (values + values // 8 + converted + scratch + sums)

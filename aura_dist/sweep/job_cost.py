@@ -1,0 +1,123 @@
+"""What collections and evaluations would take, asked in processes of their own: planning needs torch."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+from signal import SIGINT
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from aura_dist.errors import ConfigError, brief
+from aura_dist.scoring.cluster import available_cores
+from aura_dist.sweep.job_state import reason_of
+
+_SECONDS_AN_HOUR = 3600
+# what moves no figure
+_IRRELEVANT = frozenset({"store", "seed", "strength", "intervention", "out"})
+# planning takes a second or so a job, and longer where texts are many; a process that can plan some seconds to start
+_JOBS_A_PROCESS = 4
+# stage (`collect` or `evaluate`) and settings to plan with
+Question = tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours of all ranks together on GPUs and on CPUs, or why they are not known."""
+
+    gpu_hours: float = 0.0
+    cpu_hours: float = 0.0
+    store_bytes: int = 0
+    num_unknown: int = 0
+    reason: str = ""
+    left_out: str = ""
+
+    @property
+    def words(self) -> str:
+        if self.reason:
+            return f"not known: {self.reason}"
+        hours = [f"{self.gpu_hours:.3g} GPU-hours"] if self.gpu_hours or not self.cpu_hours else []
+        hours += [f"{self.cpu_hours:.3g} hours of CPU ranks"] if self.cpu_hours else []
+        more = [f"{self.store_bytes / 1e9:.3g} GB on disk"] if self.store_bytes else []
+        more += [f"and {self.num_unknown} not known"] if self.num_unknown else []
+        more += [f"without {self.left_out}"] if self.left_out else []
+        return ", ".join([" + ".join(hours), *more])
+
+    @staticmethod
+    def total(costs: "Iterable[Cost]") -> "Cost":
+        costs = list(costs)
+        known = [cost for cost in costs if not cost.reason]
+        return Cost(
+            sum(c.gpu_hours for c in known),
+            sum(c.cpu_hours for c in known),
+            sum(c.store_bytes for c in known),
+            len(costs) - len(known),
+            left_out=", ".join(dict.fromkeys(c.left_out for c in known if c.left_out)),
+        )
+
+
+def plan_costs(jobs: Mapping[str, Question]) -> dict[str, Cost]:
+    """What each job costs; equal questions are asked once."""
+    keys = {
+        name: json.dumps([stage, {k: v for k, v in settings.items() if k not in _IRRELEVANT}], sort_keys=True)
+        for name, (stage, settings) in jobs.items()
+    }
+    distinct = list(dict.fromkeys(keys.values()))
+    num_processes = max(1, min(available_cores(), ceil(len(distinct) / _JOBS_A_PROCESS)))
+    shares = [distinct[first::num_processes] for first in range(num_processes)]
+    found: dict[str, Cost] = {}
+    stop = threading.Event()
+    with ThreadPoolExecutor(num_processes) as pool:
+        try:
+            for share, costs in zip(shares, pool.map(partial(_ask, stop), shares), strict=True):
+                found |= zip(share, costs, strict=True)
+        except OSError as error:
+            raise ConfigError(f"jobs cannot be planned: {brief(error)}; mend that, or set TMPDIR") from error
+        except BaseException:  # a person wants the command to end
+            stop.set()
+            raise
+    return {name: found[key] for name, key in keys.items()}
+
+
+def _ask(stop: threading.Event, questions: Sequence[str]) -> list[Cost]:
+    """Costs of the questions, in their order, from one process.
+
+    A process that ends early was ended by the question that it was at, whose cost is not known; another one takes
+    those after it, unless it is to stop.
+    """
+    costs: list[Cost] = []
+    while len(costs) < len(questions) and not stop.is_set():
+        answers, ended = _answers(questions[len(costs) :])
+        costs += map(_cost, answers)
+        if len(costs) < len(questions):
+            costs.append(Cost(reason=reason_of(ended.returncode, ended.stderr)))
+        if ended.returncode == -SIGINT:
+            stop.set()
+    return [*costs, *[Cost(reason="interrupted")] * (len(questions) - len(costs))]
+
+
+def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]":
+    """What a process answers, a whole line each, and how it ended."""
+    with TemporaryDirectory() as directory:
+        asked, answers = Path(directory, "jobs.json"), Path(directory, "answers.jsonl")
+        asked.write_text(f"[{','.join(questions)}]", encoding="utf-8")
+        command = [sys.executable, "-m", "aura_dist.stages.plan_jobs", str(asked), str(answers)]
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="backslashreplace", check=False
+        )  # without the terminal: a library's question gets no answer
+        written = answers.read_text(encoding="utf-8") if answers.exists() else ""
+    return [json.loads(line) for line in written.splitlines(keepends=True) if line.endswith("\n")], ended
+
+
+def _cost(answer: Mapping[str, Any]) -> Cost:
+    """Of an answer of `aura_dist.stages.plan_jobs`."""
+    hours = answer.get("seconds", 0.0) / _SECONDS_AN_HOUR
+    gpu_hours, cpu_hours = (hours, 0.0) if answer.get("gpu") else (0.0, hours)
+    size, reason, left_out = answer.get("store_bytes", 0), answer.get("refused", ""), answer.get("left_out", "")
+    return Cost(gpu_hours, cpu_hours, size, reason=reason, left_out=left_out)

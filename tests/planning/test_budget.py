@@ -1,0 +1,223 @@
+"""Budgets: memory by layout, placing of layers, largest batches, sizes in words."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aura_dist.errors import ConfigError
+from aura_dist.planning.budget import (
+    CUDA_DEVICE_BYTES,
+    NUM_BUFFERS,
+    owned_neurons,
+    place,
+    rank_memory,
+)
+from aura_dist.planning.schedule import run_seconds, schedule
+from aura_dist.planning.store_size import COMPRESSED, store_size
+from aura_dist.planning.units import parse_bytes, show_bytes
+from aura_dist.planning.what_fits import advice, fit, ranks_needed, spreads, survey
+from aura_dist.planning.work import ForwardCost, Machine, Spread, Tier, WeightSizes, Work
+from aura_dist.ranks.layout import Layout
+from aura_dist.store import writer
+
+GPU = Machine(gpu=True)
+# a layer of 1 GB, a tenth of it kept whole under tensor parallelism; embeddings of 2 GB
+WORK = Work(
+    weights=WeightSizes(((100_000_000, 900_000_000),) * 10, (2_000_000_000, 0), 2_000_000_000),
+    forward=ForwardCost(1e6, 0, 0, 1e5, 2e9, 1e5),
+    neurons=((4096, 256), (1024, 64)) * 10,
+    stored_bytes=4,
+    pooled_bytes=2,
+    rows_chunk=64,
+    shortest=8,
+    longest=128,
+    tokens_per_batch=4096,
+)
+
+
+def memory(layout, machine=GPU, work=WORK, offload="none", tiers=()):
+    return rank_memory(work, Spread(layout, offload, tiers), machine)
+
+
+def test_number_of_buffers_is_the_writers():
+    assert NUM_BUFFERS == writer.NUM_BUFFERS
+
+
+def test_weights_are_split_as_the_strategy_splits_them():
+    def weights(layout, **how):
+        device = memory(layout, **how).device
+        return device["weights"], device["gathered weights"]
+
+    assert weights(Layout("replicate", 8)) == (12_000_000_000, 0)
+    assert weights(Layout("fsdp", 8, fsdp=4)) == (3_000_000_000, 4_000_000_000)
+    assert weights(Layout("tensor", 8, tensor=4)) == (2_000_000_000 + 10 * 325_000_000, 0)
+    assert weights(Layout("tensor", 8, fsdp=2, tensor=4)) == (2_625_000_000, 2_650_000_000)
+    assert weights(Layout("zero3", 8, fsdp=8)) == (1_500_000_000, 4_000_000_000)
+    assert weights(Layout("zero3", 8, fsdp=8), offload="cpu") == (0, 4_000_000_000)
+
+
+def test_offloaded_weights_lie_on_the_host_or_the_disk():
+    held = memory(Layout("zero3", 8, fsdp=8), offload="cpu")
+    assert (held.host["offloaded weights"], held.disk, held.streamed) == (1_500_000_000, 0, 1_500_000_000)
+    held = memory(Layout("zero3", 8, fsdp=8), offload="nvme")
+    assert ("offloaded weights" in held.host, held.disk, held.streamed) == (False, 1_500_000_000, 1_500_000_000)
+
+
+def test_without_a_gpu_all_is_in_the_host():
+    on_gpu, on_cpu = (memory(Layout(), Machine(gpu=g)) for g in (True, False))
+    assert on_cpu.device == {}
+    assert on_cpu.host["weights"] == on_gpu.device["weights"]
+    mapped = rank_memory(replace(WORK, mapped=True), Spread(Layout()), Machine(gpu=False))
+    assert "weights" not in mapped.host
+    assert mapped.mapped == 12_000_000_000
+    assert mapped.anonymous_bytes == on_cpu.anonymous_bytes - 12_000_000_000
+    assert mapped.host_bytes(4) == 4 * sum(mapped.host.values()) + 12_000_000_000
+
+
+def test_queue_is_the_row_buffers_and_the_one_being_encoded():
+    assert memory(Layout()).host["queue"] == 4 * 64 * 51_200 * 4
+    assert memory(Layout("tensor", 4, tensor=4)).host["queue"] == 4 * 64 * 12_800 * 4
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 600)), min_size=1, max_size=4), st.integers(1, 9))
+def test_owned_neurons_are_an_even_share_at_least_and_all_at_most(neurons, num_ranks):
+    total = sum(width for width, _ in neurons)
+    owned = owned_neurons(neurons, num_ranks)
+    assert total / num_ranks <= owned <= total
+    assert owned_neurons(neurons, 1) == total
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=20),
+    st.lists(st.integers(0, 200), max_size=3),
+)
+def test_blocks_fill_the_tiers_in_order(blocks, limits):
+    tiers = [*(Tier(str(n), limit) for n, limit in enumerate(limits)), Tier("disk", None)]
+    held = place(blocks, tiers)
+    assert sum(held.values()) == sum(blocks)
+    assert all(tier.limit_bytes is None or held[tier.name] <= tier.limit_bytes for tier in tiers)
+    prefixes = {sum(blocks[:n]) for n in range(len(blocks) + 1)}
+    done = 0
+    for tier in tiers:  # each tier ends between two blocks, so none is divided
+        done += held[tier.name]
+        assert done in prefixes
+
+
+def test_dispatch_keeps_room_for_the_layer_that_is_brought_in():
+    tiers = (Tier("0", 8_000_000_000), Tier("cpu", 3_000_000_000), Tier("disk", None))
+    held = memory(Layout("dispatch"), tiers=tiers)
+    assert (held.device["weights"], held.device["gathered weights"]) == (6_000_000_000, 2_000_000_000)
+    assert (held.host["offloaded weights"], held.disk, held.streamed) == (3_000_000_000, 3_000_000_000, 6_000_000_000)
+    held = memory(Layout("dispatch"), tiers=(Tier("0", 12_000_000_000), Tier("disk", None)))
+    assert (held.device["weights"], held.device["gathered weights"], held.streamed) == (12_000_000_000, 0, 0)
+
+
+@given(st.integers(4, 40).map(lambda g: g * 10**9), st.integers(1, 100).map(lambda g: g * 10**9))
+def test_dispatch_stays_within_its_machine(device, host):
+    """Where what must be there fits at all, the default tiers fill what is left and no more."""
+    machine = Machine(True, device, host)
+    assert fit(WORK, Spread(Layout("dispatch")), machine).tokens_per_batch or device < 5e9 or host < 3e9
+
+
+@given(
+    st.sampled_from([Layout(), Layout("fsdp", 4, fsdp=4), Layout("tensor", 4, tensor=2), Layout("zero3", 4, fsdp=4)]),
+    st.integers(128, 4095),
+    st.integers(1, 500),
+)
+def test_memory_never_falls_as_batches_grow(layout, tokens, more):
+    small, large = (memory(layout, work=WORK.with_batch(t)) for t in (tokens, tokens + more))
+    assert small.device_bytes <= large.device_bytes
+
+
+@given(st.sampled_from(["replicate", "fsdp", "zero3"]), st.integers(5_000_000_000, 16_000_000_000))
+def test_largest_batch_fits_and_the_next_does_not(strategy, device):
+    spread = Spread(Layout(strategy, 4, fsdp=1 if strategy == "replicate" else 4))
+    machine = Machine(True, device)
+    found = fit(WORK, spread, machine)
+    fits = [rank_memory(WORK.with_batch(t), spread, machine).fits(machine) for t in (128, 4096)]
+    assert (found.tokens_per_batch is not None, found.tokens_per_batch == 4096) == (fits[0], fits[1])
+    if found.tokens_per_batch not in (None, 4096):
+        at = found.tokens_per_batch
+        assert rank_memory(WORK.with_batch(at), spread, machine).fits(machine)
+        assert not rank_memory(WORK.with_batch(at + 1), spread, machine).fits(machine)
+
+
+def test_spreads_are_named_as_flags():
+    assert [s.name for s in spreads(12, gpu=True, splits=True)] == [
+        "replicate", "fsdp=2", "tensor=2", "fsdp=4", "tensor=4", "fsdp=12", "tensor=12", "zero3", "zero3 --offload cpu",
+    ]  # fmt: skip
+    assert [s.name for s in spreads(1, gpu=False, splits=True)] == ["replicate", "zero3", "dispatch"]
+    assert Spread(Layout("tensor", 8, fsdp=2, tensor=4)).name == "fsdp=2,tensor=4"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "device", "wanted"),
+    [
+        (4, "replicate", 13.6e9, r"the largest batch that fits is --tokens-per-batch \d+"),
+        (4, "replicate", 12e9, "what fits is --sharding fsdp=2"),
+        (1, "replicate", 8e9, r"what fits is --sharding zero3 --offload cpu|what fits is --sharding dispatch"),
+        (4, "replicate", 2e9, "no number of ranks fits"),
+    ],
+)
+def test_advice_names_the_largest_setting_that_fits(world_size, strategy, device, wanted):
+    machine, spread = Machine(True, int(device)), Spread(Layout(strategy, world_size))
+    others = survey(WORK, world_size, machine, splits=True)
+    assert re.match(wanted, advice(WORK, spread, machine, others))
+
+
+def test_ranks_needed_are_the_fewest():
+    host = 12_000_000_000 + 3_000_000_000  # a GPU that holds what is gathered and a share of 1.5 GB: eight ranks
+    machine = Machine(True, 4_000_000_000 + CUDA_DEVICE_BYTES + 1_700_000_000, host)
+    assert ranks_needed(WORK, machine, 1) == 8
+    assert ranks_needed(WORK, Machine(True, 1_000_000_000), 1) is None
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200).map(sorted), st.integers(1, 600))
+def test_schedule_counts_every_row_once(num_tokens, tokens_per_batch):
+    plan = schedule(num_tokens, 32, tokens_per_batch, ForwardCost(0, 0, 0, 0, 3.0, 0.0))
+    assert plan.num_tokens == sum(num_tokens) <= plan.num_padded_tokens
+    assert plan.flops == pytest.approx(3.0 * plan.num_padded_tokens)
+    assert len(num_tokens) / 32 <= plan.num_batches <= len(num_tokens)
+
+
+def test_seconds_are_shared_by_all_ranks_and_offloaded_weights_come_in_for_every_batch():
+    plan = schedule([128] * 64, 64, 4096, WORK.forward)
+    held = memory(Layout())
+    assert run_seconds(plan, Layout("replicate", 4), held, 2.0)[0] == pytest.approx(plan.flops / 8e12)
+    assert run_seconds(plan, Layout(), held, 2.0)[1] == 0
+    offloaded = memory(Layout("zero3", 1), offload="cpu")
+    assert run_seconds(plan, Layout("zero3", 1), offloaded, 2.0)[1] == pytest.approx(plan.num_batches * 12e9 / 20e9)
+
+
+def test_store_size_is_that_of_its_arrays():
+    size = store_size(2500, 64, [2048, 640], ["bfloat16", "float32"])
+    assert (size.num_arrays, size.num_neurons, size.raw_bytes) == (4, 2688, 2 * 4 * 2500 * 2688)
+    assert size.num_chunks == 2 * 40 * (16 + 16)
+    half = size.raw_bytes / 2
+    expected = half * (COMPRESSED["bfloat16"] + COMPRESSED["float32"])
+    assert size.compressed_bytes == pytest.approx(expected, abs=1)
+    assert store_size(2500, 64, [2048], ["float16"]).raw_bytes == 2 * 2500 * 2048
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GB", 80 * 10**9), ("24 GiB", 24 * 2**30), ("1.5tb", 1_500_000_000_000), ("1000", 1000), ("2k", 2000)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text, "--x") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 iB", "10 giga", "1e9"])
+def test_other_sizes_are_errors(text):
+    with pytest.raises(ConfigError, match="--x: expected a size such as 80GB or 24GiB"):
+        parse_bytes(text, "--x")
+
+
+@given(st.integers(0, 10**17))
+def test_sizes_are_shown_to_three_digits(size):
+    shown = show_bytes(size)
+    if size < 10**15:
+        assert parse_bytes(shown, "") == pytest.approx(size, rel=0.0051)

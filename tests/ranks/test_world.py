@@ -1,0 +1,52 @@
+"""A process's place, from what its launcher says."""
+
+import pytest
+
+from aura_dist.errors import ConfigError
+from aura_dist.ranks.world import Place, first_host, place_from_environment
+
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[07-08,11]",
+}  # fmt: skip
+
+
+def test_single_process():
+    assert place_from_environment({}) == Place(0, 1, 0)
+
+
+def test_batch_script_of_an_allocation_is_a_single_process():
+    batch = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+    assert place_from_environment(batch) == Place(0, 1, 0)
+
+
+def test_torchrun():
+    env = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", **STEP}
+    assert place_from_environment(env) == Place(3, 8, 3), "torchrun within a Slurm step is torchrun"
+
+
+def test_slurm_step_finds_where_to_meet():
+    env = dict(STEP)
+    assert place_from_environment(env) == Place(5, 8, 1)
+    assert env["MASTER_ADDR"] == "gpu07"
+    assert 20_000 <= int(env["MASTER_PORT"]) < 40_000
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("5", "8", "1")
+
+
+def test_own_meeting_place_stands():
+    env = {**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    place_from_environment(env)
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("10.0.0.1", "29500")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[1-2]", "n1"), ("gpu[07-09,12],login", "gpu07"), ("a-b[3,5]-x", "a-b3-x")],
+)
+def test_first_host_of_a_node_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_number_that_is_none():
+    with pytest.raises(ConfigError, match="RANK: expected a number, as the launcher sets it, got 'x'"):
+        place_from_environment({"RANK": "x", "WORLD_SIZE": "2"})

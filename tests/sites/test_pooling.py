@@ -1,0 +1,94 @@
+"""Pooling of a padded batch equals a plain loop over the counted tokens of each row."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aura_dist.sites.pooling import TokenMask
+
+POOLINGS = ("max", "mean", "min", "last", "absmax")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PADDING = (float("nan"), float("inf"), -float("inf"), 6e4, -6e4, 0.0)
+
+
+def plain(acts_TD: torch.Tensor, counted_T: np.ndarray, pooling: str) -> torch.Tensor:
+    """[D] float64 of one row."""
+    tokens = [acts_TD[t].double() for t in np.flatnonzero(counted_T)]
+    if pooling == "last":
+        return tokens[-1]
+    pooled = tokens[0].abs() if pooling == "absmax" else tokens[0].clone()
+    for token in tokens[1:]:
+        if pooling == "mean":
+            pooled += token
+        elif pooling == "min":
+            pooled = torch.minimum(pooled, token)
+        else:
+            pooled = torch.maximum(pooled, token.abs() if pooling == "absmax" else token)
+    return pooled / len(tokens) if pooling == "mean" else pooled
+
+
+def check(acts_BTD: torch.Tensor, mask_BT: np.ndarray) -> None:
+    mask = TokenMask.build(mask_BT, "cpu")
+    for pooling in POOLINGS:
+        ours = getattr(mask, pooling)(acts_BTD)
+        assert ours.dtype == (torch.float32 if pooling == "mean" else acts_BTD.dtype)
+        theirs = torch.stack([plain(a, m, pooling) for a, m in zip(acts_BTD, mask_BT, strict=True)])
+        tolerance = 2e-6 if pooling == "mean" else 0
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=pooling)
+
+
+@st.composite
+def batches(draw):
+    """Right-padded rows, some with tokens left out in front and in the middle; anything at all as padding."""
+    num_rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    longest = draw(st.integers(1, 9))
+    same = draw(st.booleans())
+    lengths = [longest if same else draw(st.integers(1, longest)) for _ in range(num_rows)]
+    mask_BT = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    for b, length in enumerate(lengths):
+        left_out = draw(st.sets(st.integers(0, length - 1), max_size=length - 1))
+        mask_BT[b, list(left_out)] = False
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    acts = torch.from_numpy(rng.normal(size=(*mask_BT.shape, width))).to(draw(st.sampled_from(DTYPES)))
+    acts[~torch.from_numpy(mask_BT)] = draw(st.sampled_from(PADDING))
+    return acts, mask_BT
+
+
+@settings(deadline=None, max_examples=200)
+@given(batches())
+def test_equals_a_loop_over_counted_tokens(batch):
+    check(*batch)
+
+
+@settings(deadline=None, max_examples=100)
+@given(batches(), st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.data())
+def test_special_values_come_from_counted_tokens_alone(batch, special, data):
+    acts_BTD, mask_BT = batch
+    b, t = data.draw(st.sampled_from(np.argwhere(mask_BT).tolist()))
+    acts_BTD[b, t, 0] = special
+    check(acts_BTD, mask_BT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_rows_of_one_length(dtype):
+    acts = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check(acts, np.ones((3, 7), dtype=np.bool_))
+
+
+def test_no_position_counts_in_every_row():
+    mask_BT = np.array([[True, False, False], [False, True, False], [False, False, True]])
+    acts = torch.arange(9.0).reshape(3, 3, 1) - 20
+    check(acts, mask_BT)
+
+
+def test_mean_of_half_precision_is_summed_in_float32():
+    acts = torch.full((1, 4096, 1), 1 + 2**-7, dtype=torch.bfloat16)
+    mean = TokenMask.build(np.ones((1, 4096), dtype=np.bool_), "cpu").mean(acts)
+    assert mean.item() == pytest.approx(1 + 2**-7, rel=1e-6)
+
+
+def test_row_without_counted_token_is_refused():
+    with pytest.raises(AssertionError, match="needs a token"):
+        TokenMask.build(np.array([[True], [False]]), "cpu")

@@ -1,0 +1,235 @@
+"""A store in S3: collected, killed, resumed and scored as a local one, and what can go wrong on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+
+import aura_dist
+from aura_dist.cli import main
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.store import remote
+from aura_dist.store.access import exists, open_group
+from aura_dist.store.record import unfinished
+from tests.distributed.launch import run_ranks
+from tests.s3 import ENVIRONMENT, s3_server
+
+s3fs = pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
+pytest.importorskip("moto", reason="the S3 server of the extra `test` is not installed")
+
+SITE = "model.layers.1.mlp.up_proj"
+
+# the command line of `aura-dist`, with a forward slow enough to be killed within
+SLOWED = """
+import sys, time
+from aura_dist.cli import main
+from aura_dist.collecting.capture import Capture
+run = Capture.run
+def slow(*args):
+    time.sleep(0.4)
+    run(*args)
+Capture.run = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """URL of an empty bucket; the environment says where it is, as a user's would."""
+    with s3_server("bucket") as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield "s3://bucket"
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def command(tiny_dir, sentences_csv):
+    """`command(store)`: arguments that collect one module of 160 sentences: 2 tasks."""
+
+    def arguments(store, *more, rows=80):
+        return [
+            "collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic",
+            "--store", str(store), "--tokens-per-batch", "128", "--modules", SITE, "--num-positive", str(rows),
+            "--num-negative", str(rows), *more,
+        ]  # fmt: skip
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def local(command, tmp_path_factory):
+    """The same in a directory, scored and fitted."""
+    out = tmp_path_factory.mktemp("local")
+    store = out / "store.zarr"
+    assert main(command(store)) == 0
+    assert main(["score", "--store", str(store)]) == 0
+    assert main(["fit", "--store", str(store), "--concept", "toxic", "--out", str(out / "aura")]) == 0
+    return store
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(remote, "RETRIES", remote.Retries(num_attempts=4, first_seconds=0.01))
+
+
+def assert_equal(one, other):
+    """The same samples and responses, bit for bit."""
+    one, other = aura_dist.open_store(str(one)), aura_dist.open_store(str(other))
+    for name in ("row", "num_tokens", "label"):
+        assert np.array_equal(one["samples"][name].values, other["samples"][name].values)
+    there, here = (s[f"activations/{SITE}"]["max"].values for s in (one, other))
+    assert there.shape == (160, 80)
+    assert there.tobytes() == here.tobytes()
+
+
+def test_killed_resumed_and_scored_equals_a_local_store(s3, command, local, tmp_path, capsys):
+    store = f"{s3}/killed.zarr"
+    child = subprocess.Popen([sys.executable, "-c", SLOWED, *command(store)], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+            if exists(store) and len(unfinished(open_group(store))) <= 3:
+                break
+    finally:
+        child.send_signal(signal.SIGKILL)
+        output = child.communicate()[1]
+    assert child.returncode == -signal.SIGKILL, output
+    left = unfinished(open_group(store))
+    assert 0 < len(left) <= 3, "the kill fell within the run"
+    assert main(["score", "--store", store]) == 2
+    assert "rows are missing" in capsys.readouterr().err
+
+    assert main(command(store)) == 0
+    assert_equal(store, local)
+    assert main(["score", "--store", store]) == 0
+    assert main(["fit", "--store", store, "--concept", "toxic", "--out", str(tmp_path / "aura")]) == 0
+    assert_scores_equal(store, local)
+    fitted, expected = Intervention.load(tmp_path / "aura"), Intervention.load(local.parent / "aura")
+    assert fitted.meta["store_digest"] == expected.meta["store_digest"]
+    assert np.array_equal(fitted.scale[SITE], expected.scale[SITE])
+
+
+def with_environment(environment, arguments):
+    """`aura-dist ARGUMENTS` as a rank, whose process has the environment that its server was started in."""
+    os.environ.update(environment)
+    return main(arguments)
+
+
+def test_ranks_write_one_store_together(s3, command, local):
+    store = f"{s3}/ranks.zarr"
+    names = [*ENVIRONMENT, "AWS_ENDPOINT_URL"]
+    call = partial(with_environment, {name: os.environ[name] for name in names})
+    run_ranks(2, command(store), call)
+    assert_equal(store, local)
+    run_ranks(2, command(store, "--overwrite", "--sharding", "tensor"), call)
+    assert not unfinished(open_group(store))
+    one, other = (aura_dist.open_store(str(s))[f"activations/{SITE}"]["max"].values for s in (store, local))
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def assert_scores_equal(store, local):
+    top, expected = (aura_dist.top_neurons(str(s), "toxic", 80) for s in (store, local))
+    assert top.equals(expected)
+
+
+def test_failures_that_pass_are_outlived(s3, command, local, impatient, monkeypatch, capsys):
+    failures = Counter()
+    for name in ("_pipe_file", "_cat_file"):
+        failing_first(monkeypatch, name, 2, failures)
+    store = f"{s3}/flaky.zarr"
+    assert main(command(store)) == 0
+    assert main(["score", "--store", store, "--dask", "threads"]) == 0
+    assert sum(failures.values()) > 100
+    assert "attempt 2 of 4 failed (TimeoutError: the server is slow)" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert_equal(store, local)
+    assert_scores_equal(store, local)
+
+
+def failing_first(monkeypatch, name, times, failures):
+    """Make the first `times` requests for every key fail."""
+    request = getattr(s3fs.S3FileSystem, name)
+
+    async def flaky(self, path, *args, **kwargs):
+        failures[name, path] += 1
+        if failures[name, path] <= times:
+            raise TimeoutError("the server is slow")
+        return await request(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, name, flaky)
+
+
+def test_failure_that_stays_is_one_error_and_the_store_resumes(s3, command, local, impatient, monkeypatch, capsys):
+    request = s3fs.S3FileSystem._pipe_file
+
+    async def broken(self, path, *args, **kwargs):
+        if "/c/1/" in path:
+            raise ConnectionResetError("connection reset by peer")
+        return await request(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", broken)
+    store = f"{s3}/broken.zarr"
+    assert main(command(store)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert f"{store}" in error
+    assert "failed after 4 attempts: ConnectionResetError: connection reset by peer" in error
+    monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", request)
+    assert main(command(store)) == 0
+    assert_equal(store, local)
+
+
+def test_missing_and_damaged_chunks_and_overwrite(s3, command, capsys):
+    store = f"{s3}/holes.zarr"
+    few = command(store, rows=20)
+    assert main(few) == 0
+    chunk = f"{store}/activations/{SITE}/max/c/1/3"
+    files = s3fs.S3FileSystem(use_listings_cache=False)
+    content = bytearray(files.cat_file(chunk))
+    content[len(content) // 2] ^= 1
+    files.pipe_file(chunk, bytes(content))
+    assert main(["score", "--store", store]) == 2
+    assert f"the chunk {chunk!r} is damaged" in capsys.readouterr().err
+    files.rm_file(chunk)
+    assert main(["score", "--store", store]) == 2
+    assert f"the chunk {chunk!r} is missing" in capsys.readouterr().err
+    files.pipe_file(f"{s3}/holes.zarr-beside/kept", b"not of the store")
+    assert main([*few, "--overwrite"]) == 0
+    assert main(["score", "--store", store]) == 0
+    assert files.cat_file(f"{s3}/holes.zarr-beside/kept") == b"not of the store"
+
+
+def test_what_is_no_store_is_never_replaced(s3, command, capsys):
+    files = s3fs.S3FileSystem(use_listings_cache=False)
+    files.pipe_file(f"{s3}/results/table.csv", b"precious")
+    assert main(command(f"{s3}/results", "--overwrite")) == 2
+    assert "expected a store or nothing, found something else" in capsys.readouterr().err
+    assert files.cat_file(f"{s3}/results/table.csv") == b"precious"
+
+
+def test_bucket_that_is_not_there(s3, command, capsys):
+    assert main(command("s3://nowhere/x.zarr")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --store 's3://nowhere/x.zarr'")
+    assert error.endswith("make the bucket first, or choose another")
+
+
+def test_credentials_that_are_not_there(s3, command, monkeypatch, capsys):
+    s3fs.S3FileSystem.clear_instance_cache()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    assert main(command(f"{s3}/x.zarr")) == 2
+    s3fs.S3FileSystem.clear_instance_cache()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: --store '{s3}/x.zarr'")
+    assert "AWS_ACCESS_KEY_ID" in error

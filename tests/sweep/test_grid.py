@@ -1,0 +1,225 @@
+"""Grids → cells → jobs: what is shared, what counts, what is refused. Pure functions."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from aura_dist.config.file import read_config_file
+from aura_dist.config.verbs import VERBS
+from aura_dist.errors import ConfigError
+from aura_dist.stages.sweep import resolved_settings
+from aura_dist.sweep.graph import make_graph
+from aura_dist.sweep.grid import STAGES, make_cells
+from aura_dist.sweep.table import cell_row, figures
+
+KNOWN = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
+BASE = {
+    "model": "m/tiny",
+    "collect": {"data": "d.csv", "concepts": ["toxic"]},
+    "evaluate": {"perplexity_texts": "t.csv"},
+}
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def graph_of(grid, **more):
+    document = {**BASE, **more, "grid": grid}
+    cells = make_cells(document, KNOWN)
+    return cells, make_graph(cells, [resolved_settings(cell) for cell in cells])
+
+
+def count(graph):
+    return {stage: sum(job.stage == stage for job in graph.jobs.values()) for stage in STAGES}
+
+
+def test_what_cells_have_in_common_is_one_job():
+    cells, graph = graph_of({"seed": [0, 1, 2], "method": ["aura", "det0"], "strength": [0.25, 0.5, 1.0]})
+    assert len(cells) == 18
+    assert count(graph) == {"collect": 3, "score": 3, "fit": 6, "evaluate": 18}
+    assert len(set(graph.last)) == 18
+    for last in graph.last:
+        assert [job.stage for job in graph.ancestry(last)] == list(STAGES)
+
+
+def test_every_job_comes_after_those_it_needs():
+    _, graph = graph_of({"seed": [0, 1], "method": ["none", "aura"], "strength": [0.5, 1.0]})
+    seen = set()
+    for job in graph.jobs.values():
+        assert set(job.needs) <= seen
+        seen.add(job.id)
+
+
+def test_plain_model_is_one_cell_whatever_the_other_values():
+    cells, graph = graph_of(
+        {"method": ["none", "damp", "aura"], "strength": [0.5, 1.0], "alpha": [0.2, 0.5], "num_positive": [10, 20]}
+    )
+    values = [tuple(cell.values.values()) for cell in cells]
+    assert values.count(("none", None, None, None)) == 1
+    assert len(values) == len(set(values)) == 1 + 2 * 2 * 2 + 2 * 2, "alpha counts for damp alone"
+    assert count(graph)["evaluate"] == 13
+
+
+def test_plain_model_of_a_cell_is_evaluated_by_the_same_settings():
+    prompts = {"toxicity_prompts": ["a.jsonl", "b.jsonl"], "preprompt": ["Be kind.", "Be rude."], "num_samples": [5, 9]}
+    cells, graph = graph_of({"method": ["none", "aura"], "strength": [0.5, 1.0], "seed": [0, 1], "evaluate": prompts})
+    measured = ("seed", "evaluate.toxicity_prompts", "evaluate.preprompt", "evaluate.num_samples")
+    plain = {
+        tuple(cell.values[name] for name in measured): last
+        for cell, last in zip(cells, graph.last, strict=True)
+        if cell.values["method"] == "none"
+    }
+    assert len(plain) == 16
+    for cell, last in zip(cells, graph.last, strict=True):
+        mine = plain[tuple(cell.values[name] for name in measured)]
+        assert graph.plain(last) == (None if last == mine else mine)
+    assert not any(graph.plain(job.id) for job in graph.jobs.values() if job.stage != "evaluate")
+
+
+def test_cell_without_a_plain_model_by_its_settings_has_none():
+    parts = [{"method": ["none"], "dtype": ["float32"]}, {"method": ["aura"], "dtype": ["float32", "bfloat16"]}]
+    _, graph = graph_of(parts, evaluate={**BASE["evaluate"], "strength": 0.5, "sharding": "fsdp"})
+    assert [graph.plain(last) for last in graph.last] == [None, graph.last[0], None]
+    _, alone = graph_of({"method": ["aura"]})
+    assert alone.plain(alone.last[0]) is None
+
+
+def test_section_leaves_the_grid_to_the_other_stages():
+    grid = {"pooling": ["max", "mean"], "method": ["aura"]}
+    _, apart = graph_of(grid)
+    assert count(apart) == {"collect": 2, "score": 2, "fit": 2, "evaluate": 2}
+    _, together = graph_of(grid, collect={**BASE["collect"], "pooling": ["max", "mean"]})
+    assert count(together) == {"collect": 1, "score": 1, "fit": 2, "evaluate": 2}
+
+
+def test_grids_of_a_list_are_joined():
+    cells, _ = graph_of([{"method": ["none", "aura"]}, {"method": ["det0"], "top_k": [5, 10]}])
+    assert [(c.values["method"], c.values["top_k"]) for c in cells] == [
+        ("none", None), ("aura", None), ("det0", 5), ("det0", 10),
+    ]  # fmt: skip
+
+
+def test_larger_grid_has_the_same_jobs_and_more():
+    _, small = graph_of({"method": ["aura"], "strength": [0.5, 1.0]})
+    _, large = graph_of({"method": ["aura", "damp"], "strength": [0.25, 0.5, 1.0], "alpha": [0.5], "seed": [0]})
+    assert set(small.jobs) < set(large.jobs)
+    assert all(large.jobs[name] == job for name, job in small.jobs.items())
+
+
+def test_digest_follows_what_changes_a_result_and_nothing_else():
+    _, one = graph_of({"method": ["aura"]})
+    _, same = graph_of({"method": ["aura"]}, sharding="fsdp", device="cpu", strength=1.0, dtype="float32")
+    assert set(one.jobs) == set(same.jobs)
+    _, other = graph_of({"method": ["aura"]}, dtype="bfloat16")
+    assert not set(one.jobs) & set(other.jobs)
+    assert [len(set(g.jobs)) for g in (one, other)] == [4, 4]
+
+
+def test_strength_is_laid_on_once():
+    cells, graph = graph_of({"method": ["aura"], "strength": [0.5]})
+    assert "strength" not in cells[0].settings["fit"]
+    (fit,) = (job for job in graph.jobs.values() if job.stage == "fit")
+    assert "strength" not in fit.settings
+    assert graph.jobs[graph.last[0]].settings["strength"] == 0.5
+
+
+def test_concept_is_the_first_that_was_collected():
+    cells, _ = graph_of({"method": ["aura"]})
+    assert cells[0].settings["fit"]["concept"] == "toxic"
+
+
+def test_without_evaluation_cells_end_with_the_fit():
+    document = {"model": "m", "collect": BASE["collect"], "grid": {"method": ["aura", "det0"]}}
+    cells = make_cells(document, KNOWN)
+    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    assert count(graph) == {"collect": 1, "score": 1, "fit": 2, "evaluate": 0}
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (None, "grid: expected names and lists of values"),
+        ({}, "grid: expected names and lists of values"),
+        ({"method": "aura"}, "method: expected a list of values, got 'aura'"),
+        ({"method": []}, "expected a list of values"),
+        ({"metod": ["aura"]}, "unknown name 'metod'; known: "),
+        ({"store": ["a.zarr"]}, "expected settings that change a result, got 'store'"),
+        ({"sharding": ["fsdp"]}, "expected settings that change a result, got 'sharding'"),
+        ({"fit": {"seed": [1]}}, "unknown name 'fit.seed'"),
+        ({"method": ["none"], "top_k": [3]}, "takes from it, got 'top_k'"),
+        ({"data": ["a.csv"]}, "got 'data', which a section fixes"),
+        ({"top_k": [0]}, "fit of the cell top_k 0: --top-k: expected an integer of at least 1, got 0"),
+        ({"strength": ["high"]}, "evaluate of the cell strength high: --strength"),
+    ],
+)
+def test_grid_that_cannot_be_is_refused(grid, message):
+    with pytest.raises(ConfigError) as error:
+        graph_of(grid)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("more", [{"store": "s.zarr"}, {"fit": {"out": "i"}}, {"evaluate": {"intervention": "i"}}])
+def test_paths_that_the_sweep_sets_are_refused(more):
+    with pytest.raises(ConfigError, match="the sweep sets it"):
+        graph_of({"method": ["aura"]}, **more)
+
+
+def test_strength_on_top_of_a_sweep_that_evaluates_nothing_would_count_for_nothing():
+    document = {**BASE, "strength": 0.5, "grid": {"method": ["aura"]}}
+    document.pop("evaluate", None)
+    with pytest.raises(ConfigError, match="expected 'strength' in the section 'fit'"):
+        make_cells(document, KNOWN)
+
+
+def test_alpha_of_the_section_is_for_the_methods_that_look_at_it():
+    cells, graph = graph_of({"method": ["aura", "damp"]}, fit={"alpha": 0.3})
+    fits = [job.settings for job in graph.jobs.values() if job.stage == "fit"]
+    assert [settings.get("alpha") for settings in fits] == [None, 0.3]
+    assert len(cells) == 2
+    with pytest.raises(ConfigError, match="--alpha"):
+        graph_of({"top_k": [1, 2]}, fit={"alpha": 0.3, "method": "aura"})
+
+
+def test_axis_without_a_value_changes_nothing():
+    assert graph_of({"method": ["aura"], "top_k": [None]})[1].jobs == graph_of({"method": ["aura"]})[1].jobs
+
+
+def test_figures_are_flat_and_settings_are_left_out():
+    results = {
+        "config": {"model": "m"},
+        "perplexity": {"token_weighted": 2.5, "by": [1, 2]},
+        "toxicity": {"a": {"p": 0}},
+    }
+    assert figures(results) == {"perplexity.token_weighted": 2.5, "toxicity.a.p": 0}
+
+
+def test_row_names_the_job_that_failed():
+    cells, graph = graph_of({"method": ["aura"]})
+    chain = graph.ancestry(graph.last[0])
+    states = {job.id: {"state": "done", "reason": "", "seconds": 1.0, "attempts": 1} for job in chain}
+    assert cell_row(cells[0], chain, states)["state"] == "done"
+    states[chain[-1].id]["state"] = "queued"
+    assert cell_row(cells[0], chain, states)["state"] == "waiting"
+    states[chain[1].id] |= {"state": "failed", "reason": "no room"}
+    row = cell_row(cells[0], chain, states)
+    assert (row["state"], row["reason"]) == ("failed", f"{chain[1].id}: no room")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweep-*.yaml")), ids=lambda p: p.stem)
+def test_sweep_files_are_whole(path):
+    document = read_config_file(str(path))
+    cells = make_cells(document, KNOWN)
+    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    counts = count(graph)
+    assert counts["collect"] == counts["score"] < counts["fit"] <= counts["evaluate"] == len(set(graph.last))
+
+
+def test_other_statistics_are_scored_and_no_fit_is_made_anew():
+    grid = {"method": ["aura"]}
+    _, everything = graph_of(grid)
+    _, some = graph_of(grid, score={"statistics": ["auroc"], "num_workers": 3})
+    _, more = graph_of(grid, score={"statistics": ["auroc", "q_value"]})
+    stages = {name: {job.id for graph in (everything, some, more) for job in graph.jobs.values() if job.stage == name}
+              for name in STAGES}  # fmt: skip
+    assert {name: len(ids) for name, ids in stages.items()} == {"collect": 1, "score": 3, "fit": 1, "evaluate": 1}
+    (fit,) = (job for job in some.jobs.values() if job.stage == "fit")
+    assert some.jobs[fit.needs[0]].settings["statistics"] == ["auroc"]

@@ -1,0 +1,113 @@
+"""The order of the rooms: imports point down only, pure modules stay pure, heavy libraries come when they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "aura_dist"
+# a room imports from rooms of a lower number alone
+ROOMS = {
+    "errors": 0, "files": 0,
+    "text": 1, "ranks": 1, "config": 1,
+    "sites": 2,
+    "store": 3,
+    "models": 4,
+    "collecting": 5, "scoring": 5, "interventions": 5,
+    "evaluation": 6,
+    "planning": 7, "report": 7,
+    "sweep": 8,
+    "stages": 9,
+    "cli": 10, "demo": 10,
+    "__main__": 11, "__init__": 12,
+}  # fmt: skip
+READ_CONFIG = ("config", "stages", "sweep", "cli", "demo")
+TOUCH_ENVIRONMENT = ("ranks", "sweep")
+# functions of numbers, arrays and mappings: no torch, no Zarr, no files
+PURE = (
+    "evaluation/bootstrap.py", "evaluation/toxicity.py",
+    "interventions/methods.py",
+    "planning/budget.py", "planning/evaluation_work.py", "planning/schedule.py", "planning/store_size.py",
+    "planning/text.py", "planning/units.py", "planning/what_fits.py", "planning/work.py",
+    "ranks/layout.py",
+    "scoring/auroc.py", "scoring/auroc_kernels.py", "scoring/column_statistics.py", "scoring/column_sums.py",
+    "scoring/run_kernels.py", "scoring/statistics.py", "scoring/statistics_kernels.py",
+    "sites/ownership.py", "sites/site.py",
+    "store/grid.py",
+    "sweep/graph.py", "sweep/grid.py", "sweep/table.py",
+)  # fmt: skip
+HEAVY = ("torch", "transformers", "dask", "zarr", "distributed", "numba", "pandas", "xarray", "datasets")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def place(module: str) -> str:
+    """`aura_dist.store.schema` → `store`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, also within functions; what `from` takes counts as a module too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found - {"aura_dist.__version__"}
+
+
+def names(path: Path) -> set[str]:
+    """Every name and attribute that a file uses."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    relative = path.relative_to(PACKAGE)
+    own = relative.parts[0].removesuffix(".py")
+    for module in imports(path):
+        if module.split(".")[0] != "aura_dist":
+            continue
+        other = place(module)
+        if other == "config":
+            assert own in READ_CONFIG, f"{relative} reads the configuration"
+        elif other != own:
+            assert ROOMS[other] < ROOMS[own], f"{relative} imports {module}"
+        elif own == "stages":
+            assert relative.name == "plan_jobs.py", f"{relative} imports another stage: {module}"
+
+
+def test_pure_modules_are_pure():
+    impure = {*HEAVY, "io", "os", "pathlib", "shutil", "tempfile"} - {"numba"}
+    for path in (PACKAGE / name for name in PURE):
+        assert not {module.split(".")[0] for module in imports(path)} & impure, path
+        assert "open" not in names(path), path
+
+
+def test_environment_is_touched_by_ranks_and_launchers_alone():
+    for path in MODULES:
+        if path.relative_to(PACKAGE).parts[0] not in TOUCH_ENVIRONMENT:
+            assert not names(path) & {"environ", "environb", "getenv", "putenv"}, path
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("aura_dist", HEAVY),
+        ("aura_dist.cli", HEAVY),
+        ("aura_dist.stages.score", ("torch", "transformers")),
+        ("aura_dist.stages.fit", ("torch", "transformers", "dask", "numba", "pandas", "xarray")),
+        ("aura_dist.stages.report", ("torch", "transformers", "matplotlib", "jinja2")),
+        ("aura_dist.stages.status", ("torch", "transformers", "dask", "numba", "matplotlib", "jinja2")),
+        ("aura_dist.stages.sweep", ("torch", "transformers", "dask", "zarr", "numba")),
+    ],
+)
+def test_importing_is_light(module, absent):
+    code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert shown.stdout.strip() == "[]"
