@@ -12,13 +12,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from aura_dist.interventions.artifact import Intervention
     from aura_dist.interventions.hooks import intervene
-    from aura_dist.scoring.auroc import auroc
-    from aura_dist.scoring.view import open_store, top_neurons
+    from aura_dist.scoring.columns import auroc
+    from aura_dist.scoring.tables import top_neurons
+    from aura_dist.scoring.view import open_store
 
 _HOME_OF = {
-    "auroc": "aura_dist.scoring.auroc",
+    "auroc": "aura_dist.scoring.columns",
     "open_store": "aura_dist.scoring.view",
-    "top_neurons": "aura_dist.scoring.view",
+    "top_neurons": "aura_dist.scoring.tables",
     "Intervention": "aura_dist.interventions.artifact",
     "intervene": "aura_dist.interventions.hooks",
 }

@@ -15,7 +15,7 @@ from aura_dist.report.naming import labels_of
 from aura_dist.report.rundir import STORE, RunDirectory
 from aura_dist.report.scored import Scores, StoreSummary, read_scores_of, read_store
 from aura_dist.report.svg import Picture
-from aura_dist.scoring.describe import CONFOUNDED_MEDIAN
+from aura_dist.scoring.tables import CONFOUNDED_MEDIAN
 
 # what a page can hold and a reader can take in; what is left out is said
 MAX_SCORES = 6

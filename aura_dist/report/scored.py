@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from aura_dist.report.distributions import Bar, BestNeurons, SiteSummary, summarise
 from aura_dist.scoring.scores import read_statistic, score_attributes, scored_statistics
-from aura_dist.scoring.view import SHOWN
+from aura_dist.scoring.tables import SHOWN
 from aura_dist.store.access import open_group, read_array
-from aura_dist.store.record import nonfinite_responses, unfinished
+from aura_dist.store.record import COLLECTED, SCORED, nonfinite_responses, read_times, unfinished
 from aura_dist.store.schema import DONE, StoreSpec
-from aura_dist.store.times import COLLECTED, SCORED, read_times
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Dask workers for scoring: threads of this process, processes of this machine, Slurm jobs, or a cluster that runs.
+"""Dask workers for scoring: threads of this process, processes of this machine, Slurm jobs, or a running cluster.
 
-A local cluster's workers never spill: tasks give back a few numbers, so what fills a worker is work in hand.
+Workers never spill to disk: a task returns a few numbers, so a worker's memory holds only the work it is doing.
 """
 
 import logging
@@ -26,13 +26,13 @@ LOOPBACK = "127.0.0.1"
 SETTINGS = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
-    # Memory that a task is done with is kept for the next: a worker that waits for it to shrink waits for ever.
+    # A worker keeps a task's memory for the next one, so a worker that paused until it shrinks would wait for ever.
     "distributed.worker.memory.pause": False,
-    # A task is not to blame for workers that a scheduler takes away.
+    # Slurm may end workers often without any fault of a task.
     "distributed.scheduler.allowed-failures": 10,
     **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in KEEP_FREED_MEMORY.items()},
 }
-# What a worker's process runs first: Ctrl-C reaches every process of a terminal, and this one ends its workers.
+# Run first in a worker's process: Ctrl-C reaches every process of a terminal, but this process ends its workers.
 IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
@@ -78,7 +78,7 @@ def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: M
 def dask_client(
     kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[Any, Any] | None = None
 ) -> "Iterator[Client]":
-    """A client of the cluster; one that was started here ends with the context, one that was there goes on.
+    """A client of the cluster; a cluster that was started here ends with the context, one that ran before does not.
 
     Parameters
     ----------
@@ -118,13 +118,13 @@ def dask_client(
             client = stack.enter_context(Client(cluster, timeout=CONNECT_SECONDS))
         except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
             raise ClusterError(f"--dask {kind}: expected a cluster that answers: {brief(error)}") from error
-        if client.dashboard_link and find_spec("bokeh"):  # without it there is none to look at
+        if client.dashboard_link and find_spec("bokeh"):  # which draws the dashboard
             logger.info("dashboard: %s", _reachable(client.dashboard_link, client.scheduler.address))
         yield client
 
 
 def _reachable(link: str, scheduler_address: str) -> str:
-    """A dashboard's link; that of a scheduler within this process names an address at which it does not listen."""
+    """A dashboard's link; a scheduler within this process names an address at which it does not listen."""
     protocol, place = scheduler_address.split("://")
     return link.replace(place.partition("/")[0], LOOPBACK) if protocol == "inproc" else link
 

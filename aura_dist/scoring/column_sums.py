@@ -1,8 +1,8 @@
-"""The sums that every statistic of a neuron is made of, the plain way and the compiled way.
+"""The sums that every statistic of a neuron is made of: one plain and one fast way to them.
 
 With a_i = 2 · #(negatives below positive i) + #(negatives equal to it), and b_j the same for negative j among the
 positives: Σ a = 2U, and the spread of a and of b is the variance of the AUROC (see `statistics`). a and b are whole
-numbers and summed as such, centred on Q and P, what they are where the classes do not differ.
+numbers and summed as such, centred on Q and P, which is where they are if the classes do not differ.
 
 Names by shape: N samples, M neurons (columns), C concepts, P positives and Q negatives of a concept.
 """
@@ -16,14 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.scoring.auroc import NOT_LABELLED, float_bits
-from aura_dist.scoring.auroc_kernels import SCRATCH_KEYS
-from aura_dist.scoring.statistics_kernels import REAL_SUMS, WHOLE_SUMS, column_sums
-
+NOT_LABELLED = -1
+# The largest bits, sign left out, that are a number and not NaN.
+FLOAT32_INFINITY, FLOAT16_INFINITY = 0x7F800000, 0x7C00
+# Keys that the kernel holds of the columns that it gathers at once.
+SCRATCH_KEYS = 1 << 22
 # Values converted at once, where they are not float32 in C order already.
 CONVERTED_VALUES = 1 << 23
-# So that sums of squared ranks fit into 64 bits.
+# Sums of squared ranks of more rows do not fit into 64 bits.
 MAX_ROWS = 1 << 21
+
+# The sums that are whole numbers, and those that are not; ranks alone make the first of the whole ones.
+WHOLE_SUMS = ("twice_u", "num_nan", "squared_above", "squared_below", "num_distinct")
+NUM_RANK_SUMS = 2
+REAL_SUMS = (
+    "ties", "average_precision", "mean_positive", "mean_negative", "squares_positive", "squares_negative",
+    "min_positive", "min_negative", "max_positive", "max_negative", "cross",
+)  # fmt: skip
 
 I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
@@ -37,10 +46,12 @@ class ColumnSums:
     ----------
     twice_u
         2U = #(positive > negative) · 2 + #(positive == negative).
+    num_nan
+        NaN among the rows labelled for the concept; where it is not 0 the other sums have no meaning.
     squared_above, squared_below
         Σ (a − Q)² over the positives, Σ (b − P)² over the negatives.
-    num_distinct, num_nan
-        Distinct values, and NaN, among the rows labelled for the concept.
+    num_distinct
+        Distinct values among the rows labelled for the concept.
     ties
         Σ (t³ − t) over the distinct values, t the rows that hold one.
     average_precision
@@ -51,16 +62,16 @@ class ColumnSums:
     cross
         E[(x − x̄)(y − ȳ)] of positives x and negatives y under their monotone coupling.
 
-    Where `num_nan` is not 0 the others have no meaning.
+    Where ranks alone were asked for, `twice_u` and `num_nan` are made; the others may be 0 or NaN.
     """
 
     num_positive: I64
     num_negative: I64
     twice_u: I64
+    num_nan: I64
     squared_above: I64
     squared_below: I64
     num_distinct: I64
-    num_nan: I64
     ties: F64
     average_precision: F64
     mean_positive: F64
@@ -77,23 +88,62 @@ class ColumnSums:
 assert tuple(f.name for f in fields(ColumnSums))[2:] == WHOLE_SUMS + REAL_SUMS
 
 
-def sums_fast(values_NM: NDArray[Any], labels_CN: NDArray[np.int8]) -> ColumnSums:
-    """By the compiled kernel: one sort a column for all concepts. Values must fit in float32."""
+def sums_of_columns(values_NM: NDArray[Any], labels_CN: NDArray[np.int8], *, ranks_only: bool) -> ColumnSums:
+    """The sums of every column for every concept: the fast way where float32 holds all values of the dtype.
+
+    Parameters
+    ----------
+    values_NM : [N, M], any real dtype
+    labels_CN : int8 [C, N]
+        1, 0, or −1 for a row that is not labelled and left out for that concept; both classes in every concept.
+    ranks_only
+        Whether `twice_u` and `num_nan` suffice.
+    """
+    fits = np.can_cast(values_NM.dtype, np.float32)  # bfloat16 does too
+    return (sums_fast if fits else sums_plain)(values_NM, labels_CN, ranks_only=ranks_only)
+
+
+def sums_fast(values_NM: NDArray[Any], labels_CN: NDArray[np.int8], *, ranks_only: bool = False) -> ColumnSums:
+    """By the compiled kernel: one ordering of a column serves all concepts. Values must fit in float32.
+
+    Where ranks suffice, and all concepts label the same rows, the kernel ranks the rows and makes no other sum.
+    """
+    from aura_dist.scoring.kernels import column_sums  # numba takes as long to load as many verbs to run
+
     num_columns = values_NM.shape[1]
-    rows_K = np.flatnonzero((labels_CN != NOT_LABELLED).any(axis=0))
+    is_positive_N = (labels_CN == 1).any(axis=0)
+    is_negative_N = (labels_CN != NOT_LABELLED).any(axis=0) & ~is_positive_N
+    rows_K = np.concatenate([np.flatnonzero(is_positive_N), np.flatnonzero(is_negative_N)])
     positives, starts_P = _where(labels_CN[:, rows_K] == 1)
     unlabelled, starts_U = _where(labels_CN[:, rows_K] == NOT_LABELLED)
-    whole = np.empty((len(WHOLE_SUMS), len(labels_CN), num_columns), np.int64)
-    real = np.empty((len(REAL_SUMS), len(labels_CN), num_columns), np.float64)
+    ranks_only = ranks_only and not unlabelled.size
+    num_whole, num_real = (NUM_RANK_SUMS, 0) if ranks_only else (len(WHOLE_SUMS), len(REAL_SUMS))
+    whole = np.empty((num_whole, len(labels_CN), num_columns), np.int64)
+    real = np.empty((num_real, len(labels_CN), num_columns), np.float64)
     in_place = values_NM.dtype == np.float32 and values_NM.dtype.isnative and values_NM.flags.c_contiguous
     step = max(1, num_columns if in_place else CONVERTED_VALUES // max(1, len(values_NM)))
-    for first in range(0, num_columns, step):
+    for first in range(0, num_columns if rows_K.size else 0, step):
         block = slice(first, first + step)
-        bits_NM, nan_above, is_half = float_bits(values_NM[:, block])
+        bits_NM, nan_above, is_half = _float_bits(values_NM[:, block])
         whole[..., block], real[..., block] = column_sums(
-            bits_NM, nan_above, is_half, rows_K, positives, starts_P, unlabelled, starts_U
-        )
+            bits_NM, nan_above, is_half, ranks_only,
+            rows_K, int(is_positive_N.sum()), positives, starts_P, unlabelled, starts_U,
+        )  # fmt: skip
     return _gathered(labels_CN, whole, real)
+
+
+def _float_bits(values_NM: NDArray[Any]) -> tuple[NDArray[np.uint32], int, bool]:
+    """Bits, uint32 [N, M], that order as float32 and as the values do; those above which they are NaN; if float16."""
+    is_half = values_NM.dtype == np.float16 and values_NM.dtype.isnative
+    if is_half:
+        # In the upper half of a word they are 16-bit keys, which are counted instead of sorted.
+        bits_NM = np.left_shift(values_NM.view(np.uint16), 16, dtype=np.uint32, order="C")
+        infinity = FLOAT16_INFINITY << 16
+    else:
+        bits_NM = np.require(values_NM, np.float32, ["C", "ALIGNED"]).view(np.uint32)
+        infinity = FLOAT32_INFINITY
+    bits_NM.flags.writeable = False  # a writable array is another type to the compiler: compiled once more
+    return bits_NM, infinity, bool(is_half)
 
 
 def _where(mask_CK: NDArray[np.bool_]) -> tuple[I64, I64]:
@@ -102,47 +152,57 @@ def _where(mask_CK: NDArray[np.bool_]) -> tuple[I64, I64]:
 
 
 def _gathered(labels_CN: NDArray[np.int8], whole: I64, real: F64) -> ColumnSums:
+    """The sums by name, [C, M] each; those that were not made are 0 or NaN, and take no memory."""
     counts = ((labels_CN == value).sum(axis=1, keepdims=True, dtype=np.int64) for value in (1, 0))
-    return ColumnSums(*counts, *whole, *real)
+    shape = whole.shape[1:]
+    no_whole = [np.broadcast_to(np.int64(0), shape)] * (len(WHOLE_SUMS) - len(whole))
+    no_real = [np.broadcast_to(np.nan, shape)] * (len(REAL_SUMS) - len(real))
+    return ColumnSums(*counts, *whole, *no_whole, *real, *no_real)
 
 
-def sums_plain(values_NM: NDArray[Any], labels_CN: NDArray[np.int8]) -> ColumnSums:
+def sums_plain(values_NM: NDArray[Any], labels_CN: NDArray[np.int8], *, ranks_only: bool = False) -> ColumnSums:
     """In NumPy, column by column and by the definitions, in the dtype of the values.
 
     The reference for `sums_fast`, and the way for dtypes that float32 cannot hold. Values are compared in their own
     dtype; means, deviations, extremes and the coupling are in float64.
     """
     shape = (len(labels_CN), values_NM.shape[1])
-    whole = np.zeros((len(WHOLE_SUMS), *shape), np.int64)
-    real = np.full((len(REAL_SUMS), *shape), np.nan)
+    whole = np.zeros((NUM_RANK_SUMS if ranks_only else len(WHOLE_SUMS), *shape), np.int64)
+    real = np.full((0 if ranks_only else len(REAL_SUMS), *shape), np.nan)
     for c, labels_N in enumerate(labels_CN):
         for m in range(shape[1]):
             positives, negatives = (np.sort(values_NM[labels_N == value, m]) for value in (1, 0))
             num_nan = sum(np.count_nonzero(v != v) for v in (positives, negatives))
             if num_nan:
-                whole[WHOLE_SUMS.index("num_nan"), c, m] = num_nan
+                whole[1, c, m] = num_nan
+            elif ranks_only:
+                whole[0, c, m] = _twice_below(negatives, positives).sum()
             else:
                 whole[:, c, m], real[:, c, m] = _column_plain(positives, negatives)
     return _gathered(labels_CN, whole, real)
 
 
+def _twice_below(others: NDArray[Any], values: NDArray[Any]) -> I64:
+    """For each of `values` 2 · #(others below it) + #(others equal to it); `others` are sorted."""
+    return (np.searchsorted(others, values, "left") + np.searchsorted(others, values, "right")).astype(np.int64)
+
+
 def _column_plain(x_P: NDArray[Any], y_Q: NDArray[Any]) -> tuple[list[int], list[float]]:
     """`WHOLE_SUMS` and `REAL_SUMS` of one column from its classes, each sorted."""
-    above = (np.searchsorted(y_Q, x_P, "left") + np.searchsorted(y_Q, x_P, "right")).astype(np.int64)
-    below = (np.searchsorted(x_P, y_Q, "left") + np.searchsorted(x_P, y_Q, "right")).astype(np.int64)
+    above, below = _twice_below(y_Q, x_P), _twice_below(x_P, y_Q)
     distinct, sizes = np.unique(np.concatenate([x_P, y_Q]), return_counts=True)
     not_below = len(x_P) - np.searchsorted(x_P, distinct, "left")  # positives at or above each threshold
     at_threshold = not_below - np.append(not_below[1:], 0)
     precision = not_below / (not_below + len(y_Q) - np.searchsorted(y_Q, distinct, "left"))
     whole = [
         int(above.sum()),
+        0,
         int(((above - len(y_Q)) ** 2).sum()),
         int(((below - len(x_P)) ** 2).sum()),
         len(distinct),
-        0,
     ]
     x, y = x_P.astype(np.float64), y_Q.astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities: NaN is what is wanted
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities make NaN, as they should
         x_mean, y_mean = x.mean(), y.mean()
         squares = [float(np.square(v - mean).sum()) for v, mean in ((x, x_mean), (y, y_mean))]
         cross = _cross_plain(x - x_mean, y - y_mean)
@@ -159,15 +219,15 @@ def _cross_plain(x_P: F64, y_Q: F64) -> float:
     return float(sum(pieces)) / (num_x * num_y)
 
 
-# What a worker's process takes before it has work: Python, NumPy, Zarr, Dask, the compiled kernels.
+# Memory of a worker's process before it has work: Python, NumPy, Zarr, Dask, the compiled kernels.
 WORKER_BYTES = 300_000_000
 
 
 def scoring_bytes(num_rows: int, num_columns: int, item_bytes: int, num_concepts: int, num_threads: int = 1) -> int:
-    """Memory that a worker needs to score chunk columns, `num_threads` at once: what `--memory-limit` must hold.
+    """Bytes that a worker needs to score chunk columns, `num_threads` at once; `--memory-limit` must be as large.
 
-    A chunk column as it was read, an eighth of it for what is being decoded, values converted for the kernel where
-    they are not float32, the kernel's scratch, and the sums of every statistic.
+    They are a chunk column as it was read, an eighth of it for the chunks being decoded, values converted for the
+    kernel where they are not float32, the kernel's scratch, and the sums of every statistic.
     """
     values = num_rows * num_columns * item_bytes
     converted = 0 if item_bytes == 4 else 4 * min(CONVERTED_VALUES, num_rows * num_columns)

@@ -1,15 +1,17 @@
-"""Scores of a store: which rows they are made from, which are there, and the arrays they go into.
+"""Scores of a store: the rows that they are made from, the arrays that hold them, and which of them are there.
 
 ```
-scores                                   attributes: see `Basis`; `adjusted`, the poolings whose q-values are made
+scores                                   attributes: see `Basis`; `adjusted`, the poolings that have their q-values
 scores/<site>/<pooling>/<statistic>      [concept, neuron], chunked as the activations' columns
-scores/<site>/<pooling>/scored           [chunk column] uint32, one chunk each: bit i for the i-th statistic of the
-                                         table, set once all that a task makes of the column are written
+scores/<site>/<pooling>/scored           [chunk column] uint32, one chunk each, the *marker*: bit i for statistic i of
+                                         the table, set once a task has written all statistics of the column
 ```
-A chunk column is one task's and has one writer (`columns`). q-values need every p-value of the model: they are
-written at the end, by one process, and `adjusted` says that they are.
+One task writes all of a chunk column (`Column`). q-values need every p-value of the model, so one process writes
+them at the end and then adds the pooling to `adjusted`.
 """
 
+import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,27 +21,86 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.sync import sync
 
-from aura_dist.errors import ConfigError, StoreError
-from aura_dist.scoring.basis import Basis
+from aura_dist.errors import ConfigError, InputError, StoreError
 from aura_dist.scoring.statistics import STATISTICS, benjamini_hochberg
-from aura_dist.store.access import damaged, get_array, is_there, read_array
-from aura_dist.store.schema import Layout, StoreSpec, activation_path, create_arrays
-from aura_dist.store.times import TIMES
-from aura_dist.store.writing import errors_of_writing, prepare_write
+from aura_dist.store.access import damaged, errors_of_writing, get_array, is_there, prepare_write, read_array
+from aura_dist.store.record import TIMES
+from aura_dist.store.schema import DONE, ArrayLayout, StoreSpec, activation_path, create_arrays, tasks_of
+from aura_dist.store.zarr_adapter import run_in_zarr
+
+logger = logging.getLogger(__name__)
 
 MARKER, ADJUSTED = "scored", "adjusted"
 BITS = {name: 1 << i for i, name in enumerate(STATISTICS)}
-# What is made at the end from what the columns hold.
+# Statistics that need the whole model, and what they are made from; made at the end.
 OVER_MODEL = {"q_value": "p_value"}
 
 
 @dataclass(frozen=True)
-class Column:
-    """One chunk column of one site and pooling, and what is to be made of it.
+class Basis:
+    """The rows that scores are made from; written into the attributes of `scores`.
 
-    `marker` is its marker once `statistics` are written too.
+    Attributes
+    ----------
+    partial
+        Whether rows are missing.
+    num_rows, total_rows
+        Rows that are there, and rows that the store has when it is finished.
+    digest
+        sha256 over which tasks were finished: scores that were made from others are replaced.
+    runs
+        The rows as runs [start, stop).
+    """
+
+    partial: bool
+    num_rows: int
+    total_rows: int
+    digest: str
+    runs: tuple[tuple[int, int], ...]
+
+
+def basis_of(path: str, group: zarr.Group, spec: StoreSpec, *, partial: bool) -> Basis:
+    """The rows to score.
+
+    Raises
+    ------
+    StoreError
+        Rows are missing and `partial` is not set; or a concept has only one class among those that are there.
+    """
+    tokens, done = read_array(group, "samples/num_tokens"), read_array(group, DONE)
+    runs: list[tuple[int, int]] = []
+    for task in tasks_of(tokens, spec.tokens_per_batch):
+        if done[task.index]:
+            joins = bool(runs) and runs[-1][1] == task.start
+            runs[-1:] = [(runs[-1][0], task.stop)] if joins else [*runs[-1:], (task.start, task.stop)]
+    num_rows = sum(stop - start for start, stop in runs)
+    missing = len(tokens) - num_rows
+    if missing and not partial:
+        raise StoreError(
+            f"--store {path!r}: {missing} of {len(tokens)} rows are missing; run the same `collect` to finish it, "
+            "or score what is there with --partial"
+        )
+    _check_classes(path, spec, read_array(group, "samples/label"), runs)
+    return Basis(missing > 0, num_rows, len(tokens), hashlib.sha256(done.tobytes()).hexdigest(), tuple(runs))
+
+
+def _check_classes(path: str, spec: StoreSpec, labels_NC: NDArray[np.int8], runs: list[tuple[int, int]]) -> None:
+    there = np.concatenate([np.arange(*run) for run in runs] or [np.empty(0, np.int64)])
+    for c, concept in enumerate(spec.concepts):
+        counts = [int((labels_NC[there, c] == value).sum()) for value in (1, 0)]
+        if 0 in counts:
+            raise StoreError(
+                f"--store {path!r}: concept {concept!r} has {counts[0]} positive and {counts[1]} negative rows among "
+                f"the {len(there)} that are there; expected one of each or more: collect more rows"
+            )
+
+
+@dataclass(frozen=True)
+class Column:
+    """One chunk column of one site and pooling, and the statistics to make of it.
+
+    `marker` is its marker after `statistics` are written.
     """
 
     site: str
@@ -88,7 +149,7 @@ def score_path(site: str, pooling: str, name: str) -> str:
 
 
 def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
-    """Statistics to make, in the table's order: all if none is named, and what the named ones are made from.
+    """Statistics to make, in the table's order: all if none is named, else those named and those they are made from.
 
     Raises
     ------
@@ -103,13 +164,13 @@ def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
-    """Make `scores` ready for `basis`; whether scores of other rows stood there and are to be made anew.
+    """Make `scores` ready for `basis`; returns whether scores of other rows were there and are discarded.
 
-    The markers are cleared before the attributes say whose they are, so that being cut off in between leaves
-    nothing that counts.
+    The markers are cleared before the attributes name the new basis, so that no score of other rows counts for it
+    if this is interrupted.
     """
     scores = _scores_of(group)
-    stood = scores is not None and "digest" in scores.attrs
+    had_scores = scores is not None and "digest" in scores.attrs
     if scores is None:
         scores = group.create_group("scores")
     elif scores.attrs.get("digest") == basis.digest:
@@ -118,11 +179,11 @@ def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
     for marker in _markers(group, spec):
         get_array(group, marker)[...] = 0
     scores.attrs.update({**asdict(basis), TIMES: {}})
-    return stood
+    return had_scores
 
 
 def discard(group: zarr.Group, spec: StoreSpec) -> None:
-    """Remove all scores, whatever state they are in; first what says that they count: a removal may be cut off."""
+    """Remove all scores, damaged ones too; their attributes first, so that none counts if this is interrupted."""
     with suppress(StoreError):  # a damaged description goes with the rest
         if (scores := _scores_of(group)) is not None:
             scores.attrs.put({})
@@ -131,15 +192,15 @@ def discard(group: zarr.Group, spec: StoreSpec) -> None:
 
 
 def _markers(group: zarr.Group, spec: StoreSpec, *, damaged_too: bool = False) -> list[str]:
-    """Paths of the markers that are there; of all that there may be, if damaged ones are wanted too."""
+    """Paths of the markers that are there, or with `damaged_too` of all that there may be."""
     names = [score_path(site.name, pooling, MARKER) for site in spec.sites for pooling in spec.poolings]
     return names if damaged_too else [name for name in names if is_there(group, name)]
 
 
-def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str], *, anew: bool = False) -> list[Pending]:
+def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str], *, overwrite: bool = False) -> list[Pending]:
     """What every site and pooling lacks of `names`, in model order; those that lack nothing are left out.
 
-    With `anew` as if no score were there.
+    With `overwrite` as if no score were there.
     """
     wanted = sum(BITS[name] for name in names if name not in OVER_MODEL)
     found = []
@@ -147,7 +208,7 @@ def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str], *, anew: b
         for pooling in spec.poolings:
             responses = get_array(group, activation_path(site.name, pooling))
             chunk, marker = responses.chunks[1], score_path(site.name, pooling, MARKER)
-            counts = not anew and is_there(group, marker)
+            counts = not overwrite and is_there(group, marker)
             markers = read_array(group, marker) if counts else np.zeros(ceil(site.width / chunk), np.uint32)
             missing = np.uint32(wanted) & ~markers
             item = Pending(site.name, pooling, site.width, chunk, responses.dtype.itemsize, markers, missing)
@@ -157,7 +218,7 @@ def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str], *, anew: b
 
 
 def count_columns(group: zarr.Group, spec: StoreSpec) -> tuple[int, int]:
-    """Chunk columns of which some statistic stands, and all there are; reads the markers alone where they stand."""
+    """Number of chunk columns that have some statistic, and of all chunk columns."""
     scored = total = 0
     for site in spec.sites:
         for pooling in spec.poolings:
@@ -176,16 +237,16 @@ def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, nam
     width = next(s.width for s in spec.sites if s.name == site)
     num_concepts, layouts = len(spec.concepts), {}
     for name in names:
-        dtype = STATISTICS[name].dtype
-        fill_value = np.nan if dtype == "float64" else 0
-        layouts[name] = Layout((num_concepts, width), (num_concepts, chunk), dtype, ("concept", "neuron"), fill_value)
-    layouts[MARKER] = Layout((ceil(width / chunk),), (1,), "uint32", ("chunk_column",), 0)
+        dtype, dims = STATISTICS[name].dtype, ("concept", "neuron")
+        missing = np.nan if dtype == "float64" else 0
+        layouts[name] = ArrayLayout((num_concepts, width), (num_concepts, chunk), dtype, dims, missing)
+    layouts[MARKER] = ArrayLayout((ceil(width / chunk),), (1,), "uint32", ("chunk_column",), 0)
     with errors_of_writing(str(group.store_path), "a score"):
         create_arrays(group, {f"{place}/{name}": layout for name, layout in layouts.items()})
 
 
 def scored_statistics(group: zarr.Group, site: str, pooling: str) -> tuple[str, ...]:
-    """Statistics that stand for every neuron of a site, in the table's order."""
+    """Statistics that every neuron of a site has, in the table's order."""
     marker, about = score_path(site, pooling, MARKER), score_attributes(group)
     if "digest" not in about or not is_there(group, marker):  # of unknown rows, or not there
         return ()
@@ -195,12 +256,47 @@ def scored_statistics(group: zarr.Group, site: str, pooling: str) -> tuple[str, 
 
 
 def read_statistic(group: zarr.Group, site: str, pooling: str, name: str) -> NDArray[Any]:
-    """[C, D] a statistic that stands; StoreError if its array is missing, damaged or lacks a chunk."""
+    """[C, D] a statistic that was scored; StoreError if its array is missing, damaged or lacks a chunk."""
     return read_array(group, score_path(site, pooling, name), complete=True)
 
 
+def read_scores(
+    group: zarr.Group, spec: StoreSpec, concept: str, pooling: str, statistic: str = "auroc"
+) -> dict[str, NDArray[Any]]:
+    """Site → [D] one statistic of one concept, in model order.
+
+    Raises
+    ------
+    InputError
+        The store has no such concept or pooling.
+    StoreError
+        The store has not been scored, or not wholly.
+    """
+    if concept not in spec.concepts:
+        raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
+    if pooling not in spec.poolings:
+        raise InputError(
+            f"--pooling: expected one of {', '.join(spec.poolings)}, got {pooling!r}; "
+            f"collect with `--pooling {' '.join([*spec.poolings, pooling])}` for it"
+        )
+    which = spec.concepts.index(concept)
+    scores: dict[str, NDArray[Any]] = {}
+    for site in spec.sites:
+        if statistic not in scored_statistics(group, site.name, pooling):
+            raise StoreError(
+                f"--store {group.store_path}: {site.name} has not been scored ({statistic}); "
+                "run `aura-dist score` first"
+            )
+        scores[site.name] = read_statistic(group, site.name, pooling, statistic)[which]
+    basis = score_attributes(group)
+    if basis["partial"]:
+        store, num_rows = str(group.store_path), basis["num_rows"]
+        logger.warning("%s: the scores are of %d of %d rows", store, num_rows, basis["total_rows"])
+    return scores
+
+
 def score_attributes(group: zarr.Group) -> dict[str, Any]:
-    """What the scores are made from: the fields of `Basis`, and which poolings have q-values; empty if none stand."""
+    """The fields of `Basis`, the poolings that have q-values, and the times; empty if there are no scores."""
     scores = _scores_of(group)
     return {} if scores is None else dict(scores.attrs)
 
@@ -214,7 +310,7 @@ def _scores_of(group: zarr.Group) -> zarr.Group | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(group, "scores", error) from error
     if not isinstance(scores, zarr.Group):
-        raise damaged(group, "scores", "an array stands there")
+        raise damaged(group, "scores", "it is an array")
     return scores
 
 
@@ -225,7 +321,7 @@ def _adjusted(group: zarr.Group) -> list[str]:
 def adjust(group: zarr.Group, spec: StoreSpec) -> None:
     """Make the q-values of every pooling that lacks them: per concept, over all neurons of the model.
 
-    To be called once every p-value stands. Interrupted, it is done again.
+    Call it when every p-value is written. If it is interrupted, the next call does it again.
     """
     with errors_of_writing(str(group.store_path), "a score"):
         for pooling in [p for p in spec.poolings if p not in _adjusted(group)]:
@@ -243,5 +339,5 @@ def _adjust(group: zarr.Group, spec: StoreSpec, pooling: str) -> None:
     for site, part in zip(spec.sites, parts, strict=True):
         make_arrays(group, spec, site.name, pooling, ["q_value"])
         write = prepare_write(get_array(group, score_path(site.name, pooling, "q_value")), (0, 0), part)
-        sync(write())
+        run_in_zarr(write())
     group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]

@@ -1,26 +1,18 @@
 """A store as xarray sees it: labelled dimensions, lazy values, nothing loaded until it is asked for."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
-from aura_dist.errors import InputError, StoreError
-from aura_dist.scoring.concept_scores import read_scores
-from aura_dist.scoring.scores import read_statistic, score_attributes, score_path, scored_statistics
+from aura_dist.errors import StoreError
+from aura_dist.scoring.scores import score_attributes, score_path, scored_statistics
 from aura_dist.store.access import check_complete, damaged, get_array, in_whole_chunks, open_group, read_array
 from aura_dist.store.schema import StoreSpec, activation_path
-
-logger = logging.getLogger(__name__)
-
-# What a neuron's row of a table shows, where it has been computed.
-SHOWN = ("auroc", "auroc_se", "q_value", "mean_positive", "mean_negative")
 
 
 def open_store(path: str | Path) -> xr.DataTree:
@@ -87,17 +79,17 @@ def _lazy(group: zarr.Group, name: str, *, complete: bool = False) -> Any:
     import dask.array as da
 
     array = get_array(group, name)
-    # a name that says nothing of the contents: to digest what they depend on takes longer than all else here
+    # no digest for a name: it would take longer than all else here
     meta = np.empty((0,) * array.ndim, array.dtype)
     return da.from_array(array, chunks=array.chunks, name=False, getitem=_Blocks(group, complete), meta=meta)
 
 
 @dataclass
 class _Blocks:
-    """Dask's getter of one array's chunks, each decoded in full and so checked.
+    """Dask's getter of one array's chunks: it decodes each chunk in full, because only then is it checked.
 
-    Dask narrows no getter but its own before it reads. The handle for whole chunks is made at the first of them: making
-    it takes a fifth of reading a chunk, and most arrays of an open store are never read.
+    Dask asks a getter that is not its own for whole chunks. The handle for whole chunks is made when the first is
+    read, because making it takes a fifth of the time of reading a chunk and most arrays are never read.
     """
 
     group: zarr.Group
@@ -105,7 +97,7 @@ class _Blocks:
     whole: "zarr.Array[Any] | None" = None
 
     def __call__(self, array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
-        """One chunk; StoreError if it is damaged, or is missing where the array is to be complete."""
+        """One chunk; StoreError if it is damaged, or is missing although `complete`."""
         whole = self.whole = in_whole_chunks(array) if self.whole is None else self.whole
         chunk = tuple(slice(i.start, i.start + width) for i, width in zip(index, array.chunks, strict=True))
         if self.complete:
@@ -118,62 +110,3 @@ class _Blocks:
         except Exception as error:  # the codec pipeline raises its own kinds
             raise damaged(self.group, array.path, error) from error
         return values[tuple(slice(i.stop - i.start) for i in index)]
-
-
-def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) -> pd.DataFrame:
-    """Every neuron's scores, in model order: columns `site` (categorical), `kind`, `layer`, `unit` and `SHOWN`.
-
-    What of `SHOWN` has not been computed is NaN. `attrs` say of how many rows the scores are.
-    """
-    auroc = read_scores(group, spec, concept, pooling)
-    widths = [site.width for site in spec.sites]
-    codes = np.repeat(np.arange(len(widths)), widths)
-    table = pd.DataFrame(
-        {
-            "site": pd.Categorical.from_codes(codes, pd.Index([site.name for site in spec.sites])),
-            "kind": np.array([site.kind for site in spec.sites])[codes],
-            "layer": np.array([site.layer for site in spec.sites])[codes],
-            "unit": np.concatenate([np.arange(width) for width in widths]),
-            "auroc": np.concatenate(list(auroc.values())),
-        }
-    )
-    which = spec.concepts.index(concept)
-    there_by_site = [scored_statistics(group, site.name, pooling) for site in spec.sites]
-    for name in SHOWN[1:]:
-        there = all(name in names for names in there_by_site)
-        parts = [read_statistic(group, s.name, pooling, name)[which] for s in spec.sites] if there else []
-        table[name] = np.concatenate(parts) if parts else np.nan
-    table.attrs = {key: score_attributes(group)[key] for key in ("num_rows", "total_rows", "partial")}
-    return table
-
-
-def best_neurons(table: pd.DataFrame, k: int) -> pd.DataFrame:
-    """The `k` neurons of highest AUROC of a `score_table`, best first; equal ones in model order."""
-    best = table.sort_values("auroc", ascending=False, kind="stable", ignore_index=True).head(k)
-    return best.assign(site=best["site"].astype(str))
-
-
-def top_neurons(store: str | Path | xr.DataTree, concept: str, k: int, pooling: str | None = None) -> pd.DataFrame:
-    """The `k` neurons of highest AUROC, best first.
-
-    Parameters
-    ----------
-    store
-        A scored store: its path, or what `open_store` gave.
-    concept
-        One of the store's concepts.
-    k
-        Number of neurons, at least 1.
-    pooling
-        By default the store's first.
-
-    Returns
-    -------
-    Columns `site`, `kind`, `layer`, `unit`, `auroc`, `auroc_se`, `q_value`, `mean_positive`, `mean_negative`; what
-    has not been computed is NaN. `attrs` hold `num_rows`, `total_rows` and `partial`.
-    """
-    if not isinstance(k, int) or k < 1:
-        raise InputError(f"k: expected an integer of at least 1, got {k!r}")
-    group = open_group(str(store.encoding["source"] if isinstance(store, xr.DataTree) else store))
-    spec = StoreSpec.from_attributes(group.attrs)
-    return best_neurons(score_table(group, spec, concept, pooling or spec.poolings[0]), k)

@@ -1,4 +1,4 @@
-"""A worker's part of scoring: read a chunk column, score it, write it. Runs on any machine that sees the store."""
+"""A worker's part of scoring: read a chunk column, score it, write it, on any machine that sees the store."""
 
 import asyncio
 import threading
@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.buffer.cpu import NDBuffer
-from zarr.core.sync import sync
 
 from aura_dist.errors import StoreError
-from aura_dist.scoring.column_statistics import statistics_by_concept
+from aura_dist.scoring.columns import statistics_by_concept
 from aura_dist.scoring.scores import MARKER, Column, score_path
 from aura_dist.scoring.statistics import STATISTICS
 from aura_dist.store.access import (
     chunk_name,
+    errors_of_writing,
     get_array,
     in_whole_chunks,
     missing_chunks,
     open_group,
+    prepare_write,
     read_array,
 )
 from aura_dist.store.schema import activation_path
-from aura_dist.store.writing import errors_of_writing, prepare_write
+from aura_dist.store.zarr_adapter import read_into, run_in_zarr, set_values
 
 _thread = threading.local()
 
@@ -47,7 +47,7 @@ class Source:
     runs
         Rows to score, as runs [start, stop).
     token
-        Of this run alone: a worker that outlives it must not keep its handles on a store that is made anew.
+        Unique to this run: a worker that outlives it must not use its handles on a store that was replaced since.
     """
 
     path: str
@@ -74,7 +74,7 @@ def score_columns(source: Source, columns: Sequence[Column]) -> Scored:
     Raises
     ------
     StoreError
-        A chunk is missing or damaged, nothing is written for its column; or a score cannot be written.
+        A chunk is missing or damaged, and then nothing is written for its column; or a score cannot be written.
     """
     try:
         return reduce(add, (_score_column(source, column) for column in columns))
@@ -105,34 +105,34 @@ def _num_unscored(made: Mapping[str, NDArray[Any]]) -> int:
 
 
 def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> None:
-    """All statistics at once, and then the marker that they count, in one turn of Zarr's event loop.
+    """Write all statistics at once, then the marker that makes them count, in zarr's event loop.
 
-    One of our own for each column, and its threads, cost more than the writing.
+    A loop of our own for each column, with its threads, would take longer than the writing.
     """
     arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in (*made, MARKER)}
     writes = [prepare_write(arrays[name], (0, column.start), values) for name, values in made.items()]
 
     async def write_all() -> None:
-        # all end before an error is raised: none goes on writing once the column counts as failed
+        # all end before an error is raised, so that none still writes when the column counts as failed
         for error in await asyncio.gather(*(write() for write in writes), return_exceptions=True):
             if error is not None:
                 raise error
-        await arrays[MARKER].async_array.setitem(column.index, column.marker)
+        await set_values(arrays[MARKER], column.index, column.marker)
 
-    sync(write_all())
+    run_in_zarr(write_all())
 
 
 def read_columns(source: Source, site: str, pooling: str, columns: slice) -> NDArray[Any]:
     """[N, M] responses of some neurons in the rows to score; StoreError with a chunk's path if one is unusable."""
     array = _opened_whole(source, activation_path(site, pooling))
-    # a missing chunk would read as fill values without a word
+    # a missing chunk would read as fill values
     for chunk in missing_chunks(array, (c for c, _ in _chunks_of(array, source.runs, columns))):
         raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is missing; {_AGAIN}")
     try:
         return _read_runs(array, source.runs, columns)
     except StoreError:  # the store could not be reached
         raise
-    except Exception:  # the codec pipeline raises its own kinds: find the chunk
+    except Exception:  # the codec pipeline raises its own kinds, which do not name the chunk
         for chunk, region in _chunks_of(array, source.runs, columns):
             try:
                 array[region]
@@ -147,8 +147,8 @@ _AGAIN = "collect again with --overwrite"
 def _read_runs(array: "zarr.Array[Any]", runs: Runs, columns: slice) -> NDArray[Any]:
     """The rows of `runs`, in this thread's own memory: valid until the thread reads again.
 
-    Whole chunks are read, as parts of them would not be checked: the runs are of whole row chunks but for the
-    array's last row, and `columns` are whole chunk columns but for its last column.
+    Whole chunks are read, because parts of them would not be checked: runs are whole row chunks, except at the array's
+    last row, and `columns` are whole chunk columns, except at its last column.
     """
     rows_chunk, width = array.chunks
     stops = [ceil(stop / rows_chunk) * rows_chunk for _, stop in runs]
@@ -160,17 +160,17 @@ def _read_runs(array: "zarr.Array[Any]", runs: Runs, columns: slice) -> NDArray[
     filled = 0
     for (start, _), stop in zip(runs, stops, strict=True):
         part = values_NM[filled : filled + stop - start]
-        array.get_basic_selection((slice(start, stop), whole_columns), out=NDBuffer.from_numpy_array(part))
+        read_into(array, (slice(start, stop), whole_columns), part)
         filled += stop - start
     kept_NM = values_NM[: sum(stop - start for start, stop in runs), : columns.stop - columns.start]
     return kept_NM if kept_NM.flags.c_contiguous else np.ascontiguousarray(kept_NM)
 
 
 def _own_memory(num_bytes: int) -> NDArray[np.uint8]:
-    """Memory that a thread uses again for every column: clearing fresh pages took half of the time of reading."""
+    """Memory that a thread reuses for every column, because clearing fresh pages took half of the time of reading."""
     memory: NDArray[np.uint8] | None = getattr(_thread, "memory", None)
     if memory is None or memory.size < num_bytes:
-        memory = _thread.memory = None  # the old goes before the new comes
+        memory = _thread.memory = None  # freed before the new is allocated
         memory = _thread.memory = np.empty(num_bytes, np.uint8)
     return memory[:num_bytes]
 
@@ -193,7 +193,7 @@ def _opened_group(source: Source) -> zarr.Group:
 
 @lru_cache(maxsize=256)
 def _opened(source: Source, name: str) -> "zarr.Array[Any]":
-    """A worker's handle on an array: opening costs more than reading a chunk."""
+    """A worker's handle on an array, kept because opening takes longer than reading a chunk."""
     return get_array(_opened_group(source), name)
 
 
@@ -210,7 +210,7 @@ def _labels(source: Source) -> NDArray[np.int8]:
 
 
 def compile_kernels(statistics: Sequence[str]) -> None:
-    """Compile the kernels now (or read them from numba's cache), rather than within the first column."""
+    """Compile the kernels now, or read them from numba's cache, so that the first column need not."""
     labels_CN = np.array([[1, 0]], dtype=np.int8)
     names = [name for name in statistics if STATISTICS[name].of]
     for dtype in (np.float32, np.float16):

@@ -44,9 +44,16 @@ from aura_dist.ranks.team import Team
 from aura_dist.sites.find import find_sites
 from aura_dist.store.access import exists, open_group
 from aura_dist.store.grid import Task
-from aura_dist.store.record import check_same, counted_attempts, most_attempted, nonfinite_responses, unfinished
+from aura_dist.store.record import (
+    COLLECTED,
+    add_times,
+    check_same,
+    counted_attempts,
+    most_attempted,
+    nonfinite_responses,
+    unfinished,
+)
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
-from aura_dist.store.times import COLLECTED, add_times
 from aura_dist.text.labels import check_classes, check_texts, parse_labels
 from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
 from aura_dist.text.table import Table, read_table

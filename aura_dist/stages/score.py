@@ -1,8 +1,8 @@
 """score: every statistic of every neuron of a store, chunk column by chunk column. Never imports torch.
 
-Data flow: rows that are finished → chunk columns that lack a statistic → Dask tasks, one a column (small ones go
-several to a task), a bounded number in flight → each reads its column, scores it and writes it → q-values over the
-model → tables and histograms.
+Data flow: rows that are finished → chunk columns that lack a statistic → Dask tasks, one a column (several small
+columns share a task), a bounded number in flight → each reads, scores and writes its columns → q-values over the model
+→ tables and histograms.
 """
 
 import asyncio
@@ -21,26 +21,25 @@ import zarr
 from aura_dist.config.verbs import ScoreConfig
 from aura_dist.errors import ClusterError, ConfigError, StoreError, brief
 from aura_dist.ranks.progress import Progress
-from aura_dist.scoring.basis import Basis, basis_of
 from aura_dist.scoring.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_shape
 from aura_dist.scoring.column_sums import scoring_bytes
-from aura_dist.scoring.describe import by_layer, confounding_warning, top_table
 from aura_dist.scoring.scores import (
+    Basis,
     Column,
     Pending,
     adjust,
+    basis_of,
     begin,
     discard,
     make_arrays,
     pending,
     resolve_statistics,
 )
-from aura_dist.scoring.view import best_neurons, score_table
+from aura_dist.scoring.tables import best_neurons, by_layer, confounding_warning, score_table, top_table
 from aura_dist.scoring.worker import Scored, Source, compile_kernels, score_columns
-from aura_dist.store.access import open_group
+from aura_dist.store.access import errors_of_writing, open_group
+from aura_dist.store.record import SCORED, add_times
 from aura_dist.store.schema import StoreSpec
-from aura_dist.store.times import SCORED, add_times
-from aura_dist.store.writing import errors_of_writing
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -51,14 +50,14 @@ NUM_SHOWN = 10
 # Tasks known to the scheduler at once, per thread: enough to keep workers busy, few enough to keep this process small.
 IN_FLIGHT = 4
 MIN_IN_FLIGHT = 32
-# Responses below which chunk columns share a task: Dask takes some milliseconds for each, as long as a column of 5 MB.
+# Chunk columns share a task up to so many bytes of responses: Dask takes milliseconds a task, as long as 5 MB take.
 TASK_BYTES = 32 * 2**20
-# Tasks that each thread finds at least, where there are so many columns: the last ones end together.
+# Tasks for each thread at least, where there are as many columns, so that the threads end at about the same time.
 TASKS_PER_THREAD = 8
 
 
 def run(config: ScoreConfig) -> None:
-    """Score what is not scored yet, then show each concept's distribution and best neurons."""
+    """Score the chunk columns that lack a statistic, then show each concept's distribution and best neurons."""
     names = resolve_statistics(config.statistics)
     shape = worker_shape(config.dask, config.num_workers, config.memory_limit, config.slurm)
     store = config.store if "://" in config.store else str(Path(config.store).resolve())
@@ -69,14 +68,14 @@ def run(config: ScoreConfig) -> None:
         logger.warning("%d of %d rows are there: these scores are of them alone", basis.num_rows, basis.total_rows)
     if not config.overwrite:
         _begin(store, group, spec, basis)
-    left = pending(group, spec, names, anew=config.overwrite)
+    left = pending(group, spec, names, overwrite=config.overwrite)
     if left:
         if not config.dask.startswith(SCHEMES):
             _check_memory(left, basis, len(spec.concepts), *shape)
         compile_kernels(names)
         source = Source(store, basis.runs, uuid.uuid4().hex)
         with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
-            if config.overwrite:  # now that nothing else is in the way
+            if config.overwrite:  # only now that the workers are there
                 _begin(store, group, spec, basis, overwrite=True)
             if config.dask == "processes":  # every worker loads its kernels now, not within its first column
                 client.run(compile_kernels, names)
@@ -99,7 +98,7 @@ def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, over
         if overwrite:
             discard(group, spec)
         if begin(group, spec, basis):
-            logger.warning("%s was scored on other rows than are there now: it is scored anew", store)
+            logger.warning("%s was scored on other rows than are there now: all scores are computed again", store)
 
 
 def _check_memory(left: list[Pending], basis: Basis, num_concepts: int, limit: int, num_threads: int) -> None:
@@ -129,7 +128,7 @@ def _score(
         neurons = task[-1].stop - task[0].start
         progress.advance(len(task), neurons, neurons * neuron_bytes[task[0].site, task[0].pooling])
     progress.finish()
-    workers = sum(client.nthreads().values())  # at the end: jobs of a cluster come when they come
+    workers = sum(client.nthreads().values())  # counted at the end, because a cluster's jobs may start late
     add_times(group, SCORED, {"seconds": progress.elapsed_seconds, "neurons": num_neurons}, {"workers": workers})
     logger.info(
         "of the workers' time: reading %.0f %%, scoring %.0f %%, writing %.0f %%", *100 * seconds / seconds.sum()
@@ -181,7 +180,7 @@ def _results(
     finished = as_completed(loop=client.loop)
 
     def submit() -> int:
-        """Have as many in flight as workers can use; gives how few are to be left when it is called again."""
+        """Submit until as many are in flight as workers can use; returns the number at which to call it again."""
         bound: int = max(MIN_IN_FLIGHT, IN_FLIGHT * sum(client.nthreads().values()))
         batch = list(islice(tasks, max(0, bound - len(in_flight))))
         keys = [f"score-{source.token}-{task[0].site}-{task[0].pooling}-{task[0].index}" for task in batch]

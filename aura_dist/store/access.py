@@ -1,9 +1,8 @@
-"""Opening a store, at a path or a URL, and its arrays: with the fast codecs, and only if it is a store of ours."""
+"""A store at a path or a URL, and its arrays: opening what is ours, reading whole chunks, writing whole chunks."""
 
 import os
 import re
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -13,55 +12,29 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.array import AsyncArray
-from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import LocalStore
 
-from aura_dist.errors import StoreError, brief
+from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.store.remote import RemoteStore, open_remote
+from aura_dist.store.zarr_adapter import chunk_key, fast_codecs, same_chunks, set_values
 
-# written with the group itself: what has it, even half-made, is ours to replace; nothing else is
+# Written with the group itself: a group that has it, even half-made, may be replaced; nothing else may.
 FORMAT = "aura_dist"
 SCHEMA_VERSION = 3
-# what lies directly under a store's root
+# The groups directly under a store's root.
 MEMBERS = ("activations", "progress", "samples", "scores")
-OPENED_WITH = {
-    "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
-    "codec_pipeline.chunk_concurrent_maximum": 1,
-    "array.write_empty_chunks": True,  # a chunk that is not there is one that was not written
-}
-_OPENING = threading.RLock()  # zarr takes such settings from a place that all threads share
-# s3://…, and drivers chained as in simplecache::s3://…
+# s3://…, and chained drivers such as simplecache::s3://…
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
+FIX = "fix the cause and run the same command again"
 
-@contextmanager
-def fast_codecs() -> Iterator[None]:
-    """Context in which arrays are opened: they keep the Rust codec pipeline, many times faster than Python's.
-
-    One thread a call: the chunks of a call lie in one directory, where making files in parallel only waits;
-    parallelism comes from writing many arrays and from Dask. The setting is zarr's own and global, so opening
-    takes a lock: no thread sees another's half-set context. Arrays at a URL get Python's pipeline whatever the
-    setting: zarrs reads and writes local files alone.
-    """
-    import zarrs  # noqa: F401  (registers the pipeline)
-
-    with _OPENING, zarr.config.set(OPENED_WITH):
-        yield
-
-
-@contextmanager
-def plain_codecs() -> Iterator[None]:
-    """The same with Python's codec pipeline, which writes chunks of fill values too."""
-    pipeline = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
-    with _OPENING, zarr.config.set({**OPENED_WITH, **pipeline}):
-        yield
+Write = Callable[[], Coroutine[Any, Any, None]]
 
 
 def clear(path: str) -> None:
-    """Remove the store at `path`, which must be one of ours or nothing; what marks it as ours goes last.
+    """Remove the store at `path`, which must be one of ours or nothing; its own attributes go last.
 
-    A removal that is cut off leaves a store that counts as never finished, to be replaced by the same command.
+    If this is interrupted, the store that is left counts as never finished: the same command replaces it.
     """
     place = store_at(path)
     if _is_empty(place) or not _has_root(place):
@@ -81,7 +54,7 @@ def get_array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(group, name, error) from error
     if not isinstance(array, zarr.Array):
-        raise damaged(group, name, "a group stands there")
+        raise damaged(group, name, "it is a group")
     return array
 
 
@@ -94,18 +67,16 @@ def is_there(group: zarr.Group, name: str) -> bool:
 
 
 def in_whole_chunks(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
-    """A handle on the same chunks, in which the last ones of each dim count in full.
+    """A handle on the same chunks whose shape is a multiple of theirs: reading from it reads whole chunks.
 
-    The Rust pipeline decodes a part of a chunk without its checksum; reading whole chunks alone is checked.
+    The Rust pipeline checks the checksum of a chunk only where it decodes all of the chunk.
     """
     shape = tuple(ceil(n / chunk) * chunk for n, chunk in zip(array.shape, array.chunks, strict=True))
-    assert isinstance(array.metadata, ArrayV3Metadata)
-    with fast_codecs():
-        return zarr.Array(AsyncArray(array.metadata.update_shape(shape), array.store_path, array.async_array.config))
+    return same_chunks(array, shape)
 
 
 def read_array(group: zarr.Group, name: str, *, complete: bool = False) -> NDArray[Any]:
-    """All of an array of the store; StoreError if it is missing or damaged, or lacks a chunk and is to be complete."""
+    """All of an array of the store; StoreError if it is missing or damaged, or lacks a chunk although `complete`."""
     array = get_array(group, name)
     try:
         if complete:
@@ -120,13 +91,13 @@ def read_array(group: zarr.Group, name: str, *, complete: bool = False) -> NDArr
 def check_complete(
     group: zarr.Group, array: "zarr.Array[Any]", chunks: Iterable[tuple[int, ...]] | None = None
 ) -> None:
-    """StoreError if one of `chunks` (default: all) is missing: it would read as fill values without a word."""
+    """StoreError if one of `chunks` (default: all) is missing, because it would read as fill values."""
     for chunk in missing_chunks(array, np.ndindex(*array.cdata_shape) if chunks is None else chunks):
         raise damaged(group, array.path, f"the chunk {chunk_name(array, chunk)!r} is not there")
 
 
 def damaged(group: zarr.Group, name: str, why: BaseException | str) -> StoreError:
-    """The error of a part of the store that cannot be used; scores alone are made again by `score` alone."""
+    """The error of a part of the store that cannot be used; it names the verb that makes this part."""
     verb = "score" if name.partition("/")[0] == "scores" else "collect"
     return StoreError(
         f"--store {str(group.store_path)!r}: expected an array {name!r}, found it missing or damaged: {brief(why)}; "
@@ -143,7 +114,7 @@ def local_path(store: str) -> Path | None:
 
 
 def store_at(store: str) -> str | RemoteStore:
-    """What Zarr opens for `--store`: a directory as it is, a URL through its driver, with retries.
+    """The argument that opens `--store` in Zarr: a directory's path, or for a URL its driver, with retries.
 
     Raises
     ------
@@ -167,12 +138,12 @@ def store_around(place: Path) -> Path | None:
 
 
 def exists(path: str) -> bool:
-    """Whether a store stands at `path` (one whose making was cut off does not count, and may be replaced).
+    """Whether there is a store at `path`; one that was never finished being made does not count, and may be replaced.
 
     Raises
     ------
     StoreError
-        Something else stands there: it is never replaced.
+        Something else is there, which is never replaced.
     """
     place = store_at(path)
     _check_not_nested(path)
@@ -214,7 +185,7 @@ def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
     place = store_at(path)
     try:
         with fast_codecs():
-            # what may be done at a URL shows when it is done
+            # a URL does not tell beforehand whether it can be written
             writable = isinstance(place, RemoteStore) or os.access(place, os.W_OK)
             group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3)
     except (OSError, ValueError, KeyError) as error:
@@ -235,20 +206,61 @@ def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
 
 
 def missing_chunks(array: "zarr.Array[Any]", chunks: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Those of `chunks` (indices in the chunk grid) that were never written: they would read as fill values."""
+    """Those of `chunks` (indices in the chunk grid) that were never written, and so would read as fill values."""
     wanted = list(chunks)
     if isinstance(array.store, LocalStore):
-        return [c for c in wanted if not (array.store.root / _chunk_key(array, c)).is_file()]
+        return [c for c in wanted if not (array.store.root / chunk_key(array, c)).is_file()]
     assert isinstance(array.store, RemoteStore)
-    there = array.store.existing([_chunk_key(array, c) for c in wanted])
+    there = array.store.existing([chunk_key(array, c) for c in wanted])
     return [c for c, exists in zip(wanted, there, strict=True) if not exists]
 
 
 def chunk_name(array: "zarr.Array[Any]", chunk: tuple[int, ...]) -> str:
-    """Where a chunk lies, for messages: the path of its file, or its URL."""
+    """The path of a chunk's file, or its URL; for messages."""
     place = array.store.root if isinstance(array.store, LocalStore) else array.store
-    return f"{place}/{_chunk_key(array, chunk)}"
+    return f"{place}/{chunk_key(array, chunk)}"
 
 
-def _chunk_key(array: "zarr.Array[Any]", chunk: tuple[int, ...]) -> str:
-    return f"{array.path}/{array.metadata.encode_chunk_key(chunk)}"
+def prepare_write(array: "zarr.Array[Any]", start: tuple[int, ...], values: NDArray[Any]) -> Write:
+    """A function that writes `values` from `start` on: whole chunks, or up to the end of the array.
+
+    The Rust pipeline leaves out chunks that hold only fill values (zarrs 0.2.3, whatever `write_empty_chunks` says).
+    Python's pipeline writes these, because a missing chunk counts as lost. Call this outside of zarr's event loop: it
+    may open an array, for which it takes a lock that another thread may hold while it waits for the loop.
+    """
+    assert all(first % chunk == 0 for first, chunk in zip(start, array.chunks, strict=True)), (start, array.chunks)
+    left_out = list(_chunks_of_fill_values(array, values)) if isinstance(array.store, LocalStore) else []
+    plain = same_chunks(array, by_python=True) if left_out else array
+
+    def region(part: Sequence[slice]) -> tuple[slice, ...]:
+        return tuple(slice(first + s.start, first + s.stop) for first, s in zip(start, part, strict=True))
+
+    async def write() -> None:
+        await set_values(array, region([slice(0, n) for n in values.shape]), values)
+        for part in left_out:
+            await set_values(plain, region(part), values[part])
+
+    return write
+
+
+def _chunks_of_fill_values(array: "zarr.Array[Any]", values: NDArray[Any]) -> Iterator[tuple[slice, ...]]:
+    """The chunks of `values` that hold only the array's fill value; their first values are looked at first."""
+    is_fill = np.isnan if np.isnan(array.fill_value) else array.fill_value.__eq__
+    for index in np.argwhere(is_fill(values[tuple(slice(None, None, chunk) for chunk in array.chunks)])).tolist():
+        bounds = zip(index, array.chunks, values.shape, strict=True)
+        part = tuple(slice(i * chunk, min((i + 1) * chunk, n)) for i, chunk, n in bounds)
+        if is_fill(values[part]).all():
+            yield part
+
+
+@contextmanager
+def errors_of_writing(store: str, what: str = "") -> Iterator[None]:
+    """Context that raises a StoreError where the store, or `what` of it, cannot be written."""
+    try:
+        yield
+    except AuraError:
+        raise
+    # RuntimeError: from the Rust pipeline, where the disk is full; ValueError: the store was opened for reading only
+    except (OSError, RuntimeError, ValueError) as error:
+        name = f"--store {store!r}" + (f": {what}" if what else "")
+        raise StoreError(f"{name} cannot be written: {brief(error)}; {FIX}") from error

@@ -17,7 +17,7 @@ MAX_ROWS_PER_CHUNK = 256
 MAX_COLUMNS_PER_CHUNK = 1024
 MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
 ALIGNED_RANKS = 16
-# what a forward costs beside its tokens: launches, and the weights read once
+# Cost of a forward beside its tokens, in tokens: launches, and reading the weights once.
 BATCH_OVERHEAD_TOKENS = 64
 
 
@@ -34,8 +34,8 @@ class Task:
 def rows_per_chunk(num_rows: int) -> int:
     """Rows of one chunk: as even a cut as there is into chunks of at most `num_rows` / 32, between 100 and 256.
 
-    So many ranks find work in a large store; and a small one, which spends its time on making files (one for every
-    chunk column of every site), has few, none of them for a handful of rows. Below 128 rows, chunks are of 32.
+    So there is work for many ranks in a large store. A small store, whose time goes into making files (one for every
+    row chunk, chunk column and site), has few chunks, none of only a few rows. Below 128 rows, chunks are of 32.
     """
     if num_rows < SMALL_STORE_ROWS:
         return MIN_ROWS_PER_CHUNK
@@ -92,9 +92,9 @@ def row_chunks(task: Task, rows_chunk: int) -> Iterator[slice]:
 def make_batches(num_tokens: Sequence[int], chunk: slice, tokens_per_batch: int) -> list[slice]:
     """Cut a row chunk into batches of at most `tokens_per_batch` tokens, padding included, in store order.
 
-    Rows ascend in length, so a batch of rows [a, b) takes (b − a) × num_tokens[b − 1] tokens. Of all such cuts
-    the one is taken that costs least, a batch costing its tokens and `BATCH_OVERHEAD_TOKENS` more (exact, by
-    dynamic programming). One row longer than the budget is a batch of its own.
+    Rows ascend in length, so a batch of rows [a, b) takes (b − a) × num_tokens[b − 1] tokens. The cut is the cheapest
+    (exact, by dynamic programming), where a batch costs its tokens and `BATCH_OVERHEAD_TOKENS` more. A row longer than
+    the budget is a batch of its own.
     """
     start, stop = chunk.start, chunk.stop
     least, cut = {start: 0}, {}

@@ -1,5 +1,15 @@
-"""The record of finished tasks, and the comparison that stands before going on with a store."""
+"""The record of a store: whether it is the same as asked for, which tasks are finished, and how long they took.
 
+`progress` and `scores` have an attribute `times` for people, which is never compared:
+
+```
+progress    of collect: launches, seconds, load_seconds, rows, tokens; ranks, device
+scores      of score: launches, seconds, neurons; workers
+```
+Numbers are sums over the launches that ended in an orderly way; the rest is of the last launch.
+"""
+
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,18 +20,21 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from aura_dist.errors import AuraError, StoreError, brief
-from aura_dist.store.access import get_array, read_array
+from aura_dist.store.access import FIX, get_array, read_array
 from aura_dist.store.schema import ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
 
-# words for people: a moved file or a renamed directory is still the same data and model, and an intervention's digest
-# tells what it does
+logger = logging.getLogger(__name__)
+
+TIMES = "times"
+COLLECTED, SCORED = "progress", "scores"
+# Names for people: a moved file or a renamed directory is still the same data and model. An intervention has a digest.
 _NOT_COMPARED = {
     "model name", "model revision", "tokenizer name", "data path", "intervention method", "intervention parameters",
 }  # fmt: skip
 
 
 def check_same(path: str, group: zarr.Group, spec: StoreSpec, samples: Samples) -> None:
-    """StoreError that names what differs, if the store at `path` was begun under other settings."""
+    """StoreError that names the difference, if the store at `path` was begun under other settings."""
     stored = dict(group.attrs)
     for field, wanted in spec.to_attributes().items():
         difference = _first_difference(field, stored.get(field), wanted)
@@ -59,7 +72,7 @@ def unfinished(group: zarr.Group) -> list[int]:
 
 
 def commit(group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
-    """Mark `task` as finished; called only when all its chunks are written, by all who write some of them.
+    """Mark `task` as finished; call it only when all ranks have written all its chunks.
 
     Parameters
     ----------
@@ -73,12 +86,12 @@ def commit(group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
     if nonfinite:
         counts = np.array([nonfinite.get(name, 0) for name in response_names(group)], dtype=np.int64)
         get_array(group, NONFINITE)[task] = counts
-    get_array(group, ATTEMPTS)[task] = 0  # first: what dies between the two is run again, and leaves no count behind
+    get_array(group, ATTEMPTS)[task] = 0  # first: a task whose rank dies between the two runs again, with no count left
     get_array(group, DONE)[task] = 1
 
 
 def most_attempted(group: zarr.Group) -> tuple[int, int]:
-    """Of the unfinished tasks the one that most launches died in, and how many; (0, 0) where none is left."""
+    """The unfinished task that most launches died in, and how many did; (0, 0) where no task is left."""
     left = unfinished(group)
     if not left:
         return 0, 0
@@ -89,11 +102,11 @@ def most_attempted(group: zarr.Group) -> tuple[int, int]:
 
 @contextmanager
 def counted_attempts(group: zarr.Group) -> Iterator[Callable[[int], None]]:
-    """Context in which a rank runs tasks; gives what to call when it begins one.
+    """Context in which a rank runs tasks; its value is a function to call when the rank begins one.
 
-    The count of a task is raised when it is begun and set back when it is committed, or when the run ends in an
-    orderly way: by a signal, by an error that says what to change, by another rank's failure. What is left is the
-    count of launches that died in it.
+    The function adds 1 to the task's count. The count goes back to 0 when the task is committed, and down by 1 when the
+    run ends in an orderly way: by a signal, by an error of the user's, by another rank's failure. So the count is the
+    number of launches that died in the task.
     """
     begun: list[int] = []
 
@@ -105,7 +118,7 @@ def counted_attempts(group: zarr.Group) -> Iterator[Callable[[int], None]]:
     try:
         yield begin
     except (AuraError, KeyboardInterrupt):
-        with suppress(OSError, StoreError):  # the error that ends the run is the one to be told
+        with suppress(OSError, StoreError):  # the user must see the error that ends the run
             for task in set(begun) & set(unfinished(group)):
                 _add_attempt(group, task, -1)
         raise
@@ -118,14 +131,16 @@ def _add_attempt(group: zarr.Group, task: int, amount: int) -> None:
     except StoreError:  # the store could not be reached
         raise
     except Exception as error:  # the codec pipeline raises its own kinds
-        raise StoreError(
-            f"--store {group.store_path}: writing failed: {brief(error)}; "
-            "mend that and run the same command again: finished tasks are kept"
-        ) from error
+        raise writing_failed(group, error) from error
+
+
+def writing_failed(group: zarr.Group, error: BaseException) -> StoreError:
+    """The error of a run of `collect` that cannot write."""
+    return StoreError(f"--store {group.store_path}: writing failed: {brief(error)}; {FIX}: finished tasks are kept")
 
 
 def _marks(group: zarr.Group, name: str) -> NDArray[Any]:
-    """One number a task. A local mark that a killed process left half-written counts as 0, as one never written."""
+    """One number a task; 0 where a killed process left a local file half-written."""
     try:
         return read_array(group, name)
     except StoreError:
@@ -152,6 +167,26 @@ def nonfinite_responses(group: zarr.Group) -> dict[str, int]:
 
 
 def response_names(group: zarr.Group) -> list[str]:
-    """Paths of the responses' arrays, in model order, then in that of the poolings."""
+    """Paths of the responses' arrays, in model order, within a site in the order of the poolings."""
     spec = StoreSpec.from_attributes(group.attrs)
     return [activation_path(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
+
+
+def add_times(group: zarr.Group, part: str, amounts: Mapping[str, float], about: Mapping[str, Any]) -> None:
+    """Add a launch's `amounts` to the sums of `part`, with `about` beside them; for one process of a launch.
+
+    A failure to write is a warning, because the work is done by then.
+    """
+    try:
+        before = read_times(group, part)
+        sums = {name: round(before.get(name, 0) + amount, 3) for name, amount in amounts.items()}
+        times = {"launches": before.get("launches", 0) + 1, **sums, **about}
+        group[part].attrs[TIMES] = times
+    except (OSError, StoreError) as error:
+        logger.warning("%s: the time it took could not be noted: %s", group.store_path, brief(error))
+
+
+def read_times(group: zarr.Group, part: str) -> dict[str, Any]:
+    """The times that `add_times` wrote for `part`; empty where it did not."""
+    times: Any = group[part].attrs.get(TIMES, {}) if part in group else {}
+    return dict(times)

@@ -1,8 +1,8 @@
-"""Stores at a URL: an fsspec file system as a Zarr store that tries again what may succeed the next time.
+"""Stores at a URL: an fsspec file system as a Zarr store that repeats requests which may succeed the next time.
 
-Every request runs on fsspec's own event loop, whichever loop or thread asks: the connections of s3fs, gcsfs
-and adlfs belong to the loop that opened them, while Zarr's calls come from Zarr's loop and from the writer's. A
-request is the whole of a key's value, so that repeating it changes nothing.
+Every request runs in fsspec's own event loop, because the connections of s3fs, gcsfs and adlfs belong to the loop that
+opened them, while Zarr's calls come from Zarr's loop and from the writer's. A request reads or writes the whole value
+of a key, so repeating it changes nothing.
 """
 
 import asyncio
@@ -14,32 +14,45 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from fsspec.asyn import get_loop
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import ZarrUserWarning
 from zarr.storage import FsspecStore, WrapperStore
 
 from aura_dist.errors import StoreError, brief
-from aura_dist.store.faults import advice, driver, is_transient, told
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# requests in flight of one store: enough to fill a connection, few enough that none waits for long
+# Requests in flight of one store: enough to fill a connection, few enough that none waits for long.
 NUM_CONCURRENT = 32
+# Errors that the same request would raise again.
+_PERMANENT = (
+    FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
+    TypeError, ValueError, LookupError, NotImplementedError, ImportError, AssertionError,
+)  # fmt: skip
+# Parts of the names of errors in the drivers' own hierarchies, which need not be installed here.
+_NO_CREDENTIALS = (
+    "NoCredentials",
+    "PartialCredentials",
+    "CredentialRetrieval",
+    "DefaultCredentials",
+    "ProfileNotFound",
+)
+_DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How often a request is made, and how long the waits between are: doubling, half of each at random.
+    """How often a request is made, and the waits between: each twice the one before, half of it at random.
 
     Attributes
     ----------
     num_attempts
-        The first one counts.
+        Including the first.
     first_seconds, longest_seconds
-        The first wait and the bound of all; 8 attempts wait a minute in all at most.
+        The first wait, and the longest; 8 attempts wait for a minute at most.
     """
 
     num_attempts: int = 8
@@ -56,7 +69,7 @@ RETRIES = Retries()
 
 
 class RemoteStore(WrapperStore[Store]):
-    """A store at a URL; its requests are repeated while their errors may pass.
+    """A store at a URL; a request is repeated while its error is transient.
 
     Parameters
     ----------
@@ -67,8 +80,8 @@ class RemoteStore(WrapperStore[Store]):
     retries
         How often and how patiently.
 
-    Every method raises StoreError, naming the URL and the last error, when an error is for good or has
-    outlasted the attempts. A missing key is no error, as in any Zarr store.
+    Every method raises a StoreError that names the URL and the last error, where that is permanent or the attempts
+    are used up. A missing key is no error, as in any Zarr store.
     """
 
     def __init__(self, store: Store, url: str, retries: Retries = RETRIES) -> None:
@@ -109,13 +122,15 @@ class RemoteStore(WrapperStore[Store]):
                 seconds = self.retries.wait_seconds(failures)
                 logger.warning(
                     "%s/%s: attempt %d of %d failed (%s); next in %.1f s",
-                    self.url, key, failures, self.retries.num_attempts, told(error), seconds,
+                    self.url, key, failures, self.retries.num_attempts, _kind_and_text(error), seconds,
                 )  # fmt: skip
             await asyncio.sleep(seconds)
 
     def _failure(self, key: str, error: Exception, attempts: int) -> StoreError:
         times = f" after {attempts} attempts" if attempts > 1 else ""
-        return StoreError(f"--store {self.url!r}: {key or 'the store'}: failed{times}: {told(error)}{advice(error)}")
+        return StoreError(
+            f"--store {self.url!r}: {key or 'the store'}: failed{times}: {_kind_and_text(error)}{_advice(error)}"
+        )
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         return await self._request(key, lambda: self._store.get(key, prototype, byte_range))
@@ -173,11 +188,11 @@ class RemoteStore(WrapperStore[Store]):
             yield key
 
     def is_vacant(self) -> bool:
-        """Whether nothing lies there; asked from a thread without a running loop."""
+        """Whether nothing is there; asked from a thread without a running loop."""
         return asyncio.run_coroutine_threadsafe(self.is_empty(""), get_loop()).result()
 
     def existing(self, keys: Sequence[str]) -> Sequence[bool]:
-        """Whether each key has a value; asked at once, from a thread without a running loop."""
+        """Whether each key has a value, all asked at once; call it from a thread without a running loop."""
 
         async def ask() -> Sequence[bool]:
             return await asyncio.gather(*map(self.exists, keys))
@@ -201,18 +216,58 @@ def open_remote(url: str) -> RemoteStore:
     try:
         store = _driver_store(url.rstrip("/"))
     except ImportError as error:
-        raise StoreError(f"--store {url!r}: expected {driver(scheme)} to be installed: {brief(error)}") from error
+        raise StoreError(f"--store {url!r}: expected {_driver(scheme)} to be installed: {brief(error)}") from error
     except Exception as error:
         if "Protocol not known" in str(error):
             known = "a path, s3://, gs://, az://, file:// or another scheme of fsspec"
             raise StoreError(f"--store {url!r}: expected {known}, got {scheme}://") from error
-        raise StoreError(f"--store {url!r} cannot be opened: {told(error)}{advice(error)}") from error
+        raise StoreError(f"--store {url!r} cannot be opened: {_kind_and_text(error)}{_advice(error)}") from error
     return RemoteStore(store, url.rstrip("/"), RETRIES)
 
 
 def _driver_store(url: str) -> FsspecStore:
-    """The store of the URL's driver, which keeps no listings: other processes write to the same store."""
+    """The store of the URL's driver, without a cache of listings, because other processes write to the same store."""
     with warnings.catch_warnings():
-        # so made, the driver belongs to fsspec's loop, where all its requests run and its connections are closed
+        # made like this, the driver belongs to fsspec's loop, where its requests run and its connections are closed
         warnings.filterwarnings("ignore", "fs .* was not created with `asynchronous=True`", ZarrUserWarning)
         return FsspecStore.from_url(url, storage_options={"asynchronous": False, "use_listings_cache": False})
+
+
+def _driver(scheme: str) -> str:
+    """The package that serves a scheme of URLs, and how to install it."""
+    if scheme not in _DRIVERS:
+        return f"the fsspec driver of {scheme}://"
+    extra = "'aura-dist[s3]'" if _DRIVERS[scheme] == "s3fs" else _DRIVERS[scheme]
+    return f"{_DRIVERS[scheme]} (pip install {extra})"
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later: errors of connections, servers and their libraries may pass."""
+    if isinstance(error, (StoreError, *_PERMANENT)) or _lacks_credentials(error):
+        return False
+    if isinstance(error, (OSError, EOFError)):
+        return True
+    return type(error).__module__.split(".")[0] not in ("builtins", "zarr", "aura_dist")
+
+
+def _lacks_credentials(error: BaseException) -> bool:
+    return any(name in type(error).__name__ for name in _NO_CREDENTIALS)
+
+
+def _kind_and_text(error: BaseException) -> str:
+    """The kind and the text of an error, in one line."""
+    return f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
+
+
+def _advice(error: BaseException) -> str:
+    """What the user may change, or nothing."""
+    if _lacks_credentials(error):
+        return (
+            "; give credentials where the driver looks for them (for s3://: AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        )
+    if isinstance(error, PermissionError):
+        return "; expected credentials that may list, read, write and delete there"
+    if isinstance(error, FileNotFoundError):
+        return "; make the bucket first, or choose another"
+    return ""

@@ -1,4 +1,4 @@
-"""The store on disk (Zarr v3): what it holds, how it is made, and what must agree before it is gone on with.
+"""The store on disk (Zarr v3): what it holds, how it is made, and the settings that fix its numbers.
 
 ```
 STORE.zarr                             attributes: see `StoreSpec`; `created`, written last
@@ -21,17 +21,14 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.group import GroupMetadata
-from zarr.core.metadata import ArrayV3Metadata
-from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from aura_dist.sites.site import Site
-from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, fast_codecs, get_array, store_at
+from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, errors_of_writing, get_array, store_at
 from aura_dist.store.grid import Task, columns_per_chunk, make_tasks, rows_per_chunk
-from aura_dist.store.writing import errors_of_writing
+from aura_dist.store.zarr_adapter import description, fast_codecs, run_in_zarr
 
 DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"
 
@@ -41,7 +38,7 @@ SELECTING_POOLINGS = frozenset({"max", "min", "last", "absmax"})
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """What fixes the numbers of a store; compared field by field before a store is gone on with.
+    """The settings that fix the numbers of a store; compared field by field before a store is continued.
 
     Attributes
     ----------
@@ -58,7 +55,7 @@ class StoreSpec:
     uncaptured
         Names of parameters that no site covers (experts of a mixture).
     intervention
-        Identity of what lay over the model (`Intervention.identity`), or None.
+        Identity of the intervention that was over the model (`Intervention.identity`), or None.
     """
 
     model: Mapping[str, Any]
@@ -135,7 +132,7 @@ def activation_path(site: str, pooling: str) -> str:
 
 
 def chunk_widths(group: zarr.Group, spec: StoreSpec) -> dict[str, int]:
-    """Site → columns of one chunk, of whichever pooling."""
+    """Site → columns of one chunk, the same for all poolings."""
     return {s.name: get_array(group, activation_path(s.name, spec.poolings[0])).chunks[1] for s in spec.sites}
 
 
@@ -147,7 +144,7 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
     path
         Directory or URL of the store; an existing one is replaced.
     spec, samples
-        What the store will hold.
+        The settings and the rows.
     provenance
         Further attributes (package versions, resolved config) that do not fix the numbers.
 
@@ -174,8 +171,8 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How an array of a store lies there: shape, chunks, dtype, names of its dims, and what missing values read as."""
+class ArrayLayout:
+    """Shape, chunks, dtype and names of the dims of an array of a store, and the value that missing chunks read as."""
 
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -184,29 +181,29 @@ class Layout:
     fill_value: float
 
 
-def _layouts(spec: StoreSpec, samples: Samples, num_tasks: int) -> dict[str, Layout]:
+def _layouts(spec: StoreSpec, samples: Samples, num_tasks: int) -> dict[str, ArrayLayout]:
     """Path → layout of every array that `collect` fills."""
-    num_rows, num_concepts, num_arrays = len(samples), samples.label.shape[1], len(spec.sites) * len(spec.poolings)
+    num_rows, num_arrays = len(samples), len(spec.sites) * len(spec.poolings)
     found = {
-        "samples/row": Layout((num_rows,), (num_rows,), "int64", ("sample",), 0),
-        "samples/num_tokens": Layout((num_rows,), (num_rows,), "int32", ("sample",), 0),
-        "samples/label": Layout((num_rows, num_concepts), (num_rows, num_concepts), "int8", ("sample", "concept"), 0),
-        DONE: Layout((num_tasks,), (1,), "uint8", ("task",), 0),
-        ATTEMPTS: Layout((num_tasks,), (1,), "uint8", ("task",), 0),
-        NONFINITE: Layout((num_tasks, num_arrays), (1, num_arrays), "int64", ("task", "array"), 0),
+        "samples/row": ArrayLayout((num_rows,), (num_rows,), "int64", ("sample",), 0),
+        "samples/num_tokens": ArrayLayout((num_rows,), (num_rows,), "int32", ("sample",), 0),
+        "samples/label": ArrayLayout(samples.label.shape, samples.label.shape, "int8", ("sample", "concept"), 0),
+        DONE: ArrayLayout((num_tasks,), (1,), "uint8", ("task",), 0),
+        ATTEMPTS: ArrayLayout((num_tasks,), (1,), "uint8", ("task",), 0),
+        NONFINITE: ArrayLayout((num_tasks, num_arrays), (1, num_arrays), "int64", ("task", "array"), 0),
     }
     dtypes = {pooling: stored_dtype(pooling, spec.dtype) for pooling in spec.poolings}
     largest = max(np.dtype(dtype).itemsize for dtype in dtypes.values())
     for site in spec.sites:
-        # alike for all poolings: a rank owns the same columns of each
+        # the same for all poolings, because a rank owns the same columns of each
         chunks = (rows_per_chunk(num_rows), columns_per_chunk(site.width, num_rows, largest))
         for pooling, dtype in dtypes.items():
-            layout = Layout((num_rows, site.width), chunks, dtype, ("sample", "neuron"), np.nan)
+            layout = ArrayLayout((num_rows, site.width), chunks, dtype, ("sample", "neuron"), np.nan)
             found[activation_path(site.name, pooling)] = layout
     return found
 
 
-def create_arrays(group: zarr.Group, layouts: Mapping[str, Layout]) -> None:
+def create_arrays(group: zarr.Group, layouts: Mapping[str, ArrayLayout]) -> None:
     """Make the arrays that are not there yet, without chunks, and the groups around them; many at a time.
 
     Raises
@@ -214,30 +211,31 @@ def create_arrays(group: zarr.Group, layouts: Mapping[str, Layout]) -> None:
     OSError
         One cannot be made: the first error, once all have been tried.
     """
-    arrays = {name: _metadata(layout) for name, layout in layouts.items()}
+    arrays = {name: _description(layout) for name, layout in layouts.items()}
     parents = {str(parent) for name in layouts for parent in PurePosixPath(name).parents} - {"."}
 
-    async def make(name: str, metadata: ArrayV3Metadata | GroupMetadata) -> None:
-        for key, described in metadata.to_buffer_dict(default_buffer_prototype()).items():
-            path = "/".join(filter(None, (group.path, name, key)))
-            if not await group.store.exists(path):
-                await group.store.set(path, described)
+    async def make(name: str, files: Mapping[str, Buffer]) -> None:
+        for file, described in files.items():
+            key = "/".join(filter(None, (group.path, name, file)))
+            if not await group.store.exists(key):
+                await group.store.set(key, described)
 
     async def make_all() -> None:
-        for nodes in (dict.fromkeys(sorted(parents), GroupMetadata()), arrays):
+        for nodes in (dict.fromkeys(sorted(parents), description(None)), arrays):
             # all end before an error is raised
             for error in await asyncio.gather(*map(make, nodes, nodes.values()), return_exceptions=True):
                 if error is not None:
                     raise error
 
-    sync(make_all())
+    run_in_zarr(make_all())
 
 
 @lru_cache(maxsize=64)
-def _metadata(layout: Layout) -> ArrayV3Metadata:
-    """As `zarr.json` says it: lz4 with byte shuffle, then a checksum of the compressed bytes.
+def _description(layout: ArrayLayout) -> dict[str, Buffer]:
+    """The files that describe an array: chunks are lz4 with byte shuffle, then a checksum of the compressed bytes.
 
-    Taken from an array in memory, once a layout: to make an array takes six times as long as to write what it is.
+    They are taken from an array in memory, once a layout, because making an array takes six times as long as writing
+    its description.
     """
     array = zarr.create_array(
         MemoryStore(),
@@ -249,5 +247,4 @@ def _metadata(layout: Layout) -> ArrayV3Metadata:
         compressors=(BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()),
         dimension_names=layout.dims,
     )
-    assert isinstance(array.metadata, ArrayV3Metadata)
-    return array.metadata
+    return description(array)

@@ -1,7 +1,7 @@
 """The background writer: one thread that encodes and writes whole chunks, fed by a fixed set of row buffers.
 
-The forward takes a free buffer, fills one row chunk of its columns of every site, and hands it over; the writer gives
-it back once it is written. The number of buffers bounds the memory: a slow disk makes the forward wait, never grow.
+The forward takes a free buffer, fills one row chunk of its columns of every site, and hands it over; the buffer is free
+again when it is written. The number of buffers bounds the memory: where the disk is slow the forward waits.
 """
 
 import asyncio
@@ -16,11 +16,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from aura_dist.errors import StoreError
 from aura_dist.sites.ownership import Interval
-from aura_dist.store.access import get_array
+from aura_dist.store.access import Write, get_array, prepare_write
+from aura_dist.store.record import writing_failed
 from aura_dist.store.schema import activation_path
-from aura_dist.store.writing import Write, prepare_write
 
 NUM_BUFFERS = 3
 _POLL_SECONDS = 0.1
@@ -38,12 +37,12 @@ class ChunkWriter:
     group
         The store.
     owned
-        Site → intervals of its columns that are written here, whole chunks; they lie side by side in the buffers.
+        Site → intervals of its columns that are written here, whole chunks; they are side by side in the buffers.
     make_buffer
         Makes a row buffer.
     commit
-        Called with a task's index and its NaN and infinite responses by array, once all that was handed over before
-        is written.
+        Called with a task's index and the number of its NaN and infinite responses by array, when everything that was
+        handed over before is written.
 
     Use as a context manager: leaving it waits until all is written. The first failure stops the writer
     and is raised, as a StoreError, from the next call.
@@ -79,9 +78,9 @@ class ChunkWriter:
                 continue
 
     def write(self, start: int, stop: int, buffer: RowBuffer, wait: Callable[[], None]) -> None:
-        """Hand over rows [start, stop) of every site, a whole row chunk; the buffer is the writer's from here on.
+        """Hand over rows [start, stop) of every site, a whole row chunk; do not touch the buffer from here on.
 
-        `wait` blocks until the buffer holds its values: copies from a GPU may still be under way.
+        `wait` blocks until the buffer holds its values, because copies from a GPU may still be under way.
         """
         self.check()
         self._work.put((start, stop, buffer, wait))
@@ -93,10 +92,7 @@ class ChunkWriter:
     def check(self) -> None:
         """Raise the StoreError with which the writer has failed, if it has."""
         if self._failure is not None:
-            raise StoreError(
-                f"--store {self._group.store_path}: writing failed: {self._failure}; "
-                "mend that and run the same command again: finished tasks are kept"
-            ) from self._failure
+            raise writing_failed(self._group, self._failure) from self._failure
 
     def _run(self) -> None:
         with asyncio.Runner() as runner:
@@ -124,7 +120,7 @@ class ChunkWriter:
         self._free.put(buffer)
 
     def _writes(self, rows: slice, buffer: RowBuffer) -> list[Write]:
-        """What writes the buffer, site by site."""
+        """The writes of the buffer, site by site."""
         writes = []
         for key, values in buffer.items():
             place = 0

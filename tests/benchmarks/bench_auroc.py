@@ -27,7 +27,8 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 
-from aura_dist.scoring import auroc as module  # noqa: E402
+from aura_dist.scoring.column_sums import sums_plain  # noqa: E402
+from aura_dist.scoring.columns import statistics_by_concept  # noqa: E402
 
 Array = NDArray[Any]
 NUM_REPETITIONS = 7
@@ -74,12 +75,13 @@ def sklearn_auroc(values: Array, labels_CN: NDArray[np.int8]) -> Array:
 
 
 def plain_auroc(values: Array, labels_CN: NDArray[np.int8]) -> Array:
-    (group,) = module._groups(labels_CN)
-    num_positive = labels_CN.sum(axis=1, dtype=np.int64)
-    num_pairs = num_positive * (labels_CN.shape[1] - num_positive)
-    twice_u, _ = module.twice_u_plain(values, group)
-    result: Array = twice_u / (2 * num_pairs[:, None])
+    sums = sums_plain(values, labels_CN, ranks_only=True)
+    result: Array = sums.twice_u / (2 * sums.num_positive * sums.num_negative)
     return result
+
+
+def fast_auroc(values: Array, labels_CN: NDArray[np.int8]) -> Array:
+    return statistics_by_concept(values, labels_CN, ["auroc"])["auroc"]
 
 
 def median_us(calls: dict[str, tuple[Callable[[], Array], int]]) -> dict[str, float]:
@@ -96,12 +98,12 @@ def median_us(calls: dict[str, tuple[Callable[[], Array], int]]) -> dict[str, fl
 def run_case(case: Case) -> str:
     values, labels_CN = make_case(case)
     some, few = values[:, :PLAIN_COLUMNS].copy(), values[:, :SKLEARN_COLUMNS].copy()
-    fast = module.auroc_by_concept(values, labels_CN)  # compiles, and is checked before it is timed
+    fast = fast_auroc(values, labels_CN)  # compiles, and is checked before it is timed
     np.testing.assert_array_equal(fast[:, :PLAIN_COLUMNS], plain_auroc(some, labels_CN))
     np.testing.assert_allclose(fast[:, :SKLEARN_COLUMNS], sklearn_auroc(few, labels_CN), rtol=0, atol=1e-12)
     us = median_us(
         {
-            "fast": (lambda: module.auroc_by_concept(values, labels_CN), case.num_columns),
+            "fast": (lambda: fast_auroc(values, labels_CN), case.num_columns),
             "plain": (lambda: plain_auroc(some, labels_CN), PLAIN_COLUMNS),
             "sklearn": (lambda: sklearn_auroc(few, labels_CN), SKLEARN_COLUMNS),
         }

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ml_dtypes
 import numpy as np
 
-from aura_dist.scoring.column_statistics import statistics_by_concept
+from aura_dist.scoring.columns import statistics_by_concept
 from aura_dist.scoring.statistics import STATISTICS
 from aura_dist.store.schema import create_store
 from tests.benchmarks.bench_score import LOGGER, NUM_ROWS, NUM_SITES, WIDTH, best_seconds, run

@@ -23,7 +23,7 @@ import numpy as np
 
 from aura_dist.config.verbs import ScoreConfig
 from aura_dist.scoring import auroc_kernels, run_kernels
-from aura_dist.scoring.column_statistics import statistics_by_concept
+from aura_dist.scoring.columns import statistics_by_concept
 from aura_dist.scoring.statistics import STATISTICS
 from aura_dist.stages import score
 from aura_dist.store.access import get_array, open_group

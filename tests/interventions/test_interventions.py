@@ -11,7 +11,7 @@ from aura_dist import open_store
 from aura_dist.cli import main
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import METHODS, fit_maps, needed_statistics
-from aura_dist.scoring.column_statistics import statistics_by_concept
+from aura_dist.scoring.columns import statistics_by_concept
 from tests.collecting.test_strategies import assert_same
 from tests.distributed.intervened import logits_and_greedy, random_map, run_plan
 from tests.distributed.launch import run_ranks

@@ -16,7 +16,7 @@ from aura_dist.interventions.methods import (
     top_units,
     with_strength,
 )
-from aura_dist.scoring.auroc import auroc
+from aura_dist.scoring.columns import auroc
 
 NAN = float("nan")
 

@@ -14,7 +14,7 @@ from aura_dist.cli import main
 from aura_dist.collecting.stream import stream
 from aura_dist.errors import RunInterruptedError
 from aura_dist.store.access import open_group
-from aura_dist.store.times import COLLECTED, SCORED, add_times, read_times
+from aura_dist.store.record import COLLECTED, SCORED, add_times, read_times
 from tests.results import PROMPTS, write_results
 
 pytest.importorskip("jinja2", reason="the extra `report` is not installed")

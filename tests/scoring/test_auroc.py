@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-import aura_dist.scoring.auroc as module
 from aura_dist.errors import AuraError, InputError
-from aura_dist.scoring.auroc import auroc, auroc_by_concept
-from aura_dist.scoring.auroc_kernels import MAX_WIDTH
+from aura_dist.scoring import column_sums
+from aura_dist.scoring.column_sums import sums_fast, sums_plain
+from aura_dist.scoring.columns import auroc, statistics_by_concept
+from aura_dist.scoring.kernels import MAX_WIDTH
 
 Array = NDArray[Any]
 KINDS = ("normal", "bfloat16", "ties", "signs", "constant", "near", "tiny", "bits")
@@ -66,11 +67,16 @@ def pair_counts(values: Array, labels: Array) -> Array:
 
 
 def fast_and_plain(values: Array, labels_CN: Array) -> None:
-    for group in module._groups(labels_CN):
-        fast, fast_nan = module.twice_u_fast(values, group)
-        plain, plain_nan = module.twice_u_plain(values, group)
-        np.testing.assert_array_equal(fast_nan, plain_nan)
-        np.testing.assert_array_equal(fast[:, fast_nan == 0], plain[:, fast_nan == 0])
+    """All concepts at once, and each alone: where all label the same rows, the kernel ranks and does nothing else."""
+    for labels in (labels_CN, *labels_CN[:, None]):
+        fast, plain = (way(values, labels, ranks_only=True) for way in (sums_fast, sums_plain))
+        np.testing.assert_array_equal(fast.num_nan, plain.num_nan)
+        clean = fast.num_nan == 0
+        np.testing.assert_array_equal(fast.twice_u[clean], plain.twice_u[clean])
+
+
+def auroc_by_concept(values: Array, labels_CN: Array) -> Array:
+    return statistics_by_concept(values, labels_CN, ["auroc"])["auroc"]
 
 
 @st.composite
@@ -132,9 +138,10 @@ def test_large_columns(kind: str, num_rows: int, num_positive: int) -> None:
     fast_and_plain(values, labels[None].astype(np.int8))
 
 
-def test_more_columns_than_one_block_and_mixed_kinds() -> None:
+def test_more_columns_than_one_block_and_mixed_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(column_sums, "CONVERTED_VALUES", 200 * 512)
     rng = np.random.default_rng(0)
-    parts = [make_values(rng, KINDS[i % len(KINDS)], (200, 1)) for i in range(module.CONVERTED_COLUMNS + 70)]
+    parts = [make_values(rng, KINDS[i % len(KINDS)], (200, 1)) for i in range(512 + 70)]
     values, labels = np.concatenate(parts, axis=1), make_labels(rng, 200, 50)
     expected = auroc(values, labels)
     np.testing.assert_allclose(expected, sklearn_auroc(values, labels), rtol=0, atol=1e-12)

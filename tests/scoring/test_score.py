@@ -24,12 +24,12 @@ from aura_dist.cli import main
 from aura_dist.errors import StoreError
 from aura_dist.scoring import worker
 from aura_dist.scoring.cluster import dask_client
-from aura_dist.scoring.column_statistics import statistics_by_concept
+from aura_dist.scoring.columns import statistics_by_concept
 from aura_dist.scoring.statistics import STATISTICS
 from aura_dist.stages import score as stage
 from aura_dist.store.access import open_group
+from aura_dist.store.record import SCORED, read_times
 from aura_dist.store.schema import tasks_of
-from aura_dist.store.times import SCORED, read_times
 from tests.stores import TOKENS_PER_BATCH, make_store
 
 WIDTHS, CONCEPTS, NUM_ROWS = (320, 200, 96), ("toxic", "insult"), 250

@@ -17,9 +17,9 @@ from scipy.stats import false_discovery_control, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from aura_dist.errors import InputError
-from aura_dist.scoring import column_sums
-from aura_dist.scoring.column_statistics import statistics_by_concept
+from aura_dist.scoring import column_sums, kernels
 from aura_dist.scoring.column_sums import ColumnSums, sums_fast, sums_plain
+from aura_dist.scoring.columns import statistics_by_concept
 from aura_dist.scoring.statistics import STATISTICS, benjamini_hochberg
 from tests.scoring.test_auroc import KINDS, make_values
 
@@ -268,8 +268,8 @@ def test_one_sort_serves_concepts_with_other_missing_labels(monkeypatch: pytest.
     values = rng.standard_normal((300, 8)).astype(np.float32)
     labels_CN = rng.choice(np.array([-1, 0, 1], np.int8), (6, 300))
     calls: list[int] = []
-    kernel = column_sums.column_sums
-    monkeypatch.setattr(column_sums, "column_sums", lambda *a: calls.append(1) or kernel(*a))
+    kernel = kernels.column_sums
+    monkeypatch.setattr(kernels, "column_sums", lambda *a: calls.append(1) or kernel(*a))
     together = statistics_by_concept(values, labels_CN, NAMES)
     assert len(calls) == 1
     for c in range(6):
@@ -322,7 +322,7 @@ def test_perfectly_separated_classes_have_no_error() -> None:
 
 
 def test_too_many_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aura_dist.scoring.column_statistics.MAX_ROWS", 4)
+    monkeypatch.setattr("aura_dist.scoring.columns.MAX_ROWS", 4)
     values, labels = np.zeros((4, 1), np.float32), np.array([[0, 1, 0, 1]], np.int8)
     with pytest.raises(InputError, match="fewer than 4 rows"):
         statistics_by_concept(values, labels, NAMES)

@@ -11,10 +11,9 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from aura_dist.errors import StoreError
-from aura_dist.store.access import get_array, is_there, missing_chunks, open_group, read_array, store_at
-from aura_dist.store.schema import Layout, create_arrays
+from aura_dist.store.access import get_array, is_there, missing_chunks, open_group, prepare_write, read_array, store_at
+from aura_dist.store.schema import ArrayLayout, create_arrays
 from aura_dist.store.writer import ChunkWriter
-from aura_dist.store.writing import prepare_write
 from tests.stores import make_store
 
 SHAPE, CHUNKS = (10, 7), (4, 3)
@@ -29,7 +28,7 @@ def group(request, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "fill"), [("float32", np.nan), ("float16", np.nan), ("int64", 0)])
 def test_chunks_of_fill_values_are_written_with_the_others(group, dtype, fill):
-    create_arrays(group, {"a/b/values": Layout(SHAPE, CHUNKS, dtype, ("row", "column"), fill)})
+    create_arrays(group, {"a/b/values": ArrayLayout(SHAPE, CHUNKS, dtype, ("row", "column"), fill)})
     array = get_array(group, "a/b/values")
     values = np.arange(1, 71).reshape(SHAPE).astype(dtype)
     values[0:4, 3:6] = values[8:10, 6:7] = fill  # a whole chunk, and one that the array ends in
@@ -44,7 +43,7 @@ def test_chunks_of_fill_values_are_written_with_the_others(group, dtype, fill):
 
 
 def test_what_stands_is_left_as_it_is(group):
-    layout = Layout(SHAPE, CHUNKS, "float32", ("row", "column"), np.nan)
+    layout = ArrayLayout(SHAPE, CHUNKS, "float32", ("row", "column"), np.nan)
     create_arrays(group, {"a/b/one": layout})
     group["a"].attrs["kept"] = True
     sync(prepare_write(get_array(group, "a/b/one"), (0, 0), np.ones(SHAPE, np.float32))())
