@@ -1,49 +1,188 @@
-"""The page from its content: one HTML file that needs nothing else."""
+"""Everything that the page shows, from the run directories: read, summed up and drawn, in the page's order."""
 
-from datetime import datetime
-from importlib import import_module
-from importlib.resources import files
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from aura_dist import __version__
-from aura_dist.errors import ConfigError
-from aura_dist.report.content import Content
-from aura_dist.report.svg import inline
+from aura_dist.report import facts, figures, tables, tradeoff
+from aura_dist.report.compared import Comparison, comparisons
+from aura_dist.report.continuations import SideBySide, side_by_side
+from aura_dist.report.distributions import Bar, median_of, total_histogram
+from aura_dist.report.evaluations import plain_first
+from aura_dist.report.facts import Table
+from aura_dist.report.headline import headline
+from aura_dist.report.naming import labels_of
+from aura_dist.report.rundir import STORE, RunDirectory
+from aura_dist.report.scored import Scores, StoreSummary, read_scores_of, read_store
+from aura_dist.report.svg import Picture
+from aura_dist.scoring.describe import CONFOUNDED_MEDIAN
 
-TEMPLATE = "page.html.jinja"
+# what a page can hold and a reader can take in; what is left out is said
+MAX_SCORES = 6
+MAX_COLUMNS = 6
 
 
-def check_extra() -> None:
-    """ConfigError before any work, if what draws and fills the page is not installed."""
-    for package in ("jinja2", "matplotlib"):
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ConfigError(f"report needs {package}: pip install 'aura-dist[report]'") from error
+@dataclass(frozen=True)
+class Shown:
+    """How much is shown.
 
-
-def render(content: Content, made: datetime) -> str:
-    """The page.
-
-    Parameters
+    Attributes
     ----------
-    content
-        What it shows.
-    made
-        The time that it says it was made at.
+    bar
+        What counts as an expert.
+    num_neurons, num_prompts
+        Rows of the tables of best neurons and of continuations.
     """
-    import jinja2
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    bar: Bar
+    num_neurons: int
+    num_prompts: int
+
+
+@dataclass(frozen=True)
+class StoreSection:
+    """A store, and the runs that use it."""
+
+    runs: tuple[str, ...]
+    store: StoreSummary
+    facts: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class ScoreSection:
+    """One concept of one store under one pooling.
+
+    Attributes
+    ----------
+    median
+        Of all neurons' AUROC.
+    confounded
+        Whether that is far from ½.
+    """
+
+    run: str
+    scores: Scores
+    median: float
+    confounded: bool
+    histogram: Picture
+    layers: list[Picture]
+    experts: Picture
+    neurons: Table
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [self.histogram, *self.layers, self.experts]
+
+
+@dataclass(frozen=True)
+class ComparisonSection:
+    """Evaluations that measured the same in the same way."""
+
+    title: str
+    measured: str
+    headline: str | None
+    picture: Picture | None
+    caption: str
+    table: Table
+    split: Table
+
+
+@dataclass(frozen=True)
+class Content:
+    """The page, part by part; parts without content are empty."""
+
+    runs: list[str]
+    shown: Shown
+    stores: list[StoreSection]
+    scores: list[ScoreSection]
+    num_scores_left_out: int
+    interventions: Table
+    comparisons: list[ComparisonSection]
+    zero_shot: Table
+    continuations: list[tuple[SideBySide, list[str]]]
+    stage_times: Table
+    evaluation_times: Table
+
+    @property
+    def pictures(self) -> list[Picture]:
+        drawn = [c.picture for c in self.comparisons if c.picture is not None]
+        return [p for section in self.scores for p in section.pictures] + drawn
+
+
+def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
+    """Read, then draw; AuraError for whatever of a run is damaged."""
+    fitted = [(run.name, one) for run in runs for one in run.interventions()]
+    evaluations = [e for run in runs for e in plain_first(run.evaluations())]
+    labels = labels_of(evaluations)
+    label_of = dict(zip(map(id, evaluations), labels, strict=True))
+    side = side_by_side(evaluations, shown.num_prompts, MAX_COLUMNS)
+    stores, scores, left_out = _stores(runs, shown)
+    named = [(section.runs[0], section.store) for section in stores]
+    return Content(
+        runs=[run.name for run in runs],
+        shown=shown,
+        stores=stores,
+        scores=scores,
+        num_scores_left_out=left_out,
+        interventions=facts.intervention_table(fitted),
+        comparisons=[
+            _comparison(c, [label_of[id(e)] for e in c.evaluations], f"toxicity-perplexity-{i}")
+            for i, c in enumerate(comparisons(evaluations, labels), 1)
+        ],
+        zero_shot=tables.zero_shot_table(evaluations, labels),
+        continuations=[(table, [label_of[id(e)] for e in table.evaluations]) for table in side],
+        stage_times=facts.stage_times(named),
+        evaluation_times=facts.evaluation_times(evaluations, labels),
     )
-    environment.filters["inline"] = lambda picture: _markup(inline(picture))
-    source = (files("aura_dist.report") / TEMPLATE).read_text(encoding="utf-8")
-    time = made.strftime("%Y-%m-%d %H:%M %Z")
-    return environment.from_string(source).render(page=content, made=time, version=__version__)
 
 
-def _markup(svg: str) -> object:
-    """Marks our own drawing as safe; every text in it was escaped by who drew it."""
-    import markupsafe
+def _stores(runs: Sequence[RunDirectory], shown: Shown) -> tuple[list[StoreSection], list[ScoreSection], int]:
+    """Each store once, however many runs share it, and the scores of the first `MAX_SCORES` concepts and poolings."""
+    users: dict[str, list[str]] = {}
+    for run in runs:
+        for store in run.stores:
+            users.setdefault(store, []).append(run.name if len(run.stores) == 1 else _name_within(run, store))
+    stores: list[StoreSection] = []
+    sections: list[ScoreSection] = []
+    left_out = 0
+    for path, names in users.items():
+        group, summary = read_store(path)
+        stores.append(StoreSection(tuple(names), summary, facts.facts_of(summary)))
+        for pooling in summary.spec.poolings:
+            room = MAX_SCORES - len(sections)
+            found = read_scores_of(group, summary.spec, pooling, shown.bar, shown.num_neurons) if room > 0 else []
+            left_out += max(len(summary.spec.concepts) - max(room, 0), 0) if summary.basis else 0
+            sections += [_score_section(names[0], s, shown, len(sections) + i) for i, s in enumerate(found[:room], 1)]
+    return stores, sections, left_out
 
-    return markupsafe.Markup(svg)
+
+def _name_within(run: RunDirectory, store: str) -> str:
+    """A run's name and which of its stores: `collections/gemma/store.zarr` → `gemma`."""
+    path = Path(store)
+    return f"{run.name}/{path.parent.name if path.name == STORE else path.stem}"
+
+
+def _score_section(run: str, scores: Scores, shown: Shown, number: int) -> ScoreSection:
+    median = median_of(total_histogram(scores.sites))
+    return ScoreSection(
+        run,
+        scores,
+        median,
+        abs(median - 0.5) > CONFOUNDED_MEDIAN,
+        figures.histogram(scores, shown.bar, f"auroc-{number}"),
+        figures.layers(scores, shown.bar, f"layers-{number}"),
+        figures.experts(scores, f"experts-{number}"),
+        tables.neuron_table(scores.best),
+    )
+
+
+def _comparison(compared: Comparison, labels: list[str], name: str) -> ComparisonSection:
+    return ComparisonSection(
+        compared.title,
+        compared.measured,
+        headline(compared.evaluations, labels),
+        tradeoff.draw(compared, name),
+        tradeoff.caption(compared),
+        tables.results_table(compared.evaluations, labels),
+        tables.split_table(compared.evaluations, labels),
+    )
