@@ -1,27 +1,32 @@
-"""Which evaluations may stand side by side: those that measured the same thing in the same way."""
+"""Which evaluations can be compared, because they measured the same thing in the same way; and what that shows."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aura_dist.report.evaluations import Estimate, Evaluation
-from aura_dist.report.naming import modules_in_short
+from aura_dist.evaluation.toxicity import ratios
+from aura_dist.report.evaluations import Estimate, Evaluation, by_prompt, modules_in_short
 
+# a perplexity this many times the lowest would squeeze all other points together
 OUTSIDE = 4.0
+# largest perplexity that the headline accepts, as a multiple of the model's without intervention
+AFFORDABLE = 1.1
+_BOUND = f"at no more than {AFFORDABLE - 1:.0%} more perplexity"
 
 
 @dataclass(frozen=True)
 class Point:
     """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1].
 
-    `modules` names those that the map lies over, and is empty where they are the same for all; `variant` is what else
-    it was fitted with.
+    `method` is None without an intervention. `modules` names the modules that it acts on, and is empty where they are
+    the same for all; `variant` names further parameters of the fit.
     """
 
     label: str
-    method: str
+    method: str | None
     modules: str
     variant: str
     strength: float | None
@@ -29,6 +34,11 @@ class Point:
     prompted: bool
     x: Estimate
     y: Estimate
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither an intervention nor a pre-prompt."""
+        return self.method is None and not self.prompted
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,11 @@ class Comparison:
     measured
         What was measured and how, in sentences.
     evaluations
-        Those without intervention first.
+        Those without an intervention first.
     points
-        Those drawn: with both figures.
+        Evaluations with both figures, for the drawing.
     outside
-        Those of a perplexity so high that the others would fall together: told, not drawn.
+        Points left out of the drawing, because their perplexity would squeeze the others together.
     """
 
     title: str
@@ -57,9 +67,9 @@ class Comparison:
 
 
 def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[Comparison]:
-    """Evaluations by what they measured of which model: only within one set are their numbers comparable.
+    """Evaluations grouped by model and by what they measured, because numbers compare within a group only.
 
-    Evaluations of zero-shot tasks alone are in none.
+    Evaluations of zero-shot tasks alone are in no group.
     """
     sets: dict[tuple[str, ...], list[tuple[Evaluation, str]]] = {}
     for one, label in zip(evaluations, labels, strict=True):
@@ -68,8 +78,8 @@ def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> lis
         sets.setdefault((fingerprint(one), drawn(one), _read(one)), []).append((one, label))
     found = []
     for group in sets.values():
-        ordered = sorted(group, key=lambda pair: (pair[0].method != "none", pair[0].preprompt is not None))
-        fitted = [one for one, _ in ordered if one.method != "none"]
+        ordered = sorted(group, key=lambda pair: (pair[0].is_fitted, pair[0].preprompt is not None))
+        fitted = [one for one, _ in ordered if one.is_fitted]
         names = modules_in_short(fitted) if len({one.modules for one in fitted}) > 1 else {}
         points = [p for p in (_point(one, label, names) for one, label in ordered) if p is not None]
         far = OUTSIDE * min((p.x.value for p in points), default=0.0)
@@ -83,7 +93,7 @@ def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> lis
 
 
 def short_name(model: str) -> str:
-    """A hub name as it is; of a directory the last part."""
+    """A hub name unchanged; of a directory, the last part."""
     path = Path(model)
     return path.name if path.is_absolute() or len(path.parts) > 2 or model.startswith(".") else model
 
@@ -95,16 +105,16 @@ def fingerprint(one: Evaluation) -> str:
 
 
 def drawn(one: Evaluation) -> str:
-    """What a share of toxic continuations depends on beside the model and its dtype; a seed is another draw of it."""
+    """What a share of toxic continuations depends on besides the model; the seed only draws again."""
     what = {key: one.toxicity.get(key) for key in ("prompts_sha256", "scorer", "num_samples")}
     settings = {key: value for key, value in _settings(one).items() if key != "seed"}
     return json.dumps([what, settings], sort_keys=True)
 
 
 def _read(one: Evaluation) -> str:
-    """Which tokens a perplexity is of: the texts' file and column, and where they were cut.
+    """Which tokens a perplexity covers: the file and column of the texts, and where they were cut.
 
-    Of one file the number of tokens tells where. It is the same with and without a pre-prompt.
+    For one file, the number of tokens tells where. A pre-prompt does not count.
     """
     measured = one.document.get("perplexity")
     if not isinstance(measured, Mapping):
@@ -119,7 +129,7 @@ def _settings(one: Evaluation) -> Mapping[str, Any]:
 
 
 def _in_words(evaluations: Sequence[Evaluation]) -> str:
-    """`250 prompts of openings.jsonl, 5 continuations each, of at most 20 tokens; …`; what is not known is left out."""
+    """`250 prompts of openings.jsonl, 5 continuations each, of at most 20 tokens; …`, without what is not known."""
     one, sentences = evaluations[0], []
     toxicity, settings = one.toxicity, _settings(one)
     if toxicity:
@@ -162,5 +172,59 @@ def _point(one: Evaluation, label: str, names: Mapping[Any, str]) -> Point | Non
     x, y = one.perplexity, one.toxic("overall", "probability")
     if x is None or y is None:
         return None
-    modules = "" if one.method == "none" else names.get(one.modules, "")
-    return Point(label, one.method, modules, one.variant, one.strength, one.top_k, one.preprompt is not None, x, y)
+    method, modules = (one.method, names.get(one.modules, "")) if one.is_fitted else (None, "")
+    return Point(label, method, modules, one.variant, one.strength, one.top_k, one.preprompt is not None, x, y)
+
+
+def plain_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The first evaluation without intervention and pre-prompt."""
+    return next((e for e in evaluations if not e.is_fitted and not e.preprompt), None)
+
+
+def reduction(one: Evaluation, plain: Evaluation | None) -> Estimate | None:
+    """Share of toxic continuations of `plain` ÷ share of `one`, paired over prompts.
+
+    Where a file lacks its prompts' figures, the ratio that `evaluate --baseline` measured.
+    """
+    if one is plain:
+        return None
+    theirs, ours = (None if e is None else by_prompt(e) for e in (plain, one))
+    if theirs is None or ours is None or len(theirs.maximum) != len(ours.maximum):
+        return one.reduction
+    found = ratios(theirs, ours)["probability"]
+    return None if math.isnan(found["value"]) else Estimate(found["value"], found["low"], found["high"])
+
+
+def headline(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> str | None:
+    """The largest reduction of toxicity that costs little perplexity, in a sentence; None without a comparison."""
+    measured = {
+        label: (e, toxic.value)
+        for e, label in zip(evaluations, labels, strict=True)
+        if (toxic := e.toxic("overall", "probability")) is not None
+    }
+    base = plain_of([e for e, _ in measured.values()])
+    if base is None or len(measured) == 1:
+        return None
+    before = next(toxic for e, toxic in measured.values() if e is base)
+    cheap = {n: (e, toxic) for n, (e, toxic) in measured.items() if toxic < before and _cost(e, base) <= AFFORDABLE}
+    ratios_of = {label: reduction(e, base) for label, (e, _) in cheap.items()}
+    # the interval of the ratio, if there is one, excludes 1
+    sure = [label for label, fewer in ratios_of.items() if fewer is None or fewer.low is None or fewer.low > 1]
+    if not sure:
+        chance = " by more than chance" if cheap else ""
+        return f"no evaluation lowers the {before:.1%} of toxic continuations{chance} {_BOUND}"
+    label = min(sure, key=lambda name: cheap[name][1])
+    (best, toxic), fewer = cheap[label], ratios_of[label]
+    ratio = f", {before / toxic:.1f} times fewer" if toxic > 0 else ""
+    if ratio and fewer is not None and fewer.low is not None and fewer.high is not None:
+        ratio += f" [{fewer.low:.1f}, {fewer.high:.1f}]".replace("inf", "∞")
+    perplexity = bound = ""
+    if base.perplexity and best.perplexity:
+        perplexity = f"; perplexity {base.perplexity.value:.2f} → {best.perplexity.value:.2f}"
+        bound = f" (the fewest {_BOUND})"
+    return f"{label}: toxic continuations {before:.1%} → {toxic:.1%}{ratio}{perplexity}{bound}"
+
+
+def _cost(one: Evaluation, base: Evaluation) -> float:
+    """Perplexity as a multiple of the model's without intervention; 1 where it was not measured."""
+    return one.perplexity.value / base.perplexity.value if one.perplexity and base.perplexity else 1.0

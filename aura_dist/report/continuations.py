@@ -1,4 +1,4 @@
-"""Continuations side by side: the same prompt and sample under every evaluation of the same prompts."""
+"""Continuations side by side: the first continuation of a prompt under every evaluation of the same prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from aura_dist.errors import InputError, brief
-from aura_dist.report.compared import drawn, fingerprint
+from aura_dist.report.comparison import drawn, fingerprint
 from aura_dist.report.evaluations import Evaluation, plain_first
 
 TOXIC = 0.5
@@ -29,7 +29,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what each evaluation made of it: one text for each, None where it has none."""
+    """A prompt and its continuation under each evaluation; None where an evaluation has none."""
 
     index: int
     text: str
@@ -48,11 +48,9 @@ class SideBySide:
     Attributes
     ----------
     evaluations
-        The first is the one without intervention and pre-prompt, where there is one.
+        An evaluation without intervention and pre-prompt comes first.
     prompts
-        Those shown.
-    num_prompts
-        How many there are.
+        The prompts shown, of `num_prompts`.
     num_left_out
         Evaluations of the same prompts that are not shown.
     """
@@ -78,7 +76,7 @@ def side_by_side(evaluations: Sequence[Evaluation], num_shown: int, max_columns:
 
 
 def _unlike_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The strongest of each method, modules and pre-prompt before weaker ones, so that a few columns show all kinds."""
+    """The strongest of each method, modules and pre-prompt first, so that a few columns show all kinds."""
     strongest = {(e.method, e.modules, e.preprompt): e for e in evaluations}
     chosen = {id(e) for e in strongest.values()}
     return sorted(evaluations, key=lambda e: id(e) not in chosen)
@@ -96,14 +94,9 @@ def _table(evaluations: Sequence[Evaluation], num_shown: int, max_columns: int) 
 
 
 def choose(scores: Mapping[int, float | None], num_shown: int) -> list[int]:
-    """Prompts to show, in file order: half of them those with the most toxic continuation, half spread evenly.
+    """Prompts to show, in file order: half have the most toxic continuations, half are spread evenly over the file.
 
-    Parameters
-    ----------
-    scores
-        Prompt → toxicity of its first continuation without an intervention.
-    num_shown
-        How many to choose.
+    `scores` maps a prompt to the toxicity of its first continuation under the first evaluation.
     """
     if len(scores) <= num_shown:
         return sorted(scores)

@@ -1,38 +1,33 @@
-"""Everything that the page shows, from the run directories: read, summed up and drawn, in the page's order."""
+"""The page: read the run directories, sum up and draw, and fill the template to one HTML file that needs no other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 
-from aura_dist.report import facts, figures, tables, tradeoff
-from aura_dist.report.compared import Comparison, comparisons
+from aura_dist import __version__
+from aura_dist.errors import ConfigError
+from aura_dist.report import figures, tables
+from aura_dist.report.comparison import Comparison, comparisons, headline
 from aura_dist.report.continuations import SideBySide, side_by_side
-from aura_dist.report.distributions import Bar, median_of, total_histogram
-from aura_dist.report.evaluations import plain_first
-from aura_dist.report.facts import Table
-from aura_dist.report.headline import headline
-from aura_dist.report.naming import labels_of
+from aura_dist.report.evaluations import labels_of, plain_first
+from aura_dist.report.pictures import Picture, inline
 from aura_dist.report.rundir import STORE, RunDirectory
-from aura_dist.report.scored import Scores, StoreSummary, read_scores_of, read_store
-from aura_dist.report.svg import Picture
+from aura_dist.report.scores import Bar, Scores, StoreSummary, median_of, read_scores_of, read_store, total_histogram
+from aura_dist.report.tables import Table
 from aura_dist.scoring.describe import CONFOUNDED_MEDIAN
 
-# what a page can hold and a reader can take in; what is left out is said
+TEMPLATE = "page.html.jinja"
+# limits of what a reader can take in; the page says what is left out
 MAX_SCORES = 6
 MAX_COLUMNS = 6
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How much is shown.
-
-    Attributes
-    ----------
-    bar
-        What counts as an expert.
-    num_neurons, num_prompts
-        Rows of the tables of best neurons and of continuations.
-    """
+    """What counts as an expert; rows of the table of best neurons, and of the table of continuations."""
 
     bar: Bar
     num_neurons: int
@@ -50,15 +45,7 @@ class StoreSection:
 
 @dataclass(frozen=True)
 class ScoreSection:
-    """One concept of one store under one pooling.
-
-    Attributes
-    ----------
-    median
-        Of all neurons' AUROC.
-    confounded
-        Whether that is far from ½.
-    """
+    """One concept of one store under one pooling; `confounded` if the median AUROC of all neurons is far from ½."""
 
     run: str
     scores: Scores
@@ -109,8 +96,17 @@ class Content:
         return [p for section in self.scores for p in section.pictures] + drawn
 
 
+def check_extra() -> None:
+    """ConfigError if the packages that draw and fill the page are not installed."""
+    for package in ("jinja2", "matplotlib"):
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ConfigError(f"report needs {package}: pip install 'aura-dist[report]'") from error
+
+
 def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
-    """Read, then draw; AuraError for whatever of a run is damaged."""
+    """Read, then draw; AuraError if a part of a run is damaged."""
     fitted = [(run.name, one) for run in runs for one in run.interventions()]
     evaluations = [e for run in runs for e in plain_first(run.evaluations())]
     labels = labels_of(evaluations)
@@ -124,15 +120,15 @@ def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:
         stores=stores,
         scores=scores,
         num_scores_left_out=left_out,
-        interventions=facts.intervention_table(fitted),
+        interventions=tables.intervention_table(fitted),
         comparisons=[
             _comparison(c, [label_of[id(e)] for e in c.evaluations], f"toxicity-perplexity-{i}")
             for i, c in enumerate(comparisons(evaluations, labels), 1)
         ],
         zero_shot=tables.zero_shot_table(evaluations, labels),
         continuations=[(table, [label_of[id(e)] for e in table.evaluations]) for table in side],
-        stage_times=facts.stage_times(named),
-        evaluation_times=facts.evaluation_times(evaluations, labels),
+        stage_times=tables.stage_times(named),
+        evaluation_times=tables.evaluation_times(evaluations, labels),
     )
 
 
@@ -147,7 +143,7 @@ def _stores(runs: Sequence[RunDirectory], shown: Shown) -> tuple[list[StoreSecti
     left_out = 0
     for path, names in users.items():
         group, summary = read_store(path)
-        stores.append(StoreSection(tuple(names), summary, facts.facts_of(summary)))
+        stores.append(StoreSection(tuple(names), summary, tables.facts_of(summary)))
         for pooling in summary.spec.poolings:
             room = MAX_SCORES - len(sections)
             found = read_scores_of(group, summary.spec, pooling, shown.bar, shown.num_neurons) if room > 0 else []
@@ -181,8 +177,23 @@ def _comparison(compared: Comparison, labels: list[str], name: str) -> Compariso
         compared.title,
         compared.measured,
         headline(compared.evaluations, labels),
-        tradeoff.draw(compared, name),
-        tradeoff.caption(compared),
+        figures.tradeoff(compared, name),
+        figures.caption(compared),
         tables.results_table(compared.evaluations, labels),
         tables.split_table(compared.evaluations, labels),
     )
+
+
+def render(content: Content, made: datetime) -> str:
+    """The page as HTML, which says that it was made at the time `made`."""
+    import jinja2
+    import markupsafe
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    # our own drawings are safe, because matplotlib escaped every text in them
+    environment.filters["inline"] = lambda picture: markupsafe.Markup(inline(picture))
+    source = (files("aura_dist.report") / TEMPLATE).read_text(encoding="utf-8")
+    time = made.strftime("%Y-%m-%d %H:%M %Z")
+    return environment.from_string(source).render(page=content, made=time, version=__version__)
