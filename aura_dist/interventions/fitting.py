@@ -34,14 +34,10 @@ ReadScores = Callable[[str, str, str], Mapping[str, NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Fit:
-    """What is to be fitted.
+    """What to fit: a method of `METHODS`, for a concept of the store.
 
     Attributes
     ----------
-    method
-        A name of `METHODS`.
-    concept
-        One of the store's.
     modules
         Kinds and patterns of the store's sites to act on; empty for all.
     strength
@@ -60,18 +56,14 @@ class Fit:
 def fit_intervention(
     group: zarr.Group, spec: StoreSpec, fit: Fit, read: ReadScores, earlier: Intervention | None = None
 ) -> Intervention:
-    """The intervention that `fit` asks for, without `earlier`: `result @ earlier` does both.
+    """The fitted intervention alone; `result @ earlier` is the one that acts after an earlier intervention.
 
     Parameters
     ----------
-    group, spec
-        The store.
-    fit
-        Method, concept, modules, strength, options.
     read
-        Reads the scores of one concept under one pooling.
+        Reads the store's scores.
     earlier
-        What the store was collected under; a trained method runs the model under it.
+        A trained method runs the model under this intervention, which the store was collected under.
 
     Raises
     ------

@@ -52,11 +52,11 @@ def card(intervention: Intervention, repo: str) -> str:
     """The model card: method, concept, data, figures, and how to use it."""
     meta = intervention.meta
     model = (meta.get("model") or {}).get("name")
-    widths = {site: intervention.map_of(site)[0].shape[0] for site in intervention.sites}
     header = ["library_name: aura_dist", "tags: [activation-steering, aura_dist]"]
     header += [f"base_model: {model}"] if model and _is_hub_name(model) else []
     figures = (
-        f"- modules: {len(widths)}\n- neurons changed: {intervention.num_changed:,} of {sum(widths.values()):,}\n"
+        f"- modules: {len(intervention.sites)}\n"
+        f"- neurons changed: {intervention.num_changed:,} of {intervention.num_neurons:,}\n"
         f"- digest: `{intervention.digest[:16]}`"
     )
     return (

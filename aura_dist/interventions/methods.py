@@ -25,7 +25,7 @@ class FromStatistics:
     Attributes
     ----------
     summary
-        What the method does to a chosen unit, for `--help`.
+        What it does to a chosen unit, for `--help`.
     maps
         `maps(statistics, options)` returns site → [D] scale and site → [D] shift of every unit, chosen or not;
         no shifts where the method only scales.
@@ -213,7 +213,7 @@ def fit_maps(method: FromStatistics, statistics: Mapping[str, Scores], options: 
 
 
 def _chosen(method: FromStatistics, statistics: Mapping[str, Scores], options: Options) -> dict[str, NDArray[np.bool_]]:
-    """Site → [D] the units that a method acts on."""
+    """Site → [D] whether the method acts on the unit."""
     deciding = statistics["auroc"] if "auroc" in statistics else statistics[method.statistics[0]]
     top_k, max_q = options.get("top_k"), options.get("max_q")
     if max_q is not None:

@@ -1,4 +1,4 @@
-"""What a trained method gets: the store's model and texts, checked to be those that the store was collected from."""
+"""Run a trained method on the model and the texts that a store was collected from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,16 +31,12 @@ class Training:
     Attributes
     ----------
     model
-        The causal language model on its device, in eval mode, its weights without gradients; under the intervention
-        that the store was collected under, if `fit --onto` names one.
-    tokenizer
-        The model's.
+        The causal language model on its device, in eval mode, its weights without gradients; the intervention of
+        `fit --onto` is applied to it.
     sites
         Where to act, in model order: each map has `site.width` values.
-    tokens
-        N texts, cut as in the store; `tokens.batch(slice)` pads some of them.
-    is_positive
-        bool [N]: whether the text carries the concept.
+    tokens, is_positive
+        N texts, cut as in the store, and bool [N]: whether the text carries the concept.
     options
         The method's options → values.
     """
@@ -63,9 +59,6 @@ def train_maps(
     earlier: Intervention | None,
 ) -> tuple[tuple[Scales, Shifts], list[NDArray[Any]]]:
     """The trained (scales, shifts), and the arrays of the store that they depend on.
-
-    Parameters are the store, what `Training` describes, the method, and the intervention that the store was collected
-    under.
 
     Raises
     ------
@@ -100,16 +93,15 @@ def train_maps(
 def _tokens(
     group: zarr.Group, spec: StoreSpec, rows: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
 ) -> TokenizedTexts:
-    """The store's texts in its order; InputError unless they are, token by token, the texts that were collected."""
-    data = spec.data
-    source, column = str(data["path"]), str(data["text_column"])
+    """The store's texts in its order; InputError unless their tokens are those that were collected."""
+    source, column = str(spec.data["path"]), str(spec.data["text_column"])
     collected_with: Any = group.attrs.get("config", {})
     table = read_table(source, [column], split=str(collected_with.get("split", "train")))
     texts = [str(table.columns[column][row]) for row in rows if row < len(table)]
     tokens = tokenize(
         texts, tokenizer, max_tokens=spec.max_tokens, skip_special=spec.skip_special_tokens, source=source
     )
-    if tokens.digest() != data["token_ids"]:
+    if tokens.digest() != spec.data["token_ids"]:
         raise InputError(
             f"data {source!r}: expected the texts that the store was collected from, got others; restore the file, or "
             "collect again"

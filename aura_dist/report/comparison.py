@@ -43,20 +43,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Evaluations of one model on the same prompts and texts, under the same settings.
+    """Evaluations of one model (`title`) on the same prompts and texts, under the same settings (`measured`).
 
-    Attributes
-    ----------
-    title
-        The model.
-    measured
-        What was measured and how, in sentences.
-    evaluations
-        Those without an intervention first.
-    points
-        Evaluations with both figures, for the drawing.
-    outside
-        Points left out of the drawing, because their perplexity would squeeze the others together.
+    Evaluations without an intervention come first. Those with both figures are drawn as `points`, except the points
+    `outside`, whose perplexity would squeeze the others together.
     """
 
     title: str
@@ -198,9 +188,9 @@ def reduction(one: Evaluation, plain: Evaluation | None) -> Estimate | None:
 def headline(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> str | None:
     """The largest reduction of toxicity that costs little perplexity, in a sentence; None without a comparison."""
     measured = {
-        label: (e, toxic.value)
+        label: (e, share.value)
         for e, label in zip(evaluations, labels, strict=True)
-        if (toxic := e.toxic("overall", "probability")) is not None
+        if (share := e.toxic("overall", "probability")) is not None
     }
     base = plain_of([e for e, _ in measured.values()])
     if base is None or len(measured) == 1:

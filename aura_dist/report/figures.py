@@ -9,16 +9,7 @@ import numpy as np
 from aura_dist.report.comparison import Comparison, Point
 from aura_dist.report.evaluations import PLAIN, Estimate
 from aura_dist.report.pictures import FAINT, INK, SERIES, Picture, new_figure, style, to_picture
-from aura_dist.report.scores import (
-    EDGES,
-    NUM_BINS,
-    Bar,
-    Scores,
-    SiteSummary,
-    by_module,
-    expert_map,
-    total_histogram,
-)
+from aura_dist.report.scores import EDGES, NUM_BINS, Bar, Scores, SiteSummary, by_module, expert_map, total_histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,14 +141,8 @@ def _numbers(ax: "Axes", counts_ML: np.ndarray, top: float) -> None:
 class Line:
     """Evaluations that differ in their strength alone, or in their number of neurons alone; maybe a single one.
 
-    Attributes
-    ----------
-    name
-        What the legend says: method, modules, further parameters, pre-prompt.
-    points, marks
-        In the order of strength or number, and the text beside each point.
-    joined
-        Whether a line joins the points: no two have the same strength or number.
+    `name` is for the legend; `marks` are the texts beside the points, which are in the order of strength or number.
+    The points are `joined` if no two have the same strength or number.
     """
 
     name: str
@@ -206,12 +191,12 @@ def tradeoff(comparison: Comparison, name: str) -> Picture | None:
     with style(name):
         figure, ax = new_figure(*((760, 540) if front or len(points) > MANY else (460, 370)))
         looks = _looks(drawn)
-        signs = [_series(ax, line, look, front) for line, look in zip(drawn, looks, strict=True)]
+        handles = [_series(ax, line, look, front) for line, look in zip(drawn, looks, strict=True)]
         for p in (p for p in points if p.is_plain):
             ax.axvline(p.x.value, color=FAINT, linewidth=0.8, zorder=0.5)
             ax.axhline(100 * p.y.value, color=FAINT, linewidth=0.8, zorder=0.5)
         _set_axes(ax, [p.x.value for p in points])
-        figure.legend(handles=signs, loc="outside lower center", ncols=3)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
         figure.draw_without_rendering()
         labelled = [
             (p, _mark(line, mark, front), look[0])
@@ -230,10 +215,10 @@ def caption(comparison: Comparison) -> str:
     by_number = any(len({p.strength for p in line.points}) == 1 for line in joined)
     said = [
         "Towards the lower left is better.",
-        "Lines join the strengths of one method over the same modules; the number at a sign is the strength."
+        "Lines join the strengths of one method over the same modules; the number at a marker is the strength."
         * by_strength,
         "Lines join numbers of neurons (k) of one method." * by_number,
-        "A hollow sign stands for a pre-prompt." * any(p.prompted for p in comparison.points),
+        "A hollow marker is an evaluation with a pre-prompt." * any(p.prompted for p in comparison.points),
         "Grey lines mark the model without intervention." * any(p.is_plain for p in comparison.points),
     ]
     far = ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in comparison.outside)

@@ -26,47 +26,21 @@ _COLOUR = re.compile("|".join(_PROPERTIES))
 PIXELS_PER_INCH = 72
 PNG_SCALE = 3
 _STYLE: Any = {  # matplotlib types each key as a literal, which the keys of a dictionary are not
-    "svg.fonttype": "none",  # letters stay letters
-    "figure.dpi": PIXELS_PER_INCH,  # a point is a pixel
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.5,
-    "grid.alpha": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "legend.handlelength": 1.6,
-}
+    "svg.fonttype": "none", "figure.dpi": PIXELS_PER_INCH,  # letters stay letters, and a point is a pixel
+    "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "axes.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": FAINT, "grid.linewidth": 0.5, "grid.alpha": 0.6,
+    "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "legend.frameon": False, "legend.fontsize": 10, "legend.handlelength": 1.6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing.
+    """One drawing: the name of its files, what it shows in words, an SVG document, and the same as PNG.
 
-    Attributes
-    ----------
-    name
-        Name of its files, and prefix of its ids.
-    alt
-        What it shows, in words.
-    svg
-        A complete SVG document.
-    png
-        The same drawing in pixels.
-    width
-        In CSS pixels, at which letters have their nominal size.
+    `width` is the number of CSS pixels at which its letters have their nominal size.
     """
 
     name: str

@@ -35,14 +35,9 @@ class Fitted:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where the parts of a run are.
+    """Where the parts of a run are; no other run of the page has its name.
 
-    Attributes
-    ----------
-    path, name
-        The directory, and a name that no other run of the page has.
-    stores
-        Paths of the stores within it; without any, the path or URL of the store that `config.yaml` names.
+    `stores` are the paths of the stores within it; without any, the path or URL of the store that `config.yaml` names.
     """
 
     path: Path

@@ -36,16 +36,8 @@ class Bar:
 class SiteSummary:
     """One site's scores of one concept.
 
-    Attributes
-    ----------
-    histogram
-        [NUM_BINS] neurons by AUROC, over `EDGES`.
-    quantiles
-        AUROC at `QUANTILES`; NaN without a scored neuron.
-    best
-        Largest AUROC.
-    num_scored, num_experts
-        Neurons with a score, and neurons that clear the bar.
+    `histogram` counts neurons by AUROC over `EDGES`; `quantiles` are the AUROC at `QUANTILES`, and `best` the largest,
+    all NaN without a scored neuron.
     """
 
     site: Site
@@ -168,22 +160,8 @@ class Scores:
 class StoreSummary:
     """A store without its responses.
 
-    Attributes
-    ----------
-    path
-        Path or URL.
-    spec, attributes
-        What fixes its numbers; all attributes, with the configuration and the versions.
-    num_rows
-        Rows of the finished store.
-    classes
-        Concept → (positive, negative) rows.
-    basis
-        Which rows the scores are made from; empty without scores.
-    collected, scored
-        The times of both stages.
-    num_nonfinite
-        NaN and infinite responses.
+    `classes` maps a concept to its (positive, negative) rows; `basis` says which rows the scores are made from, and is
+    empty without scores; `collected` and `scored` are the times of both stages.
     """
 
     path: str

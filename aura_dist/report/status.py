@@ -51,16 +51,9 @@ class Job:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is.
+    """How far a run is: its parts in the order of the pipeline, `collect` and `score` for each store; a sweep's jobs.
 
-    Attributes
-    ----------
-    parts
-        In the order of the pipeline; `collect` and `score` of each store.
-    jobs
-        Of a sweep.
-    changed
-        When a file of the run last changed (seconds since the epoch), or None.
+    `changed` is when a file of the run last changed, in seconds since the epoch.
     """
 
     name: str

@@ -13,12 +13,9 @@ from aura_dist.report.scores import Neuron, StoreSummary
 
 DIGEST_LENGTH = 12
 _NEURON_HEADER = {
-    "auroc": "AUROC",
-    "auroc_se": "error",
-    "q_value": "q",
-    "mean_positive": "mean with",
-    "mean_negative": "mean without",
-}
+    "auroc": "AUROC", "auroc_se": "error", "q_value": "q",
+    "mean_positive": "mean with", "mean_negative": "mean without",
+}  # fmt: skip
 _EXAMPLES = {"shots": "num_fewshot", "examples": "num_examples"}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from aura_dist.config.verbs import FitConfig
 from aura_dist.errors import ConfigError
+from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.fitting import Fit, earlier_intervention, fit_intervention
 from aura_dist.interventions.methods import method_options
 from aura_dist.scoring.concept_scores import read_scores
@@ -18,8 +19,14 @@ logger = logging.getLogger(__name__)
 
 def run(config: FitConfig) -> None:
     """Write the intervention of `config.method`; with `config.onto`, that after the earlier one, as one."""
+    fit(config)
+
+
+def fit(config: FitConfig) -> Intervention:
+    """The same intervention, written only if `config.out` names a directory."""
     group = open_group(config.store)
-    _check_out(config)
+    if config.out:
+        _check_out(config)
     spec = StoreSpec.from_attributes(group.attrs)
     earlier = earlier_intervention(config.store, spec, config.onto)
     # a setting that keeps its default is not given
@@ -27,11 +34,14 @@ def run(config: FitConfig) -> None:
     options = {name: given[name] for name in method_options() & set(given)}
     wanted = Fit(config.method, config.concept, config.modules, config.strength, options)
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
-    (fitted if earlier is None else fitted @ earlier).save(config.out)
-    logger.info(
-        "wrote %s: %s changes %d of %d neurons%s", config.out, config.method, fitted.num_changed, fitted.num_neurons,
-        f", onto {config.onto}" if earlier else "",
-    )  # fmt: skip
+    whole = fitted if earlier is None else fitted @ earlier
+    if config.out:
+        whole.save(config.out)
+        logger.info(
+            "wrote %s: %s changes %d of %d neurons%s", config.out, config.method, fitted.num_changed,
+            fitted.num_neurons, f", onto {config.onto}" if earlier else "",
+        )  # fmt: skip
+    return whole
 
 
 def _check_out(config: FitConfig) -> None:

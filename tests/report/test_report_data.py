@@ -316,7 +316,7 @@ def test_units_of_a_low_q_value_are_no_part_of_the_line_of_all(front, swept):
 
 def test_caption_tells_of_the_lines_that_are_drawn(front):
     (compared,) = comparisons(front, labels_of(front))
-    assert "the number at a sign is the strength" in caption(compared)
+    assert "the number at a marker is the strength" in caption(compared)
     assert "Grey lines mark the model without intervention." in caption(compared)
     assert "hollow" not in caption(compared)
 
