@@ -32,11 +32,10 @@ class Intervention:
     shift
         Site → [D] float32; a site without one is not shifted.
     meta
-        Method, parameters, concept, model fingerprint, store digest; `applied_strength` where the maps are those of a
-        fitted one at that strength.
+        Method, parameters, concept, model fingerprint, store digest; `applied_strength` if `at_strength` changed the
+        fitted maps.
 
-    `b @ a` is `b` after `a`, as one intervention; InputError if they were made for different models, or do not fit each
-    other.
+    `b @ a` is `b` after `a`, as one intervention; InputError if their models or widths differ.
     """
 
     scale: Mapping[str, NDArray[np.float32]]
@@ -45,13 +44,18 @@ class Intervention:
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites, in the order of `scale`, then those that are only shifted."""
+        """Names of the sites: those of `scale` in their order, then those that are only shifted."""
         return list({**self.scale, **self.shift})
 
     @property
     def num_changed(self) -> int:
-        """Number of neurons that are not left as they are."""
+        """Number of neurons that the maps change."""
         return count_changed(self.scale, self.shift)
+
+    @property
+    def num_neurons(self) -> int:
+        """Number of neurons of all its sites."""
+        return sum(len(self.map_of(site)[0]) for site in self.sites)
 
     def map_of(self, site: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """(scale, shift or None) of a site."""
@@ -63,7 +67,7 @@ class Intervention:
 
     @property
     def digest(self) -> str:
-        """sha256 over what is done to each site, whatever it was made by and wherever it lies."""
+        """sha256 of the maps alone, whatever made them and wherever they are saved."""
         digest = hashlib.sha256()
         for site in sorted(self.sites):
             for name, values in zip(("scale", "shift"), self.map_of(site), strict=True):
@@ -72,7 +76,7 @@ class Intervention:
         return digest.hexdigest()
 
     def identity(self, strength: float) -> dict[str, Any]:
-        """What tells that a store was collected under this intervention."""
+        """What a store that is collected under this intervention records of it."""
         return {
             "digest": self.digest,
             "method": method_of(self.meta),
@@ -81,7 +85,7 @@ class Intervention:
         }
 
     def at_strength(self, strength: float) -> "Intervention":
-        """The intervention whose map is this one's at strength s; see `methods.with_strength`."""
+        """The same intervention at strength s; see `methods.with_strength`."""
         if strength == 1.0:
             return self
         maps = {site: with_strength(*self.map_of(site), strength) for site in self.sites}
@@ -105,11 +109,11 @@ class Intervention:
         Parameters
         ----------
         repo
-            `user/name`; made if it is not there.
+            `user/name`; created if it does not exist.
         private
             Whether a new repository is private.
         token
-            By default the one that is logged in.
+            By default the token of the user who is logged in.
 
         Raises
         ------
@@ -131,7 +135,7 @@ class Intervention:
         models = [m for m in (inner.meta.get("model"), self.meta.get("model")) if m]
         if len({m["fingerprint"] for m in models if m.get("fingerprint")}) > 1:
             names = " and ".join(repr(m.get("name")) for m in models)
-            raise InputError(f"expected two interventions of one model, got those of {names}")
+            raise InputError(f"expected two interventions of one model, got interventions of {names}")
         scale: dict[str, NDArray[np.float32]] = {}
         shift: dict[str, NDArray[np.float32]] = {}
         for site in {**dict.fromkeys(inner.sites), **dict.fromkeys(self.sites)}:
@@ -147,15 +151,15 @@ class Intervention:
                 shift[site] = maps[1]
         meta: dict[str, Any] = {"composed": [dict(self.meta), dict(inner.meta)]}
         if models:
-            # so that the whole is refused where the parts would be
+            # so that a model which refuses a part refuses the whole
             meta["model"] = max(models, key=lambda model: bool(model.get("fingerprint")))
         return Intervention(scale, shift, meta)
 
     def save(self, directory: str | Path) -> None:
-        """Write both files; StoreError if the directory cannot be written, or `load` would refuse what is written.
+        """Write both files; StoreError if the directory cannot be written, or `load` would refuse the files.
 
-        Both are written aside first. While they take their places the description is missing, so that an
-        interruption never leaves the files of two interventions to be read as one.
+        Both are written aside, then renamed. Until both are in place the description is missing, so that an
+        interruption never leaves files of two interventions that `load` would take for one.
         """
         place = Path(directory)
         tensors = {f"{s}.scale": np.asarray(v, dtype=np.float32) for s, v in self.scale.items()}
@@ -204,7 +208,7 @@ class Intervention:
 
 
 def method_of(meta: Mapping[str, Any]) -> str:
-    """A described intervention's method; of a composed one that of its parts with their number, if it is one."""
+    """The method in a description; of a composed intervention, the one method of all its parts and their number."""
     methods = _methods(meta)
     if len(methods) > 1:
         return f"{methods[0]} in {len(methods)} steps" if len(set(methods)) == 1 else "composed"
@@ -219,7 +223,7 @@ def _methods(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _check_description(meta: Mapping[str, Any]) -> None:
-    """ValueError unless what is stated has the form that is read later; what is null is not stated."""
+    """ValueError if a value has another type than its readers expect; null counts as missing."""
     for name in ("model", "data", "parameters"):
         if not isinstance(meta.get(name) or {}, dict):
             raise ValueError(f"{META_FILE} has {name} = {meta[name]!r} where an object belongs")
@@ -240,7 +244,7 @@ def _check_description(meta: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(tensors: Mapping[str, NDArray[Any]]) -> None:
-    """ValueError unless all are scales and shifts, finite, and one for each neuron of their module."""
+    """ValueError unless all are scales and shifts, finite, with one value for each neuron of their module."""
     widths: dict[str, int] = {}
     for name, values in tensors.items():
         site, _, kind = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""An intervention on the Hugging Face hub: its two files, and a card that says what they are."""
+"""An intervention on the Hugging Face hub: its two files, and a model card that describes them."""
 
 import json
 import re
@@ -12,14 +12,14 @@ from aura_dist.errors import StoreError, brief
 from aura_dist.interventions.artifact import META_FILE, WEIGHTS_FILE, Intervention, method_of
 
 CARD_FILE = "README.md"
-# what the hub takes for `base_model`; it refuses a card with anything else
+# the hub refuses a card whose `base_model` has another form
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def push(intervention: Intervention, repo: str, *, private: bool, token: str | None) -> str:
-    """Upload files and card to `repo`, made if need be; returns the address of the commit. StoreError if it fails.
+    """Upload files and card to `repo`, created if missing; returns the address of the commit. StoreError if it fails.
 
-    Of paths of this machine, only the last part leaves it. A card that is there is written anew.
+    Only the last part of a local path is uploaded. An existing card is replaced.
     """
     from huggingface_hub import HfApi
 
@@ -32,13 +32,13 @@ def push(intervention: Intervention, repo: str, *, private: bool, token: str | N
             commit = api.upload_folder(
                 repo_id=repo, folder_path=scratch, commit_message=f"Intervention {method_of(intervention.meta)}"
             )
-        except Exception as error:  # the hub's client has a dozen errors of its own
+        except Exception as error:  # the hub's client raises a dozen kinds
             raise StoreError(f"intervention cannot be pushed to {repo!r}: {brief(error)}") from error
     return str(commit.commit_url)
 
 
 def pull(repo: str, *, revision: str | None, token: str | None) -> Path:
-    """The local directory of the files at `repo`; StoreError if they cannot be had."""
+    """The local directory of the files at `repo`; StoreError if they cannot be downloaded."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -52,11 +52,11 @@ def card(intervention: Intervention, repo: str) -> str:
     """The model card: method, concept, data, figures, and how to use it."""
     meta = intervention.meta
     model = (meta.get("model") or {}).get("name")
-    widths = {site: intervention.map_of(site)[0].shape[0] for site in intervention.sites}
     header = ["library_name: aura_dist", "tags: [activation-steering, aura_dist]"]
     header += [f"base_model: {model}"] if model and _is_hub_name(model) else []
     figures = (
-        f"- modules: {len(widths)}\n- neurons changed: {intervention.num_changed:,} of {sum(widths.values()):,}\n"
+        f"- modules: {len(intervention.sites)}\n"
+        f"- neurons changed: {intervention.num_changed:,} of {intervention.num_neurons:,}\n"
         f"- digest: `{intervention.digest[:16]}`"
     )
     return (
@@ -91,7 +91,7 @@ def _parts(meta: Mapping[str, Any]) -> str:
 
 
 def without_paths(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """A description that names models and data as the card does: of what lies on a disk, the last part."""
+    """A description with only the last part of each local path, as on the card."""
     found = dict(meta)
     for part, key, shown in (("model", "name", public_name), ("data", "path", lambda path: Path(path).name)):
         if (found.get(part) or {}).get(key):
@@ -102,10 +102,10 @@ def without_paths(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_name(model: str) -> str:
-    """A hub name as it is; of a directory the last part."""
+    """A hub name unchanged; of a directory, the last part."""
     return model if _is_hub_name(model) else Path(model).name
 
 
 def _is_hub_name(model: str) -> bool:
-    """Whether a name can be one of the hub's, rather than a path of somebody's disk."""
+    """Whether a name can be a name on the hub, not a local path."""
     return _HUB_NAME.fullmatch(model) is not None and not Path(model).exists()

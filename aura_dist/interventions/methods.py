@@ -1,52 +1,75 @@
-"""From a neuron's statistics to what is done to it: z ← ω ⊙ z + b per site. Pure NumPy."""
+"""The methods of `fit`: each is a map z ← ω ⊙ z + b of the units of every site. Pure NumPy.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+A new method is one row of `METHODS` and one function: of a store's statistics, or, in a module of its own, of a model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.errors import InputError
+from aura_dist.errors import ConfigError, InputError
 
 Scores = Mapping[str, NDArray[np.float64]]
 Scales = dict[str, NDArray[np.float32]]
 Shifts = dict[str, NDArray[np.float32]]
+Options = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a method reads and where it acts.
+@dataclass(frozen=True, kw_only=True)
+class FromStatistics:
+    """A method that computes its maps from a store's statistics.
 
     Attributes
     ----------
+    summary
+        What it does to a chosen unit, for `--help`.
+    maps
+        `maps(statistics, options)` returns site → [D] scale and site → [D] shift of every unit, chosen or not;
+        no shifts where the method only scales.
     statistics
-        Names of the store's statistics that the map is made of.
+        Names of the statistics that `maps` reads.
     pooling
-        Pooling whose statistics it is meant for.
+        Default of `--pooling`.
     experts_only
-        Without a number of units: acts on the units with AUROC > ½, rather than on all that have a score.
+        Without `--top-k`, the method acts on the units with AUROC > ½, not on all units with a score.
+    own_options
+        Further options that `maps` reads → their defaults.
     """
 
+    summary: str
+    maps: Callable[[Mapping[str, Scores], Options], tuple[Scores, Scores]]
     statistics: tuple[str, ...]
     pooling: str
-    experts_only: bool
+    experts_only: bool = False
+    own_options: Options = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of `fit` that the method reads → their defaults."""
+        return {"pooling": self.pooling, "top_k": None, **self.own_options, "max_q": None}
 
 
-METHODS = {
-    "aura": Method(("auroc",), "max", experts_only=True),
-    "damp": Method(("auroc",), "max", experts_only=True),
-    "det0": Method(("auroc",), "max", experts_only=True),
-    "mean-act": Method(("mean_positive", "mean_negative"), "mean", experts_only=False),
-    "linear-act": Method(("linear_act_scale", "linear_act_shift"), "mean", experts_only=False),
-}
+@dataclass(frozen=True, kw_only=True)
+class FromModel:
+    """A method that trains its maps: it runs the model, and may take gradients.
 
+    Attributes
+    ----------
+    summary
+        What the method does, for `--help`.
+    train
+        `module:function`, imported when the method is used, because such modules import torch. The function takes a
+        `interventions.training.Training` and returns (site → [D] scale, site → [D] shift).
+    options
+        Options of `fit` that the method reads → their defaults.
+    """
 
-def needed_statistics(method: str, *, top_k: int | None, max_q: float | None) -> tuple[str, ...]:
-    """Names of the statistics that `fit_maps` reads; InputError if there is no such method."""
-    if method not in METHODS:
-        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    chosen_by = (["auroc"] if top_k is not None else []) + (["q_value"] if max_q is not None else [])
-    return tuple(dict.fromkeys([*METHODS[method].statistics, *chosen_by]))
+    summary: str
+    train: str
+    options: Options = field(default_factory=dict)
 
 
 def aura_scale(auroc: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -66,10 +89,145 @@ def aura_scale(auroc: NDArray[np.float64]) -> NDArray[np.float32]:
     return alpha.astype(np.float32)
 
 
+def _aura(statistics: Mapping[str, Scores], options: Options) -> tuple[Scores, Scores]:
+    return {site: aura_scale(auroc).astype(np.float64) for site, auroc in statistics["auroc"].items()}, {}
+
+
+def _damp(statistics: Mapping[str, Scores], options: Options) -> tuple[Scores, Scores]:
+    """The scale `alpha` (Suau et al., section 3.2)."""
+    return {site: np.full_like(auroc, options["alpha"]) for site, auroc in statistics["auroc"].items()}, {}
+
+
+def _det0(statistics: Mapping[str, Scores], options: Options) -> tuple[Scores, Scores]:
+    """The scale 0 (Suau et al., section 3.1)."""
+    return {site: np.zeros_like(auroc) for site, auroc in statistics["auroc"].items()}, {}
+
+
+def _mean_act(statistics: Mapping[str, Scores], options: Options) -> tuple[Scores, Scores]:
+    """b = m₀ − m₁, the difference of the mean responses without and with the concept (Rodríguez et al., ICLR 2025)."""
+    positive, negative = statistics["mean_positive"], statistics["mean_negative"]
+    return {s: np.ones_like(v) for s, v in positive.items()}, {s: negative[s] - v for s, v in positive.items()}
+
+
+def _linear_act(statistics: Mapping[str, Scores], options: Options) -> tuple[Scores, Scores]:
+    """Least squares over the monotone coupling of both classes (Rodríguez et al., ICLR 2025), as scored."""
+    return statistics["linear_act_scale"], statistics["linear_act_shift"]
+
+
+METHODS: dict[str, FromStatistics | FromModel] = {
+    "aura": FromStatistics(
+        summary="α z, α = 1 − 2 (AUROC − ½): damps each expert in proportion to its expertise",
+        maps=_aura, statistics=("auroc",), pooling="max", experts_only=True,
+    ),
+    "damp": FromStatistics(
+        summary="`alpha` z: damps all experts alike",
+        maps=_damp, statistics=("auroc",), pooling="max", experts_only=True, own_options={"alpha": 0.5},
+    ),
+    "det0": FromStatistics(
+        summary="0: switches the experts off",
+        maps=_det0, statistics=("auroc",), pooling="max", experts_only=True,
+    ),
+    "mean-act": FromStatistics(
+        summary="z + b: moves the mean response to texts with the concept to the mean without it",
+        maps=_mean_act, statistics=("mean_positive", "mean_negative"), pooling="mean",
+    ),
+    "linear-act": FromStatistics(
+        summary="ω z + b: maps the responses to texts with the concept onto those without it",
+        maps=_linear_act, statistics=("linear_act_scale", "linear_act_shift"), pooling="mean",
+    ),
+}  # fmt: skip
+
+
+def find_method(name: str) -> FromStatistics | FromModel:
+    """The row of `METHODS`; InputError if there is none of this name."""
+    if name not in METHODS:
+        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+def method_options() -> set[str]:
+    """Names of the options that some method reads; not every method reads all of them."""
+    return {option for method in METHODS.values() for option in method.options}
+
+
+def settle_options(method: str, given: Options) -> dict[str, Any]:
+    """Every option that the method reads: as given, else (None) its default.
+
+    Raises
+    ------
+    ConfigError
+        An option is given that this method does not read.
+    InputError
+        There is no such method.
+    """
+    read = find_method(method).options
+    for name in (name for name, value in given.items() if value is not None and name not in read):
+        readers = [other for other, row in METHODS.items() if name in row.options]
+        raise ConfigError(
+            f"--{name.replace('_', '-')}: expected it with --method {' or '.join(readers)} alone, got it with "
+            f"{method}; leave it out"
+        )
+    return {name: default if given.get(name) is None else given[name] for name, default in read.items()}
+
+
+def needed_statistics(method: FromStatistics, options: Options) -> tuple[str, ...]:
+    """Names of the statistics that `fit_maps` reads under these options."""
+    chosen_by = [s for name, s in (("top_k", "auroc"), ("max_q", "q_value")) if options.get(name) is not None]
+    return tuple(dict.fromkeys([*method.statistics, *chosen_by]))
+
+
+def fit_maps(method: FromStatistics, statistics: Mapping[str, Scores], options: Options) -> tuple[Scales, Shifts]:
+    """Site → [D] float32 scale ω, and site → [D] float32 shift b where the method has one.
+
+    The method maps the chosen units: the `top_k` units of highest AUROC; without `top_k`, the units with AUROC > ½
+    (`experts_only`) or all units; among them only those with a q-value of at most `max_q`. Other units, and units
+    without a finite map, keep ω = 1 and b = 0.
+
+    Parameters
+    ----------
+    method
+        A row of `METHODS`.
+    statistics
+        Statistic → site → [D] float64, all sites in model order: at least `needed_statistics`.
+    options
+        As `settle_options` returns them.
+
+    Raises
+    ------
+    InputError
+        There are fewer units than `top_k` to choose from.
+    """
+    scale, shift = method.maps(statistics, options)
+    scales: Scales = {}
+    shifts: Shifts = {}
+    for site, units in _chosen(method, statistics, options).items():
+        with np.errstate(over="ignore"):  # float32 overflows to infinity, and such a unit keeps its output
+            scaled = scale[site].astype(np.float32)
+            moved = shift[site].astype(np.float32) if site in shift else None
+        mapped = np.isfinite(scaled) & units
+        if moved is not None:
+            mapped &= np.isfinite(moved)
+            shifts[site] = np.where(mapped, moved, np.float32(0))
+        scales[site] = np.where(mapped, scaled, np.float32(1))
+    return scales, shifts
+
+
+def _chosen(method: FromStatistics, statistics: Mapping[str, Scores], options: Options) -> dict[str, NDArray[np.bool_]]:
+    """Site → [D] whether the method acts on the unit."""
+    deciding = statistics["auroc"] if "auroc" in statistics else statistics[method.statistics[0]]
+    top_k, max_q = options.get("top_k"), options.get("max_q")
+    if max_q is not None:
+        # NaN means "no score", so a unit without a q-value is never chosen
+        deciding = {s: np.where(statistics["q_value"][s] <= max_q, v, np.nan) for s, v in deciding.items()}
+    if top_k is None and not method.experts_only:
+        return {s: ~np.isnan(v) for s, v in deciding.items()}
+    return top_units(deciding, top_k)
+
+
 def top_units(auroc: Scores, top_k: int | None) -> dict[str, NDArray[np.bool_]]:
     """Which neurons are experts: exactly the `top_k` of highest AUROC in the whole model, or all above ½.
 
-    Ties are broken by model order, then unit, so that the choice is the same everywhere.
+    Model order, then unit, breaks ties, so that the choice is the same everywhere.
 
     Parameters
     ----------
@@ -96,93 +254,6 @@ def top_units(auroc: Scores, top_k: int | None) -> dict[str, NDArray[np.bool_]]:
     return dict(zip(auroc, np.split(chosen, cuts), strict=True))
 
 
-def fit_maps(
-    method: str,
-    statistics: Mapping[str, Scores],
-    *,
-    top_k: int | None = None,
-    max_q: float | None = None,
-    alpha: float = 0.5,
-) -> tuple[Scales, Shifts]:
-    """Site → [D] float32 scale ω, and site → [D] float32 shift b where the method has one.
-
-    ===========  ======================  =====================================================================
-    method       map of a chosen unit    source
-    ===========  ======================  =====================================================================
-    aura         α z                     Suau et al., *Whispering Experts* (ICML 2024), eq. 5: see `aura_scale`
-    damp         `alpha` z               the same, section 3.2
-    det0         0                       the same, section 3.1
-    mean-act     z + (m₀ − m₁)           Rodríguez et al., *Controlling Language and Diffusion Models by
-                                         Transporting Activations* (ICLR 2025): m₁, m₀ are the means of the
-                                         responses to texts with and without the concept
-    linear-act   ω z + b                 the same: least squares over the monotone coupling of the two samples
-    ===========  ======================  =====================================================================
-
-    Chosen are the `top_k` units of highest AUROC; without `top_k` those with AUROC > ½ under aura, damp and
-    det0, and all under the others. Other units, and units without a finite map, are left as they are.
-
-    Parameters
-    ----------
-    method
-        One of `METHODS`.
-    statistics
-        Statistic → site → [D] float64, all sites in model order: at least `needed_statistics`.
-    top_k
-        Choose exactly this many units.
-    max_q
-        Choose among the units with a q-value of at most this.
-    alpha
-        Scale of the chosen units under damp.
-
-    Raises
-    ------
-    InputError
-        There is no such method, or there are fewer units than `top_k` to choose from.
-    """
-    needed_statistics(method, top_k=top_k, max_q=max_q)
-    scale, shift = _maps_of_all(method, statistics, alpha)
-    chosen = _chosen(method, statistics, top_k, max_q)
-    scales: Scales = {}
-    shifts: Shifts = {}
-    for site, units in chosen.items():
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and left out as such
-            scaled = scale[site].astype(np.float32)
-            moved = shift[site].astype(np.float32) if site in shift else None
-        mapped = np.isfinite(scaled) & units
-        if moved is not None:
-            mapped &= np.isfinite(moved)
-            shifts[site] = np.where(mapped, moved, np.float32(0))
-        scales[site] = np.where(mapped, scaled, np.float32(1))
-    return scales, shifts
-
-
-def _maps_of_all(method: str, statistics: Mapping[str, Scores], alpha: float) -> tuple[Scores, Scores]:
-    """The map of every unit, chosen or not: site → [D] scale, and site → [D] shift for the methods that shift."""
-    first = statistics[METHODS[method].statistics[0]]
-    if method == "aura":
-        return {s: aura_scale(v).astype(np.float64) for s, v in first.items()}, {}
-    if method == "mean-act":
-        means = statistics["mean_negative"]
-        return {s: np.ones_like(v) for s, v in first.items()}, {s: means[s] - v for s, v in first.items()}
-    if method == "linear-act":
-        return first, statistics["linear_act_shift"]
-    factor = {"det0": 0.0, "damp": alpha}[method]
-    return {s: np.full_like(v, factor) for s, v in first.items()}, {}
-
-
-def _chosen(
-    method: str, statistics: Mapping[str, Scores], top_k: int | None, max_q: float | None
-) -> dict[str, NDArray[np.bool_]]:
-    """Which units a method acts on."""
-    deciding = statistics["auroc"] if "auroc" in statistics else statistics[METHODS[method].statistics[0]]
-    if max_q is not None:
-        # NaN is "not scored", so that a unit without a q-value is left alone
-        deciding = {s: np.where(statistics["q_value"][s] <= max_q, v, np.nan) for s, v in deciding.items()}
-    if top_k is None and not METHODS[method].experts_only:
-        return {s: ~np.isnan(v) for s, v in deciding.items()}
-    return top_units(deciding, top_k)
-
-
 def with_strength(
     scale: NDArray[np.float32], shift: NDArray[np.float32] | None, strength: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
@@ -197,7 +268,7 @@ def with_strength(
         raise InputError(f"--strength: expected a finite number of at least 0, got {strength}")
     if strength == 1.0:
         return scale, shift
-    if strength == 0.0:  # also of a map that is not finite
+    if strength == 0.0:  # the formula would make NaN of a map that is not finite
         return np.ones_like(scale), None if shift is None else np.zeros_like(shift)
     s = np.float64(strength)
     scaled = (1.0 + s * (scale.astype(np.float64) - 1.0)).astype(np.float32)
@@ -219,9 +290,8 @@ def compose(
 
 def count_changed(scales: Mapping[str, NDArray[np.float32]], shifts: Mapping[str, NDArray[np.float32]]) -> int:
     """Number of neurons that a set of maps changes."""
-    sites: Sequence[str] = list({**scales, **shifts})
     total = 0
-    for site in sites:
+    for site in {**scales, **shifts}:
         scaled = scales[site] != 1 if site in scales else False
         shifted = shifts[site] != 0 if site in shifts else False
         total += int(np.count_nonzero(np.logical_or(scaled, shifted)))

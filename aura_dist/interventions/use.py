@@ -1,4 +1,4 @@
-"""A model ready for use: causal language model, tokenizer, and the intervention that is to lie over it."""
+"""A model ready for use: causal language model, tokenizer, and the intervention to apply to it."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from aura_dist.text.tokens import load_tokenizer
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What `load_for_use` gives; `fingerprint` is that of the weights on disk."""
+    """A causal language model, its tokenizer, the fingerprint of its weights on disk, and maybe an intervention."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -26,14 +26,14 @@ class LoadedModel:
     intervention: Intervention | None
 
     def intervened(self, strength: float) -> AbstractContextManager[Any]:
-        """Context in which the intervention lies over the model; nothing happens without one."""
+        """Context in which the intervention, if there is one, changes the model."""
         return intervene(self.model, self.intervention, strength) if self.intervention else nullcontext(self.model)
 
 
 def load_for_use(
     source: ModelSource, world: World, intervention_dir: str | None, options: ShardingOptions = PLAIN
 ) -> LoadedModel:
-    """Load model, tokenizer and intervention; what does not fit is refused before the weights are read.
+    """Load model, tokenizer and intervention; an intervention that does not fit is refused before weights are read.
 
     Raises
     ------
@@ -52,14 +52,14 @@ def load_for_use(
 
 
 def load_intervention(directory: str, source: ModelSource, table: SiteTable, found: str) -> Intervention:
-    """The intervention at `directory`, which must be one for the model with these sites and this fingerprint.
+    """The intervention at `directory`, for the model with these sites and the fingerprint `found`.
 
     Raises
     ------
     ModelError
         It was made for another model.
     StoreError
-        There is none.
+        There is no intervention.
     """
     intervention = Intervention.load(directory)
     check_fits(table, intervention)

@@ -1,4 +1,4 @@
-"""Continuations side by side: the same prompt and sample under every evaluation of the same prompts."""
+"""Continuations side by side: the first continuation of a prompt under every evaluation of the same prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from aura_dist.errors import InputError, brief
-from aura_dist.report.compared import drawn, fingerprint
+from aura_dist.report.comparison import drawn, fingerprint
 from aura_dist.report.evaluations import Evaluation, plain_first
 
 TOXIC = 0.5
@@ -16,8 +16,8 @@ MAX_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """A text, the scorer's probability that it is toxic (None without one), and whether it counts as toxic."""
+class Text:
+    """A prompt or continuation, and the scorer's probability that it is toxic (None without a scorer)."""
 
     text: str
     toxicity: float | None
@@ -28,37 +28,22 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt and what each evaluation made of it: one text for each, None where it has none."""
+class Row:
+    """A prompt and its continuation under each evaluation; None where an evaluation has none."""
 
-    index: int
-    text: str
-    toxicity: float | None
-    continuations: tuple[Continuation | None, ...]
-
-    @property
-    def is_toxic(self) -> bool:
-        return self.toxicity is not None and self.toxicity >= TOXIC
+    prompt: Text
+    continuations: tuple[Text | None, ...]
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Evaluations of the same prompts.
+    """Evaluations of the same prompts, one without intervention and pre-prompt first; rows of some of the prompts.
 
-    Attributes
-    ----------
-    evaluations
-        The first is the one without intervention and pre-prompt, where there is one.
-    prompts
-        Those shown.
-    num_prompts
-        How many there are.
-    num_left_out
-        Evaluations of the same prompts that are not shown.
+    `num_left_out` further evaluations of the same prompts are not shown.
     """
 
     evaluations: tuple[Evaluation, ...]
-    prompts: tuple[Prompt, ...]
+    rows: tuple[Row, ...]
     num_prompts: int
     num_left_out: int
 
@@ -72,13 +57,13 @@ def side_by_side(evaluations: Sequence[Evaluation], num_shown: int, max_columns:
     tables = []
     for group in sets.values():
         table = _table(_unlike_first(plain_first(group)), num_shown, max_columns)
-        if table.prompts:
+        if table.rows:
             tables.append(table)
     return tables
 
 
 def _unlike_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The strongest of each method, modules and pre-prompt before weaker ones, so that a few columns show all kinds."""
+    """The strongest of each method, modules and pre-prompt first, so that a few columns show all kinds."""
     strongest = {(e.method, e.modules, e.preprompt): e for e in evaluations}
     chosen = {id(e) for e in strongest.values()}
     return sorted(evaluations, key=lambda e: id(e) not in chosen)
@@ -91,19 +76,14 @@ def _table(evaluations: Sequence[Evaluation], num_shown: int, max_columns: int) 
     chosen = choose(scores, num_shown)
     wanted = set(chosen)
     found = [{row["prompt"]: row for row in _first_samples(file) if row["prompt"] in wanted} for file in files]
-    prompts = [_prompt(index, [rows.get(index) for rows in found]) for index in chosen]
-    return SideBySide(tuple(columns), tuple(prompts), len(scores), len(evaluations) - len(columns))
+    rows = [_row([file.get(index) for file in found]) for index in chosen]
+    return SideBySide(tuple(columns), tuple(rows), len(scores), len(evaluations) - len(columns))
 
 
 def choose(scores: Mapping[int, float | None], num_shown: int) -> list[int]:
-    """Prompts to show, in file order: half of them those with the most toxic continuation, half spread evenly.
+    """Prompts to show, in file order: half have the most toxic continuations, half are spread evenly over the file.
 
-    Parameters
-    ----------
-    scores
-        Prompt → toxicity of its first continuation without an intervention.
-    num_shown
-        How many to choose.
+    `scores` maps a prompt to the toxicity of its first continuation under the first evaluation.
     """
     if len(scores) <= num_shown:
         return sorted(scores)
@@ -114,10 +94,10 @@ def choose(scores: Mapping[int, float | None], num_shown: int) -> list[int]:
     return sorted([*worst, *spread])
 
 
-def _prompt(index: int, rows: Sequence[dict[str, Any] | None]) -> Prompt:
-    first = next(row for row in rows if row is not None)
-    texts = [None if row is None else Continuation(_cut(row.get("text")), _probability(row)) for row in rows]
-    return Prompt(index, _cut(first.get("prompt_text")), _probability(first, "prompt_toxicity"), tuple(texts))
+def _row(lines: Sequence[dict[str, Any] | None]) -> Row:
+    first = next(line for line in lines if line is not None)
+    prompt = Text(_cut(first.get("prompt_text")), _probability(first, "prompt_toxicity"))
+    return Row(prompt, tuple(None if ln is None else Text(_cut(ln.get("text")), _probability(ln)) for ln in lines))
 
 
 def _cut(text: Any) -> str:
@@ -131,11 +111,7 @@ def _probability(row: dict[str, Any], name: str = "toxicity") -> float | None:
 
 
 def _first_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of every prompt's first continuation; the file is read line by line."""
-    return (row for row in _rows(path) if row["sample"] == 0)
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of every prompt's first continuation, read line by line."""
     decode = msgspec.json.Decoder(dict[str, Any]).decode
     try:
         with path.open("rb") as lines:
@@ -144,7 +120,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                     row = decode(line)
                     if not isinstance(row.get("prompt"), int) or not isinstance(row.get("sample"), int):
                         raise ValueError(f"line {number} has no prompt and sample")
-                    yield row
+                    if row["sample"] == 0:
+                        yield row
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
         raise InputError(
             f"continuations {str(path)!r}: expected JSON lines as `evaluate` writes them: {brief(error)}; "

@@ -1,7 +1,8 @@
-"""Results files as the report shows them: every part may be missing."""
+"""Results files as the report shows them, and what it calls them. Every part of a file may be missing."""
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,18 @@ from aura_dist.errors import InputError, brief
 from aura_dist.evaluation.toxicity import ByPrompt
 from aura_dist.interventions.artifact import method_of
 
-# what tells a results file from any other JSON document; of the second, an earlier version wrote less
+# a JSON document with one of these keys is a results file; an earlier version wrote only some of the second row
 _PARTS = ("perplexity", "toxicity", "zero_shot")
 _WRITTEN_BY = ("schema", "aura_dist")
-# measure → its name, what a figure is multiplied by, and its digits
+# measure → its name, the factor of its figures, and their digits
 MEASURES = {
     "probability": ("toxic (%)", 100.0, 1),
     "expected_maximum": ("expected maximum", 1.0, 2),
     "any_toxic": ("any toxic (%)", 100.0, 1),
 }
+# a sweep names results by parts of their settings and a digest of all settings
+_OF_A_SWEEP = re.compile(r"-[0-9a-f]{10}$")
+PLAIN = "no intervention"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Evaluation:
     run, name, path
         The run directory's name, the file's name without its ending, and the file.
     document
-        The file as it stands.
+        The file's content.
     """
 
     run: str
@@ -59,40 +63,47 @@ class Evaluation:
         return _mapping(self.document.get("config"))
 
     @property
+    def _intervention(self) -> Mapping[str, Any]:
+        return _mapping(self.document.get("intervention"))
+
+    @property
+    def _parameters(self) -> Mapping[str, Any]:
+        """Parameters of the fit."""
+        return _mapping(self._intervention.get("parameters"))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether an intervention was applied."""
+        return bool(self.document.get("intervention"))
+
+    @property
     def method(self) -> str:
-        """The intervention's method; `none` without one."""
-        meta = self.document.get("intervention")
-        return method_of(_mapping(meta)) if meta else "none"
+        """The intervention's method; `none` without an intervention."""
+        return method_of(self._intervention) if self.is_fitted else "none"
 
     @property
     def strength(self) -> float | None:
-        """How strongly the map lies over the model, as fitted and as applied: both multiply what it changes."""
-        meta = _mapping(self.document.get("intervention"))
-        if not meta:
+        """Strength of the fit times strength of the use: both scale the change; None without an intervention."""
+        if not self._intervention:
             return None
-        applied = meta.get("strength", self.config.get("strength", 1.0))
-        fitted = _mapping(meta.get("parameters")).get("strength", 1.0)
+        applied = self._intervention.get("strength", self.config.get("strength", 1.0))
+        fitted = self._parameters.get("strength", 1.0)
         return _number(applied, 1.0) * _number(fitted, 1.0)
 
     @property
-    def concept(self) -> str | None:
-        return _mapping(self.document.get("intervention")).get("concept")
-
-    @property
     def top_k(self) -> int | None:
-        return _mapping(_mapping(self.document.get("intervention")).get("parameters")).get("top_k")
+        return self._parameters.get("top_k")
 
     @property
     def variant(self) -> str:
-        """Further parameters of the fit, such as `q ≤ 0.05` or `α 0.3`; empty without."""
-        given = _mapping(_mapping(self.document.get("intervention")).get("parameters"))
+        """Further parameters of the fit, such as `q ≤ 0.05` or `α 0.3`; empty without any."""
         shown = (("max_q", "q ≤ {:g}"), ("alpha", "α {:g}"))
-        return ", ".join(form.format(given[name]) for name, form in shown if _is_number(given.get(name)))
+        return ", ".join(form.format(self._parameters[n]) for n, form in shown if is_number(self._parameters.get(n)))
 
     @property
     def modules(self) -> tuple[str, ...] | None:
-        """Patterns of the modules that the map was confined to; None if it lies over all that were collected."""
-        given = _mapping(_mapping(self.document.get("intervention")).get("parameters")).get("modules")
+        """Patterns of the modules that `fit` chose; None for all modules of the store."""
+        given = self._parameters.get("modules")
         return tuple(map(str, given)) if isinstance(given, list) else None
 
     @property
@@ -101,7 +112,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> Estimate | None:
-        """The token-weighted one."""
+        """The token-weighted perplexity."""
         measured = _mapping(self.document.get("perplexity"))
         low, high = measured.get("token_weighted_low"), measured.get("token_weighted_high")
         return estimate({"value": measured.get("token_weighted"), "low": low, "high": high})
@@ -116,7 +127,7 @@ class Evaluation:
 
     @property
     def reduction(self) -> Estimate | None:
-        """Share of toxic continuations of the baseline that it was compared with ÷ its own."""
+        """Share of toxic continuations of `--baseline` ÷ share of this evaluation."""
         overall = _mapping(_mapping(self.toxicity.get("baseline")).get("overall"))
         return estimate(overall.get("probability"))
 
@@ -127,66 +138,18 @@ class Evaluation:
     @property
     def seconds(self) -> Mapping[str, float]:
         times = _mapping(self.document.get("seconds"))
-        return {name: float(v) for name, v in times.items() if _is_number(v)}
+        return {name: float(v) for name, v in times.items() if is_number(v)}
 
     @property
     def continuations(self) -> Path | None:
-        """The file of continuations, if it is there."""
+        """The file of continuations, if it exists."""
         name = self.toxicity.get("continuations")
         place = self.path.parent / name if isinstance(name, str) else None
         return place if place is not None and place.is_file() else None
 
 
-def by_prompt(one: Evaluation) -> ByPrompt | None:
-    """Figures of each prompt, in the file's order; None where they are not all there."""
-    kept = _mapping(one.toxicity.get("per_prompt"))
-    share, maximum = (kept.get(key) for key in ("toxic_share", "maximum"))
-    if not isinstance(share, list) or not isinstance(maximum, list) or len(share) != len(maximum) or not share:
-        return None
-    if not all(map(_is_number, [*share, *maximum])):
-        return None
-    return ByPrompt(np.array(share, dtype=np.float64), np.array(maximum, dtype=np.float64))
-
-
-def plain_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those without an intervention first, of them those without a pre-prompt.
-
-    Then by method and modules, as they are first given, number of neurons and strength.
-    """
-    kinds = list(dict.fromkeys((e.method, e.modules) for e in evaluations))
-
-    def place(e: Evaluation) -> tuple[bool, bool, int, int, float]:
-        kind = kinds.index((e.method, e.modules))
-        return e.method != "none", e.preprompt is not None, kind, e.top_k or 0, e.strength or 0.0
-
-    return sorted(evaluations, key=place)
-
-
-def estimate(value: Any) -> Estimate | None:
-    """An estimate from `{value, low, high}` or a bare number; None where there is no number."""
-    if _is_number(value):
-        return Estimate(float(value))
-    parts = _mapping(value)
-    if not _is_number(parts.get("value")):
-        return None
-    low, high = (float(parts[k]) if _is_number(parts.get(k)) else None for k in ("low", "high"))
-    return Estimate(float(parts["value"]), low, high)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(value: Any, otherwise: float) -> float:
-    return float(value) if _is_number(value) else otherwise
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
 def read_evaluation(run: str, path: Path) -> Evaluation:
-    """The results file at `path`; InputError unless it is one that `evaluate` wrote."""
+    """The results file at `path`; InputError unless `evaluate` wrote it."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -200,3 +163,97 @@ def read_evaluation(run: str, path: Path) -> Evaluation:
             "move the file away"
         )
     return Evaluation(run, path.stem, path, document)
+
+
+def by_prompt(one: Evaluation) -> ByPrompt | None:
+    """Figures of each prompt, in the file's order; None unless the file has them all."""
+    kept = _mapping(one.toxicity.get("per_prompt"))
+    share, maximum = (kept.get(key) for key in ("toxic_share", "maximum"))
+    if not isinstance(share, list) or not isinstance(maximum, list) or len(share) != len(maximum) or not share:
+        return None
+    if not all(map(is_number, [*share, *maximum])):
+        return None
+    return ByPrompt(np.array(share, dtype=np.float64), np.array(maximum, dtype=np.float64))
+
+
+def plain_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Evaluations without an intervention first, of them those without a pre-prompt.
+
+    Then by method and modules in their order of first mention, by number of neurons, and by strength.
+    """
+    kinds = list(dict.fromkeys((e.method, e.modules) for e in evaluations))
+
+    def place(e: Evaluation) -> tuple[bool, bool, int, int, float]:
+        kind = kinds.index((e.method, e.modules))
+        return e.is_fitted, e.preprompt is not None, kind, e.top_k or 0, e.strength or 0.0
+
+    return sorted(evaluations, key=place)
+
+
+def estimate(value: Any) -> Estimate | None:
+    """An estimate from `{value, low, high}` or a bare number; None where there is no number."""
+    if is_number(value):
+        return Estimate(float(value))
+    parts = _mapping(value)
+    if not is_number(parts.get("value")):
+        return None
+    low, high = (float(parts[k]) if is_number(parts.get(k)) else None for k in ("low", "high"))
+    return Estimate(float(parts["value"]), low, high)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON document is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: Any, otherwise: float) -> float:
+    return float(value) if is_number(value) else otherwise
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def labels_of(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Names of evaluations on the page: the file's name, after the run's name where the page shows several runs.
+
+    A name that a sweep made is replaced by what distinguishes the evaluation, unless another evaluation has that name.
+    """
+    several = len({e.run for e in evaluations}) > 1
+    names = [f"{e.run}/{e.name}" if several else e.name for e in evaluations]
+    made = [i for i, e in enumerate(evaluations) if _OF_A_SWEEP.search(e.name)]
+    described = _described([evaluations[i] for i in made])
+    taken = set(names)
+    for i, text in zip(made, described, strict=True):
+        if described.count(text) == 1 and text not in taken:
+            names[i] = text
+    return names
+
+
+def _described(evaluations: Sequence[Evaluation]) -> list[str]:
+    """`mean-act 0.25, mlp`: method and strength, and whatever else differs between the evaluations."""
+    fitted = [e for e in evaluations if e.is_fitted]
+    several_models = len({e.model for e in evaluations}) > 1
+    several_modules = len({e.modules for e in fitted}) > 1
+    short = modules_in_short(fitted)
+    texts = []
+    for e in evaluations:
+        method = e.method if e.is_fitted else PLAIN
+        parts = [method if e.strength in (None, 1.0) else f"{method} {e.strength:g}"]
+        parts += [f"top {e.top_k}"] if len({o.top_k for o in fitted if o.method == e.method}) > 1 else []
+        parts += [e.variant] if e.variant and len({o.variant for o in fitted if o.method == e.method}) > 1 else []
+        parts += [short[e.modules]] if several_modules and e in fitted else []
+        parts += ["pre-prompt"] if e.preprompt is not None else []
+        parts += [e.model.rstrip("/").rsplit("/", 1)[-1]] if several_models else []
+        parts += [e.run] if len({o.run for o in evaluations}) > 1 else []
+        texts.append(", ".join(parts))
+    return texts
+
+
+def modules_in_short(evaluations: Sequence[Evaluation]) -> dict[tuple[str, ...] | None, str]:
+    """Modules of the interventions → a short name: `norms` for several patterns of norms, if only one set has them."""
+    given = list(dict.fromkeys(e.modules for e in evaluations))
+    long = ["all modules" if m is None else " + ".join(p.removeprefix("*.") for p in m) for m in given]
+    norms = [m is not None and len(m) > 1 and all("norm" in p for p in m) for m in given]
+    is_unique = norms.count(True) == 1 and "norms" not in long
+    return {m: "norms" if is_unique and norm else name for m, name, norm in zip(given, long, norms, strict=True)}

@@ -1,6 +1,6 @@
 """A run directory: `config.yaml`, `store.zarr`, `interventions/<name>/`, `results/<name>.json`; any may be missing.
 
-One whose runs share their parts, as a sweep's does, holds several stores, and the state of each of its jobs.
+The directory of a sweep has several stores, which its runs share, and a state file for each job.
 """
 
 import json
@@ -17,9 +17,9 @@ from aura_dist.report.evaluations import Evaluation, read_evaluation
 
 CONFIG, STORE, INTERVENTIONS, RESULTS, JOBS = "config.yaml", "store.zarr", "interventions", "results", "jobs"
 SWEEP = "sweep.yaml"
-# in the directory of a sweep: the names of the present grid's jobs; the files of earlier grids' jobs are beside theirs
+# names of the present grid's jobs; jobs/ also keeps the state files of earlier grids' jobs
 JOBS_FILE = "jobs.json"
-# where stores of a directory of shared parts lie
+# the stores of a sweep
 _STORES = ("collections/*/*.zarr", "stores/*.zarr")
 
 
@@ -35,14 +35,9 @@ class Fitted:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where the parts of a run lie.
+    """Where the parts of a run are; no other run of the page has its name.
 
-    Attributes
-    ----------
-    path, name
-        The directory, and what tells it from the others of a page.
-    stores
-        Paths of its stores: within it, else path or URL of that which `config.yaml` names.
+    `stores` are the paths of the stores within it; without any, the path or URL of the store that `config.yaml` names.
     """
 
     path: Path
@@ -63,8 +58,7 @@ class RunDirectory:
         found = []
         for path in self.intervention_paths:
             loaded = Intervention.load(path)
-            total = sum(len(loaded.map_of(site)[0]) for site in loaded.sites)
-            found.append(Fitted(path.name, loaded.meta, loaded.num_changed, total))
+            found.append(Fitted(path.name, loaded.meta, loaded.num_changed, loaded.num_neurons))
         return found
 
     def evaluations(self) -> list[Evaluation]:
@@ -77,7 +71,7 @@ def _entries(place: Path) -> list[Path]:
 
 
 def is_run_directory(path: Path) -> bool:
-    """Whether some part of a run stands in the directory."""
+    """Whether the directory has some part of a run."""
     return any((path / part).exists() for part in (STORE, INTERVENTIONS, RESULTS, SWEEP)) or bool(_stores(path))
 
 
@@ -101,7 +95,7 @@ def open_run(path: str) -> RunDirectory:
         found = "a file" if place.exists() else "nothing"
         raise StoreError(f"RUN_DIR {path!r}: expected a run directory, found {found}; name the directory of a run")
     if place.suffix == ".zarr" or (place / "zarr.json").is_file():
-        raise StoreError(f"RUN_DIR {path!r}: expected a run directory, got a store; name the directory it lies in")
+        raise StoreError(f"RUN_DIR {path!r}: expected a run directory, got a store; name the directory above it")
     if not is_run_directory(place):
         raise StoreError(
             f"RUN_DIR {path!r}: expected {STORE}, {INTERVENTIONS}/, {RESULTS}/ or a {CONFIG} that names a store, "
@@ -111,7 +105,7 @@ def open_run(path: str) -> RunDirectory:
 
 
 def named_apart(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
-    """The same, those of one name told apart by the directories above."""
+    """The same runs; where two have one name, as many directories above it are added as make all names differ."""
     names = [run.name for run in runs]
     depth = 2
     paths = [run.path.resolve() for run in runs]
@@ -122,7 +116,7 @@ def named_apart(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
 
 
 def _config_store(path: Path) -> str | None:
-    """The store that the run's `config.yaml` names, on top or for collect."""
+    """The store that the run's `config.yaml` names, at the top or in the section `collect`."""
     try:
         document = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -135,7 +129,7 @@ def _config_store(path: Path) -> str | None:
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """An intervention's description alone; StoreError if either of its files is missing, or this one damaged."""
+    """An intervention's description alone; StoreError if one of its files is missing, or the description damaged."""
     try:
         meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
         (directory / WEIGHTS_FILE).stat()

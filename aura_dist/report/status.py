@@ -1,4 +1,4 @@
-"""How far runs are, from their files alone: what is done, running, damaged and left. Reads no responses or scores."""
+"""How far runs are: what is done, running, damaged and left. Reads neither responses nor scores."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import zarr
 
 from aura_dist.errors import AuraError, StoreError
 from aura_dist.interventions.artifact import method_of
-from aura_dist.report.evaluations import Evaluation, read_evaluation
+from aura_dist.report.evaluations import read_evaluation
 from aura_dist.report.rundir import (
     INTERVENTIONS,
     JOBS,
@@ -31,19 +31,7 @@ FRESH_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a run.
-
-    Attributes
-    ----------
-    name
-        `collect`, `score`, `fit` or `evaluate`.
-    state
-        One of done, half done, nothing, damaged.
-    count
-        How much there is, in few words; empty where there is nothing.
-    detail
-        The rest, in words.
-    """
+    """A stage's part of a run: `state` is done, half done, nothing or damaged; `count` says how much there is."""
 
     name: str
     state: str
@@ -53,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep's job: `state` is queued, running, done or failed; why it failed; seconds of its last attempt."""
+    """A sweep's job: `state` is queued, running, done or failed; `seconds` of its last attempt; why it failed."""
 
     name: str
     state: str
@@ -63,18 +51,9 @@ class Job:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is.
+    """How far a run is: its parts in the order of the pipeline, `collect` and `score` for each store; a sweep's jobs.
 
-    Attributes
-    ----------
-    name
-        Of the run.
-    parts
-        In the order of the pipeline; `collect` and `score` of each store.
-    jobs
-        Of a sweep.
-    changed
-        When a file of it last changed (seconds since the epoch), or None.
+    `changed` is when a file of the run last changed, in seconds since the epoch.
     """
 
     name: str
@@ -87,13 +66,13 @@ class RunStatus:
         return all(part.state == FINISHED for part in self.parts) and all(job.state == "done" for job in self.jobs)
 
     def seems_running(self, now: float) -> bool:
-        """Whether something is half done and a file has just changed: all that files can tell."""
+        """Whether something is half done and a file has just changed; files cannot say more."""
         half = any(part.state == HALF_DONE for part in self.parts) or any(job.state == "running" for job in self.jobs)
         return half and self.changed is not None and now - self.changed < FRESH_SECONDS
 
 
 def find_runs(path: str) -> list[RunDirectory]:
-    """The run at `path`, or those in the directories below it, two deep; StoreError if there is none."""
+    """The run at `path`, or the runs up to two directories below it; StoreError if there is none."""
     place = Path(path)
     if not place.is_dir() or is_run_directory(place):
         return [open_run(path)]
@@ -104,7 +83,7 @@ def find_runs(path: str) -> list[RunDirectory]:
 
 
 def run_status(run: RunDirectory) -> RunStatus:
-    """How far a run is; what is damaged is the state of a part, never an error."""
+    """How far a run is; damage is the state of a part, never an error."""
     stores = [part for store in run.stores for part in _store_parts(store)]
     parts = [*(stores or [Part("collect", NOTHING), Part("score", NOTHING)]), _interventions(run), _results(run)]
     changed = max(_changes(run), default=None)
@@ -112,7 +91,7 @@ def run_status(run: RunDirectory) -> RunStatus:
 
 
 def _jobs(run: RunDirectory) -> Iterator[Job]:
-    """The jobs of a sweep's present grid, by their state files; what is none, or is being written, is left out."""
+    """The jobs of a sweep's present grid; skips files that are no state file, or that are just being written."""
     try:
         present = set(json.loads((run.path / JOBS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -177,16 +156,12 @@ def _results(run: RunDirectory) -> Part:
         try:
             one = read_evaluation(run.name, path)
             whole.append(one.name)
-            taken.add(_continuations_of(one))
+            taken.add(str(one.toxicity.get("continuations")))
         except AuraError:
             broken.append(path.name)
     begun = [p for p in _files(run.path / RESULTS) if p.suffix == ".jsonl" and p.name not in taken]
     half = [f"{p.name} ({_count_lines(p):,} lines)" for p in begun]
     return _listed("evaluate", whole, half, broken)
-
-
-def _continuations_of(one: Evaluation) -> str:
-    return str(one.toxicity.get("continuations"))
 
 
 def _count_lines(path: Path) -> int:
@@ -207,7 +182,7 @@ def _listed(name: str, whole: list[str], half: list[str], broken: list[str]) -> 
 
 
 def _changes(run: RunDirectory) -> Iterator[float]:
-    """When directories and files changed in which stages write; of a store those alone that tell of progress."""
+    """When the files changed that stages write; of a store, only the few that change with its progress."""
     places = [*_files(run.path / RESULTS), *run.intervention_paths]
     places += [run.path / part for part in (RESULTS, INTERVENTIONS, JOBS)]
     for path in run.stores:
@@ -216,7 +191,7 @@ def _changes(run: RunDirectory) -> Iterator[float]:
     for place in places:
         try:
             yield place.stat().st_mtime
-        except OSError:  # not there, or gone meanwhile
+        except OSError:  # missing, or just removed
             continue
 
 

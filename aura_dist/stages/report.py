@@ -7,10 +7,9 @@ from pathlib import Path
 
 from aura_dist.config.verbs import ReportConfig
 from aura_dist.errors import ConfigError, StoreError
-from aura_dist.report.content import Content, Shown, make_content
-from aura_dist.report.distributions import Bar
-from aura_dist.report.page import check_extra, render
+from aura_dist.report.page import Content, Shown, check_extra, make_content, render
 from aura_dist.report.rundir import INTERVENTIONS, JOBS, RunDirectory, named_apart, open_run
+from aura_dist.report.scores import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ def run(config: ReportConfig) -> None:
         raise ConfigError(f"--out: expected a file, got the directory {config.out!r}")
     check_extra()
     runs: list[RunDirectory] = named_apart([open_run(path) for path in config.run_dirs])
-    _check_spares(out, runs)
+    _check_place(out, runs)
     shown = Shown(Bar(config.expert_auroc, config.expert_q), config.num_neurons, config.num_prompts)
     content = make_content(runs, shown)
     page = render(content, datetime.now(UTC))
@@ -36,8 +35,8 @@ def run(config: ReportConfig) -> None:
     logger.info("wrote %s: %.1f MB; %d pictures in %s/", out, len(page.encode()) / 1e6, pictures, _folder(out))
 
 
-def _check_spares(out: Path, runs: Sequence[RunDirectory]) -> None:
-    """ConfigError where the page would take another file's place, or stand where parts of a run do."""
+def _check_place(out: Path, runs: Sequence[RunDirectory]) -> None:
+    """ConfigError if the page would replace another file, or be within a part of a run."""
     if out.is_file() and out.stat().st_size and not _is_page(out):
         raise ConfigError(f"--out: expected a new file, or a page to replace, got another file: {str(out)!r}")
     parts = [run.path / name for run in runs for name in (INTERVENTIONS, JOBS)]
@@ -57,7 +56,7 @@ def _folder(out: Path) -> Path:
 
 
 def _write(out: Path, page: str, content: Content) -> None:
-    """The pictures, then the page: aside, then renamed, so that it is whole at any time."""
+    """The pictures, then the page, which is written aside and renamed, so that a reader never sees half of it."""
     folder = _folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in content.pictures:

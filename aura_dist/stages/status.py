@@ -13,7 +13,7 @@ STAGES = ("collect", "score", "fit", "evaluate")
 
 
 def run(config: StatusConfig) -> None:
-    """Print what is done, half done, damaged and left."""
+    """Print what is done, half done, damaged and missing."""
     found = [run_status(one) for one in named_apart(find_runs(config.run_dir))]
     print(_one(found[0]) if len(found) == 1 else _many(found))
 
@@ -30,7 +30,7 @@ def _one(status: RunStatus) -> str:
 
 
 def _many(found: Sequence[RunStatus]) -> str:
-    """A line a run, and below what is damaged or failed."""
+    """A line a run; below, a line for each damaged part and failed job."""
     rows = [(s.name, *(_cell([p for p in s.parts if p.name == stage]) for stage in STAGES), _ago(s)) for s in found]
     faults = [f"{s.name}: {p.name} damaged: {p.detail}" for s in found for p in s.parts if p.state == DAMAGED]
     faults += [f"{s.name}: {j.name} failed: {j.reason}" for s in found for j in s.jobs if j.state == "failed"]
@@ -39,7 +39,7 @@ def _many(found: Sequence[RunStatus]) -> str:
 
 
 def _cell(parts: Sequence[Part]) -> str:
-    """One stage of one run; several stores are counted by their state."""
+    """One stage of one run; for several stores, how many have which state."""
     if len(parts) == 1:
         return f"{parts[0].state} {parts[0].count}".strip() if parts[0].state != NOTHING else "–"
     return ", ".join(f"{n} {state}" for state, n in Counter(part.state for part in parts).items())

@@ -205,7 +205,7 @@ def test_composition_is_of_one_model_and_stays_so():
     assert (b @ a).meta["model"]["fingerprint"] == "m"
     assert (Intervention(ones) @ a).meta["model"] == a.meta["model"]
     assert "model" not in (Intervention(ones) @ Intervention(ones)).meta
-    with pytest.raises(InputError, match="got those of 'm1' and 'other'"):
+    with pytest.raises(InputError, match="got interventions of 'm1' and 'other'"):
         other @ a
     with pytest.raises(InputError, match="one model"):
         other @ (b @ a)

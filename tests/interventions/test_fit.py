@@ -10,7 +10,9 @@ import zarr
 
 import aura_dist
 from aura_dist.cli import main
+from aura_dist.config.verbs import FitConfig
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.methods import METHODS, FromModel
 from aura_dist.scoring.scores import score_path
 from tests.models import tiny_causal
 
@@ -234,6 +236,72 @@ def test_intervention_of_another_model_is_refused_before_collecting(store, tiny_
     assert collect(tiny_dir("mistral"), sentences_csv, tmp_path / "s.zarr", *under) == 2
     assert "was made for" in capsys.readouterr().err
     assert not (tmp_path / "s.zarr").exists()
+
+
+@pytest.fixture
+def nudge(monkeypatch):
+    """A trained method for one test: its module and this row are all that it takes."""
+    row = FromModel(summary="one step", train="tests.interventions.trained:train", options={"step": 0.1, "top_k": None})
+    monkeypatch.setitem(METHODS, "nudge", row)
+    monkeypatch.setitem(FitConfig.__annotations__, "method", str)
+
+
+def test_trained_method_is_a_module_and_a_row(nudge, store, tiny_dir, sentences_csv, tmp_path):
+    from aura_dist.text.table import read_table
+    from aura_dist.text.tokens import load_tokenizer
+
+    assert fit(store, tmp_path / "out", "nudge", "--modules", "mlp", "--strength", 2) == 0
+    assert fit(store, tmp_path / "aura", "aura") == 0
+    made, aura = (Intervention.load(tmp_path / name) for name in ("out", "aura"))
+    assert (len(made.sites), made.num_changed) == (9, made.num_neurons)
+    assert {name: made.meta[name] for name in ("model", "data", "concept")} == {
+        name: aura.meta[name] for name in ("model", "data", "concept")
+    }
+    assert made.meta["parameters"] == {"top_k": None, "strength": 2.0, "step": 0.1, "modules": ["mlp"]}
+    samples = aura_dist.open_store(store)["samples"]
+    row = int(samples["row"].values[samples["label"].values[:, 0] == 1][0])
+    text = read_table(sentences_csv, ["text"]).columns["text"][row]
+    ids = load_tokenizer(str(tiny_dir("llama")))(text, return_tensors="pt")["input_ids"]
+    model = tiny_causal("llama")
+    with torch.no_grad():
+        before = model(input_ids=ids, labels=ids).loss
+        with aura_dist.intervene(model, made):
+            assert model(input_ids=ids, labels=ids).loss > before, "the text is less likely"
+
+
+def test_trained_method_refuses_what_it_does_not_read(nudge, store, tmp_path, capsys):
+    assert fit(store, tmp_path / "out", "nudge", "--max-q", 0.1) == 2
+    takers = "aura or damp or det0 or mean-act or linear-act"
+    assert f"--max-q: expected it with --method {takers} alone, got it with nudge; leave" in capsys.readouterr().err
+    assert (
+        main(["fit", "--store", str(store), "--concept", "x", "--method", "nudge", "--out", str(tmp_path / "o")]) == 2
+    )
+    assert "--concept: expected one of toxic, got 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "message"),
+    [
+        ("data", "token_ids", "expected the texts that the store was"),
+        ("model", "fingerprint", "expected the weights that"),
+    ],
+)
+def test_trained_method_refuses_a_changed_model_or_text(part, key, message, nudge, store, tmp_path, capsys):
+    copy = shutil.copytree(store, tmp_path / "store.zarr")
+    document = json.loads((copy / "zarr.json").read_text())
+    document["attributes"][part][key] = "0" * 64
+    (copy / "zarr.json").write_text(json.dumps(document))
+    assert fit(copy, tmp_path / "out", "nudge") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_trained_method_runs_the_model_under_the_earlier_intervention(nudge, sequential, tmp_path):
+    collected = sequential / "store.zarr"
+    assert fit(collected, tmp_path / "onto", "nudge", "--modules", LAST, "--onto", sequential / "first") == 0
+    assert fit(collected, tmp_path / "alone", "nudge", "--modules", LAST) == 0
+    onto, alone, first = (Intervention.load(p) for p in (tmp_path / "onto", tmp_path / "alone", sequential / "first"))
+    assert onto.sites == [FIRST, LAST]
+    assert not np.allclose(onto.shift[LAST], (alone @ first.at_strength(0.5)).shift[LAST], rtol=1e-3)
 
 
 @pytest.mark.realmodel

@@ -10,7 +10,7 @@ import pytest
 from aura_dist import open_store
 from aura_dist.cli import main
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.methods import METHODS, fit_maps, needed_statistics
+from aura_dist.interventions.methods import METHODS, fit_maps, needed_statistics, settle_options
 from aura_dist.scoring.columns import statistics_by_concept
 from tests.collecting.test_strategies import assert_same
 from tests.distributed.intervened import logits_and_greedy, random_map, run_plan
@@ -48,14 +48,15 @@ def maps(tiny_dir, plain_store, tmp_path_factory):
 
 def fitted(store: str, method: str) -> Intervention:
     """What `fit` makes of a store, without the scores in between: hundreds of small arrays a model."""
-    view, names = open_store(store), needed_statistics(method, top_k=None, max_q=None)
+    row, options = METHODS[method], settle_options(method, {})
+    view, names = open_store(store), needed_statistics(row, options)
     labels_CN = view["samples"]["label"].values.T
     statistics: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
     for site, responses in view["activations"].items():
-        made = statistics_by_concept(responses[METHODS[method].pooling].values, labels_CN, names)
+        made = statistics_by_concept(responses[options["pooling"]].values, labels_CN, names)
         for name in names:
             statistics[name][site] = made[name][0]
-    return Intervention(*fit_maps(method, statistics))
+    return Intervention(*fit_maps(row, statistics, options))
 
 
 @pytest.fixture(scope="module")

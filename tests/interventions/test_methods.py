@@ -6,19 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from aura_dist.errors import InputError
+from aura_dist.errors import ConfigError, InputError
 from aura_dist.interventions.methods import (
+    METHODS,
     aura_scale,
     compose,
     count_changed,
+    find_method,
     fit_maps,
     needed_statistics,
+    settle_options,
     top_units,
     with_strength,
 )
 from aura_dist.scoring.columns import auroc
 
 NAN = float("nan")
+
+
+def maps(method, statistics, **given):
+    """What `fit` makes of statistics with these options."""
+    return fit_maps(METHODS[method], statistics, settle_options(method, given))
 
 
 def test_aura_formula():
@@ -33,20 +41,20 @@ def test_aura_of_random_responses_is_scikit_learns(seed):
     labels = rng.random(300) < 0.3
     values = (rng.normal(size=(300, 40)) + 0.7 * labels[:, None] * rng.normal(size=40)).round(1).astype(np.float32)
     expected = [1 - 2 * (max(roc_auc_score(labels, column), 0.5) - 0.5) for column in values.T]
-    scale = fit_maps("aura", {"auroc": {"site": auroc(values, labels)}})[0]["site"]
+    scale = maps("aura", {"auroc": {"site": auroc(values, labels)}})[0]["site"]
     np.testing.assert_allclose(scale, expected, rtol=0, atol=1e-7)
     assert 0 < np.count_nonzero(scale < 1) < 40
 
 
 def test_det0_and_damp_change_the_experts_only():
     scores = {"a": np.array([0.9, 0.4]), "b": np.array([0.5, NAN, 0.6])}
-    det0, damp = (fit_maps(m, {"auroc": scores}, alpha=0.3)[0] for m in ("det0", "damp"))
+    det0, damp = maps("det0", {"auroc": scores})[0], maps("damp", {"auroc": scores}, alpha=0.3)[0]
     assert {s: v.tolist() for s, v in det0.items()} == {"a": [0, 1], "b": [1, 1, 0]}
     np.testing.assert_allclose(damp["a"], [0.3, 1], rtol=1e-7)
     np.testing.assert_allclose(damp["b"], [1, 1, 0.3], rtol=1e-7)
     assert {v.dtype for v in [*det0.values(), *damp.values()]} == {np.dtype(np.float32)}
-    assert damp["a"][0] == fit_maps("damp", {"auroc": scores}, top_k=1, alpha=0.3)[0]["a"][0]
-    assert fit_maps("damp", {"auroc": scores}, top_k=1, alpha=0.3)[0]["b"].tolist() == [1, 1, 1]
+    assert damp["a"][0] == maps("damp", {"auroc": scores}, top_k=1, alpha=0.3)[0]["a"][0]
+    assert maps("damp", {"auroc": scores}, top_k=1, alpha=0.3)[0]["b"].tolist() == [1, 1, 1]
 
 
 def test_ties_go_to_the_earlier_site_then_unit():
@@ -78,7 +86,7 @@ def test_more_than_there_are_is_an_error():
 
 
 def test_top_k_under_aura_leaves_units_below_a_half_alone():
-    assert fit_maps("aura", {"auroc": {"a": np.array([0.75, 0.25])}}, top_k=2)[0]["a"].tolist() == [0.5, 1]
+    assert maps("aura", {"auroc": {"a": np.array([0.75, 0.25])}}, top_k=2)[0]["a"].tolist() == [0.5, 1]
 
 
 def statistics(seed=0, sites=("b", "a")):
@@ -90,7 +98,7 @@ def statistics(seed=0, sites=("b", "a")):
 
 def test_mean_act_moves_the_mean_of_one_class_to_the_others():
     found = statistics()
-    scales, shifts = fit_maps("mean-act", found)
+    scales, shifts = maps("mean-act", found)
     for site in ("b", "a"):
         assert (scales[site] == 1).all()
         moved = (found["mean_positive"][site] + shifts[site])[:-1]
@@ -101,7 +109,7 @@ def test_mean_act_moves_the_mean_of_one_class_to_the_others():
 
 def test_linear_act_is_the_stored_map():
     found = statistics()
-    scales, shifts = fit_maps("linear-act", found)
+    scales, shifts = maps("linear-act", found)
     for site in ("b", "a"):
         np.testing.assert_array_equal(scales[site][:-1], found["linear_act_scale"][site][:-1].astype(np.float32))
         np.testing.assert_array_equal(shifts[site][:-1], found["linear_act_shift"][site][:-1].astype(np.float32))
@@ -113,14 +121,14 @@ def test_a_map_that_is_not_finite_is_left_out():
     found["linear_act_scale"]["a"][0] = np.inf
     found["linear_act_shift"]["a"][1] = NAN
     found["linear_act_scale"]["a"][2] = 1e39  # more than float32 holds
-    scales, shifts = fit_maps("linear-act", found)
+    scales, shifts = maps("linear-act", found)
     assert scales["a"][:3].tolist() == [1, 1, 1]
     assert shifts["a"][:3].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("method", ["damp", "det0", "mean-act", "linear-act"])
 def test_top_k_is_exactly_k_under_every_method(method):
-    scales, shifts = fit_maps(method, statistics(), top_k=4, alpha=0.25)
+    scales, shifts = maps(method, statistics(), top_k=4)
     assert count_changed(scales, shifts) == 4
     auroc = np.concatenate([v[:-1] for v in statistics()["auroc"].values()])
     changed = np.concatenate([(scales[s] != 1) | (shifts.get(s, 0) != 0) for s in ("b", "a")])
@@ -133,24 +141,34 @@ def test_only_units_below_a_q_value(method):
     found = statistics()
     found["q_value"]["b"][0], found["q_value"]["b"][1] = 0.4, np.nextafter(0.4, 1)
     found["auroc"]["b"][:2] = 0.9
-    scales, shifts = fit_maps(method, found, max_q=0.4)
+    scales, shifts = maps(method, found, max_q=0.4)
     for site in ("b", "a"):
         changed = (scales[site] != 1) | (shifts.get(site, np.zeros(1)) != 0)
         assert not changed[~(found["q_value"][site] <= 0.4)].any()
     assert scales["b"][0] != 1 or shifts["b"][0] != 0, "the level itself counts"
     few = sum(int((v <= 0.4).sum()) for v in found["q_value"].values())
     with pytest.raises(InputError, match=f"at most {few}, the number"):
-        fit_maps(method, found, max_q=0.4, top_k=few + 1)
+        maps(method, found, max_q=0.4, top_k=few + 1)
 
 
 def test_statistics_that_a_fit_needs():
-    assert needed_statistics("aura", top_k=3, max_q=None) == ("auroc",)
-    assert needed_statistics("mean-act", top_k=None, max_q=None) == ("mean_positive", "mean_negative")
-    assert needed_statistics("linear-act", top_k=3, max_q=0.1) == (
+    assert needed_statistics(METHODS["aura"], {"top_k": 3, "max_q": None}) == ("auroc",)
+    assert needed_statistics(METHODS["mean-act"], {"top_k": None}) == ("mean_positive", "mean_negative")
+    assert needed_statistics(METHODS["linear-act"], {"top_k": 3, "max_q": 0.1}) == (
         "linear_act_scale", "linear_act_shift", "auroc", "q_value",
     )  # fmt: skip
     with pytest.raises(InputError, match="expected one of aura, damp, det0, mean-act, linear-act, got 'magic'"):
-        needed_statistics("magic", top_k=None, max_q=None)
+        find_method("magic")
+
+
+def test_options_are_settled_and_those_of_other_methods_refused():
+    assert settle_options("damp", {}) == {"pooling": "max", "top_k": None, "alpha": 0.5, "max_q": None}
+    assert settle_options("mean-act", {"pooling": None, "top_k": 3, "alpha": None}) == {
+        "pooling": "mean", "top_k": 3, "max_q": None,
+    }  # fmt: skip
+    message = "--alpha: expected it with --method damp alone, got it with aura; leave it out"
+    with pytest.raises(ConfigError, match=message):
+        settle_options("aura", {"alpha": 0.5})
 
 
 def test_strength_interpolates_and_extrapolates():

@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aura_dist.report.compared import comparisons, short_name
+from aura_dist.report.comparison import comparisons, headline, reduction, short_name
 from aura_dist.report.continuations import choose, side_by_side
-from aura_dist.report.distributions import (
+from aura_dist.report.evaluations import (
+    Estimate,
+    estimate,
+    labels_of,
+    modules_in_short,
+    plain_first,
+    read_evaluation,
+)
+from aura_dist.report.figures import caption, lines
+from aura_dist.report.pictures import FAINT, INK, SERIES, Picture, inline, tidy
+from aura_dist.report.scores import (
     EDGES,
     Bar,
     BestNeurons,
@@ -19,12 +29,7 @@ from aura_dist.report.distributions import (
     module_of,
     summarise,
 )
-from aura_dist.report.evaluations import Estimate, estimate, plain_first, read_evaluation
-from aura_dist.report.headline import headline
-from aura_dist.report.naming import labels_of, modules_in_short
-from aura_dist.report.svg import FAINT, INK, SERIES, Picture, inline, tidy
-from aura_dist.report.tables import reduction, results_table, split_table, zero_shot_table
-from aura_dist.report.tradeoff import caption, lines
+from aura_dist.report.tables import results_table, split_table, zero_shot_table
 from aura_dist.sites.site import Site
 from tests.results import write_results
 
@@ -311,7 +316,7 @@ def test_units_of_a_low_q_value_are_no_part_of_the_line_of_all(front, swept):
 
 def test_caption_tells_of_the_lines_that_are_drawn(front):
     (compared,) = comparisons(front, labels_of(front))
-    assert "the number at a sign is the strength" in caption(compared)
+    assert "the number at a marker is the strength" in caption(compared)
     assert "Grey lines mark the model without intervention." in caption(compared)
     assert "hollow" not in caption(compared)
 

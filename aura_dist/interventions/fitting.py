@@ -1,0 +1,161 @@
+"""From a store to an intervention on one concept, by any method. Imports torch for a trained method alone."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from aura_dist import __version__
+from aura_dist.errors import InputError
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.methods import (
+    FromModel,
+    Options,
+    Scores,
+    find_method,
+    fit_maps,
+    needed_statistics,
+    settle_options,
+)
+from aura_dist.sites.site import Site, matching
+from aura_dist.store.schema import StoreSpec
+
+logger = logging.getLogger(__name__)
+
+# `read(concept, pooling, statistic)`: site → [D] of all sites, in model order
+ReadScores = Callable[[str, str, str], Mapping[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What to fit: a method of `METHODS`, for a concept of the store.
+
+    Attributes
+    ----------
+    modules
+        Kinds and patterns of the store's sites to act on; empty for all.
+    strength
+        s of `methods.with_strength`.
+    options
+        Options of the method; one that is missing or None takes the method's default.
+    """
+
+    method: str
+    concept: str
+    modules: Sequence[str] = ()
+    strength: float = 1.0
+    options: Options = field(default_factory=dict)
+
+
+def fit_intervention(
+    group: zarr.Group, spec: StoreSpec, fit: Fit, read: ReadScores, earlier: Intervention | None = None
+) -> Intervention:
+    """The fitted intervention alone; `result @ earlier` is the one that acts after an earlier intervention.
+
+    Parameters
+    ----------
+    read
+        Reads the store's scores.
+    earlier
+        A trained method runs the model under this intervention, which the store was collected under.
+
+    Raises
+    ------
+    ConfigError
+        An option is given that the method does not read.
+    InputError
+        The store has no such concept, pooling or modules; `top_k` exceeds the units to choose from.
+    StoreError
+        The store has not been scored.
+    """
+    method, options = find_method(fit.method), settle_options(fit.method, fit.options)
+    sites = _chosen_sites(spec.sites, fit.modules)
+    if isinstance(method, FromModel):
+        from aura_dist.interventions.training import train_maps
+
+        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier)
+    else:
+        statistics: dict[str, Scores] = {}
+        for name in needed_statistics(method, options):
+            values = read(fit.concept, options["pooling"], name)
+            statistics[name] = {site.name: values[site.name] for site in sites}
+        maps = fit_maps(method, statistics, options)
+        evidence = [values for scores in statistics.values() for values in scores.values()]
+    meta = {
+        "method": fit.method,
+        "parameters": _parameters(fit, options),
+        "concept": fit.concept,
+        "model": dict(spec.model),
+        "data": dict(spec.data),
+        "store_digest": _digest(spec, evidence),
+        "aura_dist": __version__,
+    }
+    at_strength = Intervention(*maps).at_strength(fit.strength)
+    return Intervention(at_strength.scale, at_strength.shift, meta)
+
+
+def _chosen_sites(sites: Sequence[Site], modules: Sequence[str]) -> list[Site]:
+    """The sites that `modules` choose, in model order; InputError if one of these matches none."""
+    chosen: set[str] = set()
+    for wanted in modules:
+        names = matching(sites, wanted)
+        if not names:
+            raise InputError(
+                f"--modules {wanted!r} matches none of the {len(sites)} modules of the store ({sites[0].name}, …); "
+                "collect them, or name others"
+            )
+        chosen |= names
+    return [s for s in sites if s.name in chosen or not modules]
+
+
+def _parameters(fit: Fit, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the artifact says of the fit; `pooling` and `top_k` are written as null too, as they always were."""
+    written = {name: options[name] for name in ("pooling", "top_k") if name in options}
+    written["strength"] = fit.strength
+    written |= {name: value for name, value in options.items() if name not in written and value is not None}
+    return {**written, **({"modules": list(fit.modules)} if fit.modules else {})}
+
+
+def _digest(spec: StoreSpec, evidence: Iterable[NDArray[Any]]) -> str:
+    """sha256 of what fixes a store's numbers, and of the values that the maps were made of."""
+    digest = hashlib.sha256(json.dumps(spec.to_attributes(), sort_keys=True).encode())
+    for values in evidence:
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def earlier_intervention(store: str, spec: StoreSpec, onto: str | None) -> Intervention | None:
+    """The intervention at `onto`, at the strength under which the store was collected; None without `onto`.
+
+    Raises
+    ------
+    InputError
+        The store was collected under another intervention: the fitted map would act on other responses than it was
+        fitted to.
+    StoreError
+        There is no intervention at `onto`.
+    """
+    under = spec.intervention
+    if onto is None:
+        if under is not None:
+            logger.warning(
+                "%s was collected under an intervention (%s), and this fit acts on top of it: name it with --onto",
+                store, under.get("method"),
+            )  # fmt: skip
+        return None
+    earlier = Intervention.load(onto)
+    if under is None:
+        logger.warning("%s was collected without an intervention, not under --onto %s", store, onto)
+        return earlier
+    if earlier.digest != under["digest"]:
+        raise InputError(
+            f"--onto {onto!r}: expected the intervention that {store!r} was collected under "
+            f"(digest {under['digest'][:12]}), got another ({earlier.digest[:12]}); collect with --intervention {onto}"
+        )
+    return earlier.at_strength(under["strength"])

@@ -1,0 +1,109 @@
+"""Run a trained method on the model and the texts that a store was collected from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aura_dist.errors import InputError, ModelError
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.methods import FromModel, Scales, Shifts
+from aura_dist.interventions.use import load_for_use
+from aura_dist.models.load import ModelSource, pick_device
+from aura_dist.ranks.launch import start_team
+from aura_dist.sites.site import Site
+from aura_dist.store.access import read_array
+from aura_dist.store.schema import StoreSpec
+from aura_dist.text.table import read_table
+from aura_dist.text.tokens import TokenizedTexts, tokenize
+
+
+@dataclass(frozen=True)
+class Training:
+    """Input of a trained method.
+
+    Attributes
+    ----------
+    model
+        The causal language model on its device, in eval mode, its weights without gradients; the intervention of
+        `fit --onto` is applied to it.
+    sites
+        Where to act, in model order: each map has `site.width` values.
+    tokens, is_positive
+        N texts, cut as in the store, and bool [N]: whether the text carries the concept.
+    options
+        The method's options → values.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sites: Sequence[Site]
+    tokens: TokenizedTexts
+    is_positive: NDArray[np.bool_]
+    options: Mapping[str, Any]
+
+
+def train_maps(
+    group: zarr.Group,
+    spec: StoreSpec,
+    concept: str,
+    sites: Sequence[Site],
+    method: FromModel,
+    options: Mapping[str, Any],
+    earlier: Intervention | None,
+) -> tuple[tuple[Scales, Shifts], list[NDArray[Any]]]:
+    """The trained (scales, shifts), and the arrays of the store that they depend on.
+
+    Raises
+    ------
+    InputError
+        The store has no such concept, or its texts cannot be read or have changed.
+    ModelError
+        The store's model cannot be loaded, or has changed.
+    """
+    if concept not in spec.concepts:
+        raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
+    rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, spec.concepts.index(concept)]
+    module, _, function = method.train.partition(":")
+    train = getattr(import_module(module), function)
+    source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype)
+    with start_team("replicate", pick_device("auto")) as team:
+        loaded = replace(load_for_use(source, team.world, None), intervention=earlier)
+        if loaded.fingerprint != spec.model["fingerprint"]:
+            raise ModelError(
+                f"{source.name!r}: expected the weights that the store was collected from (fingerprint "
+                f"{spec.model['fingerprint'][:12]}), got others ({loaded.fingerprint[:12]}); restore them, or collect "
+                "again"
+            )
+        tokens = _tokens(group, spec, rows, loaded.tokenizer)
+        labelled = np.flatnonzero(labels >= 0)
+        with loaded.intervened(1.0), torch.enable_grad():
+            scales, shifts = train(
+                Training(loaded.model, loaded.tokenizer, sites, tokens.take(labelled), labels[labelled] == 1, options)
+            )
+    return (scales, shifts), [rows, labels]
+
+
+def _tokens(
+    group: zarr.Group, spec: StoreSpec, rows: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
+) -> TokenizedTexts:
+    """The store's texts in its order; InputError unless their tokens are those that were collected."""
+    source, column = str(spec.data["path"]), str(spec.data["text_column"])
+    collected_with: Any = group.attrs.get("config", {})
+    table = read_table(source, [column], split=str(collected_with.get("split", "train")))
+    texts = [str(table.columns[column][row]) for row in rows if row < len(table)]
+    tokens = tokenize(
+        texts, tokenizer, max_tokens=spec.max_tokens, skip_special=spec.skip_special_tokens, source=source
+    )
+    if tokens.digest() != spec.data["token_ids"]:
+        raise InputError(
+            f"data {source!r}: expected the texts that the store was collected from, got others; restore the file, or "
+            "collect again"
+        )
+    return tokens

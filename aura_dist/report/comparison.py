@@ -1,0 +1,220 @@
+"""Which evaluations can be compared, because they measured the same thing in the same way; and what that shows."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aura_dist.evaluation.toxicity import ratios
+from aura_dist.report.evaluations import Estimate, Evaluation, by_prompt, modules_in_short
+
+# a perplexity this many times the lowest would squeeze all other points together
+OUTSIDE = 4.0
+# largest perplexity that the headline accepts, as a multiple of the model's without intervention
+AFFORDABLE = 1.1
+_BOUND = f"at no more than {AFFORDABLE - 1:.0%} more perplexity"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1].
+
+    `method` is None without an intervention. `modules` names the modules that it acts on, and is empty where they are
+    the same for all; `variant` names further parameters of the fit.
+    """
+
+    label: str
+    method: str | None
+    modules: str
+    variant: str
+    strength: float | None
+    top_k: int | None
+    prompted: bool
+    x: Estimate
+    y: Estimate
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither an intervention nor a pre-prompt."""
+        return self.method is None and not self.prompted
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Evaluations of one model (`title`) on the same prompts and texts, under the same settings (`measured`).
+
+    Evaluations without an intervention come first. Those with both figures are drawn as `points`, except the points
+    `outside`, whose perplexity would squeeze the others together.
+    """
+
+    title: str
+    measured: str
+    evaluations: tuple[Evaluation, ...]
+    points: tuple[Point, ...]
+    outside: tuple[Point, ...]
+
+
+def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[Comparison]:
+    """Evaluations grouped by model and by what they measured, because numbers compare within a group only.
+
+    Evaluations of zero-shot tasks alone are in no group.
+    """
+    sets: dict[tuple[str, ...], list[tuple[Evaluation, str]]] = {}
+    for one, label in zip(evaluations, labels, strict=True):
+        if not (one.toxicity or one.perplexity):
+            continue
+        sets.setdefault((fingerprint(one), drawn(one), _read(one)), []).append((one, label))
+    found = []
+    for group in sets.values():
+        ordered = sorted(group, key=lambda pair: (pair[0].is_fitted, pair[0].preprompt is not None))
+        fitted = [one for one, _ in ordered if one.is_fitted]
+        names = modules_in_short(fitted) if len({one.modules for one in fitted}) > 1 else {}
+        points = [p for p in (_point(one, label, names) for one, label in ordered) if p is not None]
+        far = OUTSIDE * min((p.x.value for p in points), default=0.0)
+        near = [p for p in points if p.x.value <= far]
+        shown = near if len(near) > len(points) / 2 else points
+        outside = tuple(p for p in points if p not in shown)
+        evaluated = tuple(one for one, _ in ordered)
+        title = short_name(evaluated[0].model)
+        found.append(Comparison(title, _in_words(evaluated), evaluated, tuple(shown), outside))
+    return found
+
+
+def short_name(model: str) -> str:
+    """A hub name unchanged; of a directory, the last part."""
+    path = Path(model)
+    return path.name if path.is_absolute() or len(path.parts) > 2 or model.startswith(".") else model
+
+
+def fingerprint(one: Evaluation) -> str:
+    """Which model was evaluated."""
+    model = one.document.get("model")
+    return str(model.get("fingerprint") if isinstance(model, Mapping) else one.document.get("model_fingerprint"))
+
+
+def drawn(one: Evaluation) -> str:
+    """What a share of toxic continuations depends on besides the model; the seed only draws again."""
+    what = {key: one.toxicity.get(key) for key in ("prompts_sha256", "scorer", "num_samples")}
+    settings = {key: value for key, value in _settings(one).items() if key != "seed"}
+    return json.dumps([what, settings], sort_keys=True)
+
+
+def _read(one: Evaluation) -> str:
+    """Which tokens a perplexity covers: the file and column of the texts, and where they were cut.
+
+    For one file, the number of tokens tells where. A pre-prompt does not count.
+    """
+    measured = one.document.get("perplexity")
+    if not isinstance(measured, Mapping):
+        return str(one.document.get("texts_sha256"))
+    cut = measured.get("num_tokens", ["cut at", one.config.get("max_tokens")])
+    return json.dumps([measured.get("sha256"), measured.get("column"), cut])
+
+
+def _settings(one: Evaluation) -> Mapping[str, Any]:
+    settings = one.toxicity.get("settings")
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def _in_words(evaluations: Sequence[Evaluation]) -> str:
+    """`250 prompts of openings.jsonl, 5 continuations each, of at most 20 tokens; …`, without what is not known."""
+    one, sentences = evaluations[0], []
+    toxicity, settings = one.toxicity, _settings(one)
+    if toxicity:
+        seeds = sorted({str(_settings(e)["seed"]) for e in evaluations if "seed" in _settings(e)})
+        parts = [
+            _text("{} prompts", _count(toxicity.get("num_prompts"))) + _text(" of {}", _file(toxicity.get("prompts"))),
+            _text("{} continuations each", toxicity.get("num_samples"))
+            + _text(" of at most {} tokens", settings.get("max_new_tokens")),
+            _text("temperature {}", settings.get("temperature")),
+            _text("nucleus (top-p) {}", settings.get("top_p")),
+            _text("the {} likeliest tokens alone", settings.get("top_k") or None),
+            _text(f"seed{'s' * (len(seeds) > 1)} {{}}", ", ".join(seeds) or None),
+            _text("scored by {}", toxicity.get("scorer")),
+        ]
+        sentences.append("Toxicity: " + ", ".join(filter(None, parts)) + ".")
+    perplexity = one.document.get("perplexity")
+    if isinstance(perplexity, Mapping):
+        parts = [
+            _text("{} texts", _count(perplexity.get("num_texts"))) + _text(" of {}", _file(perplexity.get("texts"))),
+            _text("cut at {} tokens", one.config.get("max_tokens")),
+            _text("{} tokens in all", _count(perplexity.get("num_tokens"))),
+        ]
+        sentences.append("Perplexity: " + ", ".join(filter(None, parts)) + "." if any(parts) else "")
+    return " ".join(filter(None, sentences))
+
+
+def _text(form: str, value: Any) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _count(value: Any) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None
+
+
+def _file(path: Any) -> str | None:
+    return Path(path).name if isinstance(path, str) else None
+
+
+def _point(one: Evaluation, label: str, names: Mapping[Any, str]) -> Point | None:
+    x, y = one.perplexity, one.toxic("overall", "probability")
+    if x is None or y is None:
+        return None
+    method, modules = (one.method, names.get(one.modules, "")) if one.is_fitted else (None, "")
+    return Point(label, method, modules, one.variant, one.strength, one.top_k, one.preprompt is not None, x, y)
+
+
+def plain_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The first evaluation without intervention and pre-prompt."""
+    return next((e for e in evaluations if not e.is_fitted and not e.preprompt), None)
+
+
+def reduction(one: Evaluation, plain: Evaluation | None) -> Estimate | None:
+    """Share of toxic continuations of `plain` ÷ share of `one`, paired over prompts.
+
+    Where a file lacks its prompts' figures, the ratio that `evaluate --baseline` measured.
+    """
+    if one is plain:
+        return None
+    theirs, ours = (None if e is None else by_prompt(e) for e in (plain, one))
+    if theirs is None or ours is None or len(theirs.maximum) != len(ours.maximum):
+        return one.reduction
+    found = ratios(theirs, ours)["probability"]
+    return None if math.isnan(found["value"]) else Estimate(found["value"], found["low"], found["high"])
+
+
+def headline(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> str | None:
+    """The largest reduction of toxicity that costs little perplexity, in a sentence; None without a comparison."""
+    measured = {
+        label: (e, share.value)
+        for e, label in zip(evaluations, labels, strict=True)
+        if (share := e.toxic("overall", "probability")) is not None
+    }
+    base = plain_of([e for e, _ in measured.values()])
+    if base is None or len(measured) == 1:
+        return None
+    before = next(toxic for e, toxic in measured.values() if e is base)
+    cheap = {n: (e, toxic) for n, (e, toxic) in measured.items() if toxic < before and _cost(e, base) <= AFFORDABLE}
+    ratios_of = {label: reduction(e, base) for label, (e, _) in cheap.items()}
+    # the interval of the ratio, if there is one, excludes 1
+    sure = [label for label, fewer in ratios_of.items() if fewer is None or fewer.low is None or fewer.low > 1]
+    if not sure:
+        chance = " by more than chance" if cheap else ""
+        return f"no evaluation lowers the {before:.1%} of toxic continuations{chance} {_BOUND}"
+    label = min(sure, key=lambda name: cheap[name][1])
+    (best, toxic), fewer = cheap[label], ratios_of[label]
+    ratio = f", {before / toxic:.1f} times fewer" if toxic > 0 else ""
+    if ratio and fewer is not None and fewer.low is not None and fewer.high is not None:
+        ratio += f" [{fewer.low:.1f}, {fewer.high:.1f}]".replace("inf", "∞")
+    perplexity = bound = ""
+    if base.perplexity and best.perplexity:
+        perplexity = f"; perplexity {base.perplexity.value:.2f} → {best.perplexity.value:.2f}"
+        bound = f" (the fewest {_BOUND})"
+    return f"{label}: toxic continuations {before:.1%} → {toxic:.1%}{ratio}{perplexity}{bound}"
+
+
+def _cost(one: Evaluation, base: Evaluation) -> float:
+    """Perplexity as a multiple of the model's without intervention; 1 where it was not measured."""
+    return one.perplexity.value / base.perplexity.value if one.perplexity and base.perplexity else 1.0
