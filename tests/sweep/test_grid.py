@@ -8,9 +8,9 @@ import pytest
 from aura_dist.config.file import read_config_file
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import ConfigError
-from aura_dist.stages.sweep import resolved_settings
-from aura_dist.sweep.graph import make_graph
-from aura_dist.sweep.grid import STAGES, make_cells
+from aura_dist.sweep.driver import read_grid
+from aura_dist.sweep.grid import make_cells
+from aura_dist.sweep.stage_specs import STAGES
 from aura_dist.sweep.table import cell_row, figures
 
 KNOWN = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
@@ -23,9 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def graph_of(grid, **more):
-    document = {**BASE, **more, "grid": grid}
-    cells = make_cells(document, KNOWN)
-    return cells, make_graph(cells, [resolved_settings(cell) for cell in cells])
+    return read_grid({**BASE, **more, "grid": grid})
 
 
 def count(graph):
@@ -36,9 +34,9 @@ def test_what_cells_have_in_common_is_one_job():
     cells, graph = graph_of({"seed": [0, 1, 2], "method": ["aura", "det0"], "strength": [0.25, 0.5, 1.0]})
     assert len(cells) == 18
     assert count(graph) == {"collect": 3, "score": 3, "fit": 6, "evaluate": 18}
-    assert len(set(graph.last)) == 18
-    for last in graph.last:
-        assert [job.stage for job in graph.ancestry(last)] == list(STAGES)
+    assert len(graph.ends) == 18
+    for chain in graph.chains:
+        assert [job.stage for job in chain] == list(STAGES)
 
 
 def test_every_job_comes_after_those_it_needs():
@@ -64,23 +62,24 @@ def test_plain_model_of_a_cell_is_evaluated_by_the_same_settings():
     cells, graph = graph_of({"method": ["none", "aura"], "strength": [0.5, 1.0], "seed": [0, 1], "evaluate": prompts})
     measured = ("seed", "evaluate.toxicity_prompts", "evaluate.preprompt", "evaluate.num_samples")
     plain = {
-        tuple(cell.values[name] for name in measured): last
-        for cell, last in zip(cells, graph.last, strict=True)
+        tuple(cell.values[name] for name in measured): chain[-1].id
+        for cell, chain in zip(cells, graph.chains, strict=True)
         if cell.values["method"] == "none"
     }
     assert len(plain) == 16
-    for cell, last in zip(cells, graph.last, strict=True):
+    for cell, chain in zip(cells, graph.chains, strict=True):
         mine = plain[tuple(cell.values[name] for name in measured)]
-        assert graph.plain(last) == (None if last == mine else mine)
+        assert graph.plain(chain[-1].id) == (None if chain[-1].id == mine else mine)
     assert not any(graph.plain(job.id) for job in graph.jobs.values() if job.stage != "evaluate")
 
 
 def test_cell_without_a_plain_model_by_its_settings_has_none():
     parts = [{"method": ["none"], "dtype": ["float32"]}, {"method": ["aura"], "dtype": ["float32", "bfloat16"]}]
     _, graph = graph_of(parts, evaluate={**BASE["evaluate"], "strength": 0.5, "sharding": "fsdp"})
-    assert [graph.plain(last) for last in graph.last] == [None, graph.last[0], None]
+    last = [chain[-1].id for chain in graph.chains]
+    assert [graph.plain(job) for job in last] == [None, last[0], None]
     _, alone = graph_of({"method": ["aura"]})
-    assert alone.plain(alone.last[0]) is None
+    assert alone.plain(alone.chains[0][-1].id) is None
 
 
 def test_section_leaves_the_grid_to_the_other_stages():
@@ -119,7 +118,7 @@ def test_strength_is_laid_on_once():
     assert "strength" not in cells[0].settings["fit"]
     (fit,) = (job for job in graph.jobs.values() if job.stage == "fit")
     assert "strength" not in fit.settings
-    assert graph.jobs[graph.last[0]].settings["strength"] == 0.5
+    assert graph.chains[0][-1].settings["strength"] == 0.5
 
 
 def test_concept_is_the_first_that_was_collected():
@@ -128,9 +127,7 @@ def test_concept_is_the_first_that_was_collected():
 
 
 def test_without_evaluation_cells_end_with_the_fit():
-    document = {"model": "m", "collect": BASE["collect"], "grid": {"method": ["aura", "det0"]}}
-    cells = make_cells(document, KNOWN)
-    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    _, graph = read_grid({"model": "m", "collect": BASE["collect"], "grid": {"method": ["aura", "det0"]}})
     assert count(graph) == {"collect": 1, "score": 1, "fit": 2, "evaluate": 0}
 
 
@@ -194,7 +191,7 @@ def test_figures_are_flat_and_settings_are_left_out():
 
 def test_row_names_the_job_that_failed():
     cells, graph = graph_of({"method": ["aura"]})
-    chain = graph.ancestry(graph.last[0])
+    chain = graph.chains[0]
     states = {job.id: {"state": "done", "reason": "", "seconds": 1.0, "attempts": 1} for job in chain}
     assert cell_row(cells[0], chain, states)["state"] == "done"
     states[chain[-1].id]["state"] = "queued"
@@ -206,11 +203,9 @@ def test_row_names_the_job_that_failed():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweep-*.yaml")), ids=lambda p: p.stem)
 def test_sweep_files_are_whole(path):
-    document = read_config_file(str(path))
-    cells = make_cells(document, KNOWN)
-    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    _, graph = read_grid(read_config_file(str(path)))
     counts = count(graph)
-    assert counts["collect"] == counts["score"] < counts["fit"] <= counts["evaluate"] == len(set(graph.last))
+    assert counts["collect"] == counts["score"] < counts["fit"] <= counts["evaluate"] == len(graph.ends)
 
 
 def test_other_statistics_are_scored_and_no_fit_is_made_anew():
