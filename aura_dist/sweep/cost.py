@@ -30,8 +30,6 @@ _SECONDS_AN_HOUR = 3600
 _IRRELEVANT = frozenset({"store", "seed", "strength", "intervention", "out"})
 # Starting a planner takes seconds and planning a job about one, so each process plans at least four jobs.
 _JOBS_A_PROCESS = 4
-# a stage, and settings to plan with
-Question = tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -78,21 +76,15 @@ def dry_run(
 ) -> str:
     """Cells, jobs, and what the jobs that are left would take.
 
-    Parameters
-    ----------
-    left
-        Id of a job that is not done → its settings, with its paths.
-    plan
-        The file's settings of `plan`.
-    launch
-        How a stage's job would be started, as flags of `plan`.
+    `left` maps ids of jobs to their settings with paths, `plan` holds the file's settings of `plan`, and `launch` tells
+    how a stage's job would be started, as flags of `plan`.
     """
     planned = {name: value for name, value in plan.items() if name not in ("data", "store")}
     wanted = {}
     for job, settings in left.items():
         stage = graph.jobs[job].stage
-        if cost := STAGE_SPECS[stage].cost:
-            wanted[job] = stage, {**cost.question(settings, planned), **launch(stage)}
+        if question := STAGE_SPECS[stage].cost_question:
+            wanted[job] = stage, {**question(settings, planned), **launch(stage)}
     costs = plan_costs(wanted)
     text = render_plan(cells, graph, [graph.jobs[job] for job in left], {job: c.words for job, c in costs.items()})
     total = Cost.total(costs.values()).words if costs else "0 GPU-hours"
@@ -100,8 +92,8 @@ def dry_run(
     return f"{text}\n\n{total} in all, if ranks are busy all the time; {note}"
 
 
-def plan_costs(jobs: Mapping[str, Question]) -> dict[str, Cost]:
-    """What each job costs; equal questions are asked once."""
+def plan_costs(jobs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Cost]:
+    """What each job costs, by its stage and the settings to plan with; equal questions are asked once."""
     keys = {
         name: json.dumps([stage, {k: v for k, v in settings.items() if k not in _IRRELEVANT}], sort_keys=True)
         for name, (stage, settings) in jobs.items()
@@ -155,7 +147,6 @@ def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subproces
 
 def _cost(answer: Mapping[str, Any]) -> Cost:
     """The cost in an answer of `aura_dist.stages.plan_jobs`."""
-    hours = answer.get("seconds", 0.0) / _SECONDS_AN_HOUR
-    gpu_hours, cpu_hours = (hours, 0.0) if answer.get("gpu") else (0.0, hours)
+    hours = {"gpu_hours" if answer.get("gpu") else "cpu_hours": answer.get("seconds", 0.0) / _SECONDS_AN_HOUR}
     size, reason, left_out = answer.get("store_bytes", 0), answer.get("refused", ""), answer.get("left_out", "")
-    return Cost(gpu_hours, cpu_hours, size, reason=reason, left_out=left_out)
+    return Cost(**hours, store_bytes=size, reason=reason, left_out=left_out)

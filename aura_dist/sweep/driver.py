@@ -28,7 +28,7 @@ from aura_dist.sweep.graph import Graph, Job, ends, make_graph
 from aura_dist.sweep.grid import Cell, make_cells
 from aura_dist.sweep.jobs import JobCommand
 from aura_dist.sweep.launchers import LAUNCHERS, Launcher
-from aura_dist.sweep.stage_specs import STAGE_SPECS, STAGES, kept
+from aura_dist.sweep.stage_specs import STAGE_SPECS, kept
 from aura_dist.sweep.table import cell_row, figures
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def read_grid(document: Mapping[str, Any]) -> tuple[list[Cell], Graph]:
     """The cells and jobs of a grid file; ConfigError if it holds what no stage takes."""
-    cells = make_cells(document, {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES})
+    cells = make_cells(document, {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGE_SPECS})
     return cells, make_graph([resolved_settings(cell) for cell in cells])
 
 
@@ -62,7 +62,7 @@ class Sweep:
     def __init__(self, config: SweepConfig, cells: Sequence[Cell], graph: Graph) -> None:
         self._config, self._cells, self._graph = config, cells, graph
         self._out = Path(config.out)
-        ranks = LAUNCHERS[config.launcher].ranks(config)
+        ranks = config.ranks if LAUNCHERS[config.launcher].starts_ranks else 1
         self._commands = {
             job.id: JobCommand(
                 self._out, job.id, job.stage, job.needs, ranks if STAGE_SPECS[job.stage].ranked else 1,
@@ -219,14 +219,9 @@ class Sweep:
 
 
 def startable(left: Iterable[Job], running: Iterable[str], *, chains: bool) -> list[Job]:
-    """Jobs that can be started: those that they need are done, or, if the launcher `chains` jobs, started too.
+    """Jobs of `left` that can be started: those they need are done, or, if the launcher `chains` jobs, started too.
 
-    Parameters
-    ----------
-    left
-        Jobs that are not done, each after those that it needs.
-    running
-        Ids of those that are started already.
+    `left` holds the jobs that are not done, each after those that it needs, and `running` the ids of those started.
     """
     jobs, started = {job.id: job for job in left}, set(running)
     found = []

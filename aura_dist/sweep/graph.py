@@ -12,34 +12,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from aura_dist.sweep.stage_specs import EXECUTION, STAGE_SPECS, STAGES
+from aura_dist.sweep.stage_specs import EXECUTION, STAGE_SPECS
 
 DIGEST_LENGTH = 10
-_LABEL_LENGTH = 60
+LABEL_LENGTH = 60
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage.
-
-    Attributes
-    ----------
-    stage
-        One of `STAGES`.
-    name
-        Readable, and unique among the stage's jobs.
-    settings
-        Of the stage, without those in `paths`.
-    paths
-        Setting → path within the sweep's directory of what the stage reads or writes.
-    needs
-        Ids of the jobs that must be done before.
-    """
+    """One run of one stage. Its name is readable, and unique among the stage's jobs."""
 
     stage: str
     name: str
+    # of the stage, without `paths`
     settings: Mapping[str, Any]
+    # setting → path within the sweep's directory of what the stage reads or writes
     paths: Mapping[str, str]
+    # ids of the jobs that must be done before
     needs: tuple[str, ...] = ()
 
     @property
@@ -49,7 +38,7 @@ class Job:
     @property
     def product(self) -> str:
         """The path that exists once the job is done."""
-        return self.paths[STAGE_SPECS[self.stage].product]
+        return self.paths["out" if "out" in self.paths else "store"]
 
 
 def ends(chain: Sequence[Job]) -> list[Job]:
@@ -92,24 +81,20 @@ def _alone(job: Job) -> dict[str, Any]:
 
 
 def make_graph(resolved: Sequence[Mapping[str, Mapping[str, Any]]]) -> Graph:
-    """The jobs of all cells.
+    """The jobs of all cells, from each cell's settings: stage → those that differ from their defaults, without paths.
 
-    Parameters
-    ----------
-    resolved
-        Of each cell: stage → settings that differ from their defaults, without the sweep's paths. Equal settings have
-        equal forms.
+    Settings that mean the same must be equal.
     """
     jobs: dict[str, Job] = {}
     chains = []
     for settings in resolved:
         chain: dict[str, Job] = {}
-        for stage in STAGES:
+        for stage in STAGE_SPECS:
             if stage in settings:
                 job = _job(stage, settings[stage], chain)
                 chain[stage] = jobs.setdefault(job.id, job)
         chains.append(tuple(chain.values()))
-    order = sorted(jobs.values(), key=lambda job: STAGES.index(job.stage))
+    order = sorted(jobs.values(), key=lambda job: list(STAGE_SPECS).index(job.stage))
     return Graph({job.id: job for job in order}, chains)
 
 
@@ -117,12 +102,15 @@ def _job(stage: str, settings: Mapping[str, Any], chain: Mapping[str, Job]) -> J
     spec = STAGE_SPECS[stage]
     needed = [chain[name] for name in spec.needs if name in chain]
     computing = {name: value for name, value in settings.items() if name not in EXECUTION}
-    digest = _digest([stage, computing, [_origin(job, chain) for job in needed]])
+    origins = [_origin(job, chain) for job in needed]
+    content = json.dumps([stage, computing, origins], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:DIGEST_LENGTH]
     if spec.label is None:
         name = "-".join([needed[0].name, *([digest] if computing else [])])
     else:
         words = spec.label(settings, [job.name.rpartition("-")[0] for job in needed])
-        name = f"{_label(words)}-{digest}"
+        label = "-".join(re.sub(r"[^A-Za-z0-9.-]+", "_", word).strip("_.") for word in words)
+        name = f"{label[:LABEL_LENGTH]}-{digest}"
     paths = {}
     for setting, path in spec.paths.items():
         with suppress(KeyError):  # of a job that this cell does without
@@ -134,11 +122,3 @@ def _origin(job: Job, chain: Mapping[str, Job]) -> str:
     """What the digest of a later job says of this one; of a stage without labels, nothing of its settings."""
     spec = STAGE_SPECS[job.stage]
     return job.id if spec.label else f"{job.stage}-{chain[spec.needs[0]].name}"
-
-
-def _label(words: Sequence[str]) -> str:
-    return "-".join(re.sub(r"[^A-Za-z0-9.-]+", "_", word).strip("_.") for word in words)[:_LABEL_LENGTH]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGEST_LENGTH]

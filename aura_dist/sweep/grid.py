@@ -11,11 +11,7 @@ from itertools import product
 from typing import Any
 
 from aura_dist.errors import ConfigError
-from aura_dist.sweep.stage_specs import EXECUTION, PLAIN, STAGE_SPECS, STAGES
-
-_SET_BY_SWEEP = set().union(*(spec.set_by_sweep for spec in STAGE_SPECS.values()))
-# every file of a sweep has this one on top: the sweep's own directory
-_OUT = {"out"}
+from aura_dist.sweep.stage_specs import EXECUTION, PLAIN, STAGE_SPECS
 
 
 @dataclass(frozen=True)
@@ -27,20 +23,11 @@ class Cell:
 
 
 def make_cells(document: Mapping[str, Any], known: Mapping[str, set[str]]) -> list[Cell]:
-    """The distinct cells of a grid file, in the file's order.
+    """The distinct cells of a grid file, in the file's order; `known` maps each stage to the names of its settings.
 
-    Parameters
-    ----------
-    document
-        The file: settings, sections of stages, and `grid`. A grid maps names to lists of values, and names of stages
-        to grids of their own. A list of grids has the combinations of each.
-    known
-        Stage → names of its settings.
-
-    Raises
-    ------
-    ConfigError
-        The grid is malformed, or holds a name that no stage takes.
+    The file has settings, sections of stages, and `grid`. A grid maps names to lists of values, and stages to grids of
+    their own. A list of grids has the combinations of each. ConfigError if the grid is malformed, or has a name that no
+    stage takes.
     """
     _check_sections(document, known)
     cells: list[Cell] = []
@@ -64,10 +51,11 @@ def make_cells(document: Mapping[str, Any], known: Mapping[str, set[str]]) -> li
 
 
 def _check_sections(document: Mapping[str, Any], known: Mapping[str, set[str]]) -> None:
-    reserved = [("", name) for name in sorted(_SET_BY_SWEEP - _OUT) if name in document]
+    # `out` on top is the sweep's own directory
+    reserved = [("", name) for name in sorted(_set_by_sweep() - {"out"}) if name in document]
     for stage, spec in STAGE_SPECS.items():
         reserved += [(f"section {stage!r}: ", name) for name in spec.set_by_sweep & set(document.get(stage) or {})]
-    takers = [stage for stage in STAGES if "strength" in known[stage] and _is_shared("strength", stage)]
+    takers = [stage for stage in STAGE_SPECS if "strength" in known[stage] and _is_shared("strength", stage)]
     if "strength" in document and not any(_is_wanted(stage, document) for stage in takers):
         raise ConfigError(
             "expected 'strength' in the section 'fit' of a sweep that evaluates nothing, got it on top, where it counts"
@@ -75,6 +63,10 @@ def _check_sections(document: Mapping[str, Any], known: Mapping[str, set[str]]) 
         )
     for where, name in reserved:
         raise ConfigError(f"{where}expected no {name!r} in a grid file: the sweep sets it; leave it out")
+
+
+def _set_by_sweep() -> set[str]:
+    return set().union(*(spec.set_by_sweep for spec in STAGE_SPECS.values()))
 
 
 def _parts(grid: Any) -> list[Mapping[str, Any]]:
@@ -88,7 +80,7 @@ def _product(part: Mapping[str, Any], known: Mapping[str, set[str]]) -> Iterator
     """`{"method": [a, b], "evaluate": {"seed": [0]}}` → {"method": a, "evaluate.seed": 0}, …"""
     axes: dict[str, Sequence[Any]] = {}
     for name, values in part.items():
-        nested = values.items() if name in STAGES and isinstance(values, dict) else [("", values)]
+        nested = values.items() if name in STAGE_SPECS and isinstance(values, dict) else [("", values)]
         for own, listed in nested:
             axis = f"{name}.{own}" if own else str(name)
             if axis in axes:
@@ -103,8 +95,8 @@ def _check_axis(axis: str, values: Any, known: Mapping[str, set[str]]) -> None:
     stage, _, name = axis.rpartition(".")
     if name in EXECUTION or any(name in known[s] for s, spec in STAGE_SPECS.items() if spec.label is None):
         raise ConfigError(f"grid: expected settings that change a result, got {name!r}; set it outside the grid")
-    shared = set().union(*known.values()) - _SET_BY_SWEEP
-    allowed = known[stage] - STAGE_SPECS[stage].set_by_sweep if stage in STAGES else shared
+    shared = set().union(*known.values()) - _set_by_sweep()
+    allowed = known[stage] - STAGE_SPECS[stage].set_by_sweep if stage in STAGE_SPECS else shared
     if name not in allowed:
         raise ConfigError(f"grid: unknown name {axis!r}; known: {', '.join(sorted(allowed - EXECUTION))}")
     if not isinstance(values, list) or not values:
@@ -115,12 +107,12 @@ def _cell(
     combination: Mapping[str, Any], document: Mapping[str, Any], known: Mapping[str, set[str]]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The grid's values, None for those without an effect; and the settings of every stage that the cell needs."""
-    settings = {stage: _fixed(stage, document, known[stage]) for stage in STAGES}
-    chosen = {stage: _chosen(stage, combination, document, known[stage]) for stage in STAGES}
+    settings = {stage: _fixed(stage, document, known[stage]) for stage in STAGE_SPECS}
+    chosen = {stage: _chosen(stage, combination, document, known[stage]) for stage in STAGE_SPECS}
     for stage, axes in chosen.items():
         settings[stage] |= {_setting(axis): combination[axis] for axis in axes}
     skipped = [s for s, spec in STAGE_SPECS.items() if spec.skipped_by and settings[s].get(spec.skipped_by) == PLAIN]
-    needed = [s for s in STAGES if _is_wanted(s, document) and not (skipped and STAGE_SPECS[s].alone is None)]
+    needed = [s for s in STAGE_SPECS if _is_wanted(s, document) and not (skipped and STAGE_SPECS[s].alone is None)]
     if not needed:
         raise ConfigError(f"grid: method {PLAIN}: expected a section 'evaluate' for it, got a sweep that ends with fit")
     for stage in needed:
@@ -144,7 +136,7 @@ def _is_wanted(stage: str, document: Mapping[str, Any]) -> bool:
 
 def _fixed(stage: str, document: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """What the file sets for a stage outside the grid: top < section."""
-    top = {k: v for k, v in document.items() if k in known and k not in STAGES and _is_shared(k, stage)}
+    top = {k: v for k, v in document.items() if k in known and k not in STAGE_SPECS and _is_shared(k, stage)}
     return {**top, **(document.get(stage) or {})}
 
 

@@ -32,50 +32,22 @@ _STALLED = (
 
 @dataclass(frozen=True)
 class JobState:
-    """The content of a job's state file.
-
-    Attributes
-    ----------
-    job, stage
-        The job's id, and the stage that it runs.
-    state
-        `queued`, `running`, `done`, or `failed`.
-    reason
-        Why it failed; empty otherwise.
-    attempts
-        Attempts that were not interrupted in an orderly way.
-    seconds
-        Duration of the last attempt that ended.
-    started, ended
-        Start and end of the last attempt in seconds since the epoch; None before.
-    log
-        Path of its output within the sweep's directory.
-    needs
-        Jobs that it waits for.
-    starts
-        All attempts.
-    submission
-        The submission to a queue that counts; empty if none does.
-    kept
-        How much its attempts had left when the last one was interrupted.
-    stalls
-        Attempts in a row that were interrupted and left nothing new.
-    """
+    """The content of a job's state file; times are in seconds, since the epoch or as durations."""
 
     job: str
     stage: str
     state: State = "queued"
-    reason: str = ""
-    attempts: int = 0
-    seconds: float = 0.0
-    started: float | None = None
-    ended: float | None = None
-    log: str = ""
-    needs: tuple[str, ...] = field(default=())
-    starts: int = 0
-    submission: str = ""
-    kept: int = 0
-    stalls: int = 0
+    reason: str = ""  # why it failed
+    attempts: int = 0  # without those that were interrupted in an orderly way
+    seconds: float = 0.0  # duration of the last attempt that ended
+    started: float | None = None  # the last attempt
+    ended: float | None = None  # the last attempt
+    log: str = ""  # path within the sweep's directory
+    needs: tuple[str, ...] = field(default=())  # jobs that it waits for
+    starts: int = 0  # all attempts
+    submission: str = ""  # the submission to a queue that counts
+    kept: int = 0  # how much the attempts had left when the last one was interrupted
+    stalls: int = 0  # attempts in a row that were interrupted and left nothing new
 
     def renewed(self) -> "JobState":
         """The state of a job that waits for its first attempt; no submission counts any more."""
@@ -93,11 +65,7 @@ class JobState:
         )
 
     def ended_with(self, code: int, output: str, kept: int | None = None) -> "JobState":
-        """The state after an attempt that ended with this exit code and this output.
-
-        `kept` is how much the attempts have left; None if an interruption does not count, because a person asked for
-        it.
-        """
+        """The state after an attempt with this exit code and output; without `kept`, an interruption does not count."""
         ended = time.time()
         seconds = round(ended - (self.started or ended), 3)
         after = replace(self, seconds=seconds, ended=ended)
@@ -117,56 +85,29 @@ class JobState:
         return replace(self, state="failed", reason=reason, attempts=attempts, ended=time.time())
 
 
-def _read_state(path: Path) -> JobState | None:
-    """The state in the file; None if there is no file, or another program's."""
-    try:
-        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return JobState(**{**found, "needs": tuple(found["needs"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
 def reason_of(code: int, output: str) -> str:
     """Why a command failed: its error line, else its last line; and the signal that killed it, if one did."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
     said = (errors or lines or ["no output"])[-1][:_REASON_LIMIT]
     if code < 0:
-        return f"killed by {_signal_name(-code)}; last output: {said}"
+        name = next(
+            (signal.name for signal in Signals if signal == -code), f"signal {-code}"
+        )  # real-time ones have none
+        return f"killed by {name}; last output: {said}"
     return said if errors else f"exit code {code}; last output: {said}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return Signals(number).name
-    except ValueError:  # real-time signals have no names
-        return f"signal {number}"
 
 
 @dataclass(frozen=True)
 class JobCommand:
-    """A stage's command, and the files of its job.
+    """A stage's command, and the files of its job."""
 
-    Attributes
-    ----------
-    directory
-        Of the sweep.
-    job, stage
-        The job's id, and the stage that it runs.
-    needs
-        Jobs that it waits for.
-    ranks
-        Processes that the command starts on this machine, through torchrun if there are several; 1 if the launcher
-        starts them.
-    kept
-        Tells how much the attempts have left, as `stage_specs.kept`. Without it, interruptions never count.
-    """
-
-    directory: Path
+    directory: Path  # of the sweep
     job: str
     stage: str
     needs: tuple[str, ...] = ()
-    ranks: int = 1
+    ranks: int = 1  # processes that the command starts, through torchrun if there are several
+    # tells how much the attempts have left (`stage_specs.kept`); without it, interruptions never count
     kept: Callable[[], int] | None = field(default=None, compare=False)
 
     @property
@@ -184,9 +125,12 @@ class JobCommand:
 
     @property
     def state(self) -> JobState:
-        """The state in the job's file; without a file, the state of a job that was never started."""
-        new = JobState(self.job, self.stage, log=str(self.log.relative_to(self.directory)), needs=self.needs)
-        return _read_state(self._state_path) or new
+        """The state in the job's file, or of a job that was never started."""
+        try:
+            found: Mapping[str, Any] = json.loads(self._state_path.read_text(encoding="utf-8"))
+            return JobState(**{**found, "needs": tuple(found["needs"])})
+        except (OSError, ValueError, TypeError, KeyError):  # no file, or another program's
+            return JobState(self.job, self.stage, log=str(self.log.relative_to(self.directory)), needs=self.needs)
 
     @property
     def _state_path(self) -> Path:

@@ -18,37 +18,22 @@ if TYPE_CHECKING:
 
 
 class Launcher(Protocol):
-    """Starts jobs and follows them until they end. A job's own process, or the launcher, writes its state file.
+    """Starts jobs and follows them until they end; it, or the job's own process, writes the state file."""
 
-    Attributes
-    ----------
-    poll_seconds
-        Time between two calls of `ended`.
-    chains
-        Whether it takes jobs before those that they need are done, and starts each in its turn.
-    """
-
-    @property
-    def poll_seconds(self) -> float: ...
-
-    @property
-    def chains(self) -> bool: ...
+    # between two calls of `ended`
+    poll_seconds: float
+    # whether it takes jobs before those that they need are done, and starts each in its turn
+    chains: bool
 
     @property
     def room(self) -> int:
         """How many jobs `start` may be given now."""
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
-        """Follow those of the jobs that an earlier run of the sweep started and that have not ended; their ids.
-
-        ClusterError if such a job might be started twice.
-        """
+        """Follow the jobs that an earlier run of the sweep started; their ids. ClusterError if one could run twice."""
 
     def start(self, commands: Sequence[JobCommand]) -> list[str]:
-        """Start jobs, each after those that it needs; ids of those started, because there may be less room than jobs.
-
-        ClusterError if no more jobs can ever be started.
-        """
+        """Start jobs, each after those it needs, as far as there is room; their ids. ClusterError if none can start."""
 
     def withdraw(self, commands: Sequence[JobCommand]) -> None:
         """Take back jobs that wait for one that failed."""
@@ -57,42 +42,33 @@ class Launcher(Protocol):
         """Ids of the jobs that have ended since the last call; their state files say how."""
 
     def stop(self) -> str:
-        """A person ends the sweep: end its jobs or leave them; what to add to the message."""
+        """End the jobs or leave them, because a person ends the sweep; what to add to the message."""
 
 
 @dataclass(frozen=True)
 class LauncherSpec:
-    """One choice of `--launcher`.
-
-    Attributes
-    ----------
-    summary
-        For the help text.
-    make
-        The launcher, from the sweep's settings and the descriptor of its directory's lock.
-    ranks
-        How many processes the command of a job that can have several starts itself.
-    planned
-        How a stage's job would be started, as flags of `plan`.
-    """
+    """One choice of `--launcher`."""
 
     summary: str
+    # from the sweep's settings and the descriptor of its directory's lock
     make: Callable[["SweepConfig", int], Launcher]
-    ranks: Callable[["SweepConfig"], int]
+    # whether the command of a job starts the job's ranks itself
+    starts_ranks: bool
+    # how a stage's job would be started, as flags of `plan`
     planned: Callable[["SweepConfig", str], Mapping[str, Any]]
 
 
 LAUNCHERS = {
     "local": LauncherSpec(
-        summary="processes of this machine",
-        make=lambda config, lock: LocalLauncher(config.jobs, lock),
-        ranks=lambda config: config.ranks,
+        "processes of this machine",
+        lambda config, lock: LocalLauncher(config.jobs, lock),
+        starts_ranks=True,
         planned=lambda config, stage: {"world_size": config.ranks},
     ),
     "slurm": LauncherSpec(
-        summary="jobs of Slurm, submitted by submitit",
-        make=lambda config, lock: SlurmLauncher(Path(config.out), config.resources),
-        ranks=lambda config: 1,
+        "jobs of Slurm, submitted by submitit",
+        lambda config, lock: SlurmLauncher(Path(config.out), config.resources),
+        starts_ranks=False,
         planned=lambda config, stage: planned_launch(config.resources, stage),
     ),
 }

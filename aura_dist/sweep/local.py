@@ -18,12 +18,8 @@ _INTERRUPTED = 128 + signal.SIGTERM
 class LocalLauncher:
     """Starts jobs as processes, each on its share of the GPUs; a `Launcher`.
 
-    Parameters
-    ----------
-    num_slots
-        Jobs that run at the same time.
-    keep_open
-        Descriptor that the processes inherit, so that a lock on its file lasts until they end.
+    `num_slots` jobs run at the same time. The processes inherit the descriptor `keep_open`, so that a lock on its file
+    lasts until they end.
     """
 
     poll_seconds = 0.1

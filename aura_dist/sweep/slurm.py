@@ -19,7 +19,7 @@ from aura_dist.errors import ClusterError, brief
 from aura_dist.ranks.slurm_queue import MISSES, cancel_waiting, queued_jobs
 from aura_dist.sweep.jobs import JobCommand
 from aura_dist.sweep.slurm_job import DEFAULT_MINUTES, JobTask, make_executor, outside_job, stage_resources
-from aura_dist.sweep.stage_specs import STAGES
+from aura_dist.sweep.stage_specs import STAGE_SPECS
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +44,9 @@ _LOST = "the Slurm job is gone without a word: cancelled, killed or out of memor
 class SlurmLauncher:
     """Submits jobs and follows them; a `Launcher`. Jobs of a stage that wait for the same jobs are one array.
 
-    Parameters
-    ----------
-    directory
-        Of the sweep; the files of Slurm and submitit are in its `slurm`.
-    resources
-        Parameters of submitit's AutoExecutor; a mapping under a stage's name is for that stage alone.
-
-    Raises
-    ------
-    ClusterError, ConfigError
-        There is no Slurm here, or a parameter is unknown.
+    The files of Slurm and submitit are in `directory`/slurm. `resources` are parameters of submitit's AutoExecutor; a
+    mapping under a stage's name is for that stage alone. ClusterError if there is no Slurm here, ConfigError if a
+    parameter is unknown.
     """
 
     poll_seconds = 1.0
@@ -64,9 +56,9 @@ class SlurmLauncher:
         if shutil.which("sbatch") is None:
             raise ClusterError("--launcher slurm: expected Slurm's sbatch on this machine, found none; use local")
         self._directory, self._resources = directory / "slurm", resources
-        for stage in STAGES:  # so that an error in the last stage's resources shows before the first is run
+        for stage in STAGE_SPECS:  # so that an error in the last stage's resources shows before the first is run
             make_executor(self._directory, stage, resources)
-        unlimited = [stage for stage in STAGES if "timeout_min" not in stage_resources(resources, stage)]
+        unlimited = [stage for stage in STAGE_SPECS if "timeout_min" not in stage_resources(resources, stage)]
         if unlimited:
             names = ", ".join(unlimited)
             logger.warning("resources: no timeout_min: jobs of %s may run for %d minutes", names, DEFAULT_MINUTES)

@@ -22,79 +22,44 @@ EXECUTION = frozenset({
 
 
 @dataclass(frozen=True)
-class CostSpec:
-    """How `sweep --dry-run` asks what a stage's jobs cost, and shows the answers.
-
-    Attributes
-    ----------
-    heading
-        Line above the costs.
-    question
-        From a job's settings and the file's settings of `plan`, the settings to plan with.
-    alike
-        Show jobs of equal cost as one line.
-    """
-
-    heading: str
-    question: Callable[[Settings, Settings], dict[str, Any]]
-    alike: bool = False
-
-
-@dataclass(frozen=True)
 class StageSpec:
-    """What a sweep knows of a stage.
+    """What a sweep knows of a stage."""
 
-    Attributes
-    ----------
-    paths
-        Settings that the sweep sets → path within its directory. `{name}` is the job's name; `{fit[out]}` is the path
-        `out` of the `fit` job that this one needs, and the setting is left out if there is no such job.
-    product
-        The one of `paths` where a finished job leaves what it made.
-    needs
-        Stages whose jobs must be done before.
-    label
-        Words at the start of a job's name, from its settings and the labels of the jobs that it needs. A stage without
-        labels adds to what it reads: its jobs have the name of the job that they need, and its settings choose what is
-        computed and change no figure, so they are no axes of a grid, and later jobs do not depend on them.
-    ranked
-        Several processes can share a job.
-    reserved
-        Settings beside `paths` that a grid file must not hold.
-    unshared
-        Settings that this stage takes from its own sections alone, not from the top of the file or of the grid.
-    optional
-        Only cells of a file that names the stage have it.
-    skipped_by
-        Setting whose value `none` leaves out this stage and every stage that cannot run without it.
-    alone
-        Settings that have no effect in a job without those that it needs; None if there can be no such job.
-    settle
-        Completes the stage's settings from those of all stages, and returns the settings that have no effect. It is
-        also given the settings that the grid varies for this stage.
-    has_results
-        The product is a results file as `evaluate` writes it.
-    progress
-        How much the attempts at a job have left in its product. The number grows as the job progresses, and not when
-        an attempt repeats work. 0 for a stage that takes seconds.
-    cost
-        How to ask for the cost of jobs; None if nothing can tell.
-    """
-
+    # Settings that the sweep sets → path within its directory. `{name}` is the job's name, and `{fit[out]}` the path
+    # `out` of the `fit` job that this job needs: without such a job the setting is left out.
     paths: Mapping[str, str]
-    product: str
+    # stages whose jobs must be done before
     needs: tuple[str, ...] = ()
+    # Words at the start of a job's name, from its settings and the labels of the jobs that it needs. A stage without
+    # labels adds to what it reads: its jobs have the name of the job that they need. Its settings change no figure,
+    # so they are no axes of a grid, and no later job depends on them.
     label: Callable[[Settings, Sequence[str]], list[str]] | None = None
+    # whether several processes can share a job
     ranked: bool = False
+    # settings beside `paths` that a grid file must not hold
     reserved: frozenset[str] = frozenset()
+    # settings that this stage takes from its own sections alone, not from the top of the file or of the grid
     unshared: frozenset[str] = frozenset()
+    # whether only cells of a file that names the stage have it
     optional: bool = False
+    # setting whose value `none` leaves out this stage and every stage that cannot run without it
     skipped_by: str | None = None
+    # settings that have no effect in a job without the jobs that it needs; None if there can be no such job
     alone: frozenset[str] | None = None
+    # Completes the stage's settings from those of all stages; returns the settings that have no effect. The second
+    # argument names the settings that the grid varies for this stage.
     settle: Callable[[Mapping[str, dict[str, Any]], Collection[str]], set[str]] = lambda settings, varied: set()
+    # whether a job makes a results file as `evaluate` writes it
     has_results: bool = False
+    # How much the attempts at a job have left. The number grows as the job progresses, and not when an attempt repeats
+    # work; 0 for a stage that takes seconds.
     progress: Callable[[Path], int] = lambda product: 0
-    cost: CostSpec | None = None
+    # How `sweep --dry-run` asks for the cost of jobs: the settings to plan with, from a job's settings and the file's
+    # settings of `plan`; None if nothing can tell the cost. Then the line above the answers, and whether jobs of equal
+    # cost are one line.
+    cost_question: Callable[[Settings, Settings], dict[str, Any]] | None = None
+    cost_heading: str = ""
+    cost_alike: bool = False
 
     @property
     def set_by_sweep(self) -> set[str]:
@@ -103,7 +68,7 @@ class StageSpec:
 
 
 def kept(stage: str, product: Path) -> int:
-    """How much the attempts at a job have left (`StageSpec.progress`); 0 where nothing can be read."""
+    """`StageSpec.progress` of a job that makes `product`; 0 where nothing can be read."""
     try:
         return STAGE_SPECS[stage].progress(product)
     except (AuraError, OSError):  # another rank may still be creating its files
@@ -159,10 +124,6 @@ def _written_bytes(results: Path) -> int:
     return sum(path.stat().st_size for path in results.parent.glob(f"{results.stem}.*"))
 
 
-def _collection_question(settings: Settings, planned: Settings) -> dict[str, Any]:
-    return {**settings, **planned}
-
-
 def _evaluation_question(settings: Settings, planned: Settings) -> dict[str, Any]:
     gpu = {"device": "cuda"} if "device_memory" in planned else {}
     return {**settings, "tflops": planned.get("tflops"), **gpu}
@@ -171,20 +132,17 @@ def _evaluation_question(settings: Settings, planned: Settings) -> dict[str, Any
 STAGE_SPECS: dict[str, StageSpec] = {
     "collect": StageSpec(
         paths={"store": "collections/{name}/store.zarr"},
-        product="store",
         label=_collection_label,
         ranked=True,
         reserved=frozenset({"overwrite"}),
         unshared=frozenset({"strength"}),
         progress=_finished_tasks,
-        cost=CostSpec("collections to run, by `plan`", _collection_question),
+        cost_question=lambda settings, planned: {**settings, **planned},
+        cost_heading="collections to run, by `plan`",
     ),
-    "score": StageSpec(
-        paths={"store": "{collect[store]}"}, product="store", needs=("collect",), progress=_scored_columns
-    ),
+    "score": StageSpec(paths={"store": "{collect[store]}"}, needs=("collect",), progress=_scored_columns),
     "fit": StageSpec(
         paths={"store": "{score[store]}", "out": "interventions/{name}"},
-        product="out",
         needs=("score",),
         label=_fit_label,
         unshared=frozenset({"strength"}),
@@ -193,7 +151,6 @@ STAGE_SPECS: dict[str, StageSpec] = {
     ),
     "evaluate": StageSpec(
         paths={"out": "results/{name}.json", "intervention": "{fit[out]}"},
-        product="out",
         needs=("fit",),
         label=_evaluation_label,
         ranked=True,
@@ -201,7 +158,8 @@ STAGE_SPECS: dict[str, StageSpec] = {
         alone=frozenset({"strength"}),
         has_results=True,
         progress=_written_bytes,
-        cost=CostSpec("evaluations to run", _evaluation_question, alike=True),
+        cost_question=_evaluation_question,
+        cost_heading="evaluations to run",
+        cost_alike=True,
     ),
 }
-STAGES = tuple(STAGE_SPECS)

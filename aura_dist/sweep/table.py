@@ -16,7 +16,7 @@ from typing import Any
 
 from aura_dist.sweep.graph import Graph, Job, ends
 from aura_dist.sweep.grid import Cell
-from aura_dist.sweep.stage_specs import STAGE_SPECS, STAGES
+from aura_dist.sweep.stage_specs import STAGE_SPECS
 
 # settings and provenance, which the grid's columns or the files beside the results hold
 _NOT_FIGURES = frozenset({"aura_dist", "config", "intervention", "versions", "model_fingerprint"})
@@ -38,12 +38,7 @@ def figures(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def cell_row(cell: Cell, chain: Sequence[Job], states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A cell's row without its figures: grid values, state and reason, time and attempts, and where the output is.
 
-    Parameters
-    ----------
-    chain
-        The cell's jobs, first to last.
-    states
-        Id of a job → its state file's content.
+    `chain` holds the cell's jobs, first to last, and `states` each job's state file.
     """
     failed = next((job for job in chain if states[job.id]["state"] == "failed"), None)
     if all(states[job.id]["state"] == "done" for job in ends(chain)):
@@ -63,30 +58,21 @@ def cell_row(cell: Cell, chain: Sequence[Job], states: Mapping[str, Mapping[str,
 
 
 def render_plan(cells: Sequence[Cell], graph: Graph, left: Sequence[Job], cost: Mapping[str, str]) -> str:
-    """Cells, jobs and costs, for the terminal.
-
-    Parameters
-    ----------
-    left
-        Jobs that are not done.
-    cost
-        Id of a job → what it takes, in words, of those that are left and whose stage has a `CostSpec`.
-    """
+    """Cells, jobs and costs, for the terminal; `left` are the jobs that are not done, `cost` their costs in words."""
     names = list(cells[0].values)
     table = [names, *([_text(cell.values[name]) for name in names] for cell in cells)]
     widths = [max(len(row[i]) for row in table) for i in range(len(names))]
     lines = [f"{len(cells)} cells", *("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table), ""]
     total, waiting = (Counter(job.stage for job in jobs) for jobs in (graph.jobs.values(), left))
     lines.append(f"{sum(total.values())} jobs, {sum(waiting.values())} to run")
-    lines += [f"  {stage:<9}{total[stage]:>5}, {waiting[stage]} to run" for stage in STAGES if total[stage]]
+    lines += [f"  {stage:<9}{total[stage]:>5}, {waiting[stage]} to run" for stage in STAGE_SPECS if total[stage]]
     for stage, spec in STAGE_SPECS.items():
         costs = {job.id: cost[job.id] for job in left if job.stage == stage and job.id in cost}
-        if spec.cost and costs:
-            lines += ["", spec.cost.heading]
-            if spec.cost.alike:
-                lines += [f"  {number}, each {words}" for words, number in Counter(costs.values()).items()]
-            else:
-                lines += [f"  {job}: {words}" for job, words in costs.items()]
+        if spec.cost_alike:
+            shown = [f"  {number}, each {words}" for words, number in Counter(costs.values()).items()]
+        else:
+            shown = [f"  {job}: {words}" for job, words in costs.items()]
+        lines += ["", spec.cost_heading, *shown] if shown else []
     return "\n".join(lines)
 
 

@@ -10,10 +10,10 @@ from aura_dist.config.verbs import VERBS
 from aura_dist.errors import ConfigError
 from aura_dist.sweep.driver import read_grid
 from aura_dist.sweep.grid import make_cells
-from aura_dist.sweep.stage_specs import STAGES
+from aura_dist.sweep.stage_specs import STAGE_SPECS, StageSpec
 from aura_dist.sweep.table import cell_row, figures
 
-KNOWN = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
+KNOWN = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGE_SPECS}
 BASE = {
     "model": "m/tiny",
     "collect": {"data": "d.csv", "concepts": ["toxic"]},
@@ -27,7 +27,7 @@ def graph_of(grid, **more):
 
 
 def count(graph):
-    return {stage: sum(job.stage == stage for job in graph.jobs.values()) for stage in STAGES}
+    return {stage: sum(job.stage == stage for job in graph.jobs.values()) for stage in STAGE_SPECS}
 
 
 def test_what_cells_have_in_common_is_one_job():
@@ -36,7 +36,7 @@ def test_what_cells_have_in_common_is_one_job():
     assert count(graph) == {"collect": 3, "score": 3, "fit": 6, "evaluate": 18}
     assert len(graph.ends) == 18
     for chain in graph.chains:
-        assert [job.stage for job in chain] == list(STAGES)
+        assert [job.stage for job in chain] == list(STAGE_SPECS)
 
 
 def test_every_job_comes_after_those_it_needs():
@@ -214,7 +214,34 @@ def test_other_statistics_are_scored_and_no_fit_is_made_anew():
     _, some = graph_of(grid, score={"statistics": ["auroc"], "num_workers": 3})
     _, more = graph_of(grid, score={"statistics": ["auroc", "q_value"]})
     stages = {name: {job.id for graph in (everything, some, more) for job in graph.jobs.values() if job.stage == name}
-              for name in STAGES}  # fmt: skip
+              for name in STAGE_SPECS}  # fmt: skip
     assert {name: len(ids) for name, ids in stages.items()} == {"collect": 1, "score": 3, "fit": 1, "evaluate": 1}
     (fit,) = (job for job in some.jobs.values() if job.stage == "fit")
     assert some.jobs[fit.needs[0]].settings["statistics"] == ["auroc"]
+
+
+def test_new_stage_is_one_row(monkeypatch):
+    """An export of every fitted intervention, beside its evaluation."""
+    export = StageSpec(
+        paths={"intervention": "{fit[out]}", "out": "exports/{name}"},
+        needs=("fit",),
+        label=lambda settings, needed: [*needed, settings.get("dtype", "keep")],
+        optional=True,
+    )
+    grid = {"method": ["none", "aura"], "export": {"dtype": ["keep", "float32"]}}
+    _, without = graph_of({"method": ["none", "aura"]})
+    monkeypatch.setitem(STAGE_SPECS, "export", export)
+    cells, graph = graph_of(grid)
+    assert [tuple(cell.values.values()) for cell in cells] == [("none", None), ("aura", "keep"), ("aura", "float32")]
+    assert count(graph) == {"collect": 1, "score": 1, "fit": 1, "evaluate": 2, "export": 2}
+    assert set(without.jobs) < set(graph.jobs)
+    exports = [job for job in graph.jobs.values() if job.stage == "export"]
+    (fit,) = (job for job in graph.jobs.values() if job.stage == "fit")
+    assert {job.paths["intervention"] for job in exports} == {fit.paths["out"]}
+    assert [job.product for job in exports] == [f"exports/{job.name}" for job in exports]
+    chain = graph.chains[1]
+    assert graph.ends >= {chain[-2].id, chain[-1].id}, "neither waits for the other"
+    states = {job.id: {"state": "done", "reason": "", "seconds": 1.0, "attempts": 1} for job in chain}
+    assert cell_row(cells[1], chain, states)["state"] == "done"
+    states[chain[-2].id] |= {"state": "failed", "reason": "no room"}
+    assert cell_row(cells[1], chain, states)["reason"] == f"{chain[-2].id}: no room"
