@@ -106,6 +106,7 @@ def test_environment_is_touched_by_ranks_and_launchers_alone():
         ("aura_dist.stages.report", ("torch", "transformers", "matplotlib", "jinja2")),
         ("aura_dist.stages.status", ("torch", "transformers", "dask", "numba", "matplotlib", "jinja2")),
         ("aura_dist.stages.sweep", ("torch", "transformers", "dask", "zarr", "numba")),
+        ("aura_dist.sweep.launchers", (*HEAVY, "numpy")),
     ],
 )
 def test_importing_is_light(module, absent):

@@ -44,7 +44,7 @@ def resolved_settings(cell: Cell) -> dict[str, dict[str, Any]]:
     """Stage → checked settings that differ from their defaults, without the paths that the sweep sets."""
     found = {}
     for stage, settings in cell.settings.items():
-        specs, paths = fields(VERBS[stage].config), STAGE_SPECS[stage].paths  # which do for paths not known yet
+        specs, paths = fields(VERBS[stage].config), STAGE_SPECS[stage].paths  # `resolve` takes any text as a path
         try:
             config: Any = resolve(VERBS[stage].config, {**settings, **paths})
         except ConfigError as error:
@@ -79,8 +79,8 @@ class Sweep:
         for job in reversed(list(self._graph.jobs.values())):
             if job.id in wanted and not self._is_done(job):
                 wanted |= {*job.needs}
-                left.insert(0, job)
-        return left
+                left.append(job)
+        return left[::-1]
 
     def _is_done(self, job: Job) -> bool:
         """Whether its state says so, and what it made exists; results must be whole."""

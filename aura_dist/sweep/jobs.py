@@ -142,11 +142,9 @@ class JobCommand:
 
     def words(self) -> list[str]:
         """The command line."""
-        module = ["-m", "aura_dist", self.stage, "--config", str(self.config)]
-        if self.ranks == 1:
-            return [sys.executable, *module]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, "--nproc-per-node", str(self.ranks), *module]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+        start = [sys.executable, *(torchrun if self.ranks > 1 else [])]
+        return [*start, "-m", "aura_dist", self.stage, "--config", str(self.config)]
 
     def start(
         self, log: IO[str], *, gpus: Sequence[str] = (), keep_open: Sequence[int] = ()

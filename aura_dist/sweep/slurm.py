@@ -141,7 +141,7 @@ class SlurmLauncher:
         return [command.job for command in commands]
 
     def _submit_some(self, commands: Sequence[JobCommand], error: Exception) -> list[str]:
-        """Submit an array that Slurm refused in halves."""
+        """Submit the halves of an array that Slurm refused."""
         if len(commands) > 1:
             middle = len(commands) // 2
             return self._submit(commands[:middle]) + self._submit(commands[middle:])
