@@ -38,7 +38,7 @@ _NO_ANSWER = re.compile(
     "standby",
     re.IGNORECASE,
 )
-_LOST = "the Slurm job is gone without a word: cancelled, killed or out of memory; see {log} and `sacct`"
+_LOST = "the Slurm job has gone and wrote no end: it was cancelled, killed or out of memory; see {log} and `sacct`"
 
 
 class SlurmLauncher:

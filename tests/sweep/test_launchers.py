@@ -197,7 +197,7 @@ def test_waiting_job_that_a_user_cancels_fails_once_its_turn_has_come(slurm, cha
     attempt(score, "", 0)
     assert slurm.launcher.ended() == ["score-a"]
     assert slurm.launcher.ended() == ["fit-a"]
-    assert "gone without a word" in fit.state.reason
+    assert "gone and wrote no end" in fit.state.reason
 
 
 def test_next_sweep_does_not_follow_what_waits_for_a_job_that_is_gone(slurm, chain):
