@@ -127,11 +127,10 @@ class SlurmLauncher:
                 submitted = [executor.submit(JobTask(command, command.state.submission)) for command in commands]
             ids = [job.job_id for job in submitted]
         except Exception as error:  # submitit and sbatch have kinds of their own
-            if _NO_ANSWER.search(str(error)):  # Slurm's controller may be restarting
-                return self._wait(stage, error)
-            if _LIMIT.search(str(error)) is None:
-                raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
-            return self._submit_some(commands, error)
+            if len(commands) > 1 and _LIMIT.search(str(error)) and not _NO_ANSWER.search(str(error)):
+                middle = len(commands) // 2
+                return self._submit(commands[:middle]) + self._submit(commands[middle:])
+            return self._wait(stage, error)
         for command, slurm_id in zip(commands, ids, strict=True):
             command.slurm_id.write_text(f"{slurm_id}\n")
             self._watched[command.job] = _Watched(command, slurm_id, waits=bool(after))
@@ -140,20 +139,14 @@ class SlurmLauncher:
         logger.info("%s: %d jobs submitted as %s%s", stage, len(commands), ids[0].partition("_")[0], waiting)
         return [command.job for command in commands]
 
-    def _submit_some(self, commands: Sequence[JobCommand], error: Exception) -> list[str]:
-        """Submit the halves of an array that Slurm refused."""
-        if len(commands) > 1:
-            middle = len(commands) // 2
-            return self._submit(commands[:middle]) + self._submit(commands[middle:])
-        if not self._has_taken:  # Slurm will hardly take one later
-            raise ClusterError(f"sbatch refused the jobs of {commands[0].stage}: {brief(error)}") from error
-        return self._wait(commands[0].stage, error)
-
     def _wait(self, stage: str, error: Exception) -> list[str]:
-        """Submit no job now; ClusterError if Slurm has refused jobs for long though none of ours is in its queue."""
+        """Submit no job now; ClusterError if Slurm will hardly take one later."""
         now = time.monotonic()
         self._refused_since = now if self._refused_since is None else self._refused_since
-        if not self._watched and now - self._refused_since > REFUSED_SECONDS:
+        lasts = not self._watched and now - self._refused_since > REFUSED_SECONDS
+        # a controller that does not answer may be restarting, and a queue that took jobs of ours may have room again
+        passes = _NO_ANSWER.search(str(error)) or (self._has_taken and _LIMIT.search(str(error)))
+        if lasts or not passes:
             raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
         logger.info("Slurm takes no more jobs now (%s); the others later", brief(error))
         self._full_until = time.monotonic() + FULL_SECONDS
