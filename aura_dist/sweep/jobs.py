@@ -40,10 +40,10 @@ class JobState:
     reason: str = ""  # why it failed
     attempts: int = 0  # without those that were interrupted in an orderly way
     seconds: float = 0.0  # duration of the last attempt that ended
-    started: float | None = None  # the last attempt
-    ended: float | None = None  # the last attempt
+    started: float | None = None  # start of the last attempt
+    ended: float | None = None  # its end
     log: str = ""  # path within the sweep's directory
-    needs: tuple[str, ...] = field(default=())  # jobs that it waits for
+    needs: tuple[str, ...] = ()  # jobs that it waits for
     starts: int = 0  # all attempts
     submission: str = ""  # the submission to a queue that counts
     kept: int = 0  # how much the attempts had left when the last one was interrupted
@@ -91,10 +91,8 @@ def reason_of(code: int, output: str) -> str:
     errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
     said = (errors or lines or ["no output"])[-1][:_REASON_LIMIT]
     if code < 0:
-        name = next(
-            (signal.name for signal in Signals if signal == -code), f"signal {-code}"
-        )  # real-time ones have none
-        return f"killed by {name}; last output: {said}"
+        names = {signal.value: signal.name for signal in Signals}  # real-time signals have none
+        return f"killed by {names.get(-code, f'signal {-code}')}; last output: {said}"
     return said if errors else f"exit code {code}; last output: {said}"
 
 
