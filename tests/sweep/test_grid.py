@@ -1,5 +1,6 @@
 """Grids → cells → jobs: what is shared, what counts, what is refused. Pure functions."""
 
+import hashlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -199,6 +200,26 @@ def test_row_names_the_job_that_failed():
     states[chain[1].id] |= {"state": "failed", "reason": "no room"}
     row = cell_row(cells[0], chain, states)
     assert (row["state"], row["reason"]) == ("failed", f"{chain[1].id}: no room")
+
+
+def test_jobs_keep_the_names_of_sweeps_that_have_been_run():
+    """So that a later version finds what an earlier one has done, also where a setting's default is given."""
+    _, graph = graph_of(
+        {"method": ["none", "damp"], "alpha": [0.2, 0.5], "strength": [0.5]},
+        score={"statistics": ["auroc"]}, sharding="fsdp",
+    )  # fmt: skip
+    assert list(graph.jobs) == [
+        "collect-tiny-mlp-max-7884188ef3",
+        "score-tiny-mlp-max-7884188ef3-7b9df6fe99",
+        "fit-damp-47fc6669c4",
+        "fit-damp-f105334473",
+        "evaluate-tiny-plain-432378bc75",
+        "evaluate-tiny-damp-s0.5-8883d765a8",
+        "evaluate-tiny-damp-s0.5-7b5d07e642",
+    ]
+    _, gemma = read_grid(read_config_file(str(CONFIGS / "sweep-gemma.yaml")))
+    assert len(gemma.jobs) == 37
+    assert hashlib.sha256("\n".join(gemma.jobs).encode()).hexdigest().startswith("b79a83cb9be2d917")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweep-*.yaml")), ids=lambda p: p.stem)
