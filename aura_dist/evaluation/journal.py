@@ -17,6 +17,7 @@ from typing import Any
 
 from aura_dist.errors import StoreError
 from aura_dist.evaluation.prompts import Pair
+from aura_dist.files import replacing
 
 Record = dict[str, Any]
 
@@ -78,12 +79,10 @@ class Journal:
         return dict(sorted(found.items()))
 
     def replace(self, records: Iterable[Record]) -> None:
-        """Write the file anew, aside and then renamed; StoreError if it cannot be written."""
-        aside = self.path.with_name(f".{self.path.name}.part")
+        """Replace the file in one step; StoreError if it cannot be written."""
         try:
-            with aside.open("w", encoding="utf-8") as file:
+            with replacing(self.path) as aside, aside.open("w", encoding="utf-8") as file:
                 file.writelines(_line(record) for record in records)
-            aside.replace(self.path)
         except OSError as error:
             raise StoreError(f"{str(self.path)!r} cannot be written: {error}") from error
 

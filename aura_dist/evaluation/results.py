@@ -44,6 +44,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from aura_dist.errors import ConfigError, InputError, StoreError
+from aura_dist.files import write_whole
 
 SCHEMA = 1
 PACKAGES = ("aura_dist", "torch", "transformers", "numpy", "lm_eval", "alt-profanity-check")
@@ -63,18 +64,11 @@ def read_results(path: str) -> dict[str, Any]:
     return document
 
 
-def write_results(path: str, results: dict[str, Any]) -> None:
-    """Write aside, then rename: what stands at `path` is whole at any time."""
-    write_whole(path, json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
-
-
-def write_whole(out: str, text: str) -> None:
+def write_results(out: str, results: dict[str, Any]) -> None:
     """Replace the file at `out` in one step; StoreError if it cannot be written."""
-    path = Path(out).resolve()
-    aside = path.with_name(f".{path.name}.part")
+    text = json.dumps(finite(results), indent=2, allow_nan=False) + "\n"
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_whole(Path(out).resolve(), text)
     except OSError as error:
         raise StoreError(f"--out {out!r} cannot be written: {error}") from error
 

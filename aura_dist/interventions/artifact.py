@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from aura_dist.errors import InputError, StoreError
+from aura_dist.files import replacing
 from aura_dist.interventions.methods import compose, count_changed, with_strength
 
 WEIGHTS_FILE = "intervention.safetensors"
@@ -168,13 +168,11 @@ class Intervention:
         try:
             _check_tensors(tensors)
             place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place, prefix=".writing-") as scratch:
-                made = Path(scratch)
-                save_file(tensors, made / WEIGHTS_FILE)
-                (made / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            # the weights, whose context ends first, take their place before the description
+            with replacing(place / META_FILE) as description, replacing(place / WEIGHTS_FILE) as weights:
+                save_file(tensors, weights)
+                description.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
                 (place / META_FILE).unlink(missing_ok=True)
-                (made / WEIGHTS_FILE).replace(place / WEIGHTS_FILE)
-                (made / META_FILE).replace(place / META_FILE)
         except (OSError, ValueError, SafetensorError) as error:
             raise StoreError(f"intervention {str(place)!r} cannot be written: {error}") from error
 

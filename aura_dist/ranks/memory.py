@@ -1,4 +1,4 @@
-"""How this process takes and gives back memory."""
+"""The cores that this process may use, and how it takes and gives back memory."""
 
 import ctypes
 import os
@@ -10,6 +10,11 @@ _M_MMAP_THRESHOLD = -3
 _MAPPED_BYTES = 2**26
 # The same for a process yet to start. Dask has its workers give back all, and every chunk's pages were cleared anew.
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_MMAP_THRESHOLD_": str(_MAPPED_BYTES)}
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""What is in Slurm's queue. It is asked of `squeue`: many sites lack Slurm's accounting, and so `sacct`."""
+"""Slurm's queue, by `squeue`: many sites have no accounting, which `sacct` needs."""
 
 import logging
 import os
@@ -12,10 +12,10 @@ MISSES = 2
 
 
 def queued_jobs() -> set[str] | None:
-    """Ids of this user's jobs in the queue, running ones too, array tasks one by one; None if Slurm does not answer.
+    """Ids of this user's waiting and running jobs, array tasks one by one; None if Slurm does not answer.
 
-    A job that squeue leaves out counts as gone. So it is asked for hidden partitions too, and without the filters and
-    formats that users set for themselves; and by the user's number: not all that a container runs as have a name.
+    A job that squeue leaves out counts as gone. So squeue shows hidden partitions too, and no variable of the user's
+    filters or formats its answer. The user is a number, because a user of a container may have no name.
     """
     command = ["squeue", "--all", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
@@ -28,7 +28,7 @@ def queued_jobs() -> set[str] | None:
 
 
 def cancel_waiting(slurm_ids: Sequence[str]) -> None:
-    """Take jobs that wait out of the queue, as far as Slurm answers: they hold places that others may need."""
+    """Remove waiting jobs from the queue if Slurm answers, because other jobs may need their places."""
     for start in range(0, len(slurm_ids), 500):
         try:
             subprocess.run(

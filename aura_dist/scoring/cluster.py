@@ -4,14 +4,13 @@ Workers never spill to disk: a task returns a few numbers, so a worker's memory 
 """
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ClusterError, ConfigError, brief
-from aura_dist.ranks.memory import KEEP_FREED_MEMORY
+from aura_dist.ranks.memory import KEEP_FREED_MEMORY, available_cores
 from aura_dist.scoring.slurm_workers import slurm_cluster
 
 if TYPE_CHECKING:
@@ -34,11 +33,6 @@ SETTINGS = {
 }
 # Run first in a worker's process: Ctrl-C reaches every process of a terminal, but this process ends its workers.
 IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_settings(kind: str, memory_limit: str) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from aura_dist.config.verbs import ReportConfig
 from aura_dist.errors import ConfigError, StoreError
+from aura_dist.files import write_whole
 from aura_dist.report.page import Content, Shown, check_extra, make_content, render
 from aura_dist.report.rundir import INTERVENTIONS, JOBS, RunDirectory, named_apart, open_run
 from aura_dist.report.scores import Bar
@@ -56,12 +57,10 @@ def _folder(out: Path) -> Path:
 
 
 def _write(out: Path, page: str, content: Content) -> None:
-    """The pictures, then the page, which is written aside and renamed, so that a reader never sees half of it."""
+    """Write the pictures, then the page, in one step."""
     folder = _folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in content.pictures:
         (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
         (folder / f"{picture.name}.png").write_bytes(picture.png)
-    aside = out.with_name(f".{out.name}.part")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(out)
+    write_whole(out, page)

@@ -1,43 +1,34 @@
-"""Cells → jobs: each distinct collection, scoring, fit and evaluation once, with what it waits for. Pure functions.
+"""Cells → jobs: each distinct collection, scoring, fit and evaluation once, after those it needs. Pure functions.
 
-A job is named by what it computes: a digest of its settings, without those that equal a default, so that another grid
-over the same settings finds the same jobs, and a later version's new settings change nothing.
+A job is named after what it computes: a digest of its settings that differ from their defaults. So another grid over
+the same settings finds the same jobs, and a setting that a later version adds renames none.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from aura_dist.sweep.grid import EXECUTION, STAGES, Cell
+from aura_dist.sweep.stage_specs import EXECUTION, STAGE_SPECS
 
 DIGEST_LENGTH = 10
+LABEL_LENGTH = 60
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage.
-
-    Attributes
-    ----------
-    stage
-        `collect`, `score`, `fit` or `evaluate`.
-    name
-        Readable, and unique among the stage's jobs.
-    settings
-        Of the stage, without the paths of `paths`.
-    paths
-        Setting → path within the sweep's directory; a directory, store or file that a stage writes or reads.
-    needs
-        Ids of the jobs that must be done before.
-    """
+    """One run of one stage. Its name is readable, and unique among the stage's jobs."""
 
     stage: str
     name: str
+    # of the stage, without `paths`
     settings: Mapping[str, Any]
+    # setting → path within the sweep's directory of what the stage reads or writes
     paths: Mapping[str, str]
+    # ids of the jobs that must be done before
     needs: tuple[str, ...] = ()
 
     @property
@@ -46,23 +37,27 @@ class Job:
 
     @property
     def product(self) -> str:
-        """The path whose presence the finished job leaves."""
+        """The path that exists once the job is done."""
         return self.paths["out" if "out" in self.paths else "store"]
+
+
+def ends(chain: Sequence[Job]) -> list[Job]:
+    """The jobs that no other of the chain waits for."""
+    needed = {need for job in chain for need in job.needs}
+    return [job for job in chain if job.id not in needed]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The jobs of a sweep, each after those it needs; and of each cell the last one."""
+    """The jobs of a sweep, each after those that it needs; and each cell's jobs in the same order."""
 
     jobs: Mapping[str, Job]
-    last: Sequence[str]
+    chains: Sequence[Sequence[Job]]
 
-    def ancestry(self, job: str) -> list[Job]:
-        """A job and all that it waits for, first to last."""
-        found: dict[str, Job] = {}
-        for needed in self.jobs[job].needs:
-            found |= {j.id: j for j in self.ancestry(needed)}
-        return [*found.values(), self.jobs[job]]
+    @property
+    def ends(self) -> set[str]:
+        """Ids of the jobs that cells end with."""
+        return {job.id for chain in self.chains for job in ends(chain)}
 
     def descendants(self, job: str) -> list[Job]:
         """All jobs that wait for a job, directly or not."""
@@ -73,77 +68,57 @@ class Graph:
         return list(found.values())
 
     def plain(self, job: str) -> str | None:
-        """The evaluation of the plain model by the very settings of the evaluation `job`, if there is one."""
-        measured = _measuring(self.jobs[job])
-        if self.jobs[job].stage != "evaluate" or not self.jobs[job].needs:
-            return None
-        same = (j.id for j in self.jobs.values() if j.stage == "evaluate" and not j.needs and _measuring(j) == measured)
-        return next(same, None)
+        """The job that does the same as `job` without the jobs that `job` needs: the plain model's evaluation."""
+        one = self.jobs[job]
+        same = (j.id for j in self.jobs.values() if j.stage == one.stage and not j.needs and _alone(j) == _alone(one))
+        return next(same, None) if one.needs else None
 
 
-def _measuring(job: Job) -> dict[str, Any]:
-    """The settings of an evaluation that say what is measured, whatever the model's intervention and how it is run."""
-    return {name: value for name, value in job.settings.items() if name not in EXECUTION and name != "strength"}
+def _alone(job: Job) -> dict[str, Any]:
+    """The settings that have an effect on a result also in a job that needs no other."""
+    without = EXECUTION | (STAGE_SPECS[job.stage].alone or frozenset())
+    return {name: value for name, value in job.settings.items() if name not in without}
 
 
-def make_graph(cells: Sequence[Cell], resolved: Sequence[Mapping[str, Mapping[str, Any]]]) -> Graph:
-    """The jobs of all cells.
+def make_graph(resolved: Sequence[Mapping[str, Mapping[str, Any]]]) -> Graph:
+    """The jobs of all cells, from each cell's settings: stage → those that differ from their defaults, without paths.
 
-    Parameters
-    ----------
-    cells
-        For their order.
-    resolved
-        Of each cell: stage → settings that differ from their defaults, of one form each, without paths of the sweep.
+    Settings that mean the same must be equal.
     """
     jobs: dict[str, Job] = {}
-    last = []
+    chains = []
     for settings in resolved:
-        before: dict[str, Job] = {}
-        for stage in STAGES:
+        chain: dict[str, Job] = {}
+        for stage in STAGE_SPECS:
             if stage in settings:
-                before[stage] = _job(stage, settings[stage], before)
-        jobs |= {job.id: job for job in before.values() if job.id not in jobs}
-        last.append(list(before.values())[-1].id)
-    assert len(last) == len(cells)
-    order = sorted(jobs.values(), key=lambda job: STAGES.index(job.stage))
-    return Graph({job.id: job for job in order}, tuple(last))
+                job = _job(stage, settings[stage], chain)
+                chain[stage] = jobs.setdefault(job.id, job)
+        chains.append(tuple(chain.values()))
+    order = sorted(jobs.values(), key=lambda job: list(STAGE_SPECS).index(job.stage))
+    return Graph({job.id: job for job in order}, chains)
 
 
-def _job(stage: str, settings: Mapping[str, Any], before: Mapping[str, Job]) -> Job:
-    needs = {"score": ["collect"], "fit": ["score"], "evaluate": ["fit"]}.get(stage, [])
-    parents = [before[name] for name in needs if name in before]
-    fixing = {k: v for k, v in settings.items() if k not in EXECUTION}
-    # which statistics are asked for changes none of them: fits stay what they are
-    origin = [f"score-{before['collect'].name}"] if stage == "fit" else [p.id for p in parents]
-    digest = _digest([stage, fixing, origin])
-    name = f"{_label(stage, settings, parents)}-{digest}"
-    if stage == "collect":
-        paths = {"store": f"collections/{name}/store.zarr"}
-    elif stage == "score":  # one scoring a store, of its name; of other statistics than all, one more
-        name, paths = "-".join([parents[0].name, *([digest] if fixing else [])]), dict(parents[0].paths)
-    elif stage == "fit":
-        paths = {"store": parents[0].paths["store"], "out": f"interventions/{name}"}
+def _job(stage: str, settings: Mapping[str, Any], chain: Mapping[str, Job]) -> Job:
+    spec = STAGE_SPECS[stage]
+    needed = [chain[name] for name in spec.needs if name in chain]
+    computing = {name: value for name, value in settings.items() if name not in EXECUTION}
+    origins = [_origin(job, chain) for job in needed]
+    content = json.dumps([stage, computing, origins], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:DIGEST_LENGTH]
+    if spec.label is None:
+        name = "-".join([needed[0].name, *([digest] if computing else [])])
     else:
-        paths = {"out": f"results/{name}.json"}
-        if parents:
-            paths["intervention"] = parents[0].paths["out"]
-    return Job(stage, name, settings, paths, tuple(p.id for p in parents))
+        words = spec.label(settings, [job.name.rpartition("-")[0] for job in needed])
+        label = "-".join(re.sub(r"[^A-Za-z0-9.-]+", "_", word).strip("_.") for word in words)
+        name = f"{label[:LABEL_LENGTH]}-{digest}"
+    paths = {}
+    for setting, path in spec.paths.items():
+        with suppress(KeyError):  # of a job that this cell does without
+            paths[setting] = path.format(name=name, **{job.stage: job.paths for job in needed})
+    return Job(stage, name, settings, paths, tuple(job.id for job in needed))
 
 
-def _label(stage: str, settings: Mapping[str, Any], parents: Sequence[Job]) -> str:
-    """What a person looks for first; a function of the settings alone."""
-    model = str(settings.get("model", "")).rstrip("/").rpartition("/")[2]
-    if stage == "collect":
-        words = [model, *settings.get("modules", ["mlp"]), *settings.get("pooling", ["max"])]
-    elif stage == "fit":
-        words = [str(settings.get("method", "aura"))]
-        words += [f"top{settings['top_k']}"] if "top_k" in settings else []
-    else:
-        words = [model, parents[0].name.rpartition("-")[0] if parents else "plain"]
-        words += [f"s{settings['strength']:g}"] if "strength" in settings else []
-    return "-".join(re.sub(r"[^A-Za-z0-9.-]+", "_", word).strip("_.") for word in words)[:60]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGEST_LENGTH]
+def _origin(job: Job, chain: Mapping[str, Job]) -> str:
+    """What the digest of a later job says of this one; of a stage without labels, nothing of its settings."""
+    spec = STAGE_SPECS[job.stage]
+    return job.id if spec.label else f"{job.stage}-{chain[spec.needs[0]].name}"

@@ -1,8 +1,8 @@
 """A grid of values → cells, each with the settings of every stage that it needs. Pure functions of mappings.
 
-A *cell* is one row of the sweep's table. By order of force a stage's settings are: top of the file < grid < the
-stage's section < the stage's section within the grid. So `collect: {pooling: [max, mean]}` beside `grid: {pooling:
-[max, mean]}` leaves the grid to `fit`: one collection serves both.
+A *cell* is one row of the sweep's table. A stage takes a setting from the last of these places that has it: the top
+of the file, the grid, the stage's section, the stage's section within the grid. So `collect: {pooling: [max, mean]}`
+beside `grid: {pooling: [max, mean]}` leaves the grid's values to `fit`, and one collection serves both.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,50 +11,25 @@ from itertools import product
 from typing import Any
 
 from aura_dist.errors import ConfigError
-
-STAGES = ("collect", "score", "fit", "evaluate")
-PLAIN = "none"
-# what the sweep decides itself
-_OURS = {
-    "collect": {"store", "overwrite"},
-    "score": {"store"},
-    "fit": {"store", "out"},
-    "evaluate": {"out", "intervention"},
-}
-# how a stage is run, not what it computes: no axis of a grid, and no part of a job's identity
-EXECUTION = frozenset({
-    "sharding", "offload", "max_memory", "offload_folder", "tensor_plan", "device", "dask", "num_workers",
-    "memory_limit", "slurm", "overwrite", "max_attempts", "continuations_per_batch",
-})  # fmt: skip
-# shared fits: a strength is laid on where the model is evaluated, unless a section says otherwise
-_STRENGTH_OF = "evaluate"
+from aura_dist.sweep.stage_specs import EXECUTION, PLAIN, STAGE_SPECS
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: the values of the grid that count for it, and the settings of its stages, unresolved."""
+    """One combination: the values of the grid that have an effect on it, and its stages' settings, unresolved."""
 
     values: Mapping[str, Any]
     settings: Mapping[str, Mapping[str, Any]]
 
 
 def make_cells(document: Mapping[str, Any], known: Mapping[str, set[str]]) -> list[Cell]:
-    """The distinct cells of a grid file, in the file's order.
+    """The distinct cells of a grid file, in the file's order; `known` maps each stage to the names of its settings.
 
-    Parameters
-    ----------
-    document
-        The file: settings, sections of stages, and `grid`: a mapping of names to lists of values, with mappings of
-        the same form for single stages, or a list of such mappings (the union of their products).
-    known
-        Stage → names of its settings.
-
-    Raises
-    ------
-    ConfigError
-        The grid is malformed, or holds a name that no stage takes.
+    The file has settings, sections of stages, and `grid`. A grid maps names to lists of values, and stages to grids of
+    their own. A list of grids has the combinations of each. ConfigError if the grid is malformed, or has a name that no
+    stage takes.
     """
-    _check_sections(document)
+    _check_sections(document, known)
     cells: list[Cell] = []
     used: set[str] = set()
     combinations = [c for part in _parts(document.get("grid")) for c in _product(part, known)]
@@ -75,18 +50,23 @@ def make_cells(document: Mapping[str, Any], known: Mapping[str, set[str]]) -> li
     return [Cell({name: cell.values.get(name) for name in names}, cell.settings) for cell in cells]
 
 
-def _check_sections(document: Mapping[str, Any]) -> None:
-    taken = [("", name) for name in ("store", "intervention", "overwrite") if name in document]
-    taken += [
-        (f"section {stage!r}: ", name) for stage in STAGES for name in _OURS[stage] & set(document.get(stage) or {})
-    ]
-    if "strength" in document and not _evaluates(document):
+def _check_sections(document: Mapping[str, Any], known: Mapping[str, set[str]]) -> None:
+    # `out` on top is the sweep's own directory
+    reserved = [("", name) for name in sorted(_set_by_sweep() - {"out"}) if name in document]
+    for stage, spec in STAGE_SPECS.items():
+        reserved += [(f"section {stage!r}: ", name) for name in spec.set_by_sweep & set(document.get(stage) or {})]
+    takers = [stage for stage in STAGE_SPECS if "strength" in known[stage] and _is_shared("strength", stage)]
+    if "strength" in document and not any(_is_wanted(stage, document) for stage in takers):
         raise ConfigError(
             "expected 'strength' in the section 'fit' of a sweep that evaluates nothing, got it on top, where it counts"
             " for evaluations alone"
         )
-    for where, name in taken:
+    for where, name in reserved:
         raise ConfigError(f"{where}expected no {name!r} in a grid file: the sweep sets it; leave it out")
+
+
+def _set_by_sweep() -> set[str]:
+    return set().union(*(spec.set_by_sweep for spec in STAGE_SPECS.values()))
 
 
 def _parts(grid: Any) -> list[Mapping[str, Any]]:
@@ -100,7 +80,7 @@ def _product(part: Mapping[str, Any], known: Mapping[str, set[str]]) -> Iterator
     """`{"method": [a, b], "evaluate": {"seed": [0]}}` → {"method": a, "evaluate.seed": 0}, …"""
     axes: dict[str, Sequence[Any]] = {}
     for name, values in part.items():
-        nested = values.items() if name in STAGES and isinstance(values, dict) else [("", values)]
+        nested = values.items() if name in STAGE_SPECS and isinstance(values, dict) else [("", values)]
         for own, listed in nested:
             axis = f"{name}.{own}" if own else str(name)
             if axis in axes:
@@ -112,10 +92,11 @@ def _product(part: Mapping[str, Any], known: Mapping[str, set[str]]) -> Iterator
 
 
 def _check_axis(axis: str, values: Any, known: Mapping[str, set[str]]) -> None:
-    stage, dot, name = axis.rpartition(".")
-    if name in EXECUTION or name in known["score"]:
+    stage, _, name = axis.rpartition(".")
+    if name in EXECUTION or any(name in known[s] for s, spec in STAGE_SPECS.items() if spec.label is None):
         raise ConfigError(f"grid: expected settings that change a result, got {name!r}; set it outside the grid")
-    allowed = known[stage] - _OURS[stage] if dot else set().union(*known.values()) - {"store", "out", "intervention"}
+    shared = set().union(*known.values()) - _set_by_sweep()
+    allowed = known[stage] - STAGE_SPECS[stage].set_by_sweep if stage in STAGE_SPECS else shared
     if name not in allowed:
         raise ConfigError(f"grid: unknown name {axis!r}; known: {', '.join(sorted(allowed - EXECUTION))}")
     if not isinstance(values, list) or not values:
@@ -125,60 +106,52 @@ def _check_axis(axis: str, values: Any, known: Mapping[str, set[str]]) -> None:
 def _cell(
     combination: Mapping[str, Any], document: Mapping[str, Any], known: Mapping[str, set[str]]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The values that count, the others as None; and the settings of every stage that the cell needs."""
-    chosen = {stage: _chosen(stage, combination, document, known[stage]) for stage in STAGES}
-    settings = {stage: _settings(stage, document, known[stage]) for stage in STAGES}
-    for stage, taken in chosen.items():
-        settings[stage] |= {axis.rpartition(".")[2]: combination[axis] for axis in taken}
-    needed = set(STAGES)
-    if not _evaluates(document):
-        needed.discard("evaluate")
-    if settings["fit"].get("method") == PLAIN:
-        needed &= {"evaluate"}
-        settings["evaluate"].pop("strength", None)
-        chosen["evaluate"] = {axis for axis in chosen["evaluate"] if not axis.endswith("strength")}
-        counted = chosen["evaluate"] | {axis for axis in chosen["fit"] if axis.endswith("method")}
-    else:
-        _settle_fit(settings, chosen)
-        counted = set().union(*(chosen[stage] for stage in needed))
+    """The grid's values, None for those without an effect; and the settings of every stage that the cell needs."""
+    settings = {stage: _fixed(stage, document, known[stage]) for stage in STAGE_SPECS}
+    chosen = {stage: _chosen(stage, combination, document, known[stage]) for stage in STAGE_SPECS}
+    for stage, axes in chosen.items():
+        settings[stage] |= {_setting(axis): combination[axis] for axis in axes}
+    skipped = [s for s, spec in STAGE_SPECS.items() if spec.skipped_by and settings[s].get(spec.skipped_by) == PLAIN]
+    needed = [s for s in STAGE_SPECS if _is_wanted(s, document) and not (skipped and STAGE_SPECS[s].alone is None)]
     if not needed:
         raise ConfigError(f"grid: method {PLAIN}: expected a section 'evaluate' for it, got a sweep that ends with fit")
+    for stage in needed:
+        spec, varied = STAGE_SPECS[stage], {_setting(axis) for axis in chosen[stage]}
+        unread = spec.alone if skipped and spec.alone else spec.settle(settings, varied)
+        settings[stage] = {name: value for name, value in settings[stage].items() if name not in unread}
+        chosen[stage] = {axis for axis in chosen[stage] if _setting(axis) not in unread}
+    counted = set().union(*(chosen[stage] for stage in needed))
+    counted |= {axis for stage in skipped for axis in chosen[stage] if _setting(axis) == STAGE_SPECS[stage].skipped_by}
     return (
         {axis: value if axis in counted else None for axis, value in combination.items()},
-        {stage: settings[stage] for stage in STAGES if stage in needed},
+        {stage: settings[stage] for stage in needed},
     )
 
 
-def _evaluates(document: Mapping[str, Any]) -> bool:
-    return "evaluate" in document or any("evaluate" in part for part in _parts(document.get("grid")))
+def _is_wanted(stage: str, document: Mapping[str, Any]) -> bool:
+    """Whether the sweep has this stage: an optional one only where the file names it."""
+    named = stage in document or any(stage in part for part in _parts(document.get("grid")))
+    return named or not STAGE_SPECS[stage].optional
 
 
-def _settle_fit(settings: Mapping[str, dict[str, Any]], chosen: Mapping[str, set[str]]) -> None:
-    """What other settings decide: the concept, and α, which `damp` alone looks at."""
-    fit, concepts = settings["fit"], settings["collect"].get("concepts")
-    if "concept" not in fit and concepts:
-        fit["concept"] = concepts[0] if isinstance(concepts, list) else concepts
-    varied = {axis.rpartition(".")[2] for axis in chosen["fit"]}
-    if fit.get("method", "aura") != "damp" and varied & {"alpha", "method"}:
-        fit.pop("alpha", None)
-        chosen["fit"].difference_update({"alpha", "fit.alpha"})
-
-
-def _settings(stage: str, document: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
-    """What the file fixes for a stage: top < section."""
-    top = {k: v for k, v in document.items() if k in known and k not in STAGES and _reaches(stage, k)}
+def _fixed(stage: str, document: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """What the file sets for a stage outside the grid: top < section."""
+    top = {k: v for k, v in document.items() if k in known and k not in STAGE_SPECS and _is_shared(k, stage)}
     return {**top, **(document.get(stage) or {})}
 
 
 def _chosen(stage: str, combination: Mapping[str, Any], document: Mapping[str, Any], known: set[str]) -> set[str]:
-    """The axes whose value a stage takes: its own, and those that neither its section nor its own axes decide."""
-    section = set(document.get(stage) or {})
+    """The axes that a stage takes a value from: its own, and shared ones that neither its section nor its own set."""
     own = {axis for axis in combination if axis.startswith(f"{stage}.")}
-    fixed = section | {axis.rpartition(".")[2] for axis in own}
-    shared = {a for a in combination if "." not in a and a in known and a not in fixed and _reaches(stage, a)}
-    return shared | own
+    fixed = {*(document.get(stage) or {}), *map(_setting, own)}
+    return own | {a for a in combination if "." not in a and a in known and a not in fixed and _is_shared(a, stage)}
 
 
-def _reaches(stage: str, name: str) -> bool:
-    """Whether a setting that stands for all stages counts for this one."""
-    return name not in _OURS[stage] and (name != "strength" or stage == _STRENGTH_OF)
+def _setting(axis: str) -> str:
+    """`evaluate.seed` → `seed`."""
+    return axis.rpartition(".")[2]
+
+
+def _is_shared(name: str, stage: str) -> bool:
+    """Whether this stage takes the setting from a place that serves all stages."""
+    return name not in STAGE_SPECS[stage].set_by_sweep | STAGE_SPECS[stage].unshared

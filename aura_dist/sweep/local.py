@@ -1,4 +1,4 @@
-"""Jobs as processes of this machine, some at a time."""
+"""Jobs as processes of this machine, a few at a time."""
 
 import os
 import signal
@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aura_dist.errors import ClusterError
-from aura_dist.sweep.job_command import JobCommand
-from aura_dist.sweep.job_state import INTERRUPTED
+from aura_dist.sweep.jobs import INTERRUPTED, JobCommand
 from aura_dist.sweep.slurm import scancel_words, still_queued
 
 STOP_SECONDS = 60.0
@@ -17,18 +16,13 @@ _INTERRUPTED = 128 + signal.SIGTERM
 
 
 class LocalLauncher:
-    """Starts jobs as processes; each of `num_slots` runs one job at a time, on its share of the GPUs.
+    """Starts jobs as processes, each on its share of the GPUs; a `Launcher`.
 
-    Parameters
-    ----------
-    num_slots
-        Jobs that run at the same time.
-    keep_open
-        File that the processes inherit, so that a lock on it lasts as long as they do.
+    `num_slots` jobs run at the same time. The processes inherit the descriptor `keep_open`, so that a lock on its file
+    lasts until they end.
     """
 
     poll_seconds = 0.1
-    # a job is started once those it needs are done
     chains = False
 
     def __init__(self, num_slots: int, keep_open: int | None = None) -> None:
@@ -38,24 +32,24 @@ class LocalLauncher:
 
     @property
     def room(self) -> int:
-        """Jobs that can be started now."""
+        """Free slots."""
         return self._slots.count(None)
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
-        """Jobs that go on from an earlier run of the sweep: none, as its processes end with it.
+        """None: the processes of an earlier run ended with it.
 
-        ClusterError if that run left some in Slurm's queue, or Slurm does not say: they would run twice.
+        ClusterError if an earlier run left jobs in Slurm's queue, or Slurm does not answer: they would run twice.
         """
         queued = still_queued(commands)
         if queued:
             raise ClusterError(
                 f"--launcher local: expected no job of this sweep in Slurm's queue, got {len(queued)}, which would run "
-                f"twice; go on with --launcher slurm, or end them first: {scancel_words(queued.values())}"
+                f"twice; use --launcher slurm, or end them first: {scancel_words(queued.values())}"
             )
         return []
 
     def start(self, commands: Sequence[JobCommand]) -> list[str]:
-        """Start as many jobs as there is room for; their names."""
+        """Start jobs, no more than there is room for; their ids."""
         for command in commands:
             slot = self._slots.index(None)
             command.begin()
@@ -65,21 +59,21 @@ class LocalLauncher:
         return [command.job for command in commands]
 
     def withdraw(self, commands: Sequence[JobCommand]) -> None:
-        """Nothing: no job is started here before those that it needs are done."""
+        """Do nothing: no job is started here before those that it needs are done."""
 
     def ended(self) -> list[str]:
-        """Names of the jobs that have ended since the last call; their states are written."""
+        """Ids of the jobs that have ended since the last call; writes their states."""
         found = []
         for slot, running in enumerate(self._slots):
             if running is not None and (code := running[1].poll()) is not None:
-                # a signal that `stop` did not send comes from a watchdog, or a hand that ends this one job
+                # `stop` did not send this signal: a watchdog or a person has ended this one job
                 running[0].end(128 - code if code in INTERRUPTED else code)
                 self._slots[slot] = None
                 found.append(running[0].job)
         return found
 
     def stop(self) -> str:
-        """End all processes, in an orderly way where they can; what to tell the user."""
+        """End all processes, in an orderly way where they can; nothing to add to the message."""
         running = [entry for entry in self._slots if entry is not None]
         for _, process in running:
             process.send_signal(signal.SIGTERM)
@@ -95,7 +89,7 @@ class LocalLauncher:
         return ""
 
     def _share(self, slot: int, ranks: int) -> list[str]:
-        """GPUs of a slot: its own where there are enough, else one a rank, in turn; none named if one slot has all."""
+        """GPUs of a slot: its own if there are enough, else one a rank, in turn; no names if one slot has all."""
         num_gpus, num_slots = len(self._gpus), len(self._slots)
         if num_slots == 1 or not num_gpus:
             return []
@@ -106,7 +100,7 @@ class LocalLauncher:
 
 
 def visible_gpus() -> list[str]:
-    """Those that CUDA_VISIBLE_DEVICES names, else all of this machine."""
+    """The GPUs that CUDA_VISIBLE_DEVICES names, else all of this machine."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name]

@@ -1,7 +1,7 @@
-"""Jobs through Slurm, submitted as arrays by submitit.
+"""Jobs of Slurm, submitted as arrays by submitit.
 
 All jobs are submitted at once: Slurm holds each back until those that it needs have ended well (`afterok`), and each
-keeps its own state file. So they need no driver, but for trying again what failed.
+writes its own state file. So they need a driver only to start failed jobs again.
 """
 
 import logging
@@ -17,58 +17,48 @@ from typing import Any
 
 from aura_dist.errors import ClusterError, brief
 from aura_dist.ranks.slurm_queue import MISSES, cancel_waiting, queued_jobs
-from aura_dist.sweep.grid import STAGES
-from aura_dist.sweep.job_command import JobCommand
-from aura_dist.sweep.slurm_executor import DEFAULT_MINUTES, make_executor, outside_job, stage_resources
-from aura_dist.sweep.slurm_task import JobTask
+from aura_dist.sweep.jobs import JobCommand
+from aura_dist.sweep.slurm_job import DEFAULT_MINUTES, JobTask, make_executor, outside_job, stage_resources
+from aura_dist.sweep.stage_specs import STAGE_SPECS
 
 logger = logging.getLogger(__name__)
 
 SQUEUE_SECONDS = 5.0
-# between two looks at what has ended, and at signals
+# after this time `start` returns, so that the sweep looks for ended jobs and signals
 SUBMIT_SECONDS = 5.0
-# a full queue is tried again after this time, or once a job has ended; places of jobs that end are free a little later
+# when a full queue is tried again, unless a job ends before; Slurm frees the place of an ended job a little later
 FULL_SECONDS = 30.0
-# how long it may take no job at all while none of ours is in it
+# how long Slurm may refuse jobs while none of ours is in its queue
 REFUSED_SECONDS = 600.0
-# sbatch's words where a user, an account or the cluster has as many jobs as it may, or an array is too large for it
+# what sbatch says if a user, an account or the cluster may have no more jobs, or an array is too large
 _LIMIT = re.compile("submit limit|temporarily|invalid job array", re.IGNORECASE)
-# and where its controller does not answer; a submission that it took all the same does not count
+# what it says if its controller does not answer; should it have taken the submission, the submission does not count
 _NO_ANSWER = re.compile(
     "timed out|unable to contact|connection refused|communication|zero bytes|endpoint is not|unexpected message|"
     "standby",
     re.IGNORECASE,
 )
-_LOST = "the Slurm job is gone without a word: cancelled, killed or out of memory; see {log} and `sacct`"
+_LOST = "the Slurm job has gone and wrote no end: it was cancelled, killed or out of memory; see {log} and `sacct`"
 
 
 class SlurmLauncher:
-    """Submits jobs, those of a stage that wait for the same jobs as one array, and follows them.
+    """Submits jobs and follows them; a `Launcher`. Jobs of a stage that wait for the same jobs are one array.
 
-    Parameters
-    ----------
-    directory
-        Of the sweep; Slurm's and submitit's own files go into its `slurm`.
-    resources
-        Parameters of submitit's AutoExecutor; a mapping under a stage's name is for that stage.
-
-    Raises
-    ------
-    ClusterError, ConfigError
-        There is no Slurm here, or a parameter is unknown.
+    The files of Slurm and submitit are in `directory`/slurm. `resources` are parameters of submitit's AutoExecutor; a
+    mapping under a stage's name is for that stage alone. ClusterError if there is no Slurm here, ConfigError if a
+    parameter is unknown.
     """
 
     poll_seconds = 1.0
-    # Slurm holds back what waits for another job
     chains = True
 
     def __init__(self, directory: Path, resources: Mapping[str, Any]) -> None:
         if shutil.which("sbatch") is None:
             raise ClusterError("--launcher slurm: expected Slurm's sbatch on this machine, found none; use local")
         self._directory, self._resources = directory / "slurm", resources
-        for stage in STAGES:  # what is wrong with the last stage's shows before the first is run
+        for stage in STAGE_SPECS:  # so that an error in the last stage's resources shows before the first is run
             make_executor(self._directory, stage, resources)
-        unlimited = [stage for stage in STAGES if "timeout_min" not in stage_resources(resources, stage)]
+        unlimited = [stage for stage in STAGE_SPECS if "timeout_min" not in stage_resources(resources, stage)]
         if unlimited:
             names = ", ".join(unlimited)
             logger.warning("resources: no timeout_min: jobs of %s may run for %d minutes", names, DEFAULT_MINUTES)
@@ -80,11 +70,11 @@ class SlurmLauncher:
 
     @property
     def room(self) -> int:
-        """Jobs that can be submitted now: any number, until Slurm says that it takes no more."""
+        """More than any sweep has, until Slurm refuses a job."""
         return 0 if time.monotonic() < self._full_until else 1000
 
     def adopt(self, commands: Sequence[JobCommand]) -> list[str]:
-        """Jobs of an earlier run of the sweep that are in the queue, and wait there for no job that is not."""
+        """Follow the jobs that are in the queue, unless they wait for a job that is not; their ids."""
         queued, left = still_queued(commands), {c.job for c in commands}
         self._name_strangers(left)
         for command in commands:  # each after those it needs
@@ -95,10 +85,10 @@ class SlurmLauncher:
         return list(self._watched)
 
     def _name_strangers(self, known: Container[str]) -> None:
-        """Warn of jobs in the queue that no cell of the present grid waits for."""
+        """Warn of this sweep's jobs in the queue that no cell of the present grid waits for."""
         folder = self._directory.parent
         others = [JobCommand(folder, p.stem, "") for p in (folder / "jobs").glob("*.slurm") if p.stem not in known]
-        with suppress(ClusterError):  # nothing depends on them
+        with suppress(ClusterError):  # only a warning depends on the answer
             if found := still_queued(others):
                 logger.warning(
                     "%d jobs in Slurm's queue are of an earlier grid, and no cell waits for them (to end them: %s)",
@@ -106,7 +96,7 @@ class SlurmLauncher:
                 )  # fmt: skip
 
     def start(self, commands: Sequence[JobCommand]) -> list[str]:
-        """Submit jobs, each after those it needs; the names of those that are in the queue then, maybe not all."""
+        """Submit jobs, each after those it needs; the ids of those that Slurm took."""
         arrays: dict[tuple[str, ...], list[JobCommand]] = {}
         for command in commands:
             arrays.setdefault((command.stage, *command.needs), []).append(command)
@@ -119,29 +109,28 @@ class SlurmLauncher:
         return started
 
     def _submit(self, commands: Sequence[JobCommand]) -> list[str]:
-        """One array of jobs of the same stage and needs, or what of it the queue has room for."""
+        """Submit jobs of the same stage and needs as one array, or as many of them as the queue has room for."""
         stage, needs = commands[0].stage, commands[0].needs
         states = {need: replace(commands[0], job=need).state.state for need in needs}
-        if not self.room or "failed" in states.values():  # which the sweep hears of next
+        if not self.room or "failed" in states.values():  # `ended` will report the failure
             return []
-        waits = [need for need in needs if states[need] != "done"]  # Slurm soon forgets a job that has ended
-        if not self._watched.keys() >= set(waits):  # what it needs could not be submitted now
+        waits = [need for need in needs if states[need] != "done"]  # Slurm forgets a job soon after its end
+        if not self._watched.keys() >= set(waits):  # a needed job could not be submitted
             return []
         after = [self._watched[need].slurm_id for need in waits]
         executor = make_executor(self._directory, stage, self._resources, after)
         for command in commands:
-            command.slurm_id.unlink(missing_ok=True)  # an older submission's
+            command.slurm_id.unlink(missing_ok=True)  # of an earlier submission
             command.write(command.state.submitted())
         try:
             with outside_job(), executor.batch():
                 submitted = [executor.submit(JobTask(command, command.state.submission)) for command in commands]
             ids = [job.job_id for job in submitted]
-        except Exception as error:  # of submitit's and of sbatch's own kinds
-            if _NO_ANSWER.search(str(error)):  # its controller may be starting again
-                return self._wait(stage, error)
-            if _LIMIT.search(str(error)) is None:
-                raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
-            return self._submit_some(commands, error)
+        except Exception as error:  # submitit and sbatch have kinds of their own
+            if len(commands) > 1 and _LIMIT.search(str(error)) and not _NO_ANSWER.search(str(error)):
+                middle = len(commands) // 2
+                return self._submit(commands[:middle]) + self._submit(commands[middle:])
+            return self._wait(stage, error)
         for command, slurm_id in zip(commands, ids, strict=True):
             command.slurm_id.write_text(f"{slurm_id}\n")
             self._watched[command.job] = _Watched(command, slurm_id, waits=bool(after))
@@ -150,34 +139,28 @@ class SlurmLauncher:
         logger.info("%s: %d jobs submitted as %s%s", stage, len(commands), ids[0].partition("_")[0], waiting)
         return [command.job for command in commands]
 
-    def _submit_some(self, commands: Sequence[JobCommand], error: Exception) -> list[str]:
-        """Those of an array that the queue has room for."""
-        if len(commands) > 1:
-            middle = len(commands) // 2
-            return self._submit(commands[:middle]) + self._submit(commands[middle:])
-        if not self._has_taken:  # it does not look as if it took any
-            raise ClusterError(f"sbatch refused the jobs of {commands[0].stage}: {brief(error)}") from error
-        return self._wait(commands[0].stage, error)
-
     def _wait(self, stage: str, error: Exception) -> list[str]:
-        """No job now; ClusterError if Slurm has taken none for long though none of ours is in its queue."""
+        """Submit no job now; ClusterError if Slurm will hardly take one later."""
         now = time.monotonic()
         self._refused_since = now if self._refused_since is None else self._refused_since
-        if not self._watched and now - self._refused_since > REFUSED_SECONDS:
+        lasts = not self._watched and now - self._refused_since > REFUSED_SECONDS
+        # a controller that does not answer may be restarting, and a queue that took jobs of ours may have room again
+        passes = _NO_ANSWER.search(str(error)) or (self._has_taken and _LIMIT.search(str(error)))
+        if lasts or not passes:
             raise ClusterError(f"sbatch refused the jobs of {stage}: {brief(error)}") from error
         logger.info("Slurm takes no more jobs now (%s); the others later", brief(error))
         self._full_until = time.monotonic() + FULL_SECONDS
         return []
 
     def withdraw(self, commands: Sequence[JobCommand]) -> None:
-        """Take back jobs that wait for one that failed; should one run all the same, it does nothing."""
+        """Take back jobs that wait for one that failed. Their submissions do not count, so one that starts ends."""
         for command in commands:
             command.write(command.state.renewed())
             command.slurm_id.unlink(missing_ok=True)
         cancel_waiting([self._watched.pop(c.job).slurm_id for c in commands if c.job in self._watched])
 
     def ended(self) -> list[str]:
-        """Names of the jobs that have ended since the last call."""
+        """Ids of the jobs that have ended since the last call."""
         ended = [job for job, entry in self._watched.items() if entry.command.state.state in ("done", "failed")]
         ended += [job for job in self._gone() if job not in ended]
         for job in ended:
@@ -187,14 +170,14 @@ class SlurmLauncher:
         return ended
 
     def stop(self) -> str:
-        """Leave the jobs in the queue."""
+        """Leave the jobs in the queue, and say so."""
         if not self._watched:
             return ""
         words = scancel_words(entry.slurm_id for entry in self._watched.values())
         return f"; {len(self._watched)} jobs stay in Slurm's queue (to end them: {words})"
 
     def _gone(self) -> list[str]:
-        """Jobs that left the queue without an end of their own; writes that they failed, or wait to be submitted."""
+        """Jobs that left the queue and wrote no end; writes that they failed, or that they wait to be submitted."""
         if time.monotonic() - self._asked < SQUEUE_SECONDS:
             return []
         self._asked = time.monotonic()
@@ -207,9 +190,9 @@ class SlurmLauncher:
             if entry.missed < MISSES or state.state in ("done", "failed"):
                 continue
             if any(need in self._watched for need in entry.command.needs):
-                entry.waits = False  # cancelled in its own right; or for what it needs, which is then told itself
+                entry.waits = False  # cancelled itself, or dropped for a needed job, which is then reported
             elif entry.waits and state.state == "queued":
-                # what it needs is done, but did not end well for Slurm, which dropped this
+                # Slurm dropped it, because a needed job is done but did not end well for Slurm
                 entry.command.write(replace(state, submission=""))
                 found.append(job)
             else:
@@ -220,7 +203,7 @@ class SlurmLauncher:
 
 @dataclass
 class _Watched:
-    """A job in Slurm's queue, how many answers of squeue in a row lacked it, whether Slurm held it back for others."""
+    """A job in Slurm's queue; answers of squeue in a row that lacked it; whether Slurm holds it back for others."""
 
     command: JobCommand
     slurm_id: str
@@ -229,9 +212,9 @@ class _Watched:
 
 
 def still_queued(commands: Sequence[JobCommand]) -> dict[JobCommand, str]:
-    """Jobs that wait or run in Slurm's queue, with their numbers there; ClusterError if Slurm does not say."""
+    """Jobs that wait or run in Slurm's queue → their Slurm ids; ClusterError if Slurm does not answer."""
     waiting = [c for c in commands if c.slurm_id.exists() and c.state.submission]
-    # one that has said its end leaves the queue, and may be tried again
+    # a job that wrote its end is leaving the queue, and may be started again
     ids = {c: c.slurm_id.read_text().strip() for c in waiting if c.state.state in ("queued", "running")}
     listed: set[str] | None = queued_jobs() if ids else set()
     if listed is None:
@@ -244,5 +227,5 @@ def still_queued(commands: Sequence[JobCommand]) -> dict[JobCommand, str]:
 
 
 def scancel_words(slurm_ids: Iterable[str]) -> str:
-    """The command that ends these jobs, their whole arrays."""
+    """The command that ends these jobs, with the whole of their arrays."""
     return "scancel " + " ".join(sorted({slurm_id.partition("_")[0] for slurm_id in slurm_ids}))

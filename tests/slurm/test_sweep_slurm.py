@@ -118,7 +118,7 @@ def test_failed_and_killed_cells_leave_the_others_alone_and_a_rerun_does_what_is
     assert Counter(second.table["state"]) == {"done": 23, "failed": 2}
     reasons = " / ".join(second.table["reason"].dropna())
     assert "missing" in reasons
-    assert re.search("killed by SIGTERM|killed by SIGKILL|the Slurm job is gone without a word", reasons)
+    assert re.search("killed by SIGTERM|killed by SIGKILL|the Slurm job has gone", reasons)
     assert Counter(s["stage"] for s in second.states.values()) == {"collect": 2, "score": 2, "fit": 25}
 
     assert third.code == 0, third.said

@@ -1,5 +1,6 @@
 """Grids → cells → jobs: what is shared, what counts, what is refused. Pure functions."""
 
+import hashlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import pytest
 from aura_dist.config.file import read_config_file
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import ConfigError
-from aura_dist.stages.sweep import resolved_settings
-from aura_dist.sweep.graph import make_graph
-from aura_dist.sweep.grid import STAGES, make_cells
+from aura_dist.sweep.driver import read_grid
+from aura_dist.sweep.grid import make_cells
+from aura_dist.sweep.stage_specs import STAGE_SPECS, StageSpec
 from aura_dist.sweep.table import cell_row, figures
 
-KNOWN = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
+KNOWN = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGE_SPECS}
 BASE = {
     "model": "m/tiny",
     "collect": {"data": "d.csv", "concepts": ["toxic"]},
@@ -23,22 +24,20 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def graph_of(grid, **more):
-    document = {**BASE, **more, "grid": grid}
-    cells = make_cells(document, KNOWN)
-    return cells, make_graph(cells, [resolved_settings(cell) for cell in cells])
+    return read_grid({**BASE, **more, "grid": grid})
 
 
 def count(graph):
-    return {stage: sum(job.stage == stage for job in graph.jobs.values()) for stage in STAGES}
+    return {stage: sum(job.stage == stage for job in graph.jobs.values()) for stage in STAGE_SPECS}
 
 
 def test_what_cells_have_in_common_is_one_job():
     cells, graph = graph_of({"seed": [0, 1, 2], "method": ["aura", "det0"], "strength": [0.25, 0.5, 1.0]})
     assert len(cells) == 18
     assert count(graph) == {"collect": 3, "score": 3, "fit": 6, "evaluate": 18}
-    assert len(set(graph.last)) == 18
-    for last in graph.last:
-        assert [job.stage for job in graph.ancestry(last)] == list(STAGES)
+    assert len(graph.ends) == 18
+    for chain in graph.chains:
+        assert [job.stage for job in chain] == list(STAGE_SPECS)
 
 
 def test_every_job_comes_after_those_it_needs():
@@ -64,23 +63,24 @@ def test_plain_model_of_a_cell_is_evaluated_by_the_same_settings():
     cells, graph = graph_of({"method": ["none", "aura"], "strength": [0.5, 1.0], "seed": [0, 1], "evaluate": prompts})
     measured = ("seed", "evaluate.toxicity_prompts", "evaluate.preprompt", "evaluate.num_samples")
     plain = {
-        tuple(cell.values[name] for name in measured): last
-        for cell, last in zip(cells, graph.last, strict=True)
+        tuple(cell.values[name] for name in measured): chain[-1].id
+        for cell, chain in zip(cells, graph.chains, strict=True)
         if cell.values["method"] == "none"
     }
     assert len(plain) == 16
-    for cell, last in zip(cells, graph.last, strict=True):
+    for cell, chain in zip(cells, graph.chains, strict=True):
         mine = plain[tuple(cell.values[name] for name in measured)]
-        assert graph.plain(last) == (None if last == mine else mine)
+        assert graph.plain(chain[-1].id) == (None if chain[-1].id == mine else mine)
     assert not any(graph.plain(job.id) for job in graph.jobs.values() if job.stage != "evaluate")
 
 
 def test_cell_without_a_plain_model_by_its_settings_has_none():
     parts = [{"method": ["none"], "dtype": ["float32"]}, {"method": ["aura"], "dtype": ["float32", "bfloat16"]}]
     _, graph = graph_of(parts, evaluate={**BASE["evaluate"], "strength": 0.5, "sharding": "fsdp"})
-    assert [graph.plain(last) for last in graph.last] == [None, graph.last[0], None]
+    last = [chain[-1].id for chain in graph.chains]
+    assert [graph.plain(job) for job in last] == [None, last[0], None]
     _, alone = graph_of({"method": ["aura"]})
-    assert alone.plain(alone.last[0]) is None
+    assert alone.plain(alone.chains[0][-1].id) is None
 
 
 def test_section_leaves_the_grid_to_the_other_stages():
@@ -119,7 +119,7 @@ def test_strength_is_laid_on_once():
     assert "strength" not in cells[0].settings["fit"]
     (fit,) = (job for job in graph.jobs.values() if job.stage == "fit")
     assert "strength" not in fit.settings
-    assert graph.jobs[graph.last[0]].settings["strength"] == 0.5
+    assert graph.chains[0][-1].settings["strength"] == 0.5
 
 
 def test_concept_is_the_first_that_was_collected():
@@ -128,9 +128,7 @@ def test_concept_is_the_first_that_was_collected():
 
 
 def test_without_evaluation_cells_end_with_the_fit():
-    document = {"model": "m", "collect": BASE["collect"], "grid": {"method": ["aura", "det0"]}}
-    cells = make_cells(document, KNOWN)
-    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    _, graph = read_grid({"model": "m", "collect": BASE["collect"], "grid": {"method": ["aura", "det0"]}})
     assert count(graph) == {"collect": 1, "score": 1, "fit": 2, "evaluate": 0}
 
 
@@ -194,7 +192,7 @@ def test_figures_are_flat_and_settings_are_left_out():
 
 def test_row_names_the_job_that_failed():
     cells, graph = graph_of({"method": ["aura"]})
-    chain = graph.ancestry(graph.last[0])
+    chain = graph.chains[0]
     states = {job.id: {"state": "done", "reason": "", "seconds": 1.0, "attempts": 1} for job in chain}
     assert cell_row(cells[0], chain, states)["state"] == "done"
     states[chain[-1].id]["state"] = "queued"
@@ -204,13 +202,31 @@ def test_row_names_the_job_that_failed():
     assert (row["state"], row["reason"]) == ("failed", f"{chain[1].id}: no room")
 
 
+def test_jobs_keep_the_names_of_sweeps_that_have_been_run():
+    """So that a later version finds what an earlier one has done, also where a setting's default is given."""
+    _, graph = graph_of(
+        {"method": ["none", "damp"], "alpha": [0.2, 0.5], "strength": [0.5]},
+        score={"statistics": ["auroc"]}, sharding="fsdp",
+    )  # fmt: skip
+    assert list(graph.jobs) == [
+        "collect-tiny-mlp-max-7884188ef3",
+        "score-tiny-mlp-max-7884188ef3-7b9df6fe99",
+        "fit-damp-47fc6669c4",
+        "fit-damp-f105334473",
+        "evaluate-tiny-plain-432378bc75",
+        "evaluate-tiny-damp-s0.5-8883d765a8",
+        "evaluate-tiny-damp-s0.5-7b5d07e642",
+    ]
+    _, gemma = read_grid(read_config_file(str(CONFIGS / "sweep-gemma.yaml")))
+    assert len(gemma.jobs) == 37
+    assert hashlib.sha256("\n".join(gemma.jobs).encode()).hexdigest().startswith("b79a83cb9be2d917")
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweep-*.yaml")), ids=lambda p: p.stem)
 def test_sweep_files_are_whole(path):
-    document = read_config_file(str(path))
-    cells = make_cells(document, KNOWN)
-    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    _, graph = read_grid(read_config_file(str(path)))
     counts = count(graph)
-    assert counts["collect"] == counts["score"] < counts["fit"] <= counts["evaluate"] == len(set(graph.last))
+    assert counts["collect"] == counts["score"] < counts["fit"] <= counts["evaluate"] == len(graph.ends)
 
 
 def test_other_statistics_are_scored_and_no_fit_is_made_anew():
@@ -219,7 +235,34 @@ def test_other_statistics_are_scored_and_no_fit_is_made_anew():
     _, some = graph_of(grid, score={"statistics": ["auroc"], "num_workers": 3})
     _, more = graph_of(grid, score={"statistics": ["auroc", "q_value"]})
     stages = {name: {job.id for graph in (everything, some, more) for job in graph.jobs.values() if job.stage == name}
-              for name in STAGES}  # fmt: skip
+              for name in STAGE_SPECS}  # fmt: skip
     assert {name: len(ids) for name, ids in stages.items()} == {"collect": 1, "score": 3, "fit": 1, "evaluate": 1}
     (fit,) = (job for job in some.jobs.values() if job.stage == "fit")
     assert some.jobs[fit.needs[0]].settings["statistics"] == ["auroc"]
+
+
+def test_new_stage_is_one_row(monkeypatch):
+    """An export of every fitted intervention, beside its evaluation."""
+    export = StageSpec(
+        paths={"intervention": "{fit[out]}", "out": "exports/{name}"},
+        needs=("fit",),
+        label=lambda settings, needed: [*needed, settings.get("dtype", "keep")],
+        optional=True,
+    )
+    grid = {"method": ["none", "aura"], "export": {"dtype": ["keep", "float32"]}}
+    _, without = graph_of({"method": ["none", "aura"]})
+    monkeypatch.setitem(STAGE_SPECS, "export", export)
+    cells, graph = graph_of(grid)
+    assert [tuple(cell.values.values()) for cell in cells] == [("none", None), ("aura", "keep"), ("aura", "float32")]
+    assert count(graph) == {"collect": 1, "score": 1, "fit": 1, "evaluate": 2, "export": 2}
+    assert set(without.jobs) < set(graph.jobs)
+    exports = [job for job in graph.jobs.values() if job.stage == "export"]
+    (fit,) = (job for job in graph.jobs.values() if job.stage == "fit")
+    assert {job.paths["intervention"] for job in exports} == {fit.paths["out"]}
+    assert [job.product for job in exports] == [f"exports/{job.name}" for job in exports]
+    chain = graph.chains[1]
+    assert graph.ends >= {chain[-2].id, chain[-1].id}, "neither waits for the other"
+    states = {job.id: {"state": "done", "reason": "", "seconds": 1.0, "attempts": 1} for job in chain}
+    assert cell_row(cells[1], chain, states)["state"] == "done"
+    states[chain[-2].id] |= {"state": "failed", "reason": "no room"}
+    assert cell_row(cells[1], chain, states)["reason"] == f"{chain[-2].id}: no room"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,21 +22,19 @@ import yaml
 from aura_dist.cli import main
 from aura_dist.config.file import merge, read_config_file
 from aura_dist.config.settings import resolve
-from aura_dist.config.verbs import VERBS, SweepConfig
+from aura_dist.config.verbs import SweepConfig
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.evaluation.results import SCHEMA
 from aura_dist.evaluation.toxicity import ByPrompt, ratios
+from aura_dist.files import locked
 from aura_dist.ranks.signals import StopFlag
-from aura_dist.stages.sweep import Sweep, resolved_settings
 from aura_dist.store.access import open_group
-from aura_dist.store.lock import locked
 from aura_dist.store.record import commit, unfinished
-from aura_dist.sweep.cost import planned_launch
-from aura_dist.sweep.graph import make_graph
-from aura_dist.sweep.grid import STAGES, make_cells
-from aura_dist.sweep.job_command import JobCommand
-from aura_dist.sweep.job_cost import Cost, plan_costs
-from aura_dist.sweep.progress import kept
+from aura_dist.sweep.cost import Cost, plan_costs
+from aura_dist.sweep.driver import Sweep, read_grid
+from aura_dist.sweep.jobs import JobCommand
+from aura_dist.sweep.launchers import LAUNCHERS
+from aura_dist.sweep.stage_specs import kept
 from tests.distributed.launch import REPOSITORY
 from tests.stores import make_store
 
@@ -185,9 +183,7 @@ def test_failure_takes_back_what_waits_for_it_and_starts_all_of_it_again(sweep, 
     dropped it, and a fit that waits is reported too.
     """
     document = read_config_file(sweep({"method": ["aura", "det0"]}))
-    known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
-    cells = make_cells(document, known)
-    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    cells, graph = read_grid(document)
     running = Sweep(resolve(SweepConfig, merge("sweep", document, {})), cells, graph)
     (tmp_path / "sweep").mkdir()
     running.prepare(document)
@@ -227,9 +223,7 @@ def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path)
     """Results of two methods' and the plain model's evaluations by hand, the plain one's last."""
     config = sweep({"method": ["none", "aura", "det0"]}, evaluate={"toxicity_prompts": "prompts.jsonl"})
     document = read_config_file(config)
-    known = {stage: {spec.name for spec in fields(VERBS[stage].config)} for stage in STAGES}
-    cells = make_cells(document, known)
-    graph = make_graph(cells, [resolved_settings(cell) for cell in cells])
+    cells, graph = read_grid(document)
     running = Sweep(resolve(SweepConfig, merge("sweep", document, {})), cells, graph)
     (tmp_path / "sweep" / "results").mkdir(parents=True)
 
@@ -242,7 +236,7 @@ def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path)
         command.begin()
         command.end(0)
 
-    plain, aura, det0 = graph.last
+    plain, aura, det0 = (chain[-1].id for chain in graph.chains)
     finish(aura, [0.5, 0.0, 0.25])
     finish(det0, [0.0, 0.0, 0.0])
     running.write_table()
@@ -314,7 +308,7 @@ def test_sweep_goes_on_where_files_cannot_be_locked(tmp_path, monkeypatch, caplo
 
 
 @pytest.mark.parametrize(
-    ("resources", "expected"),
+    ("asked", "expected"),
     [
         ({"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8}, {"world_size": 16, "device": "cuda"}),
         ({"slurm_nodes": 2, "slurm_ntasks_per_node": 8, "slurm_gres": "gpu:8"}, {"world_size": 16, "device": "cuda"}),
@@ -322,8 +316,10 @@ def test_sweep_goes_on_where_files_cannot_be_locked(tmp_path, monkeypatch, caplo
         (3, {"world_size": 3}),
     ],
 )
-def test_ranks_are_planned_as_they_are_asked_of_slurm(resources, expected):
-    assert planned_launch(resources, "collect") == expected
+def test_ranks_are_planned_as_they_are_started(asked, expected):
+    launcher, setting = ("local", "ranks") if isinstance(asked, int) else ("slurm", "resources")
+    config = resolve(SweepConfig, {"grid": {}, "out": "none", setting: asked})
+    assert LAUNCHERS[launcher].planned(config, "collect") == expected
 
 
 def test_dry_run_says_what_would_run_and_writes_nothing(sweep, tmp_path, capsys):
@@ -369,7 +365,7 @@ def answering(monkeypatch):
             Path(command[-1]).write_text(lines if code == 0 else f'{lines}{{"sec')
             return subprocess.CompletedProcess(command, code, "{}\n", "at work\n")
 
-        monkeypatch.setattr("aura_dist.sweep.job_cost.subprocess.run", run)
+        monkeypatch.setattr("aura_dist.sweep.cost.subprocess.run", run)
         return asked
 
     return stand_in
@@ -400,7 +396,7 @@ def test_place_that_cannot_be_written_is_one_error(monkeypatch):
 
 
 def test_many_jobs_are_shared_by_processes(answering, monkeypatch):
-    monkeypatch.setattr("aura_dist.sweep.job_cost.available_cores", lambda: 3)
+    monkeypatch.setattr("aura_dist.sweep.cost.available_cores", lambda: 3)
     asked = answering({})
     models = ["m" * i for i in range(1, 18)]
     costs = plan_costs({model: ("collect", {"model": model}) for model in models})

@@ -11,10 +11,10 @@ import pytest
 from aura_dist.errors import ClusterError, ConfigError
 from aura_dist.ranks.slurm_queue import queued_jobs
 from aura_dist.sweep import slurm as slurm_jobs
-from aura_dist.sweep import slurm_task
-from aura_dist.sweep.job_command import JobCommand
+from aura_dist.sweep import slurm_job
+from aura_dist.sweep.jobs import JobCommand
 from aura_dist.sweep.local import LocalLauncher
-from aura_dist.sweep.slurm_executor import make_executor, outside_job, stage_resources
+from aura_dist.sweep.slurm_job import make_executor, outside_job, stage_resources
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ class Executor:
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """A launcher whose jobs stay where the test puts them; `queue` is what squeue would say."""
-    monkeypatch.setattr(slurm_task, "CACHED_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_job, "CACHED_SECONDS", 0.0)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     executor, queue = Executor(), {"7_1", "7_2"}
     monkeypatch.setattr(slurm_jobs, "make_executor", executor.make)
@@ -197,7 +197,7 @@ def test_waiting_job_that_a_user_cancels_fails_once_its_turn_has_come(slurm, cha
     attempt(score, "", 0)
     assert slurm.launcher.ended() == ["score-a"]
     assert slurm.launcher.ended() == ["fit-a"]
-    assert "gone without a word" in fit.state.reason
+    assert "gone and wrote no end" in fit.state.reason
 
 
 def test_next_sweep_does_not_follow_what_waits_for_a_job_that_is_gone(slurm, chain):
@@ -426,7 +426,7 @@ def test_job_on_a_node_that_still_shows_an_older_state_waits_for_the_present_one
     (task,) = slurm.executor.submitted
     present = command.state
     command.write(present.renewed())
-    monkeypatch.setattr(slurm_task, "CACHED_SECONDS", 30.0)
+    monkeypatch.setattr(slurm_job, "CACHED_SECONDS", 30.0)
     monkeypatch.setattr("time.sleep", lambda seconds: command.write(present))
     assert (task(), len(stages), command.state.state) == (0, 1, "done")
 
@@ -466,11 +466,11 @@ def test_stage_that_was_done_as_it_was_warned_ends_well_for_slurm(slurm, command
     (task,) = slurm.executor.submitted
     task()
     task._process = SimpleNamespace()
-    monkeypatch.setattr(slurm_task, "_ended", lambda process: 0)
+    monkeypatch.setattr(slurm_job, "_ended", lambda process: 0)
     with pytest.raises(SystemExit) as ended:
         task.checkpoint()
     assert ended.value.code is None
-    monkeypatch.setattr(slurm_task, "_ended", lambda process: 138)
+    monkeypatch.setattr(slurm_job, "_ended", lambda process: 138)
     for again in (True, True, False):
         command.begin()
         assert (task.checkpoint() is not None) == again, "three times without getting on are enough"
