@@ -1,19 +1,21 @@
 """Hooks that pool every site's output on the device and put it into the store's row buffers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from aura_dist.collecting.exchange import ColumnExchange
 from aura_dist.errors import ModelError
-from aura_dist.sites.find import own_names
+from aura_dist.sites.find import tap_of
 from aura_dist.sites.ownership import ColumnPlan
-from aura_dist.sites.pooling import TokenMask
+from aura_dist.sites.pooling import POOLINGS, TokenMask
+from aura_dist.sites.site import Site
+from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.store.writer import RowBuffer
 from aura_dist.text.tokens import Batch
 
@@ -48,10 +50,12 @@ class Capture:
     ----------
     model
         Base model (no language-model head), in eval mode.
+    sites
+        Where to listen.
     plans
-        Site → what this rank sees and writes of it; names as in the causal language model.
+        Site → what this rank sees and writes of it.
     poolings
-        Methods of `TokenMask`.
+        Names in `POOLINGS`.
     device
         Where the forward takes its input.
     exchange
@@ -63,6 +67,7 @@ class Capture:
     def __init__(
         self,
         model: PreTrainedModel,
+        sites: Sequence[Site],
         plans: Mapping[str, ColumnPlan],
         poolings: Sequence[str],
         device: str,
@@ -70,7 +75,7 @@ class Capture:
     ) -> None:
         self._model = model
         self._plans = plans
-        self._poolings = tuple(poolings)
+        self._poolings = {name: POOLINGS[name].pool for name in poolings}
         self._exchange = exchange
         self._device = torch.device(device)
         self._batch: Batch | None = None
@@ -79,20 +84,18 @@ class Capture:
         self._masks: dict[torch.device, TokenMask] = {}
         self._called: set[str] = set()
         self._pooled: dict[tuple[str, str], Tensor] = {}
-        self._hooks = ExitStack()
+        taps = [tap_of(model, site) for site in sites]
+        self._attached = attached(model, [(tap, self._callback(tap)) for tap in taps])
         self._streams: dict[torch.device, Any] = {}
 
     def __enter__(self) -> "Capture":
-        own_name = own_names(self._model)
-        for name, plan in self._plans.items():
-            handle = self._model.get_submodule(own_name(name)).register_forward_hook(self._hook(name, plan))
-            self._hooks.callback(handle.remove)
+        self._attached.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hooks.close()
+        self._attached.__exit__(kind, error, trace)
 
     def run(self, batch: Batch, buffer: RowBuffer, at: int) -> None:
         """Forward `batch`; put its pooled outputs into rows [at, at + B) of `buffer`.
@@ -173,20 +176,21 @@ class Capture:
             self._masks[device] = TokenMask.build(self._batch.pool_mask, device)
         return self._masks[device]
 
-    def _hook(self, name: str, plan: ColumnPlan) -> Callable[[nn.Module, object, object], None]:
+    def _callback(self, tap: Tap) -> Callback:
+        name, plan = tap.site, self._plans[tap.site]
         needed = _needed(plan)
 
-        def pool(module: nn.Module, args: object, output: object) -> None:
+        def pool(raw: object, alone: bool) -> None:
             if self._batch is None:
                 return
-            acts_BTD = _as_batch(output, self._batch.input_ids.shape, name, plan.num_seen)
+            acts_BTD = tap.read(raw, plan.num_seen, self._batch.input_ids.shape)
             if name in self._called:
                 raise ModelError(f"module {name!r} is called twice in a forward pass; leave it out of --modules")
             self._called.add(name)
             if needed.stop > needed.start:
                 mask = self._mask_on(acts_BTD.device)
-                for pooling in self._poolings:
-                    self._keep((name, pooling), getattr(mask, pooling)(acts_BTD[..., needed]))
+                for pooling, reduce in self._poolings.items():
+                    self._keep((name, pooling), reduce(mask, acts_BTD[..., needed]))
 
         return pool
 
@@ -195,13 +199,3 @@ def _needed(plan: ColumnPlan) -> slice:
     """The run of seen columns that someone writes from here: all, or this rank's share of a replicated output."""
     used = [m.source for m in plan.keeps] + [i for sent in plan.sends.values() for i in sent]
     return slice(min(a for a, _ in used), max(b for _, b in used)) if used else slice(0, 0)
-
-
-def _as_batch(output: object, shape: tuple[int, int], name: str, width: int) -> Tensor:
-    """A site's output as [B, T, D]; some models flatten batch and token for a while, or add a dim of heads."""
-    num_rows, num_tokens = shape
-    same = (*shape, width), (num_rows * num_tokens, width), (num_rows, 1, num_tokens, width)
-    if isinstance(output, Tensor) and output.shape in same:
-        return output.reshape(*shape, width)
-    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise ModelError(f"module {name!r}: expected an output of shape {(*shape, width)}, got {got}")

@@ -15,7 +15,8 @@ from aura_dist.errors import ConfigError, InputError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import METHODS, Scores, fit_maps, needed_statistics
 from aura_dist.scoring.concept_scores import read_scores
-from aura_dist.sites.site import Site, matching
+from aura_dist.sites.kinds import matching
+from aura_dist.sites.site import Site
 from aura_dist.store.access import local_path, open_group, store_around
 from aura_dist.store.schema import StoreSpec
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.export.checkpoint import FLOATS, Source, Stored, as_bytes
-from aura_dist.interventions.export.fold import Fold, FoldPlan
+from aura_dist.interventions.export.fold import FoldPlan
+from aura_dist.sites.tap import Fold
 
 # float32 bytes of a block: small enough that its passes stay in the processor's cache (4 times as fast as at 8 MB)
 BLOCK_BYTES = 2 << 20

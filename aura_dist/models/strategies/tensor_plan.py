@@ -5,25 +5,20 @@ architectures that bring none. Attention keeps whole outputs (`colwise_gather_ou
 no attention code needs to know of the ranks and any number of heads will do.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ConfigError, ModelError
 from aura_dist.sites.find import own_names
-from aura_dist.sites.ownership import Interval, split_columns
-from aura_dist.sites.site import Site
+from aura_dist.sites.ownership import Interval
+from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
 
 Plan = dict[str, str]
 
 _GATHER, _SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
-# columns that a rank's hook sees, by the style of its module: blocks of the width that are each split over the ranks
-_SPLIT_OUTPUTS = {"colwise": 1, "packed_colwise": 2}
-_WHOLE_OUTPUTS = {_GATHER, "colwise_rep", "rowwise", _SPLIT_INPUT, "rowwise_rep", "packed_rowwise", "replicate"}
-_WHOLE_OUTPUTS |= {"replicated_with_grad_allreduce", "mla_kv_a_proj", "all_reduce", "local_params"}
 _OTHERS_WORDS = "--sharding fsdp, zero3, dispatch or replicate"
 
 
@@ -63,11 +58,6 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def generic(name: str) -> str:
-    """A module's name with `*` for the layer numbers."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
 def read_plan(file: str) -> Plan:
     """A user's plan from a YAML file; ConfigError if it is not a mapping of names to styles."""
     import yaml
@@ -76,7 +66,7 @@ def read_plan(file: str) -> Plan:
         document = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--tensor-plan {file!r} cannot be read: {error}") from error
-    known = _SPLIT_OUTPUTS.keys() | _WHOLE_OUTPUTS | {"embedding_rowwise", "embedding_colwise"}
+    known = OUTPUT_BLOCKS.keys() | {"embedding_rowwise", "embedding_colwise"}
     if not isinstance(document, dict) or not document:
         raise ConfigError(f"--tensor-plan {file!r}: expected module names and styles, got {type(document).__name__}")
     for name, style in document.items():
@@ -152,23 +142,15 @@ def _whole_heads(plan: Mapping[str, str], model: PreTrainedModel, num_ranks: int
 
 
 def _is_transposed(module: nn.Module | None) -> bool:
-    return type(module).__name__ == "Conv1D"
+    return isinstance(module, Conv1D)
 
 
-def seen_columns(plan: Mapping[str, str], own_name: str, site: Site, num_ranks: int) -> list[tuple[Interval, ...]]:
-    """Per rank, the columns of a site's output that its hook gets.
-
-    Raises
-    ------
-    ModelError
-        The site's style splits its output in another way than by columns.
-    """
-    style = plan.get(generic(own_name), "replicate")
-    if style in _WHOLE_OUTPUTS:
-        return [((0, site.width),)] * num_ranks
-    if style in _SPLIT_OUTPUTS:
-        return split_columns(site.width, num_ranks, _SPLIT_OUTPUTS[style])
-    raise ModelError(
-        f"--sharding tensor: module {site.name!r} is split as {style!r}, which is not by columns; leave it out of "
-        f"--modules, or use {_OTHERS_WORDS}"
-    )
+def seen_columns(plan: Mapping[str, str], tap: Tap, num_ranks: int) -> list[tuple[Interval, ...]]:
+    """Per rank, the columns of a site that its tap passes; ModelError where a rank sees no whole columns."""
+    seen = tap.seen_columns(plan, num_ranks)
+    if seen is None:
+        raise ModelError(
+            f"--sharding tensor: module {tap.site!r} is split as {plan.get(generic(tap.place))!r}, which is not by "
+            f"columns; leave it out of --modules, or use {_OTHERS_WORDS}"
+        )
+    return seen
