@@ -1,8 +1,7 @@
-"""Hooks that pool every site's output on the device and put it into the store's row buffers."""
+"""Pooling of every site's values on the device, into the store's row buffers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def row_buffer(
 
 
 class Capture:
-    """Runs batches through a base model and copies each site's pooled output to the host.
+    """Runs batches through a base model and copies each site's pooled values to the host.
 
     Parameters
     ----------
@@ -61,7 +60,7 @@ class Capture:
     exchange
         Takes the pooled values that other ranks write; None where every rank writes what it sees.
 
-    Use as a context manager: leaving it removes the hooks.
+    It listens within its context alone.
     """
 
     def __init__(
@@ -92,20 +91,18 @@ class Capture:
         self._attached.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._attached.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._attached.__exit__(*error)
 
     def run(self, batch: Batch, buffer: RowBuffer, at: int) -> None:
         """Forward `batch`; put its pooled outputs into rows [at, at + B) of `buffer`.
 
-        On a GPU the copies are asynchronous: `copied` gives what to wait for.
+        On a GPU the copies are asynchronous: see `copied`.
 
         Raises
         ------
         ModelError
-            A site was not called, called twice, or gave an output of another shape.
+            A site was not called, was called twice, or had values of another shape.
         """
         self._batch, self._buffer, self._at = batch, buffer, at
         self._masks.clear()
@@ -143,7 +140,7 @@ class Capture:
         )
 
     def _beside_forward(self, pooled_BD: Tensor) -> AbstractContextManager[Any]:
-        """On a GPU, the stream of the copies, behind what the forward has been given so far."""
+        """On a GPU, the stream of the copies, after all that the forward has queued so far."""
         device = pooled_BD.device
         if device.type != "cuda":
             return nullcontext()
@@ -153,7 +150,7 @@ class Capture:
         return torch.cuda.stream(stream)
 
     def _keep(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
-        """On a GPU until all is launched; on the CPU it goes out at once, lest it split the heap's free blocks."""
+        """Keep values on a GPU until all work is queued; on the CPU they would fragment the heap, so copy them now."""
         if pooled_BD.device.type == "cpu":
             self._copy_out(key, pooled_BD)
         else:
@@ -170,7 +167,7 @@ class Capture:
             self._exchange.stage(key, pooled_BD, rows)
 
     def _mask_on(self, device: torch.device) -> TokenMask:
-        """The batch's mask on a device: layers may lie on several."""
+        """The batch's mask on a device; layers may be on several."""
         assert self._batch is not None
         if device not in self._masks:
             self._masks[device] = TokenMask.build(self._batch.pool_mask, device)

@@ -1,7 +1,7 @@
-"""Pooled values between the ranks of a row worker, where the columns they see are not the chunks they write.
+"""Exchange of pooled values between the ranks of a row worker, where the columns they see are not whole chunks.
 
-Nothing is sent where widths align. What is sent is pooled: rows × columns, never tokens; once a row chunk, through
-host memory.
+Messages hold pooled rows × columns, never tokens, and go through host memory once a row chunk. Where widths align
+nothing is sent.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _ALIGNMENT = 8
 
 
 class ColumnExchange:
-    """Gathers a row chunk's pooled values for other ranks, sends them, and fills in what comes from others.
+    """Gathers a row chunk's pooled values for other ranks, sends them, and fills in those from other ranks.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class ColumnExchange:
 
 
 class _Message:
-    """One flat host tensor of bytes, and the [rows, columns] parts that lie in it."""
+    """One flat host tensor of bytes, and its [rows, columns] parts."""
 
     def __init__(self) -> None:
         self.content = torch.empty(0, dtype=torch.uint8)
@@ -85,7 +85,7 @@ class _Message:
 def _messages(
     intervals: Mapping[Key, Mapping[int, tuple[Interval, ...]]], dtypes: Mapping[Key, torch.dtype], num_rows: int
 ) -> dict[int, _Message]:
-    """Peer → message; both ends lay the parts out in the same order: by array, then by interval."""
+    """Peer → message; both ends order the parts by array, then by interval."""
     messages: dict[int, _Message] = {}
     for key, by_peer in intervals.items():
         for peer, parts in by_peer.items():

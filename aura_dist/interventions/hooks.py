@@ -1,4 +1,4 @@
-"""Lay an intervention over a model in memory, by forward hooks, and take it off again without a trace."""
+"""Apply an intervention to a model in memory through its taps, and remove it without a trace."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,10 +22,10 @@ from aura_dist.sites.transformers_adapter import tensor_place
 
 @contextmanager
 def intervene(model: PreTrainedModel, intervention: Intervention, strength: float = 1.0) -> Iterator[PreTrainedModel]:
-    """Within the context, each site of `model` gives scale ⊙ output + shift.
+    """Within the context, the values z of each site become scale ⊙ z + shift.
 
-    Outputs of bfloat16 and float16 models are scaled in float32 and rounded once. Weights are not touched:
-    leaving the context gives back the model bit for bit, and `strength=0` never leaves it.
+    Values of bfloat16 and float16 models are changed in float32 and rounded once. Weights are not touched: leaving
+    the context restores the model bit for bit, and `strength=0` changes nothing.
 
     Parameters
     ----------
@@ -39,8 +39,8 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     Raises
     ------
     ModelError
-        The intervention has a site that the model lacks, or one of another width; or, of the first forward, that it
-        does not call a site: nothing would be changed there.
+        The model lacks a site, or the site has another width. The first forward raises it too, if it does not call a
+        site, because nothing would be changed there.
     """
     taps = _taps(model, intervention)
     called: dict[str, bool] = {}
@@ -59,7 +59,7 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
 
 
 def _all_called(called: Mapping[str, bool]) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook of a whole model: ModelError once a whole forward has left a site out."""
+    """A forward hook of a whole model that raises ModelError if the forward has left a site out."""
 
     def check(module: nn.Module, args: Any, output: Any) -> None:
         missing = next((site for site, was_called in called.items() if not was_called), None)
@@ -105,8 +105,8 @@ def check_fits(
 def _taps(model: PreTrainedModel, intervention: Intervention) -> dict[str, Tap]:
     """Site → its tap in a model in memory; ModelError unless all fit.
 
-    Layers may have been replaced by quantised ones, which often are no `Linear`, so that no finder knows them. Such a
-    layer needs the name, and the width where it has one as an attribute; a hook checks its output.
+    Quantised layers often are no `Linear`, so that no finder knows them. For them the name counts, and the width where
+    the module says it; their output is checked when it comes.
     """
     table, own_name = find_sites(model), own_names(model)
     kinds = {s.name: s.kind for s in table.sites}
@@ -124,7 +124,7 @@ def _taps(model: PreTrainedModel, intervention: Intervention) -> dict[str, Tap]:
 
 
 def _is_quantised(model: PreTrainedModel, name: str) -> bool:
-    """Whether there is a module of this name that holds no float matrix, as quantised layers do not."""
+    """Whether there is a module of this name without a float matrix, as quantised layers are."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -145,14 +145,9 @@ def _check_width(intervention: Intervention, site: str, width: int, model_class:
 def affine(
     tap: Tap, scale: NDArray[np.float32], shift: NDArray[np.float32] | None, called: dict[str, bool]
 ) -> Callback:
-    """A callback that makes a site's values scale ⊙ values + shift, in float32 at least, rounded once to their dtype.
+    """A callback that makes values scale ⊙ values + shift, in float32 at least, rounded once to their dtype.
 
-    Parameters
-    ----------
-    scale, shift
-        [D] for the columns that the tap passes.
-    called
-        Where the callback notes that it was called, under the site's name.
+    `scale` and `shift` are [D] for the columns that the tap passes. The callback notes in `called` that it was called.
     """
     constants: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 

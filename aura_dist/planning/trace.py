@@ -1,7 +1,7 @@
-"""What a forward costs, found by running the model's own code on the meta device: bytes alive at once, and FLOPs.
+"""What a forward costs: bytes alive at once, and FLOPs, found by running the model's own code on the meta device.
 
-Every tensor that a forward makes is seen when it is made and when it is given up; nothing is computed. So the
-account holds for any architecture, its copies and float32 detours included, and needs no table of formulas.
+Nothing is computed, but every tensor is seen when it is made and when it is freed. So the account holds for any
+architecture, its copies and float32 detours included, without a table of formulas.
 """
 
 import weakref
@@ -20,15 +20,8 @@ from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError, brief
 from aura_dist.planning.work import ForwardCost
-from aura_dist.ranks.torch_adapter import (
-    GROUPED_MM,
-    READ_SCALAR,
-    TorchDispatchMode,
-    packet,
-    returns_views,
-    storage_key,
-    tree_leaves,
-)
+from aura_dist.ranks import torch_adapter
+from aura_dist.ranks.torch_adapter import storage_key, tree_leaves
 from aura_dist.sites.find import tap_of
 from aura_dist.sites.pooling import POOLINGS, TokenMask
 from aura_dist.sites.site import Site
@@ -46,7 +39,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class _Made:
-    """What a call made anew: shape, stride and dtype of each tensor, whether it is one alone; and its operations."""
+    """What a call made: shape, stride and dtype of each tensor, whether it is one alone; and its operations."""
 
     tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     alone: bool
@@ -58,7 +51,7 @@ class _Made:
 
 
 def _form(value: Any) -> Any:
-    """What a kernel of the meta device sees of an argument, hashable; a tensor with values is like no other."""
+    """What a kernel of the meta device sees of an argument, hashable; a tensor with values equals no other."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
     if isinstance(value, list | tuple):
@@ -69,18 +62,18 @@ def _form(value: Any) -> Any:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
-    """What the kernel gives, and its operations."""
-    if func is GROUPED_MM:  # its meta kernel takes bfloat16 alone
+    """The kernel's result, and its operations."""
+    if func is torch_adapter.GROUPED_MM:  # its meta kernel takes bfloat16 alone
         a_MK, b_GKN = args[:2]
         out = torch.empty((a_MK.shape[0], b_GKN.shape[-1]), dtype=a_MK.dtype, device="meta")
         return out, 2 * a_MK.shape[0] * a_MK.shape[1] * b_GKN.shape[-1]
     out = func(*args, **kwargs)
-    count = flop_registry.get(packet(func))
+    count = flop_registry.get(torch_adapter.packet(func))
     return out, 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
 def _made(out: Any, flops: int, given: object) -> _Made | None:
-    """To make the like of `out` again; None if it is not made of tensors that fill storages of their own."""
+    """How to make such a result again; None unless it is tensors that fill storages of their own."""
     tensors = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple) else ()
     taken = {storage_key(leaf.untyped_storage()) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
     for tensor in tensors:
@@ -95,11 +88,11 @@ def _made(out: Any, flops: int, given: object) -> _Made | None:
     return _Made(described, isinstance(out, Tensor), flops) if described else None
 
 
-class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Account(torch_adapter.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that are alive, and the operations of matrix products.
 
-    With `on_cpu` also what a CPU's kernels make beside their outputs: a sum in a wider dtype copies its input first.
-    Most kernels of the meta device are Python, and layers are alike: what one gave is kept for calls of the same form.
+    With `on_cpu` it also counts the copy of the input that a CPU's sum in a wider dtype makes. Most kernels of the meta
+    device are slow Python, and layers are alike, so results are kept for calls of the same form.
     """
 
     def __init__(self, given: Iterable[Tensor], *, on_cpu: bool) -> None:
@@ -116,19 +109,19 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is READ_SCALAR:
+        if func is torch_adapter.READ_SCALAR:
             return False  # models ask whether a mask is all ones: batches are padded
         out = self._call(func, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
-        if self._on_cpu and packet(func) is torch.ops.aten.sum and args[0].is_floating_point():
+        if self._on_cpu and torch_adapter.packet(func) is torch.ops.aten.sum and args[0].is_floating_point():
             self._note_widened(args[0], out)
         return out
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the kernel gives, or the like of what it gave to a call of the same form; counts its operations."""
-        form = None if returns_views(func) else (func, _form(args), _form(kwargs))
+        """The kernel's result, made again where a call of the same form is known; counts its operations."""
+        form = None if torch_adapter.returns_views(func) else (func, _form(args), _form(kwargs))
         known = self._known.get(form)
         if known is not None:
             self.flops += known.flops
@@ -140,7 +133,7 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _note_widened(self, summed: Tensor, out: Tensor) -> None:
-        """The copy in the dtype of the sum: of all that lies there, which is summed at once if all rows are as long."""
+        """The copy in the sum's dtype: of the whole storage, which is summed at once if all rows are equally long."""
         if out.dtype != summed.dtype:
             elements = summed.untyped_storage().nbytes() // summed.itemsize
             self.peak_bytes = max(self.peak_bytes, self._bytes + elements * out.itemsize)
@@ -152,17 +145,17 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._seen.add(key)
             self._bytes += storage.nbytes()
             self.peak_bytes = max(self.peak_bytes, self._bytes)
-            weakref.finalize(storage, self._give_up, key, storage.nbytes())
+            weakref.finalize(storage, self._forget, key, storage.nbytes())
 
-    def _give_up(self, key: int, num_bytes: int) -> None:
+    def _forget(self, key: int, num_bytes: int) -> None:
         self._seen.discard(key)
         self._bytes -= num_bytes
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Takes `scaled_dot_product_attention` as the fused kernels run it: no scores, but a mask in the values' dtype.
+    """Counts `scaled_dot_product_attention` as the fused kernels run it: no scores, but a mask in the values' dtype.
 
-    The kernels of CPU and GPU alike take one width of head; other calls are left to be taken apart.
+    On CPU and GPU alike these kernels take heads of one width; other calls are traced step by step.
     """
 
     def __init__(self, account: _Account) -> None:
@@ -217,19 +210,19 @@ def trace_forward(
 ) -> Traced:
     """Run the base model of `model` (on the meta device) on a batch of `shape` [rows, tokens], pooling at `sites`.
 
-    `on_cpu` says where the real one would run: a CPU's sums take more memory.
+    `on_cpu` says where the real forward would run, because a CPU's sums take more memory.
 
     Raises
     ------
     ModelError
-        The model's forward depends on values, which are not there.
+        The model's forward depends on values, which a trace does not have; or a site has values of another shape.
     """
     ids, mask = (torch.ones(shape, dtype=torch.int64, device="meta") for _ in range(2))
     account = _Account([*model.parameters(), *model.buffers(), ids, mask], on_cpu=on_cpu)
     try:
         with torch.no_grad(), _pooling(model, sites, poolings, shape), account, _FusedAttention(account):
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except Exception as error:  # whatever stands in a model's code
+    except Exception as error:  # a model's code raises anything
         raise ModelError(f"{type(model).__name__} cannot be planned without its weights: {brief(error)}") from error
     return Traced(account.peak_bytes, account.flops)
 

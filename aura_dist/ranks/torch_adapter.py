@@ -1,4 +1,4 @@
-"""The one module that uses private names of torch, seen with 2.13; others import them from here."""
+"""The one module that uses private names of torch; seen with 2.13."""
 
 from functools import cache
 from typing import Any

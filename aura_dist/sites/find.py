@@ -61,7 +61,8 @@ def find_sites(model: PreTrainedModel) -> SiteTable:
         found = [(name, kind, width) for kind, row in KINDS.items() for name, width in row.find(layer).items()]
         for name, kind, width in sorted(found, key=lambda f: place_of[f[0].partition(":")[0]]):
             sites.append(Site(f"{prefix}.{name}" if name else prefix, kind, index, width))
-        experts += [f"{prefix}.{name}" for name in _experts_of_layer(layer)]
+        places = {name.partition(":")[0] for name, _, _ in found}
+        experts += [f"{prefix}.{n}" for n in _experts_of_layer(layer) if n.rpartition(".")[0] not in places]
     return SiteTable(type(model).__name__, tuple(sites), tuple(experts))
 
 

@@ -1,6 +1,6 @@
 """The kinds of sites. A new kind is one row of `KINDS` and one module with its finder and its `Tap`.
 
-Importing this module imports no torch: rows name their finder and tap, which are loaded once there is a model.
+Rows name their finder and tap, which are loaded once there is a model, because this module must not import torch.
 """
 
 import fnmatch
@@ -14,30 +14,16 @@ from aura_dist.sites.site import Site
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of sites.
+    """One kind of sites."""
 
-    Attributes
-    ----------
-    summary
-        What `--help` says of it.
-    finder
-        `module:function` that maps a decoder layer to {name of a site within the layer: width}.
-    tap
-        `module:class` of the kind's `Tap`.
-    folds
-        Whether `export` can fold a map of such a site into weights.
-    aliases
-        Further words of `--modules` that choose this kind, among others.
-    """
-
-    summary: str
-    finder: str
-    tap: str
-    folds: bool = True
-    aliases: tuple[str, ...] = ()
+    summary: str  # for `--help`
+    finder: str  # `module:function`: decoder layer → {name within the layer, "" for the layer itself: width}
+    tap: str  # `module:class`
+    folds: bool = True  # whether `export` can fold a map of such a site into weights
+    aliases: tuple[str, ...] = ()  # further words of `--modules` that choose this kind, maybe with others
 
     def find(self, layer: Any) -> dict[str, int]:
-        """The sites of a decoder layer: name within the layer (empty for the layer itself) → width."""
+        """What the finder finds."""
         found: dict[str, int] = resolve_name(self.finder)(layer)
         return found
 

@@ -5,12 +5,10 @@ Linear layers are `nn.Linear`, `Conv1D` and their subclasses, routers left out, 
 
 from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 from transformers import Conv1D
 
-from aura_dist.sites.tap import Fold, OutputTap, fold_output
+from aura_dist.sites.tap import Fold, OutputTap, Vector, fold_output
 
 
 class LinearTap(OutputTap):
@@ -18,11 +16,10 @@ class LinearTap(OutputTap):
 
     fresh = True
 
-    def fold(self, model: nn.Module, scale: NDArray[np.float32], shift: NDArray[np.float32] | None) -> dict[str, Fold]:
+    def fold(self, model: nn.Module, scale: Vector, shift: Vector | None) -> dict[str, Fold]:
         module = model.get_submodule(self.place)
-        if isinstance(module, Conv1D):
-            return fold_output(self, module, scale, shift, inputs=3, weight=(3, self.width), dim=1)
-        return fold_output(self, module, scale, shift, inputs=3, weight=(self.width, 3))
+        weight, dim = ((3, self.width), 1) if isinstance(module, Conv1D) else ((self.width, 3), 0)
+        return fold_output(self, module, scale, shift, weight, 3, dim)
 
 
 def find_attention(layer: nn.Module) -> dict[str, int]:

@@ -1,20 +1,17 @@
 """Outputs of the decoder layers' norms: the kind `norm`."""
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 from transformers import Conv1D
 
 from aura_dist.sites.linear import attention_modules
-from aura_dist.sites.tap import Fold, OutputTap, fold_output
+from aura_dist.sites.tap import Fold, OutputTap, Vector, fold_output
 
 
 class NormTap(OutputTap):
     """The output of a norm; ω goes into its weight and bias."""
 
-    def fold(self, model: nn.Module, scale: NDArray[np.float32], shift: NDArray[np.float32] | None) -> dict[str, Fold]:
-        module = model.get_submodule(self.place)
-        return fold_output(self, module, scale, shift, inputs=self.width, weight=(self.width,))
+    def fold(self, model: nn.Module, scale: Vector, shift: Vector | None) -> dict[str, Fold]:
+        return fold_output(self, model.get_submodule(self.place), scale, shift, (self.width,), self.width)
 
 
 def find_norms(layer: nn.Module) -> dict[str, int]:

@@ -58,17 +58,13 @@ class TokenMask:
         )
 
     def reduce(
-        self,
-        acts_BTD: Tensor,
-        reduce: Callable[[Tensor], Tensor],
-        combine: Callable[[Tensor, Tensor], Tensor],
+        self, acts_BTD: Tensor, reduce: Callable[[Tensor], Tensor], combine: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """Counted tokens → [B, D]: `reduce` takes each run of them over dim 1, `combine` joins a row's runs."""
         from torch import cat
 
-        return cat(
-            [functools.reduce(combine, [reduce(acts_BTD[rows, run]) for run in counted]) for rows, counted in self.runs]
-        )
+        pooled = (functools.reduce(combine, [reduce(acts_BTD[rows, t]) for t in runs]) for rows, runs in self.runs)
+        return cat(list(pooled))
 
 
 def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
@@ -101,21 +97,13 @@ def _last(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pooling:
-    """One pooling.
+    """One pooling; `selects` says that each result is one of the site's values, up to its sign.
 
-    Attributes
-    ----------
-    summary
-        What `--help` says of it.
-    pool
-        (counted tokens, acts_BTD) → pooled_BD.
-    selects
-        Whether each pooled value is one of the site's own, up to its sign: then the site's dtype holds it exactly.
-        Other poolings give float32.
+    The site's dtype then holds it exactly; results of the others are float32 at least.
     """
 
-    summary: str
-    pool: Callable[[TokenMask, Tensor], Tensor]
+    summary: str  # for `--help`
+    pool: Callable[[TokenMask, Tensor], Tensor]  # acts_BTD → pooled_BD
     selects: bool
 
 

@@ -1,7 +1,7 @@
 """`Tap`: how one site of a model is listened to, changed, split over ranks and folded into weights.
 
-`collect`, interventions, the memory trace and `export` know a site by its tap alone. A family of sites is a module
-with a subclass; `kinds.KINDS` says which kind has which.
+Capture, interventions, the memory trace and `export` know a site by its tap alone. Each family of sites has a subclass
+in a module of its own.
 """
 
 import re
@@ -20,6 +20,7 @@ from aura_dist.errors import ModelError
 from aura_dist.ranks.torch_adapter import num_forward_hooks
 from aura_dist.sites.ownership import Interval, split_columns
 
+Vector = NDArray[np.float32]
 Callback = Callable[[Any, bool], Any]
 Change = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
@@ -43,8 +44,8 @@ class Handle(Protocol):
 class Fold:
     """What becomes of a parameter t along its `dim`: (t + offset) ⊙ scale − offset + shift."""
 
-    scale: NDArray[np.float32]
-    shift: NDArray[np.float32] | None = None
+    scale: Vector
+    shift: Vector | None = None
     dim: int = 0
     offset: float = 0.0
 
@@ -74,8 +75,8 @@ class Tap(ABC):
     def attach(self, model: nn.Module, callback: Callback) -> Handle:
         """Call `callback(raw, alone)` whenever a forward of `model` has values here.
 
-        `raw` is what the model holds here, in whatever form. `alone` says that nobody else can hold it, so that it
-        may be changed in place. What the callback returns replaces `raw`, unless that is None.
+        `raw` is what the model holds here, in its own form. `alone` says that nobody else can hold it, so that it may
+        be changed in place. What the callback returns replaces `raw`, unless it is None.
         """
 
     @abstractmethod
@@ -86,27 +87,18 @@ class Tap(ABC):
     def write(self, raw: object, num_seen: int, change: Change) -> Any:
         """`raw` with its values changed; ModelError if `raw` holds no float values of `num_seen` neurons.
 
-        `change(values, along)` returns the new values. `along` lays a vector over the neurons, [num_seen], along
-        the values, so that both can be multiplied.
+        `change(values, along)` returns the new values; `along` shapes a [num_seen] vector so that it multiplies them.
         """
 
     @abstractmethod
     def seen_columns(self, plan: Mapping[str, str], num_ranks: int) -> list[tuple[Interval, ...]] | None:
-        """Per rank of a tensor-parallel `plan` (module name → style), the columns that `attach` passes there.
+        """Per rank, the columns that `attach` passes under a tensor-parallel plan; None if it splits otherwise."""
 
-        None if the style splits the values in another way than by columns.
-        """
-
-    def fold(self, model: nn.Module, scale: NDArray[np.float32], shift: NDArray[np.float32] | None) -> dict[str, Fold]:
+    def fold(self, model: nn.Module, scale: Vector, shift: Vector | None) -> dict[str, Fold]:
         """Parameter's name → what becomes of it, so that the site's values become scale ⊙ values + shift.
 
-        A name that the model lacks is a bias that it needs: its values are the shift. Kinds whose `folds` is False
-        are never asked.
-
-        Raises
-        ------
-        ModelError
-            The module does not compute what its class says.
+        A name that the model lacks is a bias that it needs, with the shift as values. Kinds whose `folds` is False are
+        not asked. ModelError if the module does not compute what its class says.
         """
         raise NotImplementedError
 
@@ -114,7 +106,7 @@ class Tap(ABC):
 class OutputTap(Tap):
     """The output of a module that is called once a forward."""
 
-    fresh: ClassVar[bool] = False  # whether the module makes a new tensor, which it does not keep
+    fresh: ClassVar[bool] = False  # whether the module returns a new tensor and keeps no reference to it
 
     def attach(self, model: nn.Module, callback: Callback) -> Handle:
         def hook(module: nn.Module, args: object, output: object) -> Any:
@@ -168,34 +160,13 @@ def attached(model: nn.Module, callbacks: Iterable[tuple[Tap, Callback]]) -> Ite
 
 @torch.no_grad()
 def fold_output(
-    tap: Tap,
-    module: nn.Module,
-    scale: NDArray[np.float32],
-    shift: NDArray[np.float32] | None,
-    *,
-    inputs: int,
-    weight: tuple[int, ...],
-    dim: int = 0,
+    tap: Tap, module: nn.Module, scale: Vector, shift: Vector | None, weight: tuple[int, ...], inputs: int, dim: int = 0
 ) -> dict[str, Fold]:
-    """Folds into the weight and bias of a module y = f(x; weight, bias) whose every output has its own part of them.
+    """`Tap.fold` for a module y = f(x; weight, bias), each of whose outputs has its own part of both, along `dim`.
 
-    A module may multiply by c + weight (Gemma's norms: c = 1): then its weight becomes (c + weight) ω − c. Which c it
-    is, and that ω y + s comes out whatever the module's class is called, is found by running the module on small
-    random parameters.
-
-    Parameters
-    ----------
-    inputs
-        Size of x for that run.
-    weight
-        Shape of the weight for that run.
-    dim
-        The outputs' dim of the weight.
-
-    Raises
-    ------
-    ModelError
-        Neither c = 0 nor c = 1 does it.
+    A module may multiply by c + weight (Gemma's norms: c = 1); its weight then becomes (c + weight) ω − c. A run of
+    the module on small random parameters, with a weight of shape `weight` and `inputs` inputs, finds c, and shows that
+    ω y + s comes out, whatever the module's class is called. ModelError if it does for neither c = 0 nor c = 1.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -208,7 +179,7 @@ def fold_output(
     along = omega[:, None] if len(weight) == 2 and dim == 0 else omega
 
     def run(weight: Tensor, bias: Tensor) -> Tensor:
-        parameters = {"weight": weight, **({"bias": bias} if has_bias else {})}
+        parameters = {"weight": weight, "bias": bias} if has_bias else {"weight": weight}
         output = torch.func.functional_call(module, parameters, (x,))
         assert isinstance(output, Tensor)
         return output
@@ -217,11 +188,9 @@ def fold_output(
         try:
             wanted = omega * run(drawn, bias) + (moved if has_bias else 0)
             folded = run((drawn + offset) * along - offset, bias * omega + moved)
-        except Exception as error:  # a module that cannot be run on its own fails in its own way
+        except Exception as error:  # a module that cannot be run alone raises its own errors
             raise ModelError(f"{tap.site!r} ({tap.owner}) cannot be checked: {error}; {HOOKS_ONLY}") from error
         if torch.allclose(wanted, folded, rtol=1e-4, atol=1e-5):
-            folds = {f"{tap.place}.weight": Fold(scale, None, dim, offset)}
-            if has_bias or shift is not None:
-                folds[f"{tap.place}.bias"] = Fold(scale, shift)
-            return folds
+            new_bias = {f"{tap.place}.bias": Fold(scale, shift)} if has_bias or shift is not None else {}
+            return {f"{tap.place}.weight": Fold(scale, None, dim, offset), **new_bias}
     raise ModelError(f"{tap.site!r} ({tap.owner}) is not linear in its weight; {HOOKS_ONLY}")

@@ -1,4 +1,4 @@
-"""The one module that uses private or undocumented names of transformers, seen with 5.23; others import from here."""
+"""The one module that uses private or undocumented names of transformers; seen with 5.23."""
 
 from collections.abc import Callable
 from pathlib import Path

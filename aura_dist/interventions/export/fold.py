@@ -1,13 +1,13 @@
 """An intervention as changes of a checkpoint's tensors: which, how, and what makes it impossible.
 
-A site's tap says how a map enters the parameters of its module. Here those become tensors of the checkpoint. A shift
-is added to a bias; one that the model lacks is added where a setting of its configuration asks for it.
+A site's tap says how a map enters its module's parameters; here those become tensors of the checkpoint. A bias that
+the model lacks is added where a setting of its configuration can turn it on.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from aura_dist.sites.kinds import KINDS
 from aura_dist.sites.tap import HOOKS_ONLY, Fold
 from aura_dist.sites.transformers_adapter import loaded_names, tied_to
 
-# value that turns biases of linear layers on: all that transformers' configurations of language models have
+# settings of transformers' language models that turn biases of linear layers on, and the value that does
 SWITCHES: dict[str, bool] = {
     "bias": True, "use_bias": True, "no_bias": False, "enable_bias": True, "attention_bias": True, "mlp_bias": True,
     "qkv_bias": True, "use_qkv_bias": True, "attention_out_bias": True, "proj_bias": True, "add_bias_linear": True,
@@ -32,7 +32,7 @@ SWITCHES: dict[str, bool] = {
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """All that is done to a checkpoint.
+    """All changes of a checkpoint.
 
     Attributes
     ----------
@@ -41,15 +41,15 @@ class FoldPlan:
     added
         Name of a weight in the checkpoint → (name, values [D]) of the bias that it gets.
     switches
-        Settings of the configuration's text part that say that these biases are there.
+        Settings of the configuration's text part that turn these biases on.
     sites
-        Names of the sites that are folded; not those that the intervention leaves as they are.
+        Names of the folded sites; those that the intervention leaves as they are are not among them.
     """
 
-    folds: Mapping[str, Fold] = field(default_factory=dict)
-    added: Mapping[str, tuple[str, NDArray[np.float32]]] = field(default_factory=dict)
-    switches: Mapping[str, bool] = field(default_factory=dict)
-    sites: tuple[str, ...] = ()
+    folds: Mapping[str, Fold]
+    added: Mapping[str, tuple[str, NDArray[np.float32]]]
+    switches: Mapping[str, bool]
+    sites: tuple[str, ...]
 
 
 def plan_folds(
@@ -62,16 +62,16 @@ def plan_folds(
     config, model
         Of the checkpoint; the model may be on the meta device.
     intervention
-        At the strength that is meant.
+        At the wanted strength.
     stored
         All tensors of the checkpoint.
 
     Raises
     ------
     ModelError
-        A site cannot be folded: the checkpoint is quantised, lacks the site's weight or holds it in another
-        layout, the weight is tied to another module's, the module does not compute what its class says, or a
-        shift finds no bias. The message names the site.
+        A site cannot be folded, because its kind cannot, the checkpoint is quantised, lacks the site's weight or
+        holds it in another layout, the weight is tied to another module's, the module does not compute what its
+        class says, or a shift finds no bias. The message names the site.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"the checkpoint is quantised: a scale cannot be folded into its weights; {HOOKS_ONLY}")
@@ -142,7 +142,7 @@ class _Names:
         return tensor
 
     def of_new(self, bias: str, weight: str) -> str:
-        """What a bias that the checkpoint lacks is called there, given the name of the weight beside it."""
+        """Name in the checkpoint of a bias that it lacks, from the name of the weight beside it."""
         name = weight.removesuffix("weight") + "bias"
         if not weight.endswith(".weight") or bias.rpartition(".")[0] not in self._loaded(weight)[0]:
             raise ModelError(f"the checkpoint holds the weight of {bias!r} as {weight!r}: a bias cannot be added to it")
@@ -213,7 +213,7 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def _added(before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:
-    """Name → width of what is new, if that is biases alone and all else is as before."""
+    """Name → width of the new parameters, if they are biases alone and all others are as before."""
     new: dict[str, Any] = {name: shape for name, shape in after.items() if name not in before}
     same = all(after.get(name) == shape for name, shape in before.items())
     if not same or not all(name.endswith(".bias") and len(shape) == 1 for name, shape in new.items()):
