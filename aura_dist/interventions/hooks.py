@@ -77,7 +77,7 @@ def laid_over(
 ) -> AbstractContextManager[PreTrainedModel]:
     """`intervene` for a model that may have been cut after some layers: sites of the others are left out."""
     modules, own_name = {name for name, _ in model.named_modules()}, own_names(model)
-    kept = [site for site in intervention.sites if own_name(site) in modules]
+    kept = [site for site in intervention.sites if own_name(site).partition(":")[0] in modules]
     return intervene(model, intervention.restricted(kept), strength)
 
 

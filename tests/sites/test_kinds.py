@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.hooks import laid_over
 from aura_dist.models.load import skeleton
 from aura_dist.models.strategies.tensor_plan import seen_columns, tensor_plan
 from aura_dist.sites.find import find_sites, tap_of
@@ -73,6 +74,8 @@ def test_new_kind_is_changed_and_folded_or_refused_by_name(kind, tiny_dir, tmp_p
     plain = model(input_ids=IDS).logits
     with aura_dist.intervene(model, intervention):
         changed = model(input_ids=IDS).logits
+    with laid_over(model.model, intervention, 1.0):
+        assert torch.equal(model(input_ids=IDS).logits, changed)
     assert not torch.allclose(changed, plain, atol=1e-2)
     assert torch.equal(model(input_ids=IDS).logits, plain)
     intervention.save(tmp_path / "map")
