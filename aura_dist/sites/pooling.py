@@ -31,14 +31,13 @@ class TokenMask:
     ----------
     runs
         (rows, runs of the positions that count in all of them), in row order.
-    rows_B, last_B
-        Index of each row, and position of its last counted token.
+    last_B
+        Position of each row's last counted token.
     count_B1
         Counted tokens of each row, float32.
     """
 
     runs: tuple[tuple[slice, tuple[slice, ...]], ...]
-    rows_B: Tensor
     last_B: Tensor
     count_B1: Tensor
 
@@ -52,7 +51,6 @@ class TokenMask:
         last_B = mask_BT.shape[1] - 1 - mask_BT[:, ::-1].argmax(axis=1)
         return cls(
             tuple((slice(a, b), _runs(mask_BT[a])) for a, b in pairwise([0, *starts.tolist(), len(mask_BT)])),
-            torch.arange(len(mask_BT), device=device),
             torch.from_numpy(last_B).to(device),
             torch.from_numpy(mask_BT.sum(axis=1, dtype=np.float32)[:, None]).to(device),
         )
@@ -61,10 +59,10 @@ class TokenMask:
         self, acts_BTD: Tensor, reduce: Callable[[Tensor], Tensor], combine: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """Counted tokens → [B, D]: `reduce` takes each run of them over dim 1, `combine` joins a row's runs."""
-        from torch import cat
+        import torch
 
         pooled = (functools.reduce(combine, [reduce(acts_BTD[rows, t]) for t in runs]) for rows, runs in self.runs)
-        return cat(list(pooled))
+        return torch.cat(list(pooled))
 
 
 def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
@@ -92,7 +90,9 @@ def _mean(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
 
 
 def _last(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
-    return acts_BTD[tokens.rows_B, tokens.last_B]
+    import torch
+
+    return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), tokens.last_B]
 
 
 @dataclass(frozen=True)
