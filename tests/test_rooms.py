@@ -34,7 +34,7 @@ PURE = (
     "planning/text.py", "planning/units.py", "planning/what_fits.py", "planning/work.py",
     "ranks/layout.py",
     "scoring/column_sums.py", "scoring/columns.py", "scoring/kernels.py", "scoring/statistics.py",
-    "sites/ownership.py", "sites/site.py",
+    "sites/kinds.py", "sites/ownership.py", "sites/site.py",
     "store/grid.py",
     "sweep/graph.py", "sweep/grid.py", "sweep/table.py",
 )  # fmt: skip
@@ -100,6 +100,8 @@ def test_environment_is_touched_by_ranks_and_launchers_alone():
     [
         ("aura_dist", HEAVY),
         ("aura_dist.cli", HEAVY),
+        ("aura_dist.sites.kinds", HEAVY),
+        ("aura_dist.sites.pooling", HEAVY),
         ("aura_dist.stages.score", ("torch", "transformers", "dask", "numba", "pandas", "xarray")),
         ("aura_dist.scoring.tables", ("torch", "dask", "numba", "pandas", "xarray")),
         ("aura_dist.stages.fit", ("torch", "transformers", "dask", "numba", "pandas", "xarray")),

@@ -1,19 +1,20 @@
-"""Hooks that pool every site's output on the device and put it into the store's row buffers."""
+"""Pooling of every site's values on the device, into the store's row buffers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import TracebackType
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from aura_dist.collecting.exchange import ColumnExchange
 from aura_dist.errors import ModelError
-from aura_dist.sites.find import own_names
+from aura_dist.sites.find import tap_of
 from aura_dist.sites.ownership import ColumnPlan
-from aura_dist.sites.pooling import TokenMask
+from aura_dist.sites.pooling import POOLINGS, TokenMask
+from aura_dist.sites.site import Site
+from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.store.writer import RowBuffer
 from aura_dist.text.tokens import Batch
 
@@ -42,27 +43,30 @@ def row_buffer(
 
 
 class Capture:
-    """Runs batches through a base model and copies each site's pooled output to the host.
+    """Runs batches through a base model and copies each site's pooled values to the host.
 
     Parameters
     ----------
     model
         Base model (no language-model head), in eval mode.
+    sites
+        Where to listen.
     plans
-        Site → what this rank sees and writes of it; names as in the causal language model.
+        Site → what this rank sees and writes of it.
     poolings
-        Methods of `TokenMask`.
+        Names in `POOLINGS`.
     device
         Where the forward takes its input.
     exchange
         Takes the pooled values that other ranks write; None where every rank writes what it sees.
 
-    Use as a context manager: leaving it removes the hooks.
+    It listens within its context alone.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        sites: Sequence[Site],
         plans: Mapping[str, ColumnPlan],
         poolings: Sequence[str],
         device: str,
@@ -70,7 +74,7 @@ class Capture:
     ) -> None:
         self._model = model
         self._plans = plans
-        self._poolings = tuple(poolings)
+        self._poolings = {name: POOLINGS[name].pool for name in poolings}
         self._exchange = exchange
         self._device = torch.device(device)
         self._batch: Batch | None = None
@@ -79,30 +83,26 @@ class Capture:
         self._masks: dict[torch.device, TokenMask] = {}
         self._called: set[str] = set()
         self._pooled: dict[tuple[str, str], Tensor] = {}
-        self._hooks = ExitStack()
+        taps = [tap_of(model, site) for site in sites]
+        self._attached = attached(model, [(tap, self._callback(tap)) for tap in taps])
         self._streams: dict[torch.device, Any] = {}
 
     def __enter__(self) -> "Capture":
-        own_name = own_names(self._model)
-        for name, plan in self._plans.items():
-            handle = self._model.get_submodule(own_name(name)).register_forward_hook(self._hook(name, plan))
-            self._hooks.callback(handle.remove)
+        self._attached.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.close()
+    def __exit__(self, *error: Any) -> None:
+        self._attached.__exit__(*error)
 
     def run(self, batch: Batch, buffer: RowBuffer, at: int) -> None:
         """Forward `batch`; put its pooled outputs into rows [at, at + B) of `buffer`.
 
-        On a GPU the copies are asynchronous: `copied` gives what to wait for.
+        On a GPU the copies are asynchronous: see `copied`.
 
         Raises
         ------
         ModelError
-            A site was not called, called twice, or gave an output of another shape.
+            A site was not called, was called twice, or had values of another shape.
         """
         self._batch, self._buffer, self._at = batch, buffer, at
         self._masks.clear()
@@ -140,7 +140,7 @@ class Capture:
         )
 
     def _beside_forward(self, pooled_BD: Tensor) -> AbstractContextManager[Any]:
-        """On a GPU, the stream of the copies, behind what the forward has been given so far."""
+        """On a GPU, the stream of the copies, after all that the forward has queued so far."""
         device = pooled_BD.device
         if device.type != "cuda":
             return nullcontext()
@@ -150,7 +150,7 @@ class Capture:
         return torch.cuda.stream(stream)
 
     def _keep(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
-        """On a GPU until all is launched; on the CPU it goes out at once, lest it split the heap's free blocks."""
+        """Keep values on a GPU until all work is queued; on the CPU they would fragment the heap, so copy them now."""
         if pooled_BD.device.type == "cpu":
             self._copy_out(key, pooled_BD)
         else:
@@ -167,26 +167,27 @@ class Capture:
             self._exchange.stage(key, pooled_BD, rows)
 
     def _mask_on(self, device: torch.device) -> TokenMask:
-        """The batch's mask on a device: layers may lie on several."""
+        """The batch's mask on a device; layers may be on several."""
         assert self._batch is not None
         if device not in self._masks:
             self._masks[device] = TokenMask.build(self._batch.pool_mask, device)
         return self._masks[device]
 
-    def _hook(self, name: str, plan: ColumnPlan) -> Callable[[nn.Module, object, object], None]:
+    def _callback(self, tap: Tap) -> Callback:
+        name, plan = tap.site, self._plans[tap.site]
         needed = _needed(plan)
 
-        def pool(module: nn.Module, args: object, output: object) -> None:
+        def pool(raw: object, alone: bool) -> None:
             if self._batch is None:
                 return
-            acts_BTD = _as_batch(output, self._batch.input_ids.shape, name, plan.num_seen)
+            acts_BTD = tap.read(raw, plan.num_seen, self._batch.input_ids.shape)
             if name in self._called:
                 raise ModelError(f"module {name!r} is called twice in a forward pass; leave it out of --modules")
             self._called.add(name)
             if needed.stop > needed.start:
                 mask = self._mask_on(acts_BTD.device)
-                for pooling in self._poolings:
-                    self._keep((name, pooling), getattr(mask, pooling)(acts_BTD[..., needed]))
+                for pooling, reduce in self._poolings.items():
+                    self._keep((name, pooling), reduce(mask, acts_BTD[..., needed]))
 
         return pool
 
@@ -195,13 +196,3 @@ def _needed(plan: ColumnPlan) -> slice:
     """The run of seen columns that someone writes from here: all, or this rank's share of a replicated output."""
     used = [m.source for m in plan.keeps] + [i for sent in plan.sends.values() for i in sent]
     return slice(min(a for a, _ in used), max(b for _, b in used)) if used else slice(0, 0)
-
-
-def _as_batch(output: object, shape: tuple[int, int], name: str, width: int) -> Tensor:
-    """A site's output as [B, T, D]; some models flatten batch and token for a while, or add a dim of heads."""
-    num_rows, num_tokens = shape
-    same = (*shape, width), (num_rows * num_tokens, width), (num_rows, 1, num_tokens, width)
-    if isinstance(output, Tensor) and output.shape in same:
-        return output.reshape(*shape, width)
-    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise ModelError(f"module {name!r}: expected an output of shape {(*shape, width)}, got {got}")

@@ -1,16 +1,17 @@
-"""Pooled values between the ranks of a row worker, where the columns they see are not the chunks they write.
+"""Exchange of pooled values between the ranks of a row worker, where the columns they see are not whole chunks.
 
-Nothing is sent where widths align. What is sent is pooled: rows × columns, never tokens; once a row chunk, through
-host memory.
+Messages hold pooled rows × columns, never tokens, and go through host memory once a row chunk. Where widths align
+nothing is sent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aura_dist.ranks.team import Team
-from aura_dist.sites.ownership import ColumnPlan, Interval, width_of
+from aura_dist.sites.ownership import ColumnPlan, Interval
 from aura_dist.store.writer import RowBuffer
 
 Key = tuple[str, str]
@@ -18,7 +19,7 @@ _ALIGNMENT = 8
 
 
 class ColumnExchange:
-    """Gathers a row chunk's pooled values for other ranks, sends them, and fills in what comes from others.
+    """Gathers a row chunk's pooled values for other ranks, sends them, and fills in those from other ranks.
 
     Parameters
     ----------
@@ -44,7 +45,7 @@ class ColumnExchange:
         """Copy what other ranks write of a batch's pooled values (all seen columns) into the messages."""
         for peer, intervals in self._plans[key[0]].sends.items():
             for interval in intervals:
-                self._outgoing[peer].part(key, interval)[rows].copy_(pooled_BD[:, slice(*interval)])
+                self._outgoing[peer].parts[key, interval][rows].copy_(pooled_BD[:, slice(*interval)])
 
     def complete(self, buffer: RowBuffer) -> None:
         """Exchange the messages of a row chunk; all ranks of the row worker must do so together."""
@@ -55,42 +56,34 @@ class ColumnExchange:
         for peer, message in self._incoming.items():
             for key, values in buffer.items():
                 for interval in self._plans[key[0]].receives.get(peer, ()):
-                    torch.from_numpy(values)[:, slice(*interval)] = message.part(key, interval)
+                    torch.from_numpy(values)[:, slice(*interval)] = message.parts[key, interval]
 
 
+@dataclass(frozen=True)
 class _Message:
-    """One flat host tensor of bytes, and the [rows, columns] parts that lie in it."""
+    """One flat host tensor of bytes, and views of its [rows, columns] parts."""
 
-    def __init__(self) -> None:
-        self.content = torch.empty(0, dtype=torch.uint8)
-        self._places: dict[tuple[Key, Interval], tuple[int, int]] = {}
-        self._dtypes: dict[Key, torch.dtype] = {}
-        self._size = 0
-
-    def reserve(self, key: Key, interval: Interval, num_rows: int, dtype: torch.dtype) -> None:
-        num_bytes = num_rows * width_of([interval]) * dtype.itemsize
-        self._places[key, interval] = self._size, num_bytes
-        self._dtypes[key] = dtype
-        self._size += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-    def allocate(self) -> None:
-        self.content = torch.empty(self._size, dtype=torch.uint8)
-
-    def part(self, key: Key, interval: Interval) -> Tensor:
-        start, num_bytes = self._places[key, interval]
-        flat = self.content[start : start + num_bytes].view(self._dtypes[key])
-        return flat.view(-1, width_of([interval]))
+    content: Tensor
+    parts: Mapping[tuple[Key, Interval], Tensor]
 
 
 def _messages(
     intervals: Mapping[Key, Mapping[int, tuple[Interval, ...]]], dtypes: Mapping[Key, torch.dtype], num_rows: int
 ) -> dict[int, _Message]:
-    """Peer → message; both ends lay the parts out in the same order: by array, then by interval."""
-    messages: dict[int, _Message] = {}
+    """Peer → message; both ends order the parts by array, then by interval."""
+    parts_of: dict[int, list[tuple[Key, Interval]]] = {}
     for key, by_peer in intervals.items():
         for peer, parts in by_peer.items():
-            for interval in parts:
-                messages.setdefault(peer, _Message()).reserve(key, interval, num_rows, dtypes[key])
-    for message in messages.values():
-        message.allocate()
-    return messages
+            parts_of.setdefault(peer, []).extend((key, interval) for interval in parts)
+    return {peer: _message(parts, dtypes, num_rows) for peer, parts in parts_of.items()}
+
+
+def _message(parts: Sequence[tuple[Key, Interval]], dtypes: Mapping[Key, torch.dtype], num_rows: int) -> _Message:
+    slices, at = [], 0
+    for key, (first, last) in parts:
+        num_bytes = num_rows * (last - first) * dtypes[key].itemsize
+        slices.append(slice(at, at + num_bytes))
+        at += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    content = torch.empty(at, dtype=torch.uint8)
+    flat = [content[place].view(dtypes[key]) for place, (key, _) in zip(slices, parts, strict=True)]
+    return _Message(content, {part: values.view(num_rows, -1) for part, values in zip(parts, flat, strict=True)})

@@ -121,7 +121,7 @@ def stream(
     queue = sorted(tasks, key=lambda t: (-t.num_tokens, t.index))
     progress = Progress("collect", sum(t.stop - t.start for t in tasks), sum(t.num_tokens for t in tasks))
     exchange = ColumnExchange(run.plans, run.dtypes, run.rows, team) if team.world.layout.tensor > 1 else None
-    with Capture(model, run.plans, run.spec.poolings, team.world.device, exchange) as capture:
+    with Capture(model, run.spec.sites, run.plans, run.spec.poolings, team.world.device, exchange) as capture:
         turn = _Turn(run, writer, capture, exchange, progress)
         while (round_ := _claim(team, queue)) is not None:
             mine, claimed = round_

@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, PreTrainedModel
 
 from aura_dist.evaluation.sampling import Decoding, choose
-
-# layers of a cache whose rows can be chosen; those of linear attention keep states that cannot
-_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+from aura_dist.sites.transformers_adapter import SELECTABLE_LAYERS
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Rows:
 
 def only_attention(cache: object) -> bool:
     """Whether a forward's cache is of keys and values alone: whose rows can be chosen, and which any piece follows."""
-    return isinstance(cache, Cache) and all(type(layer) in _SELECTABLE for layer in cache.layers)
+    return isinstance(cache, Cache) and all(type(layer) in SELECTABLE_LAYERS for layer in cache.layers)
 
 
 def _alone(alive: bool) -> bool:

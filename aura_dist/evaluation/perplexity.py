@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import Cache, PreTrainedModel
 
 from aura_dist.errors import InputError
 from aura_dist.evaluation.bootstrap import bootstrap_means, interval

@@ -1,4 +1,4 @@
-"""Lay an intervention over a model in memory, by forward hooks, and take it off again without a trace."""
+"""Apply an intervention to a model in memory through its taps, and remove it without a trace."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -9,22 +9,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import with_strength
 from aura_dist.models.strategies.tensor_plan import seen_columns
-from aura_dist.sites.find import SiteTable, find_sites, own_names
+from aura_dist.sites.find import SiteTable, find_sites, own_names, tap_of
 from aura_dist.sites.site import Site
+from aura_dist.sites.tap import Callback, Tap, attached
+from aura_dist.sites.transformers_adapter import tensor_place
 
 
 @contextmanager
 def intervene(model: PreTrainedModel, intervention: Intervention, strength: float = 1.0) -> Iterator[PreTrainedModel]:
-    """Within the context, each site of `model` gives scale ⊙ output + shift.
+    """Within the context, the values z of each site become scale ⊙ z + shift.
 
-    Outputs of bfloat16 and float16 models are scaled in float32 and rounded once. Weights are not touched:
-    leaving the context gives back the model bit for bit, and `strength=0` never leaves it.
+    Values of bfloat16 and float16 models are changed in float32 and rounded once. Weights are not touched: leaving
+    the context restores the model bit for bit, and `strength=0` changes nothing.
 
     Parameters
     ----------
@@ -38,28 +39,27 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     Raises
     ------
     ModelError
-        The intervention has a site that the model lacks, or one of another width; or, of the first forward, that it
-        does not call a site: nothing would be changed there.
+        The model lacks a site, or the site has another width. The first forward raises it too, if it does not call a
+        site, because nothing would be changed there.
     """
-    _check_model(model, intervention)
+    taps = _taps(model, intervention)
     called: dict[str, bool] = {}
-    with ExitStack() as hooks:
-        for site in intervention.sites:
-            scale, shift = with_strength(*intervention.map_of(site), strength)
-            if (scale == 1).all() and (shift is None or not shift.any()):
-                continue
-            module = model.get_submodule(own_names(model)(site))
-            columns = _seen(model, site, len(scale))
-            scale, shift = scale[columns], None if shift is None else shift[columns]
-            called[site] = False
-            hooks.callback(module.register_forward_hook(affine_hook(site, scale, shift, called)).remove)
-        for whole in {model, model.base_model}:  # some call parts of their base model, never that itself
+    callbacks = []
+    for site, tap in taps.items():
+        scale, shift = with_strength(*intervention.map_of(site), strength)
+        if (scale == 1).all() and (shift is None or not shift.any()):
+            continue
+        columns = _seen(model, tap)
+        called[site] = False
+        callbacks.append((tap, affine(tap, scale[columns], None if shift is None else shift[columns], called)))
+    with attached(model, callbacks), ExitStack() as hooks:
+        for whole in {model, model.base_model}:  # some models call parts of their base model, never the whole
             hooks.callback(whole.register_forward_hook(_all_called(called)).remove)
         yield model
 
 
 def _all_called(called: Mapping[str, bool]) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook of a whole model: ModelError once a whole forward has left a site out."""
+    """A forward hook of a whole model that raises ModelError if the forward has left a site out."""
 
     def check(module: nn.Module, args: Any, output: Any) -> None:
         missing = next((site for site, was_called in called.items() if not was_called), None)
@@ -77,17 +77,16 @@ def laid_over(
 ) -> AbstractContextManager[PreTrainedModel]:
     """`intervene` for a model that may have been cut after some layers: sites of the others are left out."""
     modules, own_name = {name for name, _ in model.named_modules()}, own_names(model)
-    kept = [site for site in intervention.sites if own_name(site) in modules]
+    kept = [site for site in intervention.sites if own_name(site).partition(":")[0] in modules]
     return intervene(model, intervention.restricted(kept), strength)
 
 
-def _seen(model: PreTrainedModel, site: str, width: int) -> NDArray[np.intp]:
-    """The columns of a site's output that its hook gets on this rank: all, or its own under tensor parallelism."""
-    num_ranks = getattr(model, "_tp_size", None) or 1
+def _seen(model: PreTrainedModel, tap: Tap) -> NDArray[np.intp]:
+    """The columns of a site that its tap passes on this rank: all, or its own under tensor parallelism."""
+    rank, num_ranks = tensor_place(model)
     if num_ranks == 1:
-        return np.arange(width)
-    rank = model._device_mesh["tp"].get_local_rank()
-    mine = seen_columns(model.tp_plan, own_names(model)(site), Site(site, "", 0, width), num_ranks)[rank]
+        return np.arange(tap.width)
+    mine = seen_columns(model.tp_plan, tap, num_ranks)[rank]
     return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in mine)])
 
 
@@ -103,25 +102,29 @@ def check_fits(
         _check_width(intervention, site, width, table.model_class)
 
 
-def _check_model(model: PreTrainedModel, intervention: Intervention) -> None:
-    """The same for a model in memory, whose layers may have been replaced by quantised ones.
+def _taps(model: PreTrainedModel, intervention: Intervention) -> dict[str, Tap]:
+    """Site → its tap in a model in memory; ModelError unless all fit.
 
-    Such layers often are no `Linear`: what counts is that there is a module of that name, and its width where it
-    tells it. What it gives is checked when it gives it.
+    Quantised layers often are no `Linear`, so that no finder knows them. For them the name counts, and the width where
+    the module says it; their output is checked when it comes.
     """
     table, own_name = find_sites(model), own_names(model)
-    known = {s.name for s in table.sites}
-    others = [s for s in intervention.sites if own_name(s) not in known and _is_quantised(model, own_name(s))]
+    kinds = {s.name: s.kind for s in table.sites}
+    others = [s for s in intervention.sites if own_name(s) not in kinds and _is_quantised(model, own_name(s))]
     check_fits(table, intervention.restricted(set(intervention.sites) - set(others)), own_name)
     for site in others:
         module = model.get_submodule(own_name(site))
         width = getattr(module, "out_features", getattr(module, "outfeatures", None))
         if isinstance(width, int):
             _check_width(intervention, site, width, table.model_class)
+    return {
+        site: tap_of(model, Site(site, kinds.get(own_name(site), ""), 0, len(intervention.map_of(site)[0])))
+        for site in intervention.sites
+    }
 
 
 def _is_quantised(model: PreTrainedModel, name: str) -> bool:
-    """Whether there is a module of this name that holds no float matrix, as quantised layers do not."""
+    """Whether there is a module of this name without a float matrix, as quantised layers are."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -139,21 +142,12 @@ def _check_width(intervention: Intervention, site: str, width: int, model_class:
             )
 
 
-def affine_hook(
-    site: str, scale: NDArray[np.float32], shift: NDArray[np.float32] | None, called: dict[str, bool] | None = None
-) -> Callable[[nn.Module, Any, Any], Tensor]:
-    """A forward hook that gives scale ⊙ output + shift, in float32 at least, rounded once to the output's dtype.
+def affine(
+    tap: Tap, scale: NDArray[np.float32], shift: NDArray[np.float32] | None, called: dict[str, bool]
+) -> Callback:
+    """A callback that makes values scale ⊙ values + shift, in float32 at least, rounded once to their dtype.
 
-    Parameters
-    ----------
-    site
-        Name for errors.
-    scale, shift
-        [D] of what the module gives: of all its neurons or, where it gives a slice of them, of that slice.
-    called
-        Where the hook notes that it was called, under the site's name.
-
-    The hook raises ModelError if the output is not a float tensor of D neurons.
+    `scale` and `shift` are [D] for the columns that the tap passes. The callback notes in `called` that it was called.
     """
     constants: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
@@ -164,33 +158,20 @@ def affine_hook(
                 constants[device] = (torch.tensor(scale, device=device), moved)
         return constants[device]
 
-    def apply(module: nn.Module, args: Any, output: Any) -> Tensor:
-        if called is not None:
-            called[site] = True
-        if not isinstance(output, Tensor) or not output.is_floating_point() or output.shape[-1] != len(scale):
-            raise ModelError(_unfit(site, module, output, len(scale)))
-        scale_D, shift_D = on(output.device)
-        wide = torch.promote_types(output.dtype, torch.float32)
-        if wide == output.dtype and _is_ours_alone(module):
-            changed = output.mul_(scale_D)  # fresh memory for a large output costs more than the product
-            return changed if shift_D is None else changed.add_(shift_D)
-        changed = output.to(wide) * scale_D
-        if shift_D is not None:
-            changed += shift_D
-        return changed.to(output.dtype)
+    def apply(raw: object, alone: bool) -> Any:
+        called[tap.site] = True
+
+        def change(values: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
+            scale_D, shift_D = on(values.device)
+            wide = torch.promote_types(values.dtype, torch.float32)
+            if wide == values.dtype and alone:  # fresh memory for a large output costs more than the product
+                changed = values.mul_(along(scale_D))
+            else:
+                changed = values.to(wide) * along(scale_D)
+            if shift_D is not None:
+                changed += along(shift_D)
+            return changed.to(values.dtype)
+
+        return tap.write(raw, len(scale), change)
 
     return apply
-
-
-def _is_ours_alone(module: nn.Module) -> bool:
-    """Whether nobody else can hold the output of `module`: it is new, no other hook has seen it, nor autograd."""
-    hooks = len(module._forward_hooks) + len(torch.nn.modules.module._global_forward_hooks)
-    return isinstance(module, (nn.Linear, Conv1D)) and hooks == 1 and not torch.is_grad_enabled()
-
-
-def _unfit(site: str, module: nn.Module, output: Any, width: int) -> str:
-    got = f"{output.dtype} of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-    return (
-        f"module {site!r} ({type(module).__name__}): a hook needs a float output of {width} neurons, got {got}; "
-        "load the model in another quantisation, or leave the module out by `fit --modules`"
-    )

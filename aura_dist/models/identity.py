@@ -9,9 +9,9 @@ from zipfile import is_zipfile
 
 import torch
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from aura_dist.errors import ModelError
+from aura_dist.sites.transformers_adapter import find_file
 
 END_BYTES = 64 * 1024
 ARCHITECTURE_FIELDS = (
@@ -84,16 +84,9 @@ def _shards(index: Path) -> list[str]:
 
 def _find(name: str, revision: str | None, file: str) -> Path | None:
     try:
-        path = cached_file(
-            name,
-            file,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        return find_file(name, revision, file)
     except OSError as error:
         raise ModelError(f"--model {name!r}: {error}") from error
-    return Path(path) if path is not None else None
 
 
 def _safetensors(file: Path) -> Iterator[tuple[str, str, list[int], str]]:

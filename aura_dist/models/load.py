@@ -24,7 +24,7 @@ from aura_dist.errors import ConfigError, ModelError, brief
 from aura_dist.models.strategies.tensor_plan import seen_columns, tensor_plan
 from aura_dist.models.strategies.zero3 import check_offload, load_zero3
 from aura_dist.ranks.world import World
-from aura_dist.sites.find import decoder_layers_name, own_names
+from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.ownership import ColumnPlan, plan_columns, whole_site
 from aura_dist.sites.site import Site
 
@@ -297,8 +297,8 @@ def column_plans(
     num_ranks = world.layout.tensor
     if num_ranks == 1:
         return {site.name: whole_site(site.width) for site in sites}
-    own_name, plans = own_names(model), {}
+    plans = {}
     for site in sites:
-        seen = seen_columns(model.tp_plan, own_name(site.name), site, num_ranks)
+        seen = seen_columns(model.tp_plan, tap_of(model, site), num_ranks)
         plans[site.name] = plan_columns(site.width, chunks[site.name], seen)[world.column_rank]
     return plans

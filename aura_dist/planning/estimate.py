@@ -13,10 +13,11 @@ from aura_dist.models.strategies.tensor_plan import Plan, seen_columns, tensor_p
 from aura_dist.planning.sizes import is_mapped, prepare, tokenizer_bytes, weight_sizes
 from aura_dist.planning.trace import forward_cost
 from aura_dist.planning.work import Work
-from aura_dist.sites.find import SiteTable, find_sites
+from aura_dist.sites.find import SiteTable, find_sites, tap_of
+from aura_dist.sites.pooling import POOLINGS
 from aura_dist.sites.site import Site
 from aura_dist.store.grid import columns_per_chunk, rows_per_chunk
-from aura_dist.store.schema import SELECTING_POOLINGS, stored_dtype
+from aura_dist.store.schema import stored_dtype
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def estimate(
     split = _tensor_plan(model, sites, tensor_ranks, plan_file)
     prepare(model, 1 + max(s.layer for s in sites), source.dtype)
     stored = [np.dtype(stored_dtype(p, source.dtype)).itemsize for p in poolings]
-    precisions = tuple(source.dtype if p in SELECTING_POOLINGS else "float32" for p in poolings)
+    precisions = tuple(source.dtype if POOLINGS[p].selects else "float32" for p in poolings)
     weights = weight_sizes(model, split)
     work = Work(
         weights=weights,
@@ -103,5 +104,5 @@ def _tensor_plan(model: PreTrainedModel, sites: Sequence[Site], num_ranks: int, 
             return {}
     plan = tensor_plan(model, max(num_ranks, 2), file)
     for site in sites:
-        seen_columns(plan, site.name, site, num_ranks)
+        seen_columns(plan, tap_of(model, site), num_ranks)
     return plan

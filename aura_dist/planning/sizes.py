@@ -7,9 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from aura_dist.models.load import DTYPES, ModelSource
-from aura_dist.models.strategies.tensor_plan import Plan, generic
+from aura_dist.models.strategies.tensor_plan import Plan
 from aura_dist.planning.work import WeightSizes
 from aura_dist.sites.find import decoder_layers_name
+from aura_dist.sites.tap import generic
 
 
 def prepare(model: PreTrainedModel, num_layers: int, dtype: str) -> PreTrainedModel:

@@ -1,33 +1,32 @@
-"""What a forward costs, found by running the model's own code on the meta device: bytes alive at once, and FLOPs.
+"""What a forward costs: bytes alive at once, and FLOPs, found by running the model's own code on the meta device.
 
-Every tensor that a forward makes is seen when it is made and when it is given up; nothing is computed. So the
-account holds for any architecture, its copies and float32 detours included, and needs no table of formulas.
+Nothing is computed, but every tensor is seen when it is made and when it is freed. So the account holds for any
+architecture, its copies and float32 detours included, without a table of formulas.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError, brief
 from aura_dist.planning.work import ForwardCost
-from aura_dist.sites.pooling import TokenMask
+from aura_dist.ranks import torch_adapter
+from aura_dist.ranks.torch_adapter import storage_key, tree_leaves
+from aura_dist.sites.find import tap_of
+from aura_dist.sites.pooling import POOLINGS, TokenMask
 from aura_dist.sites.site import Site
+from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.store.grid import MAX_ROWS_PER_CHUNK
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class _Made:
-    """What a call made anew: shape, stride and dtype of each tensor, whether it is one alone; and its operations."""
+    """What a call made: shape, stride and dtype of each tensor, whether it is one alone; and its operations."""
 
     tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     alone: bool
@@ -52,7 +51,7 @@ class _Made:
 
 
 def _form(value: Any) -> Any:
-    """What a kernel of the meta device sees of an argument, hashable; a tensor with values is like no other."""
+    """What a kernel of the meta device sees of an argument, hashable; a tensor with values equals no other."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
     if isinstance(value, list | tuple):
@@ -63,43 +62,37 @@ def _form(value: Any) -> Any:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
-    """What the kernel gives, and its operations."""
-    if func is aten._grouped_mm.default:  # its meta kernel takes bfloat16 alone
+    """The kernel's result, and its operations."""
+    if func is torch_adapter.GROUPED_MM:  # its meta kernel takes bfloat16 alone
         a_MK, b_GKN = args[:2]
         out = torch.empty((a_MK.shape[0], b_GKN.shape[-1]), dtype=a_MK.dtype, device="meta")
         return out, 2 * a_MK.shape[0] * a_MK.shape[1] * b_GKN.shape[-1]
     out = func(*args, **kwargs)
-    count = flop_registry.get(func._overloadpacket)
+    count = flop_registry.get(torch_adapter.packet(func))
     return out, 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
 
-@cache
-def _gives_views(func: Any) -> bool:
-    """Whether what it returns lies in what it was given, by its schema."""
-    return any(value.alias_info is not None for value in func._schema.returns)
-
-
 def _made(out: Any, flops: int, given: object) -> _Made | None:
-    """To make the like of `out` again; None if it is not made of tensors that fill storages of their own."""
+    """How to make such a result again; None unless it is tensors that fill storages of their own."""
     tensors = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple) else ()
-    taken = {leaf.untyped_storage()._cdata for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    taken = {storage_key(leaf.untyped_storage()) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or not tensor.is_meta:
             return None
         storage = tensor.untyped_storage()
         filled = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        if storage._cdata in taken or storage.nbytes() != filled.untyped_storage().nbytes():
+        if storage_key(storage) in taken or storage.nbytes() != filled.untyped_storage().nbytes():
             return None
-        taken.add(storage._cdata)
+        taken.add(storage_key(storage))
     described = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
     return _Made(described, isinstance(out, Tensor), flops) if described else None
 
 
-class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Account(torch_adapter.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that are alive, and the operations of matrix products.
 
-    With `on_cpu` also what a CPU's kernels make beside their outputs: a sum in a wider dtype copies its input first.
-    Most kernels of the meta device are Python, and layers are alike: what one gave is kept for calls of the same form.
+    With `on_cpu` it also counts the copy of the input that a CPU's sum in a wider dtype makes. Most kernels of the meta
+    device are slow Python, and layers are alike, so results are kept for calls of the same form.
     """
 
     def __init__(self, given: Iterable[Tensor], *, on_cpu: bool) -> None:
@@ -109,26 +102,26 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bytes = 0
         self._on_cpu = on_cpu
         self._given = [tensor.untyped_storage() for tensor in given]  # kept, so that none of them is counted
-        self._seen = {storage._cdata for storage in self._given}
+        self._seen = {storage_key(storage) for storage in self._given}
         self._known: dict[Any, _Made] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
+        if func is torch_adapter.READ_SCALAR:
             return False  # models ask whether a mask is all ones: batches are padded
         out = self._call(func, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
-        if self._on_cpu and func._overloadpacket is aten.sum and args[0].is_floating_point():
+        if self._on_cpu and torch_adapter.packet(func) is torch.ops.aten.sum and args[0].is_floating_point():
             self._note_widened(args[0], out)
         return out
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the kernel gives, or the like of what it gave to a call of the same form; counts its operations."""
-        form = None if _gives_views(func) else (func, _form(args), _form(kwargs))
+        """The kernel's result, made again where a call of the same form is known; counts its operations."""
+        form = None if torch_adapter.returns_views(func) else (func, _form(args), _form(kwargs))
         known = self._known.get(form)
         if known is not None:
             self.flops += known.flops
@@ -140,29 +133,29 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _note_widened(self, summed: Tensor, out: Tensor) -> None:
-        """The copy in the dtype of the sum: of all that lies there, which is summed at once if all rows are as long."""
+        """The copy in the sum's dtype: of the whole storage, which is summed at once if all rows are equally long."""
         if out.dtype != summed.dtype:
             elements = summed.untyped_storage().nbytes() // summed.itemsize
             self.peak_bytes = max(self.peak_bytes, self._bytes + elements * out.itemsize)
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self._seen:
             self._seen.add(key)
             self._bytes += storage.nbytes()
             self.peak_bytes = max(self.peak_bytes, self._bytes)
-            weakref.finalize(storage, self._give_up, key, storage.nbytes())
+            weakref.finalize(storage, self._forget, key, storage.nbytes())
 
-    def _give_up(self, key: int, num_bytes: int) -> None:
+    def _forget(self, key: int, num_bytes: int) -> None:
         self._seen.discard(key)
         self._bytes -= num_bytes
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Takes `scaled_dot_product_attention` as the fused kernels run it: no scores, but a mask in the values' dtype.
+    """Counts `scaled_dot_product_attention` as the fused kernels run it: no scores, but a mask in the values' dtype.
 
-    The kernels of CPU and GPU alike take one width of head; other calls are left to be taken apart.
+    On CPU and GPU alike these kernels take heads of one width; other calls are traced step by step.
     """
 
     def __init__(self, account: _Account) -> None:
@@ -188,36 +181,23 @@ class _FusedAttention(TorchFunctionMode):
         return out
 
 
-class _PoolingHooks:
-    """Hooks that pool as `Capture` does, on a batch of two lengths; the values are given up."""
+def _pooling(
+    model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], shape: tuple[int, int]
+) -> AbstractContextManager[None]:
+    """Within the context, a forward pools as `Capture` does on a batch of two lengths; the values are dropped."""
+    mask_BT = np.ones(shape, dtype=np.bool_)
+    mask_BT[0, 1:] = False
+    mask = TokenMask.build(mask_BT, "meta")
 
-    def __init__(
-        self, model: PreTrainedModel, sites: Sequence[Site], poolings: Sequence[str], shape: tuple[int, int]
-    ) -> None:
-        mask_BT = np.ones(shape, dtype=np.bool_)
-        mask_BT[0, 1:] = False
-        self._mask = TokenMask.build(mask_BT, "meta")
-        self._shape = shape
-        self._poolings = poolings
-        self._modules = [(model.get_submodule(s.name), s) for s in sites]
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._handles = [module.register_forward_hook(self._hook(site)) for module, site in self._modules]
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, site: Site) -> Callable[[nn.Module, object, object], None]:
-        def pool(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.numel() == self._shape[0] * self._shape[1] * site.width:
-                for pooling in self._poolings:
-                    getattr(self._mask, pooling)(output.reshape(*self._shape, site.width))
+    def pool_at(tap: Tap) -> Callback:
+        def pool(raw: object, alone: bool) -> None:
+            acts_BTD = tap.read(raw, tap.width, shape)
+            for pooling in poolings:
+                POOLINGS[pooling].pool(mask, acts_BTD)
 
         return pool
+
+    return attached(model, [(tap, pool_at(tap)) for tap in (tap_of(model, site) for site in sites)])
 
 
 def trace_forward(
@@ -230,19 +210,19 @@ def trace_forward(
 ) -> Traced:
     """Run the base model of `model` (on the meta device) on a batch of `shape` [rows, tokens], pooling at `sites`.
 
-    `on_cpu` says where the real one would run: a CPU's sums take more memory.
+    `on_cpu` says where the real forward would run, because a CPU's sums take more memory.
 
     Raises
     ------
     ModelError
-        The model's forward depends on values, which are not there.
+        The model's forward depends on values, which a trace does not have; or a site has values of another shape.
     """
     ids, mask = (torch.ones(shape, dtype=torch.int64, device="meta") for _ in range(2))
     account = _Account([*model.parameters(), *model.buffers(), ids, mask], on_cpu=on_cpu)
     try:
-        with torch.no_grad(), _PoolingHooks(model, sites, poolings, shape), account, _FusedAttention(account):
+        with torch.no_grad(), _pooling(model, sites, poolings, shape), account, _FusedAttention(account):
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except Exception as error:  # whatever stands in a model's code
+    except Exception as error:  # a model's code raises anything
         raise ModelError(f"{type(model).__name__} cannot be planned without its weights: {brief(error)}") from error
     return Traced(account.peak_bytes, account.flops)
 

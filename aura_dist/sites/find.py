@@ -1,14 +1,17 @@
-"""Which submodules are captured or scaled: found on the meta device, from a model's classes alone."""
+"""Where the sites of a model are: found from its classes alone, on the meta device too."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ModelError
-from aura_dist.sites.site import Site, matching
+from aura_dist.sites.kinds import KINDS, matching
+from aura_dist.sites.site import Site
+from aura_dist.sites.tap import OutputTap, Tap
+from aura_dist.sites.transformers_adapter import unsplit_classes
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class SiteTable:
     experts: tuple[str, ...]
 
     def select(self, modules: Sequence[str]) -> tuple[Site, ...]:
-        """The sites that kinds (`mlp`, `attention`, `norm`, `all`) or name patterns choose, in model order.
+        """The sites that words of `--modules` (kinds, aliases, name patterns) choose, in model order.
 
         Raises
         ------
@@ -37,7 +40,7 @@ class SiteTable:
 
     def _found(self) -> str:
         parts = []
-        for kind in ("attention", "mlp", "norm"):
+        for kind in KINDS:
             names = [s.name for s in self.sites if s.kind == kind]
             parts.append(f"{kind}: {len(names)}" + (f" ({', '.join(names[:2])}, …)" if names else ""))
         text = "found " + ", ".join(parts)
@@ -47,66 +50,33 @@ class SiteTable:
 
 
 def find_sites(model: PreTrainedModel) -> SiteTable:
-    """Every site of a causal language model (on any device, meta included).
-
-    `attention` are linear layers under a submodule whose class name contains "Attention" or whose own name
-    contains "attn" (linear attention); `mlp` the decoder layers' other linear layers; `norm` the decoder
-    layers' norms outside attention (those inside work on heads). Linear layers are `nn.Linear` and `Conv1D`
-    and their subclasses, routers left out: they give more than one output.
-    """
+    """Every site of a causal language model, or of its base model under its own names; on any device, meta included."""
     layers_name = decoder_layers_name(model)
     layers = model.get_submodule(layers_name)
     assert isinstance(layers, nn.ModuleList)
     sites, experts = [], []
     for index, layer in enumerate(layers):
         prefix = f"{layers_name}.{index}"
-        sites += [Site(name, kind, index, width) for name, kind, width in _sites_of_layer(layer, prefix)]
-        experts += [f"{prefix}.{name}" for name in _experts_of_layer(layer)]
+        place_of = {name: place for place, (name, _) in enumerate(layer.named_modules())}
+        found = [(name, kind, width) for kind, row in KINDS.items() for name, width in row.find(layer).items()]
+        for name, kind, width in sorted(found, key=lambda f: place_of[f[0].partition(":")[0]]):
+            sites.append(Site(f"{prefix}.{name}" if name else prefix, kind, index, width))
+        places = {name.partition(":")[0] for name, _, _ in found}
+        experts += [f"{prefix}.{n}" for n in _experts_of_layer(layer) if n.rpartition(".")[0] not in places]
     return SiteTable(type(model).__name__, tuple(sites), tuple(experts))
 
 
-def _sites_of_layer(layer: nn.Module, prefix: str) -> Iterator[tuple[str, str, int]]:
-    """(name, kind, width) of a decoder layer's linear layers and norms."""
-    in_attention: set[str] = set()
-    for name, module in layer.named_modules():
-        parent = name.rpartition(".")[0]
-        inside = parent in in_attention
-        if inside or _is_attention(name, module):
-            in_attention.add(name)
-        width = _width(module)
-        if width is None:
-            continue
-        linear = isinstance(module, (nn.Linear, Conv1D))
-        if linear:
-            yield f"{prefix}.{name}", "attention" if inside else "mlp", width
-        elif not inside:
-            yield f"{prefix}.{name}", "norm", width
-
-
-def _is_attention(name: str, module: nn.Module) -> bool:
-    kind = type(module).__name__
-    if not name or kind.endswith("DecoderLayer"):  # a whole layer: JambaAttentionDecoderLayer
-        return False
-    return "Attention" in kind or ("attn" in name.rpartition(".")[2] and any(True for _ in module.children()))
-
-
-def _experts_of_layer(layer: nn.Module) -> Iterator[str]:
+def _experts_of_layer(layer: nn.Module) -> Iterable[str]:
     """Names of 3-D parameters, convolutions left out."""
     convolutions = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Conv1d)}
     return (name for name, p in layer.named_parameters() if p.ndim == 3 and name not in convolutions)
 
 
-def _width(module: nn.Module) -> int | None:
-    if "Router" in type(module).__name__:
-        return None
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, Conv1D):
-        return int(module.nf)
-    weight = getattr(module, "weight", None)
-    if "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.ndim == 1:
-        return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO 3 keeps the whole shape aside
-    return None
+def tap_of(model: PreTrainedModel, site: Site) -> Tap:
+    """The tap of a site that `model` has: of its kind's family, or a module's output where it is of no kind."""
+    family: type[Tap] = resolve_name(KINDS[site.kind].tap) if site.kind else OutputTap
+    place = own_names(model)(site.name).partition(":")[0]
+    return family(site.name, place, site.width, type(model.get_submodule(place)).__name__)
 
 
 def decoder_layers_name(model: PreTrainedModel) -> str:
@@ -119,7 +89,7 @@ def decoder_layers_name(model: PreTrainedModel) -> str:
     ModelError
         The model has no such list, or several that cannot be told apart.
     """
-    whole = set(model._no_split_modules or ())
+    whole = unsplit_classes(model)
     lists: dict[str, nn.ModuleList] = {
         name: module
         for name, module in model.named_modules()

@@ -1,9 +1,9 @@
 """Neurons → intervals → owners: which columns of a site a rank sees, which it writes, and what ranks send each other.
 
-A rank under tensor parallelism sees either its own slice of a site's columns or, where the strategy replicates an
-output, all of them. The chunk grid knows nothing of that: a chunk belongs to the rank that sees its first column (a
-replicated output is split among the ranks by whole chunks), and ranks that see other columns of it send it their
-pooled values. Pure functions of numbers; columns are half-open intervals.
+Under tensor parallelism a rank sees a slice of a site's columns, or all where the strategy replicates the site. The
+chunk grid does not depend on that: the rank that sees a chunk's first column owns the chunk, and ranks that see others
+of its columns send it their pooled values. Ranks share a replicated site's chunks evenly. Columns are half-open
+intervals.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True)
 class Move:
-    """Columns that go from one place to another: `source` [start, stop) → `target` [start, stop), equally wide."""
+    """Columns that are copied: `source` [start, stop) → `target` [start, stop), equally wide."""
 
     source: Interval
     target: Interval
@@ -29,11 +29,11 @@ class ColumnPlan:
     Attributes
     ----------
     num_seen
-        Width of the output that the rank's hook gets.
+        Number of columns that the rank's tap passes.
     owned
         Columns that the rank writes, as whole chunks, ascending; empty where it owns none.
     keeps
-        From the seen columns to the rank's own buffer, in which the owned columns lie side by side.
+        From the seen columns to the rank's own buffer, which holds the owned columns side by side.
     sends
         Rank → intervals of the seen columns that it is sent.
     receives
@@ -92,7 +92,10 @@ def plan_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> 
     replicated = all(tuple(s) == ((0, width),) for s in seen)
     assert replicated or sum(map(width_of, seen)) == width, "every column is seen once, or by all"
     chunks = [(first, min(first + chunk, width)) for first in range(0, width, chunk)]
-    owners = _split_evenly(len(chunks), num_ranks) if replicated else [_rank_of(seen, first) for first, _ in chunks]
+    if replicated:  # runs of chunks whose lengths differ by one at most
+        owners = [chunk * num_ranks // len(chunks) for chunk in range(len(chunks))]
+    else:
+        owners = [_rank_of(seen, first) for first, _ in chunks]
     owned = [_joined([c for c, owner in zip(chunks, owners, strict=True) if owner == r]) for r in range(num_ranks)]
     plans = [ColumnPlan(width_of(seen[r]), owned[r], (), {}, {}) for r in range(num_ranks)]
     for rank, plan in enumerate(plans):
@@ -106,7 +109,7 @@ def plan_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> 
 
 
 def _moves(seen: Sequence[Interval], owned: Sequence[Interval]) -> list[Move]:
-    """What of the columns seen goes where among the columns owned."""
+    """Which of the seen columns go where among the owned ones."""
     moves = []
     for (place, start, stop), (target, first, last) in product(_placed(seen), _placed(owned)):
         a, b = max(start, first), min(stop, last)
@@ -118,11 +121,6 @@ def _moves(seen: Sequence[Interval], owned: Sequence[Interval]) -> list[Move]:
 def whole_site(width: int) -> ColumnPlan:
     """The plan of a rank that sees and writes every column."""
     return ColumnPlan(width, ((0, width),), (Move((0, width), (0, width)),), {}, {})
-
-
-def _split_evenly(num_chunks: int, num_ranks: int) -> list[int]:
-    """Owner of each chunk: runs of chunks whose lengths differ by one at most."""
-    return [chunk * num_ranks // num_chunks for chunk in range(num_chunks)]
 
 
 def _rank_of(seen: Sequence[Sequence[Interval]], column: int) -> int:

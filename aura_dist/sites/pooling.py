@@ -1,18 +1,23 @@
-"""A text's tokens → one value per neuron, with padding never counted.
+"""A text's tokens → one value per neuron, with padding never counted. A new pooling is one row of `POOLINGS`.
 
-B texts of a batch, T tokens, D neurons.
+B texts of a batch, T tokens, D neurons. Importing this module imports no torch.
 """
 
+from __future__ import annotations
+
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,10 @@ class TokenMask:
     count_B1: Tensor
 
     @classmethod
-    def build(cls, mask_BT: NDArray[np.bool_], device: str | torch.device) -> "TokenMask":
+    def build(cls, mask_BT: NDArray[np.bool_], device: str | torch.device) -> TokenMask:
         """From a mask of shape [B, T] on the host, at least one True a row."""
+        import torch
+
         assert mask_BT.any(axis=1).all(), "every row needs a token that counts"
         starts = np.flatnonzero((mask_BT[1:] != mask_BT[:-1]).any(axis=1)) + 1
         last_B = mask_BT.shape[1] - 1 - mask_BT[:, ::-1].argmax(axis=1)
@@ -48,37 +55,62 @@ class TokenMask:
             torch.from_numpy(mask_BT.sum(axis=1, dtype=np.float32)[:, None]).to(device),
         )
 
-    def max(self, acts_BTD: Tensor) -> Tensor:
-        return self._reduce(acts_BTD, torch.amax, torch.maximum)
-
-    def min(self, acts_BTD: Tensor) -> Tensor:
-        return self._reduce(acts_BTD, torch.amin, torch.minimum)
-
-    def absmax(self, acts_BTD: Tensor) -> Tensor:
-        """Largest absolute value."""
-        return torch.maximum(self.max(acts_BTD).abs(), self.min(acts_BTD).abs())
-
-    def last(self, acts_BTD: Tensor) -> Tensor:
-        return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), self.last_B]
-
-    def mean(self, acts_BTD: Tensor) -> Tensor:
-        """Mean, summed in float32 at least."""
-        wide = torch.promote_types(acts_BTD.dtype, torch.float32)
-        return self._reduce(acts_BTD, partial(torch.sum, dtype=wide), torch.add) / self.count_B1
-
-    def _reduce(
-        self, acts_BTD: Tensor, reduce: Callable[..., Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+    def reduce(
+        self, acts_BTD: Tensor, reduce: Callable[[Tensor], Tensor], combine: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Reduce the counted tokens to [B, D]."""
-        return torch.cat(
-            [
-                functools.reduce(combine, [reduce(acts_BTD[rows, run], dim=1) for run in counted])
-                for rows, counted in self.runs
-            ]
-        )
+        """Counted tokens → [B, D]: `reduce` takes each run of them over dim 1, `combine` joins a row's runs."""
+        import torch
+
+        pooled = (functools.reduce(combine, [reduce(acts_BTD[rows, t]) for t in runs]) for rows, runs in self.runs)
+        return torch.cat(list(pooled))
 
 
 def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
     """Runs of True, in order."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flags_T, [False])).astype(np.int8)))
     return tuple(slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+
+def _max(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+    return tokens.reduce(acts_BTD, lambda run: run.amax(dim=1), lambda a, b: a.maximum(b))
+
+
+def _min(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+    return tokens.reduce(acts_BTD, lambda run: run.amin(dim=1), lambda a, b: a.minimum(b))
+
+
+def _absmax(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+    return _max(tokens, acts_BTD).abs().maximum(_min(tokens, acts_BTD).abs())
+
+
+def _mean(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+    """Summed in float32 at least."""
+    wide = acts_BTD.dtype if acts_BTD.dtype.itemsize >= 4 else tokens.count_B1.dtype
+    return tokens.reduce(acts_BTD, lambda run: run.sum(dim=1, dtype=wide), operator.add) / tokens.count_B1
+
+
+def _last(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+    import torch
+
+    return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), tokens.last_B]
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """One pooling; `selects` says that each result is one of the site's values, up to its sign.
+
+    The site's dtype then holds it exactly; results of the others are float32 at least.
+    """
+
+    summary: str  # for `--help`
+    pool: Callable[[TokenMask, Tensor], Tensor]  # acts_BTD → pooled_BD
+    selects: bool
+
+
+POOLINGS = {
+    "max": Pooling("the largest value", _max, selects=True),
+    "mean": Pooling("the mean", _mean, selects=False),
+    "min": Pooling("the smallest value", _min, selects=True),
+    "last": Pooling("the last counted token's value", _last, selects=True),
+    "absmax": Pooling("the largest absolute value", _absmax, selects=True),
+}

@@ -1,36 +1,25 @@
-"""`Site`: a submodule whose output is stored or scaled; and how a user names several."""
+"""`Site`: a place of a model whose values are stored or changed."""
 
-import fnmatch
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-KINDS = {"attention": ("attention",), "mlp": ("mlp",), "norm": ("norm",), "all": ("attention", "mlp")}
 
 
 @dataclass(frozen=True)
 class Site:
-    """One submodule with output [batch, token, width].
+    """One place with values [batch, token, width].
 
     Attributes
     ----------
     name
         Name in `AutoModelForCausalLM(…).named_modules()`.
     kind
-        `attention`, `mlp` or `norm`.
+        One of `kinds.KINDS`; empty for a quantised layer, which no finder knows.
     layer
-        Index of the decoder layer it stands in.
+        Index of its decoder layer.
     width
-        Number of neurons (size of the output's last dim).
+        Number of neurons: size of the values' last dim.
     """
 
     name: str
     kind: str
     layer: int
     width: int
-
-
-def matching(sites: Iterable[Site], wanted: str) -> set[str]:
-    """Names of the sites that one kind (`mlp`, `attention`, `norm`, `all`) or name pattern chooses."""
-    return {
-        s.name for s in sites if (s.kind in KINDS[wanted] if wanted in KINDS else fnmatch.fnmatchcase(s.name, wanted))
-    }

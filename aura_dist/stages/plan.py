@@ -25,6 +25,7 @@ from aura_dist.planning.units import parse_bytes, show_bytes
 from aura_dist.planning.what_fits import Fit, advice, fit, survey
 from aura_dist.planning.work import Machine, Spread, Tier
 from aura_dist.ranks.layout import parse_layout
+from aura_dist.sites.kinds import KINDS
 from aura_dist.store.schema import tasks_of
 from aura_dist.text.labels import check_texts, parse_labels
 from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
@@ -178,7 +179,7 @@ def make_report(
     batches = schedule(num_tokens.tolist(), work.rows_chunk, config.tokens_per_batch, work.forward)
     tflops = config.tflops or TFLOPS["cuda" if machine.gpu else "cpu", DTYPES[config.dtype].itemsize]
     compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops)
-    by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in ("attention", "mlp", "norm")}
+    by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in KINDS}
     widths = [s.width for s in found.sites]
     report = Report(
         model=f"{config.model} ({found.table.model_class}, {config.dtype})",

@@ -25,15 +25,13 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from aura_dist.sites.pooling import POOLINGS
 from aura_dist.sites.site import Site
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, errors_of_writing, get_array, store_at
 from aura_dist.store.grid import Task, columns_per_chunk, make_tasks, rows_per_chunk
 from aura_dist.store.zarr_adapter import description, fast_codecs, run_in_zarr
 
 DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"
-
-# poolings that return one of the layer's own outputs: exact in the layer's own dtype
-SELECTING_POOLINGS = frozenset({"max", "min", "last", "absmax"})
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def tasks_of(num_tokens: NDArray[np.int32], tokens_per_batch: int) -> list[Task]
 
 def stored_dtype(pooling: str, forward_dtype: str) -> str:
     """float32, except float16 for poolings that select an output of a float16 model."""
-    return "float16" if forward_dtype == "float16" and pooling in SELECTING_POOLINGS else "float32"
+    return "float16" if forward_dtype == "float16" and POOLINGS[pooling].selects else "float32"
 
 
 def activation_path(site: str, pooling: str) -> str:

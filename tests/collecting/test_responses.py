@@ -9,27 +9,15 @@ import transformers as hf
 
 import aura_dist
 from aura_dist.cli import main
+from aura_dist.sites.pooling import POOLINGS
 from tests.models import DEMO_SENTENCES, ODD_CONFIGS
+from tests.poolings import pool_plainly
 
 TOLERANCE = 1e-4
-POOLINGS = ("max", "mean", "min", "last", "absmax")
 DENSE = [
     "gpt2", "falcon-rotary", "falcon-alibi", "falcon-40b-style", "mpt", "llama", "mistral", "gemma3", "opt", "bloom",
     "qwen3", "phi3",
 ]  # fmt: skip
-
-
-def pool(acts_TD: torch.Tensor, pooling: str) -> np.ndarray:
-    """One sentence's tokens → [D], the plain way."""
-    acts_TD = acts_TD.float()
-    pooled = {
-        "max": lambda: acts_TD.max(dim=0).values,
-        "mean": lambda: acts_TD.mean(dim=0),
-        "min": lambda: acts_TD.min(dim=0).values,
-        "last": lambda: acts_TD[-1],
-        "absmax": lambda: acts_TD.abs().max(dim=0).values,
-    }
-    return pooled[pooling]().numpy()
 
 
 @torch.no_grad()
@@ -48,7 +36,8 @@ def plain_responses(directory, texts, sites, poolings, dtype=torch.float32, max_
         for site, acts in seen.items():
             acts_TD = acts.reshape(-1, acts.shape[-1])
             for pooling in poolings:
-                rows[site, pooling].append(pool(acts_TD[1:] if skip_bos else acts_TD, pooling))
+                counted = acts_TD[1:] if skip_bos else acts_TD
+                rows[site, pooling].append(pool_plainly(counted.float(), pooling).numpy())
     return {key: np.stack(values) for key, values in rows.items()}
 
 

@@ -4,9 +4,10 @@ import pytest
 
 from aura_dist.errors import ConfigError, ModelError
 from aura_dist.models.load import skeleton
-from aura_dist.models.strategies.tensor_plan import generic, seen_columns, tensor_plan
+from aura_dist.models.strategies.tensor_plan import seen_columns, tensor_plan
 from aura_dist.sites.find import find_sites, own_names
-from aura_dist.sites.site import Site
+from aura_dist.sites.linear import LinearTap
+from aura_dist.sites.tap import generic
 from tests.models import ODD_CONFIGS, TINY_CONFIGS
 
 
@@ -69,10 +70,10 @@ def test_missing_plan():
 
 
 def test_columns_of_a_fused_layer_are_two_intervals():
-    site = Site("m", "mlp", 0, 20)
-    assert seen_columns({"m": "packed_colwise"}, "m", site, 2) == [((0, 5), (10, 15)), ((5, 10), (15, 20))]
+    tap = LinearTap("m", "m", 20)
+    assert seen_columns({"m": "packed_colwise"}, tap, 2) == [((0, 5), (10, 15)), ((5, 10), (15, 20))]
     with pytest.raises(ModelError, match="'m' is split as 'sequence_parallel', which is not by columns"):
-        seen_columns({"m": "sequence_parallel"}, "m", site, 2)
+        seen_columns({"m": "sequence_parallel"}, tap, 2)
 
 
 def test_layer_numbers_become_wildcards():

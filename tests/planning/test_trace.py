@@ -10,6 +10,7 @@ from aura_dist.planning.sizes import is_mapped, prepare, split_names, weight_siz
 from aura_dist.planning.trace import _Account, forward_cost, trace_forward
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import find_sites
+from aura_dist.sites.pooling import POOLINGS
 from tests.models import ODD_CONFIGS, TINY_CONFIGS
 
 
@@ -22,7 +23,7 @@ def prepared(name, num_layers=3, dtype="float32"):
 @pytest.mark.parametrize("name", [*TINY_CONFIGS, *ODD_CONFIGS])
 def test_every_architecture_can_be_traced(name):
     model, sites = prepared(name)
-    traced = trace_forward(model, sites, ["max", "mean", "min", "last", "absmax"], (4, 32))
+    traced = trace_forward(model, sites, list(POOLINGS), (4, 32))
     widest = max(s.width for s in sites) * 4 * 32 * 4
     assert traced.peak_bytes >= widest
     assert traced.flops > 0

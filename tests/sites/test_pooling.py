@@ -6,37 +6,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aura_dist.sites.pooling import TokenMask
+from aura_dist.sites.pooling import POOLINGS, TokenMask
+from tests.poolings import pool_plainly
 
-POOLINGS = ("max", "mean", "min", "last", "absmax")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PADDING = (float("nan"), float("inf"), -float("inf"), 6e4, -6e4, 0.0)
 
 
-def plain(acts_TD: torch.Tensor, counted_T: np.ndarray, pooling: str) -> torch.Tensor:
-    """[D] float64 of one row."""
-    tokens = [acts_TD[t].double() for t in np.flatnonzero(counted_T)]
-    if pooling == "last":
-        return tokens[-1]
-    pooled = tokens[0].abs() if pooling == "absmax" else tokens[0].clone()
-    for token in tokens[1:]:
-        if pooling == "mean":
-            pooled += token
-        elif pooling == "min":
-            pooled = torch.minimum(pooled, token)
-        else:
-            pooled = torch.maximum(pooled, token.abs() if pooling == "absmax" else token)
-    return pooled / len(tokens) if pooling == "mean" else pooled
-
-
 def check(acts_BTD: torch.Tensor, mask_BT: np.ndarray) -> None:
     mask = TokenMask.build(mask_BT, "cpu")
-    for pooling in POOLINGS:
-        ours = getattr(mask, pooling)(acts_BTD)
-        assert ours.dtype == (torch.float32 if pooling == "mean" else acts_BTD.dtype)
-        theirs = torch.stack([plain(a, m, pooling) for a, m in zip(acts_BTD, mask_BT, strict=True)])
-        tolerance = 2e-6 if pooling == "mean" else 0
-        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=pooling)
+    for name, pooling in POOLINGS.items():
+        ours = pooling.pool(mask, acts_BTD)
+        assert ours.dtype == (acts_BTD.dtype if pooling.selects else torch.float32)
+        counted = [acts_TD[torch.from_numpy(m)] for acts_TD, m in zip(acts_BTD.double(), mask_BT, strict=True)]
+        theirs = torch.stack([pool_plainly(acts_TD, name) for acts_TD in counted])
+        off = 0 if pooling.selects else 2e-6
+        torch.testing.assert_close(ours.double(), theirs, rtol=off, atol=off, equal_nan=True, msg=name)
 
 
 @st.composite
@@ -85,7 +70,7 @@ def test_no_position_counts_in_every_row():
 
 def test_mean_of_half_precision_is_summed_in_float32():
     acts = torch.full((1, 4096, 1), 1 + 2**-7, dtype=torch.bfloat16)
-    mean = TokenMask.build(np.ones((1, 4096), dtype=np.bool_), "cpu").mean(acts)
+    mean = POOLINGS["mean"].pool(TokenMask.build(np.ones((1, 4096), dtype=np.bool_), "cpu"), acts)
     assert mean.item() == pytest.approx(1 + 2**-7, rel=1e-6)
 
 

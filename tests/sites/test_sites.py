@@ -8,6 +8,7 @@ from aura_dist.errors import ModelError
 from aura_dist.models.load import ModelSource, load_base, skeleton
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import find_sites
+from aura_dist.sites.kinds import KINDS
 from tests.models import LLAMA_LIKE, ODD_CONFIGS, TINY_CONFIGS
 
 SPLIT_ATTENTION = "self_attn.q_proj 48, self_attn.k_proj 24, self_attn.v_proj 24, self_attn.o_proj 48"
@@ -64,7 +65,7 @@ def test_the_table_has_every_architecture():
 def test_kinds(name):
     prefix, *kinds = TABLE[name]
     table = find_sites(skeleton(TINY_CONFIGS[name]()))
-    for kind, expected in zip(("attention", "mlp", "norm"), kinds, strict=True):
+    for kind, expected in zip(KINDS, kinds, strict=True):
         for layer in range(3):
             found = [f"{s.name} {s.width}" for s in table.sites if s.kind == kind and s.layer == layer]
             assert found == [f"{prefix}.{layer}.{entry}" for entry in expected.split(", ") if entry]
@@ -166,7 +167,7 @@ def test_vision_layers_are_not_taken_where_a_model_names_none():
 def kinds_of(name, layer=0):
     """Kind → last parts of the names in a layer."""
     sites = [s for s in find_sites(skeleton(ODD_CONFIGS[name]())).sites if s.layer == layer]
-    return {kind: {s.name.rpartition(".")[2] for s in sites if s.kind == kind} for kind in ("attention", "mlp", "norm")}
+    return {kind: {s.name.rpartition(".")[2] for s in sites if s.kind == kind} for kind in KINDS}
 
 
 def test_linear_attention_is_attention():

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint as they lie on disk: names, shapes, offsets; bytes read only when asked for."""
+"""A checkpoint's weight files: names, shapes and offsets of the tensors; bytes are read when they are asked for."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aura_dist.errors import ModelError, brief
 
-# dtypes that a scale can be folded into; others are stored integers or quantised values
+# dtypes that a scale can be folded into; the others are integers or quantised values
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {
     **{dtype: name for name, dtype in FLOATS.items()},
@@ -41,11 +41,11 @@ class Source(ABC):
     Attributes
     ----------
     tensors
-        In the order in which they lie.
+        In the order of their places.
     metadata
-        Of the file's header.
+        From the file's header.
     descriptor
-        That of the file, if `start` and `stop` of the tensors are offsets in it.
+        The file's, if `start` and `stop` of the tensors are offsets in it.
     """
 
     tensors: Sequence[Stored]
@@ -70,15 +70,15 @@ def open_weights(path: Path) -> Source:
     Raises
     ------
     ModelError
-        The file is damaged, or holds something else than tensors.
+        The file is damaged, or holds something other than tensors.
     """
     try:
         return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
     except ModelError:
         raise
-    except Exception as error:  # a damaged file fails in as many ways as there are formats
+    except Exception as error:  # a damaged file raises any error of its format
         raise ModelError(
-            f"weight file {str(path)!r} cannot be read: {brief(error)}; get the checkpoint anew, or save it as "
+            f"weight file {str(path)!r} cannot be read: {brief(error)}; download the checkpoint again, or save it as "
             "safetensors"
         ) from error
 
@@ -104,7 +104,7 @@ class _Safetensors(Source):
         while at < len(view):
             count = os.preadv(self.descriptor, [view[at:]], start + at)
             if not count:
-                raise ModelError(f"weight file {str(self._path)!r} ends early; get the checkpoint anew")
+                raise ModelError(f"weight file {str(self._path)!r} ends early; download the checkpoint again")
             at += count
 
 
@@ -115,7 +115,7 @@ def _from_header(header: Mapping[str, Any], data: int) -> Iterable[Stored]:
 
 
 class _Pickled(Source):
-    """torch's own format, memory-mapped; its tensors are numbered through as if they lay one after the other."""
+    """torch's own format, memory-mapped; offsets count as if its tensors followed one another."""
 
     def __init__(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

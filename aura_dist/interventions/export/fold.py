@@ -1,44 +1,38 @@
 """An intervention as changes of a checkpoint's tensors: which, how, and what makes it impossible.
 
-A site computes y = f(w, b); folded it computes ω ⊙ y + s by weights of its own. For linear layers ω goes into
-the rows of the weight (columns for Conv1D) and into the bias, for norms into weight and bias; where a norm
-multiplies by c + w (Gemma: c = 1) the stored weight becomes (c + w) ω − c. A shift is added to the bias.
+A site's tap says how a map enters its module's parameters; here those become tensors of the checkpoint. A bias that
+the model lacks is added where a setting of its configuration can turn it on.
 """
 
+import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.export.checkpoint import FLOATS, Stored
-from aura_dist.interventions.export.switches import with_biases
+from aura_dist.models.load import skeleton
+from aura_dist.sites.find import find_sites, tap_of
+from aura_dist.sites.kinds import KINDS
+from aura_dist.sites.tap import HOOKS_ONLY, Fold
+from aura_dist.sites.transformers_adapter import loaded_names, tied_to
 
-HOOKS_ONLY = "use it with hooks (`generate --intervention`, `evaluate --intervention`)"
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What becomes of a tensor t along `dim`: (t + offset) ⊙ scale − offset + shift."""
-
-    scale: NDArray[np.float32]
-    shift: NDArray[np.float32] | None = None
-    dim: int = 0
-    offset: float = 0.0
+# settings of transformers' language models that turn biases of linear layers on, and the value that does
+SWITCHES: dict[str, bool] = {
+    "bias": True, "use_bias": True, "no_bias": False, "enable_bias": True, "attention_bias": True, "mlp_bias": True,
+    "qkv_bias": True, "use_qkv_bias": True, "attention_out_bias": True, "proj_bias": True, "add_bias_linear": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """All that is done to a checkpoint.
+    """All changes of a checkpoint.
 
     Attributes
     ----------
@@ -47,15 +41,15 @@ class FoldPlan:
     added
         Name of a weight in the checkpoint → (name, values [D]) of the bias that it gets.
     switches
-        Settings of the configuration's text part that say that these biases are there.
+        Settings of the configuration's text part that turn these biases on.
     sites
-        Names of the sites that are folded; not those that the intervention leaves as they are.
+        Names of the folded sites; those that the intervention leaves as they are are not among them.
     """
 
-    folds: Mapping[str, Fold] = field(default_factory=dict)
-    added: Mapping[str, tuple[str, NDArray[np.float32]]] = field(default_factory=dict)
-    switches: Mapping[str, bool] = field(default_factory=dict)
-    sites: tuple[str, ...] = ()
+    folds: Mapping[str, Fold]
+    added: Mapping[str, tuple[str, NDArray[np.float32]]]
+    switches: Mapping[str, bool]
+    sites: tuple[str, ...]
 
 
 def plan_folds(
@@ -68,68 +62,63 @@ def plan_folds(
     config, model
         Of the checkpoint; the model may be on the meta device.
     intervention
-        At the strength that is meant.
+        At the wanted strength.
     stored
         All tensors of the checkpoint.
 
     Raises
     ------
     ModelError
-        A site cannot be folded: the checkpoint is quantised, lacks the site's weight or holds it in another
-        layout, the weight is tied to another module's, the module does not compute what its class says, or a
-        shift finds no bias. The message names the site.
+        A site cannot be folded, because its kind cannot, the checkpoint is quantised, lacks the site's weight or
+        holds it in another layout, the weight is tied to another module's, the module does not compute what its
+        class says, or a shift finds no bias. The message names the site.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"the checkpoint is quantised: a scale cannot be folded into its weights; {HOOKS_ONLY}")
     names = _Names(model, stored)
+    sites = {s.name: s for s in find_sites(model).sites}
     folds: dict[str, Fold] = {}
-    sites: list[str] = []
-    without_bias: dict[str, NDArray[np.float32]] = {}
-    for site in intervention.sites:
-        scale, shift = intervention.map_of(site)
+    folded: list[str] = []
+    new_biases: dict[str, NDArray[np.float32]] = {}
+    for name in intervention.sites:
+        scale, shift = intervention.map_of(name)
         shift = shift if shift is not None and shift.any() else None
         if shift is None and (scale == 1).all():
             continue
-        sites.append(site)
-        module = model.get_submodule(site)
-        _check_not_tied(model, site)
-        dim = 1 if isinstance(module, Conv1D) else 0
-        folds[names.stored_as(f"{site}.weight").name] = Fold(scale, None, dim, _offset(site, module))
-        if getattr(module, "bias", None) is not None:
-            folds[names.stored_as(f"{site}.bias").name] = Fold(scale, shift)
-        elif shift is not None:
-            without_bias[site] = shift
-    switches, biases = with_biases(config, model, list(without_bias))
+        folded.append(name)
+        site = sites[name]
+        if not KINDS[site.kind].folds:
+            raise ModelError(f"{name!r}: a map of a {site.kind} site cannot be folded into weights; {HOOKS_ONLY}")
+        for parameter, fold in tap_of(model, site).fold(model, scale, shift).items():
+            if not names.in_model(parameter):
+                assert fold.shift is not None, "a bias is missed where there is a shift"
+                new_biases[parameter] = fold.shift
+                continue
+            _check_not_tied(model, name, parameter)
+            tensor = names.stored_as(parameter).name
+            assert tensor not in folds, "no two sites share a parameter"
+            folds[tensor] = fold
+    switches, biases = with_biases(config, model, list(new_biases))
     added = {}
     for bias, width in biases.items():
-        site = bias.removesuffix(".bias")
-        values = without_bias.get(site, np.zeros(width, np.float32))
-        weight = names.stored_as(f"{site}.weight").name
-        added[weight] = (names.of_new(bias, weight), values)
-    return FoldPlan(folds, added, switches, tuple(sites))
+        weight = names.stored_as(f"{bias.removesuffix('.bias')}.weight").name
+        added[weight] = (names.of_new(bias, weight), new_biases.get(bias, np.zeros(width, np.float32)))
+    return FoldPlan(folds, added, switches, tuple(folded))
 
 
 class _Names:
     """Names in the model → tensors in the checkpoint, as transformers maps them when it loads."""
 
     def __init__(self, model: PreTrainedModel, stored: Iterable[Stored]) -> None:
-        self._model = model
-        self._state = dict(model.state_dict())
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._shapes = _shapes(model)
+        self._loaded = loaded_names(model)
         self._found: dict[str, list[tuple[Stored, bool]]] = {}
         for tensor in stored:
-            name, converted = self._in_model(tensor.name)
+            name, converted = self._loaded(tensor.name)
             self._found.setdefault(name, []).append((tensor, converted))
 
-    def _in_model(self, name: str) -> tuple[str, bool]:
-        """Name in the model, and whether the tensor is joined with others or cut on the way there."""
-        prefix = self._model.base_model_prefix
-        renamed, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
-        if renamed not in self._state and name in self._state:
-            renamed, pattern = rename_source_key(name, [], [], prefix, self._state)
-        return renamed, pattern is not None
+    def in_model(self, name: str) -> bool:
+        return name in self._shapes
 
     def stored_as(self, name: str) -> Stored:
         """The tensor of the checkpoint that becomes parameter `name`; ModelError if there is not exactly one."""
@@ -142,7 +131,7 @@ class _Names:
                 f"the checkpoint holds {name!r} in another layout, as {tensor.name!r}: it cannot be folded; "
                 "save the model with this version of transformers, or " + HOOKS_ONLY
             )
-        expected = tuple(self._state[name].shape)
+        expected = self._shapes[name]
         if tensor.shape != expected:
             raise ModelError(f"tensor {tensor.name!r} of the checkpoint: expected shape {expected}, got {tensor.shape}")
         if tensor.dtype not in FLOATS:
@@ -153,60 +142,80 @@ class _Names:
         return tensor
 
     def of_new(self, bias: str, weight: str) -> str:
-        """What a bias that the checkpoint lacks is called there, given the name of the weight beside it."""
+        """Name in the checkpoint of a bias that it lacks, from the name of the weight beside it."""
         name = weight.removesuffix("weight") + "bias"
-        if not weight.endswith(".weight") or bias.rpartition(".")[0] not in self._in_model(weight)[0]:
+        if not weight.endswith(".weight") or bias.rpartition(".")[0] not in self._loaded(weight)[0]:
             raise ModelError(f"the checkpoint holds the weight of {bias!r} as {weight!r}: a bias cannot be added to it")
         return name
 
 
-def _check_not_tied(model: PreTrainedModel, site: str) -> None:
-    """ModelError if a parameter of `site` is another module's as well: folding would change that module too."""
-    tied = dict(model.all_tied_weights_keys)
+def _check_not_tied(model: PreTrainedModel, site: str, name: str) -> None:
+    """ModelError if parameter `name` of `site` is another module's as well: folding would change that module too."""
+    partners = tied_to(model, name)
     shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name, parameter in model.get_submodule(site).named_parameters(prefix=site):
-        partners = [b for a, b in [*tied.items(), *((b, a) for a, b in tied.items())] if a == name]
-        if partners or shared[id(parameter)] > 1:
-            other = partners[0] if partners else "another module's"
-            raise ModelError(f"{name!r} is tied to {other}: folding {site!r} would change that as well; {HOOKS_ONLY}")
+    if partners or shared[id(model.get_parameter(name))] > 1:
+        other = partners[0] if partners else "another module's"
+        raise ModelError(f"{name!r} is tied to {other}: folding {site!r} would change that as well; {HOOKS_ONLY}")
 
 
-@torch.no_grad()
-def _offset(site: str, module: nn.Module) -> float:
-    """The c of a module that multiplies by c + weight, found by running it on small random parameters.
+def with_biases(
+    config: PretrainedConfig, model: PreTrainedModel, biases: Sequence[str]
+) -> tuple[dict[str, bool], dict[str, int]]:
+    """The settings under which a model has all of `biases`, and name → width of every bias that they add.
 
-    That folding gives ω f + s is checked on the way, whatever the class is called.
+    A setting counts if the model made with it differs in added biases alone, with a wanted one among them.
+
+    Parameters
+    ----------
+    config, model
+        The model as it is; `model` may be on the meta device.
+    biases
+        Names of the parameters that the model needs and lacks.
 
     Raises
     ------
     ModelError
-        Neither c = 0 nor c = 1 gives that.
+        No setting adds one of them.
     """
-    generator = torch.Generator().manual_seed(0)
+    before = _shapes(model)
+    switches: dict[str, bool] = {}
+    added: dict[str, int] = {}
+    for bias in biases:
+        if bias in added:
+            continue
+        for name, on in SWITCHES.items():
+            if getattr(config.get_text_config(decoder=True), name, on) == on:
+                continue
+            new = _added(before, _shapes(skeleton(switched(config, {**switches, name: on}))))
+            if new is not None and bias in new:
+                switches[name], added = on, new
+                break
+        else:
+            raise ModelError(
+                f"{bias.removesuffix('.bias')!r} has no bias to take the shift, and {type(model).__name__} has no "
+                "setting that gives it one; leave it out by `fit --modules`, fit a method that only scales, or "
+                f"{HOOKS_ONLY}"
+            )
+    return switches, added
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator) + 0.25
 
-    width = int(module.weight.shape[1 if isinstance(module, Conv1D) else 0])  # type: ignore[index]
-    linear = isinstance(module, (nn.Linear, Conv1D))
-    weight = draw(3, width) if isinstance(module, Conv1D) else draw(width, 3) if linear else draw(width)
-    inputs, scale, shift = draw(2, 3 if linear else width), draw(width), draw(width)
-    per_row = scale[:, None] if linear and not isinstance(module, Conv1D) else scale
-    has_bias = getattr(module, "bias", None) is not None
+def switched(config: PretrainedConfig, switches: Mapping[str, bool]) -> PretrainedConfig:
+    """A copy of `config` with other settings in its text part."""
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config(decoder=True)
+    for name, value in switches.items():
+        setattr(text, name, value)
+    return changed
 
-    def run(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        parameters = {"weight": weight, **({"bias": bias} if has_bias else {})}
-        output = torch.func.functional_call(module, parameters, (inputs,))
-        assert isinstance(output, torch.Tensor)
-        return output
 
-    bias = draw(width)
-    for offset in (0.0, 1.0):
-        try:
-            wanted = scale * run(weight, bias) + (shift if has_bias else 0)
-            folded = run((weight + offset) * per_row - offset, bias * scale + shift)
-        except Exception as error:  # a module that cannot be run on its own fails in its own way
-            raise ModelError(f"{site!r} ({type(module).__name__}) cannot be checked: {error}; {HOOKS_ONLY}") from error
-        if torch.allclose(wanted, folded, rtol=1e-4, atol=1e-5):
-            return offset
-    raise ModelError(f"{site!r} ({type(module).__name__}) is not linear in its weight; {HOOKS_ONLY}")
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _added(before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:
+    """Name → width of the new parameters, if they are biases alone and all others are as before."""
+    new: dict[str, Any] = {name: shape for name, shape in after.items() if name not in before}
+    same = all(after.get(name) == shape for name, shape in before.items())
+    if not same or not all(name.endswith(".bias") and len(shape) == 1 for name, shape in new.items()):
+        return None
+    return {name: shape[0] for name, shape in new.items()}

@@ -1,8 +1,7 @@
-"""Write one weight file anew, some of its tensors folded, the rest copied block by block at the disk's speed.
+"""Write a new weight file: some tensors folded, the rest copied block by block at the disk's speed.
 
-Plan, then work: the layout of the new file is a function of headers; the work is a list of independent blocks,
-each read, changed and written at its own place by one thread. Memory is a few blocks a thread, whatever the size
-of a tensor.
+The headers alone fix the layout of the new file. The work is a list of independent blocks; one thread reads, changes
+and writes each. A thread holds a few blocks, whatever the size of a tensor.
 """
 
 import errno
@@ -24,9 +23,10 @@ from torch import Tensor
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.export.checkpoint import FLOATS, Source, Stored, as_bytes
-from aura_dist.interventions.export.fold import Fold, FoldPlan
+from aura_dist.interventions.export.fold import FoldPlan
+from aura_dist.sites.tap import Fold
 
-# float32 bytes of a block: small enough that its passes stay in the processor's cache (4 times as fast as at 8 MB)
+# float32 bytes of a block that stays in the processor's cache: 4 times as fast as 8 MB
 BLOCK_BYTES = 2 << 20
 COPY_BYTES = 64 << 20
 NUM_THREADS = 4
@@ -47,10 +47,10 @@ class Target:
 
 
 def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> list[Target]:
-    """The new file's tensors, offsets counted from the end of its header: in the old order, biases after weights.
+    """The new file's tensors in the old order, added biases after their weights; offsets count from the header's end.
 
-    Tensors of wider dtypes come first, as safetensors writes them, so that each lies at a multiple of its size. A
-    tensor that no module had, and that bears the name of an added bias, gives way to it.
+    Wider dtypes come first, as safetensors writes them, so that each tensor starts at a multiple of its element's
+    size. An added bias replaces a tensor of the same name, which no module used.
     """
     new_names = {name for name, _ in plan.added.values()}
     found: list[tuple[int, Target]] = []  # with the bytes of an element
@@ -68,7 +68,7 @@ def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> li
     placed, at = [], 0
     for item, target in sorted(found, key=lambda f: -f[0]):
         source = target.source
-        # of a dtype that is kept the size is what it was: elements of some take less than a byte
+        # elements of some dtypes take less than a byte, so a kept dtype keeps its size
         if source is not None and source.dtype == target.stored.dtype:
             stop = at + source.stop - source.start
         else:
@@ -79,7 +79,7 @@ def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> li
 
 
 def header(targets: Sequence[Target], metadata: Mapping[str, str]) -> bytes:
-    """The header of a safetensors file, with its length in front, filled up to a multiple of 8 bytes."""
+    """The header of a safetensors file after its length, padded to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for target in targets:
         stored = target.stored
@@ -94,7 +94,7 @@ def header(targets: Sequence[Target], metadata: Mapping[str, str]) -> bytes:
 
 
 def write(source: Source, path: Path, targets: Sequence[Target], metadata: Mapping[str, str]) -> None:
-    """Write the file; an error of any block stops the rest and is raised.
+    """Write the file; the first error of a block stops the others.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def write(source: Source, path: Path, targets: Sequence[Target], metadata: Mappi
     try:
         _write_all(file, memoryview(head), 0)
         os.ftruncate(file, len(head) + max((t.stored.stop for t in targets), default=0))
-        # blocks are the parallelism: torch's own threads would only wait for each other
+        # each thread has its block, so that torch's own threads would only wait for each other
         with ThreadPoolExecutor(NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             futures = [pool.submit(job) for job in _jobs(source, file, targets, len(head))]
             try:
@@ -118,7 +118,7 @@ def write(source: Source, path: Path, targets: Sequence[Target], metadata: Mappi
                 pool.shutdown(cancel_futures=True)
     finally:
         os.close(file)
-        torch.set_num_threads(torch.get_num_threads())  # of this thread; part of the setting is the process's
+        torch.set_num_threads(torch.get_num_threads())  # part of the setting is the process's
 
 
 def _jobs(source: Source, file: int, targets: Sequence[Target], base: int) -> Iterator[Callable[[], None]]:
@@ -144,7 +144,7 @@ def _jobs(source: Source, file: int, targets: Sequence[Target], base: int) -> It
 
 
 def _runs(targets: Sequence[Target], *, joined: bool) -> Iterator[list[Target]]:
-    """Neighbours that are only copied, and lie next to each other in the old file too, as one."""
+    """Tensors one by one; those that are only copied and are neighbours in both files come together."""
     run: list[Target] = []
     for target in targets:
         before = run[-1].source if run and joined and run[-1].is_copy and target.is_copy else None
@@ -157,13 +157,13 @@ def _runs(targets: Sequence[Target], *, joined: bool) -> Iterator[list[Target]]:
 
 
 def _matrix(target: Target) -> tuple[int, int]:
-    """Rows and columns in which a tensor is worked through: a vector, or what is only converted, has one column."""
+    """Rows and columns of a tensor's blocks: a vector, or a tensor that is only converted, has one column."""
     shape = target.stored.shape
     return (shape[0], shape[1]) if target.fold is not None and len(shape) == 2 else (prod(shape), 1)
 
 
 def _copy(source: Source, start: int, stop: int, file: int, at: int) -> None:
-    """Bytes [start, stop) of the source to `at`: within the kernel where it can."""
+    """Copy bytes [start, stop) of the source to `at`, within the kernel where it can."""
     while source.descriptor is not None and start < stop:
         try:
             count = os.copy_file_range(source.descriptor, file, stop - start, start, at)
@@ -172,7 +172,7 @@ def _copy(source: Source, start: int, stop: int, file: int, at: int) -> None:
                 raise
             break
         if not count:
-            break  # the file ends, or the file system copies nothing: reading tells which
+            break  # the file ends, or the file system copies nothing: reading shows which
         start, at = start + count, at + count
     for begin in range(start, stop, BLOCK_BYTES):
         buffer = _BUFFERS.take("raw", min(BLOCK_BYTES, stop - begin), torch.uint8)
@@ -181,7 +181,7 @@ def _copy(source: Source, start: int, stop: int, file: int, at: int) -> None:
 
 
 def _change(source: Source, target: Target, rows: slice, columns: int, file: int, at: int) -> None:
-    """Read some rows of a tensor, fold and convert them, and write them; `at` is where the tensor begins."""
+    """Read some rows of a tensor, fold, convert and write them; `at` is where the new tensor begins."""
     assert target.source is not None
     old, new = FLOATS[target.source.dtype], FLOATS[target.stored.dtype]
     count = (rows.stop - rows.start) * columns
@@ -196,10 +196,10 @@ def _change(source: Source, target: Target, rows: slice, columns: int, file: int
 
 
 def _folded(raw: Tensor, fold: Fold, rows: slice, columns: int) -> Tensor:
-    """The folded values, not yet rounded to the tensor's dtype: float32 products, or float64 where there is a sum."""
+    """The folded values before rounding to the tensor's dtype: float32 products, or float64 where there is a sum."""
     if columns == 1 and fold.dim == 0:
         scale, wide = (torch.from_numpy(fold.scale[rows]).double(), raw.double())
-        # (c + w) ω − c, written so that ω = 1 gives w
+        # (c + w) ω − c, written so that ω = 1 returns w exactly
         changed = wide * scale + fold.offset * (scale - 1)
         return changed if fold.shift is None else changed + torch.from_numpy(fold.shift[rows]).double()
     wide = raw if raw.dtype.itemsize >= 4 else _BUFFERS.take("wide", raw.numel(), torch.float32).copy_(raw)
@@ -218,7 +218,7 @@ def _write_all(file: int, data: memoryview, at: int) -> None:
 
 
 class _Buffers(threading.local):
-    """Working memory of a thread, kept from block to block: fresh pages would cost more than the work."""
+    """A thread's working memory, kept from block to block because fresh pages would cost more than the work."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}

@@ -1,82 +1,54 @@
 """Plans for tensor parallelism: which layers' weights are split over the ranks, and how, by module name.
 
-A plan maps names (layer numbers as `*`, as in transformers' own plans) to transformers' styles. Ours are for
-architectures that bring none. Attention keeps whole outputs (`colwise_gather_output`, `rowwise_split_input`), so that
-no attention code needs to know of the ranks and any number of heads will do.
+A plan maps module names (`*` for layer numbers) to transformers' styles, as transformers' own plans do. Ours are for
+architectures without one. They keep attention's outputs whole, because then its code needs to know nothing of the
+ranks, and any number of heads can be split.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ConfigError, ModelError
 from aura_dist.sites.find import own_names
-from aura_dist.sites.ownership import Interval, split_columns
-from aura_dist.sites.site import Site
+from aura_dist.sites.ownership import Interval
+from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
 
 Plan = dict[str, str]
 
 _GATHER, _SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
-# columns that a rank's hook sees, by the style of its module: blocks of the width that are each split over the ranks
-_SPLIT_OUTPUTS = {"colwise": 1, "packed_colwise": 2}
-_WHOLE_OUTPUTS = {_GATHER, "colwise_rep", "rowwise", _SPLIT_INPUT, "rowwise_rep", "packed_rowwise", "replicate"}
-_WHOLE_OUTPUTS |= {"replicated_with_grad_allreduce", "mla_kv_a_proj", "all_reduce", "local_params"}
 _OTHERS_WORDS = "--sharding fsdp, zero3, dispatch or replicate"
 
 
-def _fused(layers: str, attention: tuple[str, str], mlp: tuple[str, str], embedding: str) -> Plan:
-    """The plan of a decoder with a fused or separate projection in, and one out, of attention and MLP."""
-    projections = {f"{layers}.{name}": _GATHER for name in attention[0].split()}
-    return {
-        **projections,
-        f"{layers}.{attention[1]}": _SPLIT_INPUT,
-        f"{layers}.{mlp[0]}": "colwise",
-        f"{layers}.{mlp[1]}": "rowwise",
-        embedding: "embedding_rowwise",
-    }
+def _plan(layers: str, attention_in: str, attention_out: str, mlp_in: str, mlp_out: str, embedding: str) -> Plan:
+    """The plan of a decoder with one projection into and out of its MLP; attention may have several into it."""
+    styles = dict.fromkeys(attention_in.split(), _GATHER)
+    styles |= {attention_out: _SPLIT_INPUT, mlp_in: "colwise", mlp_out: "rowwise"}
+    return {f"{layers}.{name}": style for name, style in styles.items()} | {embedding: "embedding_rowwise"}
 
 
+_FALCON = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_OPT = ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
 # model type → plan, with names as in the base model
-PLANS: dict[str, Plan] = {
-    "falcon": _fused(
-        "h.*",
-        ("self_attention.query_key_value", "self_attention.dense"),
-        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        "word_embeddings",
-    ),
-    "bloom": _fused(
-        "h.*",
-        ("self_attention.query_key_value", "self_attention.dense"),
-        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        "word_embeddings",
-    ),
-    "mpt": _fused("blocks.*", ("attn.Wqkv", "attn.out_proj"), ("ffn.up_proj", "ffn.down_proj"), "wte"),
-    "opt": _fused(
-        "decoder.layers.*",
-        ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.out_proj"),
-        ("fc1", "fc2"),
-        "decoder.embed_tokens",
-    ),
+PLANS = {
+    "falcon": _plan("h.*", *_FALCON, "word_embeddings"),
+    "bloom": _plan("h.*", *_FALCON, "word_embeddings"),
+    "mpt": _plan("blocks.*", "attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj", "wte"),
+    "opt": _plan("decoder.layers.*", *_OPT, "decoder.embed_tokens"),
 }
 
 
-def generic(name: str) -> str:
-    """A module's name with `*` for the layer numbers."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
 def read_plan(file: str) -> Plan:
-    """A user's plan from a YAML file; ConfigError if it is not a mapping of names to styles."""
+    """A user's plan from a YAML file; ConfigError unless it maps names to known styles."""
     import yaml
 
     try:
         document = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--tensor-plan {file!r} cannot be read: {error}") from error
-    known = _SPLIT_OUTPUTS.keys() | _WHOLE_OUTPUTS | {"embedding_rowwise", "embedding_colwise"}
+    known = OUTPUT_BLOCKS.keys() | {"embedding_rowwise", "embedding_colwise"}
     if not isinstance(document, dict) or not document:
         raise ConfigError(f"--tensor-plan {file!r}: expected module names and styles, got {type(document).__name__}")
     for name, style in document.items():
@@ -88,7 +60,7 @@ def read_plan(file: str) -> Plan:
 
 
 def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None) -> Plan:
-    """The plan of a model (on the meta device), whole, with names as in `model`.
+    """The whole plan of a model (on the meta device), with names as in `model`.
 
     Parameters
     ----------
@@ -102,7 +74,7 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
     Raises
     ------
     ModelError
-        There is no plan for the architecture, or it names what the model does not have or cannot be split.
+        There is no plan for the architecture, or the plan names a module that is missing or cannot be split.
     """
     own = dict(model.tp_plan)
     base = model.base_model
@@ -114,25 +86,25 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
         plan = own | _whole_heads(own, model, num_ranks)
     elif model.config.model_type in PLANS:
         plan = own | {f"{prefix}{name}": style for name, style in PLANS[model.config.model_type].items()}
-        if base is not model:  # its weight is often that of the embeddings, which are split
+        if base is not model:  # it often shares its weight with the embeddings, which are split
             plan["lm_head"] = _GATHER
     else:
         transposed = any(_is_transposed(module) for module in modules.values())
-        why = "its Conv1D layers lie transposed and cannot be split" if transposed else "write one with --tensor-plan"
+        why = "its Conv1D layers' weights are transposed" if transposed else "write one with --tensor-plan"
         raise ModelError(
             f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use {_OTHERS_WORDS}"
         )
     for name, style in plan.items():
         if style != "replicate" and _is_transposed(modules.get(name)):
             raise ModelError(
-                f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose weight lies transposed and "
+                f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose transposed weight "
                 f"cannot be split; use {_OTHERS_WORDS}"
             )
     return plan
 
 
 def _users_plan(file: str, model: PreTrainedModel) -> Plan:
-    """A user's plan with names as in `model`; ModelError for one that it does not have."""
+    """A user's plan with names as in `model`; ModelError for a name that it lacks."""
     plan = {own_names(model)(name): style for name, style in read_plan(file).items()}
     known = {generic(name) for name, _ in [*model.named_modules(), *model.named_parameters()]}
     for name in plan:
@@ -142,7 +114,7 @@ def _users_plan(file: str, model: PreTrainedModel) -> Plan:
 
 
 def _whole_heads(plan: Mapping[str, str], model: PreTrainedModel, num_ranks: int) -> Plan:
-    """Rules that keep attention's outputs whole, where its heads cannot be shared out evenly."""
+    """Styles that keep attention's outputs whole where the ranks cannot have equally many heads."""
     text = model.config.get_text_config(decoder=True)
     heads = [getattr(text, n, None) for n in ("num_attention_heads", "num_key_value_heads")]
     if all(h is None or (isinstance(h, int) and h % num_ranks == 0) for h in heads):
@@ -152,23 +124,15 @@ def _whole_heads(plan: Mapping[str, str], model: PreTrainedModel, num_ranks: int
 
 
 def _is_transposed(module: nn.Module | None) -> bool:
-    return type(module).__name__ == "Conv1D"
+    return isinstance(module, Conv1D)
 
 
-def seen_columns(plan: Mapping[str, str], own_name: str, site: Site, num_ranks: int) -> list[tuple[Interval, ...]]:
-    """Per rank, the columns of a site's output that its hook gets.
-
-    Raises
-    ------
-    ModelError
-        The site's style splits its output in another way than by columns.
-    """
-    style = plan.get(generic(own_name), "replicate")
-    if style in _WHOLE_OUTPUTS:
-        return [((0, site.width),)] * num_ranks
-    if style in _SPLIT_OUTPUTS:
-        return split_columns(site.width, num_ranks, _SPLIT_OUTPUTS[style])
-    raise ModelError(
-        f"--sharding tensor: module {site.name!r} is split as {style!r}, which is not by columns; leave it out of "
-        f"--modules, or use {_OTHERS_WORDS}"
-    )
+def seen_columns(plan: Mapping[str, str], tap: Tap, num_ranks: int) -> list[tuple[Interval, ...]]:
+    """Per rank, the columns of a site that its tap passes; ModelError where a rank sees no whole columns."""
+    seen = tap.seen_columns(plan, num_ranks)
+    if seen is None:
+        raise ModelError(
+            f"--sharding tensor: module {tap.site!r} is split as {plan.get(generic(tap.place))!r}, which is not by "
+            f"columns; leave it out of --modules, or use {_OTHERS_WORDS}"
+        )
+    return seen

@@ -1,0 +1,35 @@
+"""The one module that uses private names of torch; seen with 2.13."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode  # sees every kernel that a forward calls
+from torch.utils._pytree import tree_leaves  # the tensors among a kernel's arguments
+
+__all__ = ["TorchDispatchMode", "tree_leaves"]  # of what is imported
+
+GROUPED_MM = torch.ops.aten._grouped_mm.default  # a mixture's experts in one product
+READ_SCALAR = torch.ops.aten._local_scalar_dense.default  # `bool(tensor)`, `tensor.item()`
+
+
+def packet(kernel: Any) -> Any:
+    """The operation that a kernel is one form of: the key of torch's table of FLOP formulas."""
+    return kernel._overloadpacket
+
+
+@cache
+def returns_views(kernel: Any) -> bool:
+    """Whether a kernel's results share memory with its arguments, by its schema."""
+    return any(value.alias_info is not None for value in kernel._schema.returns)
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Identity of a storage, the same for every Python object that stands for it."""
+    return int(storage._cdata)
+
+
+def num_forward_hooks(module: nn.Module) -> int:
+    """Forward hooks that see the output of `module`, torch's global ones among them."""
+    return len(module._forward_hooks) + len(torch.nn.modules.module._global_forward_hooks)

@@ -1,0 +1,65 @@
+"""The kinds of sites. A new kind is one row of `KINDS` and one module with its finder and its `Tap`.
+
+Rows name their finder and tap, which are loaded once there is a model, because this module must not import torch.
+"""
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+from aura_dist.sites.site import Site
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of sites."""
+
+    summary: str  # for `--help`
+    finder: str  # `module:function`: decoder layer → {name within the layer, "" for the layer itself: width}
+    tap: str  # `module:class`
+    folds: bool = True  # whether `export` can fold a map of such a site into weights
+    aliases: tuple[str, ...] = ()  # further words of `--modules` that choose this kind, maybe with others
+
+    def find(self, layer: Any) -> dict[str, int]:
+        """What the finder finds."""
+        found: dict[str, int] = resolve_name(self.finder)(layer)
+        return found
+
+
+# in the order in which sites of one module come
+KINDS: dict[str, Kind] = {
+    "attention": Kind(
+        "outputs of the linear layers within attention",
+        finder="aura_dist.sites.linear:find_attention",
+        tap="aura_dist.sites.linear:LinearTap",
+        aliases=("all",),
+    ),
+    "mlp": Kind(
+        "outputs of a decoder layer's other linear layers",
+        finder="aura_dist.sites.linear:find_mlp",
+        tap="aura_dist.sites.linear:LinearTap",
+        aliases=("all",),
+    ),
+    "norm": Kind(
+        "outputs of a decoder layer's norms, those within attention left out",
+        finder="aura_dist.sites.norm:find_norms",
+        tap="aura_dist.sites.norm:NormTap",
+    ),
+}
+
+
+def kind_words() -> dict[str, str]:
+    """Every word of `--modules` that is no name pattern → its summary."""
+    words = {name: kind.summary for name, kind in KINDS.items()}
+    for name, kind in KINDS.items():
+        for alias in kind.aliases:
+            words[alias] = f"{words[alias]} and {name}" if alias in words else name
+    return words
+
+
+def matching(sites: Iterable[Site], wanted: str) -> set[str]:
+    """Names of the sites that one word of `--modules` chooses: a kind, an alias of kinds, or a name pattern."""
+    chosen = {name for name, kind in KINDS.items() if wanted == name or wanted in kind.aliases}
+    return {s.name for s in sites if (s.kind in chosen if chosen else fnmatch.fnmatchcase(s.name, wanted))}

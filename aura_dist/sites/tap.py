@@ -1,0 +1,196 @@
+"""`Tap`: how one site of a model is listened to, changed, split over ranks and folded into weights.
+
+Capture, interventions, the memory trace and `export` know a site by its tap alone. Each family of sites has a subclass
+in a module of its own.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from aura_dist.errors import ModelError
+from aura_dist.ranks.torch_adapter import num_forward_hooks
+from aura_dist.sites.ownership import Interval, split_columns
+
+Vector = NDArray[np.float32]
+Callback = Callable[[Any, bool], Any]
+Change = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+HOOKS_ONLY = "use it with hooks (`generate --intervention`, `evaluate --intervention`)"
+
+# transformers' styles of tensor parallelism → equal blocks of a module's output that are each split; 0 = whole output
+OUTPUT_BLOCKS = {
+    "colwise": 1, "packed_colwise": 2, "colwise_gather_output": 0, "colwise_rep": 0, "rowwise": 0,
+    "rowwise_split_input": 0, "rowwise_rep": 0, "packed_rowwise": 0, "replicate": 0,
+    "replicated_with_grad_allreduce": 0, "mla_kv_a_proj": 0, "all_reduce": 0, "local_params": 0,
+}  # fmt: skip
+
+
+class Handle(Protocol):
+    """Ends what made it."""
+
+    def remove(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What becomes of a parameter t along its `dim`: (t + offset) ⊙ scale − offset + shift."""
+
+    scale: Vector
+    shift: Vector | None = None
+    dim: int = 0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tap(ABC):
+    """One site of one model.
+
+    Attributes
+    ----------
+    site
+        Name of the site in the causal language model, for errors.
+    place
+        Name of its module in the model at hand, which may be the base model.
+    width
+        Number of neurons, whatever a rank sees of them.
+    owner
+        Class of the module, for errors.
+    """
+
+    site: str
+    place: str
+    width: int
+    owner: str = ""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, callback: Callback) -> Handle:
+        """Call `callback(raw, alone)` whenever a forward of `model` has values here.
+
+        `raw` is what the model holds here, in its own form. `alone` says that nobody else can hold it, so that it may
+        be changed in place. What the callback returns replaces `raw`, unless it is None.
+        """
+
+    @abstractmethod
+    def read(self, raw: object, num_seen: int, shape: tuple[int, int]) -> Tensor:
+        """acts_BTD, [*shape, num_seen], from what `attach` passes; ModelError if `raw` holds something else."""
+
+    @abstractmethod
+    def write(self, raw: object, num_seen: int, change: Change) -> Any:
+        """`raw` with its values changed; ModelError if `raw` holds no float values of `num_seen` neurons.
+
+        `change(values, along)` returns the new values; `along` shapes a [num_seen] vector so that it multiplies them.
+        """
+
+    @abstractmethod
+    def seen_columns(self, plan: Mapping[str, str], num_ranks: int) -> list[tuple[Interval, ...]] | None:
+        """Per rank, the columns that `attach` passes under a tensor-parallel plan; None if it splits otherwise."""
+
+    def fold(self, model: nn.Module, scale: Vector, shift: Vector | None) -> dict[str, Fold]:
+        """Parameter's name → what becomes of it, so that the site's values become scale ⊙ values + shift.
+
+        A name that the model lacks is a bias that it needs, with the shift as values. Kinds whose `folds` is False are
+        not asked. ModelError if the module does not compute what its class says.
+        """
+        raise NotImplementedError
+
+
+class OutputTap(Tap):
+    """The output of a module that is called once a forward."""
+
+    fresh: ClassVar[bool] = False  # whether the module returns a new tensor and keeps no reference to it
+
+    def attach(self, model: nn.Module, callback: Callback) -> Handle:
+        def hook(module: nn.Module, args: object, output: object) -> Any:
+            alone = self.fresh and num_forward_hooks(module) == 1 and not torch.is_grad_enabled()
+            return callback(output, alone)
+
+        return model.get_submodule(self.place).register_forward_hook(hook)
+
+    def read(self, raw: object, num_seen: int, shape: tuple[int, int]) -> Tensor:
+        num_rows, num_tokens = shape
+        # some models flatten batch and token for a while, or add a dim of heads
+        same = (*shape, num_seen), (num_rows * num_tokens, num_seen), (num_rows, 1, num_tokens, num_seen)
+        if isinstance(raw, Tensor) and raw.shape in same:
+            return raw.reshape(*shape, num_seen)
+        got = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+        raise ModelError(f"module {self.site!r}: expected an output of shape {(*shape, num_seen)}, got {got}")
+
+    def write(self, raw: object, num_seen: int, change: Change) -> Any:
+        if isinstance(raw, Tensor) and raw.is_floating_point() and raw.shape[-1] == num_seen:
+            return change(raw, _as_it_is)
+        got = f"{raw.dtype} of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else type(raw).__name__
+        raise ModelError(
+            f"module {self.site!r} ({self.owner}): a hook needs a float output of {num_seen} neurons, got {got}; "
+            "load the model in another quantisation, or leave the module out by `fit --modules`"
+        )
+
+    def seen_columns(self, plan: Mapping[str, str], num_ranks: int) -> list[tuple[Interval, ...]] | None:
+        blocks = OUTPUT_BLOCKS.get(plan.get(generic(self.place), "replicate"))
+        if not blocks:
+            return None if blocks is None else [((0, self.width),)] * num_ranks
+        return split_columns(self.width, num_ranks, blocks)
+
+
+def _as_it_is(constants_D: Tensor) -> Tensor:
+    return constants_D
+
+
+def generic(name: str) -> str:
+    """A module's name with `*` for the layer numbers, as in the plans of tensor parallelism."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+@contextmanager
+def attached(model: nn.Module, callbacks: Iterable[tuple[Tap, Callback]]) -> Iterator[None]:
+    """Within the context, each tap of `model` has its callback."""
+    with ExitStack() as handles:
+        for tap, callback in callbacks:
+            handles.callback(tap.attach(model, callback).remove)
+        yield
+
+
+@torch.no_grad()
+def fold_output(
+    tap: Tap, module: nn.Module, scale: Vector, shift: Vector | None, weight: tuple[int, ...], inputs: int, dim: int = 0
+) -> dict[str, Fold]:
+    """`Tap.fold` for a module y = f(x; weight, bias), each of whose outputs has its own part of both, along `dim`.
+
+    A module may multiply by c + weight (Gemma's norms: c = 1); its weight then becomes (c + weight) ω − c. A run of
+    the module on small random parameters, with a weight of shape `weight` and `inputs` inputs, finds c, and shows that
+    ω y + s comes out, whatever the module's class is called. ModelError if it does for neither c = 0 nor c = 1.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator) + 0.25
+
+    has_bias = getattr(module, "bias", None) is not None
+    drawn, x = draw(*weight), draw(2, inputs)
+    omega, moved, bias = (draw(tap.width) for _ in range(3))
+    along = omega[:, None] if len(weight) == 2 and dim == 0 else omega
+
+    def run(weight: Tensor, bias: Tensor) -> Tensor:
+        parameters = {"weight": weight, "bias": bias} if has_bias else {"weight": weight}
+        output = torch.func.functional_call(module, parameters, (x,))
+        assert isinstance(output, Tensor)
+        return output
+
+    for offset in (0.0, 1.0):
+        try:
+            wanted = omega * run(drawn, bias) + (moved if has_bias else 0)
+            folded = run((drawn + offset) * along - offset, bias * omega + moved)
+        except Exception as error:  # a module that cannot be run alone raises its own errors
+            raise ModelError(f"{tap.site!r} ({tap.owner}) cannot be checked: {error}; {HOOKS_ONLY}") from error
+        if torch.allclose(wanted, folded, rtol=1e-4, atol=1e-5):
+            new_bias = {f"{tap.place}.bias": Fold(scale, shift)} if has_bias or shift is not None else {}
+            return {f"{tap.place}.weight": Fold(scale, None, dim, offset), **new_bias}
+    raise ModelError(f"{tap.site!r} ({tap.owner}) is not linear in its weight; {HOOKS_ONLY}")

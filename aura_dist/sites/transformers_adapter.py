@@ -1,0 +1,58 @@
+"""The one module that uses private or undocumented names of transformers; seen with 5.23."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import DynamicLayer, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import cached_file
+
+# layers of a cache whose rows can be selected; those of linear attention keep states, whose rows cannot
+SELECTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def unsplit_classes(model: PreTrainedModel) -> set[str]:
+    """Names of the classes of modules that placement never splits: the decoder layers', where a model names them."""
+    return set(model._no_split_modules or ())
+
+
+def tensor_place(model: PreTrainedModel) -> tuple[int, int]:
+    """(Rank, number of ranks) of this process among those that tensor parallelism splits `model` over."""
+    num_ranks = getattr(model, "_tp_size", None) or 1
+    return (model._device_mesh["tp"].get_local_rank() if num_ranks > 1 else 0), num_ranks
+
+
+def tied_to(model: PreTrainedModel, parameter: str) -> list[str]:
+    """Names of the parameters that are tied to `parameter` when weights are loaded."""
+    tied = dict(model.all_tied_weights_keys)
+    return [b for a, b in [*tied.items(), *((b, a) for a, b in tied.items())] if a == parameter]
+
+
+def loaded_names(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
+    """Name of a checkpoint's tensor → its name in `model`, and whether loading joins it with others or cuts it."""
+    state, prefix = dict(model.state_dict()), model.base_model_prefix
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def loaded(name: str) -> tuple[str, bool]:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], prefix, state)
+        return renamed, pattern is not None
+
+    return loaded
+
+
+def find_file(name: str, revision: str | None, file: str) -> Path | None:
+    """A file of a local directory or hub name; None where it is missing. OSError if the hub refuses."""
+    path = cached_file(
+        name,
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
