@@ -107,7 +107,7 @@ def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subproces
     with TemporaryDirectory() as directory:
         asked, answers = Path(directory, "jobs.json"), Path(directory, "answers.jsonl")
         asked.write_text(f"[{','.join(questions)}]", encoding="utf-8")
-        command = [sys.executable, "-m", "aura_dist.stages.plan_jobs", str(asked), str(answers)]
+        command = [sys.executable, "-m", "aura_dist.stages.plan", str(asked), str(answers)]
         ended = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="backslashreplace", check=False
         )  # without the terminal: a library's question gets no answer
@@ -116,7 +116,7 @@ def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subproces
 
 
 def _cost(answer: Mapping[str, Any]) -> Cost:
-    """Of an answer of `aura_dist.stages.plan_jobs`."""
+    """Of an answer of `aura_dist.stages.plan`."""
     hours = answer.get("seconds", 0.0) / _SECONDS_AN_HOUR
     gpu_hours, cpu_hours = (hours, 0.0) if answer.get("gpu") else (0.0, hours)
     size, reason, left_out = answer.get("store_bytes", 0), answer.get("refused", ""), answer.get("left_out", "")

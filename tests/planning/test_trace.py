@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aura_dist.models.load import ModelSource, load_base, skeleton
 from aura_dist.models.strategies.tensor_plan import tensor_plan
-from aura_dist.planning.sizes import is_mapped, prepare, split_names, weight_sizes
+from aura_dist.planning.estimate import is_mapped, prepare, split_names, weight_sizes
 from aura_dist.planning.trace import _Account, forward_cost, trace_forward
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import find_sites
