@@ -16,15 +16,7 @@ from aura_dist.models.strategies.strategy import Spread, WeightSizes
 from aura_dist.models.strategies.table import title
 from aura_dist.models.strategies.tensor_plan import Plan, generic, seen_columns, tensor_plan
 from aura_dist.planning.budget import advice, survey, what_fits
-from aura_dist.planning.seconds import (
-    TFLOPS,
-    EvaluationPlan,
-    LanguageModelCost,
-    Step,
-    evaluation_plan,
-    run_seconds,
-    schedule,
-)
+from aura_dist.planning.seconds import READ_RATE, TFLOPS, EvaluationPlan, LanguageModelCost, Step, run_seconds, schedule
 from aura_dist.planning.text import Report
 from aura_dist.planning.trace import forward_cost
 from aura_dist.planning.work import Machine, Work, store_size
@@ -36,18 +28,10 @@ from aura_dist.store.schema import SELECTING_POOLINGS, stored_dtype, tasks_of
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a collection would do.
+    """A collection, whatever its sharding: all sites of the model, the captured ones, sizes and costs.
 
-    Attributes
-    ----------
-    table, sites
-        All sites of the model, and the captured ones.
-    precisions
-        dtype of a pooled value, by pooling: a mean is float32, the others are values of the layer.
-    splits
-        Whether tensor parallelism can split the decoder layers.
-    work
-        Sizes and costs, whatever the sharding.
+    `precisions` are the dtypes of pooled values, by pooling: a mean is float32, the others are values of the layer.
+    `splits` says whether tensor parallelism can split the decoder layers.
     """
 
     table: SiteTable
@@ -182,18 +166,10 @@ def collection_report(
     machine: Machine,
     tflops: float | None = None,
 ) -> Report:
-    """All figures of a collection under `spread`; with advice if it does not fit.
+    """All figures of a collection under `spread`, with advice if it does not fit.
 
-    Parameters
-    ----------
-    name, dtype
-        Of the model.
-    found
-        The estimate of rows of `num_tokens` tokens (ascending).
-    origin
-        Which rows these are, in words.
-    tflops
-        TFLOP/s of one rank; by default those of a usual one.
+    `name` and `dtype` are the model's. `found` is the estimate of rows of `num_tokens` tokens (ascending), which come
+    from `origin`. `tflops` are those of one rank, by default of a usual one.
     """
     work, world_size = found.work, spread.layout.world_size
     wanted = what_fits(work, spread, machine)
@@ -246,7 +222,7 @@ def estimate_evaluation(
     gpu: bool,
     left_out: Sequence[str] = (),
 ) -> EvaluationPlan:
-    """The plan of an evaluation of `model` (on the meta device), whose `shares` are those of `evaluation_plan`.
+    """What an evaluation of `model` (on the meta device) takes; `shares` are (how often forwards run, the forwards).
 
     Not counted: the scorer, sampling, loading and communication; what `left_out` names; and what a model computes again
     at every step because it keeps another state than keys and values, which the plan then names.
@@ -254,9 +230,13 @@ def estimate_evaluation(
     longest = max((step.num_new for _, steps in shares for step in steps), default=1)
     selects = only_attention(DynamicCache(config=model.config))
     cost = model_cost(model, dtype, longest)
-    words = " and ".join([*left_out, *([] if selects else ["what has no cache"])])
     rate = tflops or TFLOPS[gpu, DTYPES[dtype].itemsize]
-    return evaluation_plan(cost, shares, rate, gpu=gpu, left_out=words)
+    return EvaluationPlan(
+        seconds=sum(n * sum(cost.seconds(s, rate, READ_RATE[gpu]) for s in steps) for n, steps in shares),
+        flops=sum(n * sum(map(cost.flops, steps)) for n, steps in shares),
+        gpu=gpu,
+        left_out=" and ".join([*left_out, *([] if selects else ["what has no cache"])]),
+    )
 
 
 def model_cost(model: PreTrainedModel, dtype: str, longest: int) -> LanguageModelCost:

@@ -126,33 +126,9 @@ def reading(shapes: Sequence[tuple[int, int]]) -> Iterator[Step]:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What an evaluation would take.
-
-    Attributes
-    ----------
-    seconds
-        Of all ranks together.
-    flops
-        Of all forwards.
-    gpu
-        Whether these are seconds of a GPU.
-    left_out
-        What the figures do not count, in words.
-    """
+    """Seconds of an evaluation on all ranks together, which are GPUs or not; its operations; what neither counts."""
 
     seconds: float
     flops: float
     gpu: bool
     left_out: str
-
-
-def evaluation_plan(
-    cost: LanguageModelCost, shares: Sequence[tuple[int, Sequence[Step]]], tflops: float, *, gpu: bool, left_out: str
-) -> EvaluationPlan:
-    """The plan of an evaluation: `shares` are (how often all of these forwards are run, the forwards)."""
-    return EvaluationPlan(
-        seconds=sum(n * sum(cost.seconds(s, tflops, READ_RATE[gpu]) for s in steps) for n, steps in shares),
-        flops=sum(n * sum(map(cost.flops, steps)) for n, steps in shares),
-        gpu=gpu,
-        left_out=left_out,
-    )

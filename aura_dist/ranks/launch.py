@@ -23,13 +23,10 @@ _TEAMS = itertools.count()
 
 
 class Sharding(Protocol):
-    """What a launch asks of a strategy; `aura_dist.models.strategies.table.Sharding` answers."""
+    """What a launch asks of `aura_dist.models.strategies.table.Sharding`."""
 
-    def layout(self, world_size: int) -> Layout:
-        """The parallel axes; ConfigError if they do not fit so many ranks."""
-
-    def collective(self, layout: Layout) -> bool:
-        """Whether a forward runs collectives, which need torch's process group."""
+    def layout(self, world_size: int) -> Layout: ...
+    def collective(self, layout: Layout) -> bool: ...
 
 
 @contextmanager

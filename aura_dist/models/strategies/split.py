@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING
 
 from aura_dist.errors import ConfigError
 from aura_dist.models.strategies.replicate import Replicate, load_whole
-from aura_dist.models.strategies.strategy import (
-    Checkpoint,
-    Held,
-    Options,
-    Room,
-    Spread,
-    Strategy,
-    WeightSizes,
-    gathered_by_layer,
-    replica_sizes,
-)
+from aura_dist.models.strategies.strategy import Checkpoint, Held, Options, Room, Spread, Strategy, WeightSizes
 from aura_dist.ranks.device import accelerator
 from aura_dist.ranks.layout import Layout, axes_layout, read_axes
 from aura_dist.ranks.world import World
@@ -60,7 +50,7 @@ class _Split(Strategy):
         return model
 
     def held(self, weights: WeightSizes, spread: Spread, room: Room) -> Held:
-        held = gathered_by_layer(weights, spread.layout)
+        held = weights.gathered_by_layer(spread.layout)
         return held if spread.layout.fsdp > 1 else Held(held.placed)
 
     def title(self, spread: Spread) -> str:
@@ -76,7 +66,7 @@ class Fsdp(_Split):
         return set(read_axes(sharding) or ()) == {"fsdp"}
 
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
-        for k in replica_sizes(world_size):
+        for k in _replica_sizes(world_size):
             yield Spread(Layout(self.name, world_size, fsdp=k))
 
     def over_more(self, num_ranks: int) -> Spread:
@@ -93,8 +83,13 @@ class Tensor(_Split):
         return "tensor" in (read_axes(sharding) or ())
 
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
-        for k in replica_sizes(world_size) if splits else ():
+        for k in _replica_sizes(world_size) if splits else ():
             yield Spread(Layout(self.name, world_size, tensor=k))
+
+
+def _replica_sizes(world_size: int) -> list[int]:
+    """Ranks that may hold one model together: the powers of two that divide `world_size`, and itself."""
+    return [k for k in range(2, world_size + 1) if world_size % k == 0 and (k & (k - 1) == 0 or k == world_size)]
 
 
 def _check_device(world: World) -> None:

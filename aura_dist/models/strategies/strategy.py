@@ -22,15 +22,22 @@ Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class WeightSizes:
-    """Bytes of a base model's weights; each pair is (kept whole, split under tensor parallelism).
+class Held:
+    """Bytes of weights of one rank: always on its device; gathered there for a while; away, read again for every batch.
 
-    Attributes
-    ----------
-    layers
-        Of each decoder layer.
-    outside
-        Of what is outside the layers: embeddings, a final norm.
+    `away` maps `cpu` or `disk` to the bytes that are kept there.
+    """
+
+    placed: int
+    gathered: int = 0
+    away: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of each decoder layer of a base model, and of what is outside them: embeddings, a final norm.
+
+    Each pair is (kept whole, split under tensor parallelism).
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -45,6 +52,11 @@ class WeightSizes:
         outside, *layers = (whole + ceil(split / num_ranks) for whole, split in (self.outside, *self.layers))
         return outside, tuple(layers)
 
+    def gathered_by_layer(self, layout: Layout) -> Held:
+        """A share of every tensor; two layers and all that is outside them are whole at once."""
+        outside, layers = self.per_tensor_rank(layout.tensor)
+        return Held(ceil((outside + sum(layers)) / layout.fsdp), outside + sum(sorted(layers)[-2:]))
+
 
 @dataclass(frozen=True)
 class Room:
@@ -53,25 +65,6 @@ class Room:
     gpu: bool
     device_bytes: int | None
     host_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of weights of one rank.
-
-    Attributes
-    ----------
-    placed
-        On the rank's device, at all times.
-    gathered
-        There for a while, beside those.
-    away
-        `cpu` or `disk` → bytes kept there, and read again for every batch.
-    """
-
-    placed: int
-    gathered: int = 0
-    away: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,14 +147,3 @@ class Strategy(ABC):
     def title(self, spread: Spread) -> str:
         """`--sharding` and the options that say `spread`, as a user writes them."""
         return self.name
-
-
-def gathered_by_layer(weights: WeightSizes, layout: Layout) -> Held:
-    """A share of every tensor; two layers and all that is outside them are whole at once."""
-    outside, layers = weights.per_tensor_rank(layout.tensor)
-    return Held(ceil((outside + sum(layers)) / layout.fsdp), outside + sum(sorted(layers)[-2:]))
-
-
-def replica_sizes(world_size: int) -> list[int]:
-    """Ranks that may hold one model together: the powers of two that divide `world_size`, and itself."""
-    return [k for k in range(2, world_size + 1) if world_size % k == 0 and (k & (k - 1) == 0 or k == world_size)]

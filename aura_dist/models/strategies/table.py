@@ -16,17 +16,7 @@ STRATEGIES: dict[str, Strategy] = {s.name: s for s in (Replicate(), Fsdp(), Tens
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is spread, before the number of ranks is known.
-
-    Attributes
-    ----------
-    spelled
-        The value of `--sharding`.
-    strategy
-        What it names.
-    options
-        The strategy's options, parsed.
-    """
+    """The value of `--sharding`, the strategy that it names, and the strategy's options, parsed."""
 
     spelled: str
     strategy: Strategy
@@ -63,14 +53,9 @@ def parse_sharding(spelled: str, given: Options | None = None) -> Sharding:
 
 
 def sharding_of(config: Any) -> Sharding:
-    """What the settings of a verb mean; `config` is a dataclass with `sharding` and the options of the strategies.
+    """What the settings of a verb mean: `parse_sharding` of those options that differ from their default.
 
-    An option counts as set where it differs from its default.
-
-    Raises
-    ------
-    ConfigError
-        As `parse_sharding`.
+    `config` is a dataclass with `sharding` and any of the strategies' options.
     """
     known = {name for strategy in STRATEGIES.values() for name in strategy.options}
     given = {}

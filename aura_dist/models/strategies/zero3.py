@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ConfigError, ModelError, brief
-from aura_dist.models.strategies.strategy import (
-    Checkpoint,
-    Held,
-    Options,
-    Room,
-    Spread,
-    Strategy,
-    WeightSizes,
-    gathered_by_layer,
-)
+from aura_dist.models.strategies.strategy import Checkpoint, Held, Options, Room, Spread, Strategy, WeightSizes
 from aura_dist.ranks.device import accelerator, backend_of
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.paths import extensions_dir
@@ -68,7 +59,7 @@ class Zero3(Strategy):
         return model
 
     def held(self, weights: WeightSizes, spread: Spread, room: Room) -> Held:
-        held, offload = gathered_by_layer(weights, spread.layout), _place(spread)
+        held, offload = weights.gathered_by_layer(spread.layout), _place(spread)
         if offload == "none":
             return held
         return Held(0, held.gathered, {"cpu" if offload == "cpu" else "disk": held.placed})
