@@ -23,7 +23,8 @@ from aura_dist.interventions.methods import (
     needed_statistics,
     settle_options,
 )
-from aura_dist.sites.site import Site, matching
+from aura_dist.sites.kinds import matching
+from aura_dist.sites.site import Site
 from aura_dist.store.schema import StoreSpec
 
 logger = logging.getLogger(__name__)

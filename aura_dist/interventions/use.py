@@ -10,7 +10,8 @@ from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.hooks import check_fits, intervene
 from aura_dist.models.identity import fingerprint
-from aura_dist.models.load import PLAIN, ModelSource, ShardingOptions, load_causal, load_config, skeleton
+from aura_dist.models.load import ModelSource, load_causal, load_config, skeleton
+from aura_dist.models.strategies.strategy import Options
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, find_sites
 from aura_dist.text.tokens import load_tokenizer
@@ -31,7 +32,7 @@ class LoadedModel:
 
 
 def load_for_use(
-    source: ModelSource, world: World, intervention_dir: str | None, options: ShardingOptions = PLAIN
+    source: ModelSource, world: World, intervention_dir: str | None, options: Options | None = None
 ) -> LoadedModel:
     """Load model, tokenizer and intervention; an intervention that does not fit is refused before weights are read.
 

@@ -1,4 +1,4 @@
-"""What a model *is*, independent of where its files lie: a digest of its weights' ends and its shape."""
+"""Which model this is, wherever its files are: a digest of its shape and of the ends of its weights."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> str:
     """sha256 over the config's architecture fields and, sorted by tensor name, (name, dtype, shape, ends).
 
-    `ends` is the sha256 of the first and last 64 KiB of a tensor's bytes: a fine-tune differs from its
-    base, while a copy or another split into files does not, and 40B parameters take a second.
+    `ends` is the sha256 of the first and last 64 KiB of a tensor's bytes. A fine-tuned model differs from its base; a
+    copy, or the same weights split into other files, does not. 40B parameters take a second.
 
     Raises
     ------
     ModelError
-        No checkpoint file is found, or one is damaged.
+        There is no weight file, or one is damaged.
     """
     text = config.get_text_config(decoder=True)
     digest = hashlib.sha256(json.dumps([getattr(text, f, None) for f in ARCHITECTURE_FIELDS], default=str).encode())
@@ -46,21 +46,21 @@ def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> st
         try:
             tensors += _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
         except Exception as error:  # a damaged file fails in as many ways as there are formats
-            raise ModelError(f"weight file {str(file)!r} is damaged: {error}; get the checkpoint anew") from error
+            raise ModelError(f"weight file {str(file)!r} is damaged: {error}; download the checkpoint again") from error
     digest.update(json.dumps(sorted(tensors)).encode())
     return digest.hexdigest()
 
 
 def checkpoint_files(name: str, revision: str | None, config: PretrainedConfig | None = None) -> list[Path]:
-    """The weight files of a local directory or hub name: what `config` names, then safetensors, then the old `.bin`."""
+    """The weight files of a local directory or hub name: those that `config` names, else safetensors, else `.bin`."""
     named = getattr(config, "transformers_weights", None)
     if named is not None and not str(named).endswith(".safetensors"):
         raise ModelError(
             f"--model {name!r}: expected a .safetensors file as transformers_weights of its config, got {named!r}; "
-            "save the model anew with save_pretrained"
+            "save the model again with save_pretrained"
         )
     singles = _SINGLE_FILES if named is None else (str(named),)
-    for single in singles:  # in the order in which transformers looks, so that these are what it loads
+    for single in singles:  # in the order in which transformers looks, because these are the files that it loads
         file = _find(name, revision, single)
         if file is not None:
             return [file]
@@ -79,7 +79,7 @@ def _shards(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"weight index {str(index)!r} is damaged: {error}; get the checkpoint anew") from error
+        raise ModelError(f"weight index {str(index)!r} is damaged: {error}; download the checkpoint again") from error
 
 
 def _find(name: str, revision: str | None, file: str) -> Path | None:
@@ -106,7 +106,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
 
 
 def _pickled(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
-    """The same for torch's own format, unpickled as plain weights only; memory-mapped but for its first version."""
+    """The same for torch's own format; plain weights alone are unpickled, all but its first version memory-mapped."""
     state = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
     for name, tensor in state.items():
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

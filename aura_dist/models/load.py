@@ -1,15 +1,13 @@
-"""Load a model under a strategy: one interface over transformers (FSDP2, tensor parallelism), DeepSpeed, accelerate."""
+"""Find a model, check it, and load it as the strategy of the launch spreads it."""
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -17,20 +15,19 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
 from aura_dist.errors import ConfigError, ModelError, brief
-from aura_dist.models.strategies.tensor_plan import seen_columns, tensor_plan
-from aura_dist.models.strategies.zero3 import check_offload, load_zero3
+from aura_dist.models.strategies.strategy import Options
+from aura_dist.models.strategies.table import STRATEGIES
+from aura_dist.models.strategies.tensor_plan import seen_columns
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.ownership import ColumnPlan, plan_columns, whole_site
 from aura_dist.sites.site import Site
 
-_SIZE = r"\d+(\.\d+)?([KMGT]i?B)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# what configurations call the number of positions: most; GPT-2's own; MPT, also with ALiBi; speech decoders
+# names of the number of positions in configurations: of most; of GPT-2; of MPT, also with ALiBi; of speech decoders
 POSITIONS_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 
 
@@ -56,7 +53,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def check_positions(config: PretrainedConfig, num_tokens: int, flag: str) -> None:
-    """ConfigError if texts of `num_tokens` tokens are longer than what the model has positions for."""
+    """ConfigError naming `flag` if a text of `num_tokens` tokens is longer than the model's positions."""
     text = config.get_text_config(decoder=True)
     positions = next((n for n in (getattr(text, f, None) for f in POSITIONS_FIELDS) if n is not None), None)
     if positions is not None and num_tokens > positions:
@@ -66,7 +63,7 @@ def check_positions(config: PretrainedConfig, num_tokens: int, flag: str) -> Non
 
 
 def check_vocabulary(config: PretrainedConfig, largest_id: int) -> None:
-    """ModelError if a tokenizer gives ids that the model has no embedding for."""
+    """ModelError if a tokenizer's largest id has no embedding in the model."""
     size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     if size is not None and largest_id >= size:
         raise ModelError(
@@ -91,78 +88,17 @@ def _is_causal(config: PretrainedConfig) -> bool:
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def pick_device(wanted: str) -> str:
-    """`cpu` or `cuda`; `auto` takes a GPU if there is one. ModelError if a GPU is asked for and none is there."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ModelError("--device cuda: expected a GPU that torch can use, found none; use --device cpu")
-    return "cuda" if available and wanted != "cpu" else "cpu"
-
-
-@dataclass(frozen=True)
-class ShardingOptions:
-    """What the strategies can be told beside their layout.
-
-    Attributes
-    ----------
-    offload
-        `zero3`: where weights lie between uses, `none`, `cpu` or `nvme:PATH`.
-    max_memory
-        `dispatch`: device → largest memory, as `{"0": "70GiB", "cpu": "200GiB"}`; None takes what is free.
-    offload_folder
-        `dispatch`: directory for the weights that go to disk.
-    tensor_plan
-        `tensor`: YAML file of module names and styles.
-    """
-
-    offload: str = "none"
-    max_memory: Mapping[str, str] | None = None
-    offload_folder: str | None = None
-    tensor_plan: str | None = None
-
-
-class _Flags(Protocol):
-    """The settings that are read for the strategies; `aura_dist.config.verbs.ModelOptions` has them."""
-
-    @property
-    def offload(self) -> str: ...
-    @property
-    def max_memory(self) -> list[str]: ...
-    @property
-    def offload_folder(self) -> str | None: ...
-    @property
-    def tensor_plan(self) -> str | None: ...
-
-
-def sharding_options(flags: _Flags) -> ShardingOptions:
-    """The options as flags give them; ConfigError for one of another form.
-
-    `--offload cpu`, `--max-memory 0=70GiB cpu=200GiB`, `--offload-folder PATH`, `--tensor-plan FILE`.
-    """
-    check_offload(flags.offload)
-    limits = {}
-    for limit in flags.max_memory:
-        device, _, size = limit.partition("=")
-        if not (device.isdecimal() or device in ("cpu", "disk")) or not re.fullmatch(_SIZE, size):
-            raise ConfigError(f"--max-memory: expected devices and sizes such as 0=70GiB cpu=200GiB, got {limit!r}")
-        limits[device] = size
-    return ShardingOptions(flags.offload, limits or None, flags.offload_folder, flags.tensor_plan)
-
-
-PLAIN = ShardingOptions()
-
-
-def load_causal(source: ModelSource, world: World, options: ShardingOptions = PLAIN) -> PreTrainedModel:
-    """The causal language model with its head, in eval mode, under the world's strategy."""
+def load_causal(source: ModelSource, world: World, options: Options | None = None) -> PreTrainedModel:
+    """The causal language model with its head, in eval mode, as the world's strategy spreads it under `options`."""
     return _load(type(skeleton(load_config(source))), source, world, options)
 
 
 def load_base(
-    source: ModelSource, world: World, options: ShardingOptions = PLAIN, *, num_layers: int | None = None
+    source: ModelSource, world: World, options: Options | None = None, *, num_layers: int | None = None
 ) -> PreTrainedModel:
-    """The base model (no head), cut after `num_layers` decoder layers: what is not captured is not loaded.
+    """The base model (no head); later decoder layers than the first `num_layers` are not even loaded.
 
-    It has the class and the module names that the causal language model's base has.
+    Class and module names are those of the causal language model's base.
     """
     whole = skeleton(load_config(source))
     base_class = type(whole.base_model)
@@ -175,10 +111,10 @@ def load_base(
 
 
 def _first_layers(whole: PreTrainedModel, num_layers: int) -> type[PreTrainedModel]:
-    """The class of the base model, made without the decoder layers from `num_layers` on.
+    """A class of the base model that has the first `num_layers` decoder layers alone.
 
-    The configuration stays whole, as a layer may depend on how many there are: MiniCPM scales its residuals by
-    their number, and the last layers of Gemma 3n take keys from those before, counted from the end.
+    The configuration stays whole, because a layer may depend on the number of layers: MiniCPM scales its residuals by
+    it, and the last layers of Gemma 3n, counted from the end, take keys from those before.
     """
     base_class = type(whole.base_model)
     name = decoder_layers_name(whole).removeprefix(f"{whole.base_model_prefix}.")
@@ -193,82 +129,55 @@ def _first_layers(whole: PreTrainedModel, num_layers: int) -> type[PreTrainedMod
 
 
 def _load(
-    loader: type[PreTrainedModel], source: ModelSource, world: World, options: ShardingOptions
+    model_class: type[PreTrainedModel], source: ModelSource, world: World, options: Options | None
 ) -> PreTrainedModel:
-    layout = world.layout
-    if layout.strategy == "zero3":
-        dtype = DTYPES[source.dtype]
-        return _ready(load_zero3(lambda: _from_pretrained(loader, source, {}), dtype, options.offload))
-    if layout.strategy == "dispatch":
-        return _ready(_from_pretrained(loader, source, _dispatched(options)))
-    if layout.replica_size == 1:
-        placed = {} if world.device == "cpu" else {"device_map": world.device}
-        return _ready(_from_pretrained(loader, source, placed))
-    _check_device(world)
-    whole = _on_meta(loader, source)
-    plan = tensor_plan(whole, layout.tensor, options.tensor_plan) if layout.tensor > 1 else {}
-    layers = decoder_layers_name(whole)
-    split = DistributedConfig(
-        tp_size=layout.tensor,
-        tp_plan=plan or None,
-        fsdp_size=layout.fsdp,
-        fsdp_plan={f"{layers}.*": "free_full_weight"} if layout.fsdp > 1 else None,
-    )
-    model = _from_pretrained(loader, source, {"distributed_config": split})
-    if layout.fsdp > 1:
-        for layer in model.get_submodule(layers).children():
-            assert isinstance(layer, FSDPModule), "each decoder layer is gathered on its own"
-    return _ready(model)
+    strategy = STRATEGIES[world.layout.strategy]
+    return _ready(strategy.load(_Checkpoint(model_class, source), world, options or {}))
 
 
-def _on_meta(loader: type[PreTrainedModel], source: ModelSource) -> PreTrainedModel:
-    """What `loader` will load, without weights."""
-    config = load_config(source)
-    with torch.device("meta"):
-        return loader(config if isinstance(config, loader.config_class) else config.get_text_config(decoder=True))
+@dataclass(frozen=True)
+class _Checkpoint:
+    """`source` as a strategy loads it into a class."""
 
+    model_class: type[PreTrainedModel]
+    source: ModelSource
 
-def _dispatched(options: ShardingOptions) -> dict[str, Any]:
-    """accelerate's placement: the layers over the GPUs in order, then host memory, then disk."""
-    given = options.max_memory
-    limits = None if given is None else {int(k) if k.isdecimal() else k: v for k, v in given.items()}
-    return {"device_map": "auto", "max_memory": limits, "offload_folder": options.offload_folder}
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.source.dtype]
 
+    def skeleton(self) -> PreTrainedModel:
+        config, own = load_config(self.source), self.model_class.config_class
+        with torch.device("meta"):
+            return self.model_class(config if isinstance(config, own) else config.get_text_config(decoder=True))
 
-def _check_device(world: World) -> None:
-    if world.device == "cpu" and torch.cuda.is_available():
-        raise ConfigError(
-            f"--device cpu: expected cuda, as --sharding {world.layout.strategy} runs where the GPUs are; "
-            "hide them with CUDA_VISIBLE_DEVICES= to run on the CPU"
-        )
-
-
-def _from_pretrained(loader: type[PreTrainedModel], source: ModelSource, placement: dict[str, Any]) -> PreTrainedModel:
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # a cut model leaves weights unused; missing ones are checked below
-    hf_logging.disable_progress_bar()
-    try:
-        model, info = loader.from_pretrained(
-            source.name,
-            revision=source.revision,
-            dtype=DTYPES[source.dtype],
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below
-            **placement,
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"--model {source.name!r} cannot be loaded: {brief(error)}") from error
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        hf_logging.enable_progress_bar()
-    broken = [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]
-    if broken:
-        raise ModelError(
-            f"--model {source.name!r}: the checkpoint lacks {len(broken)} of the model's weights, "
-            f"{sorted(broken)[0]!r} among them; use a whole checkpoint of this architecture"
-        )
-    assert isinstance(model, PreTrainedModel)
-    return model
+    def read(self, **placement: Any) -> PreTrainedModel:
+        name = self.source.name
+        verbosity = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()  # a cut model leaves weights unused; missing ones are checked below
+        hf_logging.disable_progress_bar()
+        try:
+            model, info = self.model_class.from_pretrained(
+                name,
+                revision=self.source.revision,
+                dtype=self.dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below
+                **placement,
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"--model {name!r} cannot be loaded: {brief(error)}") from error
+        finally:
+            hf_logging.set_verbosity(verbosity)
+            hf_logging.enable_progress_bar()
+        broken = [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]
+        if broken:
+            raise ModelError(
+                f"--model {name!r}: the checkpoint lacks {len(broken)} of the model's weights, "
+                f"{sorted(broken)[0]!r} among them; use a whole checkpoint of this architecture"
+            )
+        assert isinstance(model, PreTrainedModel)
+        return model
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -286,7 +195,7 @@ def column_plans(
     Parameters
     ----------
     model
-        As `load_base` or `load_causal` gave it.
+        From `load_base` or `load_causal`.
     sites
         What is captured.
     chunks

@@ -1,39 +1,40 @@
-"""A model's configuration and the rows' lengths → the work of a collection, as `planning/budget.py` takes it."""
+"""A model's configuration and the lengths of texts → what a collection or an evaluation takes; no weights are read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from aura_dist.errors import ModelError
+from aura_dist.evaluation.decoding import only_attention
 from aura_dist.models.load import DTYPES, ModelSource, check_positions, skeleton
+from aura_dist.models.strategies.strategy import Spread, WeightSizes
+from aura_dist.models.strategies.table import title
 from aura_dist.models.strategies.tensor_plan import Plan, seen_columns, tensor_plan
-from aura_dist.planning.sizes import is_mapped, prepare, tokenizer_bytes, weight_sizes
+from aura_dist.planning.budget import advice, survey, what_fits
+from aura_dist.planning.seconds import READ_RATE, TFLOPS, EvaluationPlan, LanguageModelCost, Step, run_seconds, schedule
+from aura_dist.planning.text import Report
 from aura_dist.planning.trace import forward_cost
-from aura_dist.planning.work import Work
-from aura_dist.sites.find import SiteTable, find_sites, tap_of
+from aura_dist.planning.work import Machine, Work, store_size
+from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, tap_of
+from aura_dist.sites.kinds import KINDS
 from aura_dist.sites.pooling import POOLINGS
 from aura_dist.sites.site import Site
+from aura_dist.sites.tap import generic
 from aura_dist.store.grid import columns_per_chunk, rows_per_chunk
-from aura_dist.store.schema import stored_dtype
+from aura_dist.store.schema import stored_dtype, tasks_of
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a collection will do, found without weights.
+    """A collection, whatever its sharding: all sites of the model, the captured ones, sizes and costs.
 
-    Attributes
-    ----------
-    table, sites
-        All sites of the model, and the captured ones.
-    precisions
-        The dtype that a pooled value has, by pooling: a mean is a float32 number, the others are the layer's own.
-    splits
-        Whether tensor parallelism can split the decoder layers.
-    work
-        Sizes and costs, whatever the sharding.
+    `precisions` are the dtypes of pooled values, by pooling: a mean is float32, the others are values of the layer.
+    `splits` says whether tensor parallelism can split the decoder layers.
     """
 
     table: SiteTable
@@ -57,16 +58,16 @@ def estimate(
     tensor_ranks: int = 1,
     plan_file: str | None = None,
 ) -> Estimate:
-    """The estimate of a collection of rows of `num_tokens` tokens (ascending), of which `shortest` bounds the least.
+    """The estimate of a collection of rows of `num_tokens` tokens (ascending), none below `shortest`.
 
-    With `tensor_ranks` above 1 the columns will be split over them, by the user's `plan_file` if there is one.
+    Columns will be split over `tensor_ranks`, by the user's `plan_file` if there is one.
 
     Raises
     ------
     ConfigError
         Texts are longer than the model's positions.
     ModelError
-        `modules` match nothing, tensor parallelism is asked for and cannot split them, or the forward cannot be traced.
+        `modules` match nothing, tensor parallelism is wanted and cannot split them, or the forward cannot be traced.
     """
     num_rows, longest = len(num_tokens), int(num_tokens[-1])
     check_positions(config, longest, "--max-tokens")
@@ -96,7 +97,7 @@ def estimate(
 
 
 def _tensor_plan(model: PreTrainedModel, sites: Sequence[Site], num_ranks: int, file: str | None) -> Plan:
-    """The plan by which columns are split, or would be: none where there is none, if no ranks are to share them."""
+    """The plan by which columns are split. For one rank, that of two, to say whether it exists; else an empty one."""
     if num_ranks == 1 and file is None:
         try:
             return tensor_plan(model, 2)
@@ -106,3 +107,145 @@ def _tensor_plan(model: PreTrainedModel, sites: Sequence[Site], num_ranks: int, 
     for site in sites:
         seen_columns(plan, tap_of(model, site), num_ranks)
     return plan
+
+
+def prepare(model: PreTrainedModel, num_layers: int, dtype: str) -> PreTrainedModel:
+    """`model` (on the meta device) as `load_base` makes it: its first `num_layers` layers, in its dtype, frozen."""
+    layers = model.get_submodule(decoder_layers_name(model))
+    assert isinstance(layers, nn.ModuleList)
+    del layers[num_layers:]
+    return model.to(dtype=DTYPES[dtype]).eval().requires_grad_(False)
+
+
+def split_names(plan: Plan) -> Callable[[str], bool]:
+    """Whether tensor parallelism under `plan` splits a weight, by its name; found as transformers finds it."""
+
+    def splits(name: str) -> bool:
+        module, _, kind = generic(name).rpartition(".")
+        style = plan.get(generic(name), plan.get(module, "replicate"))
+        by_rows = style.startswith("rowwise") and kind == "bias"  # added once, after the sum over the ranks
+        return ("wise" in style or "packed" in style) and not by_rows
+
+    return splits
+
+
+def weight_sizes(model: PreTrainedModel, plan: Plan) -> WeightSizes:
+    """Bytes of a prepared model's base: weights and buffers, by decoder layer, kept whole or split under `plan`."""
+    layers_name, splits = decoder_layers_name(model), split_names(plan)
+    base = model.base_model
+    prefix = f"{model.base_model_prefix}." if base is not model else ""
+    layers = [[0, 0] for _ in range(len(model.get_submodule(layers_name)))]
+    outside = [0, 0]
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+        within = (prefix + name).removeprefix(f"{layers_name}.")
+        place = layers[int(within.partition(".")[0])] if within != prefix + name else outside
+        place[int(splits(prefix + name))] += tensor.nbytes
+    return WeightSizes(tuple((a, b) for a, b in layers), (outside[0], outside[1]))
+
+
+def is_mapped(model: PreTrainedModel, source: ModelSource) -> bool:
+    """Whether a CPU can use the weights in their files: in a local safetensors checkpoint of the same dtype.
+
+    Not where there is a mixture of experts, because transformers copies their weights into one tensor at load.
+    """
+    saved = getattr(model.config.get_text_config(decoder=True), "dtype", None)
+    merged = any(p.ndim == 3 for p in model.parameters())
+    return saved == DTYPES[source.dtype] and not merged and any(Path(source.name).glob("*.safetensors"))
+
+
+def tokenizer_bytes(source: ModelSource) -> int:
+    """Size of a local model's `tokenizer.json`; 0 where there is none."""
+    file = Path(source.name) / "tokenizer.json"
+    return file.stat().st_size if file.is_file() else 0
+
+
+def collection_report(
+    name: str,
+    dtype: str,
+    found: Estimate,
+    num_tokens: NDArray[np.int32],
+    origin: str,
+    spread: Spread,
+    machine: Machine,
+    tflops: float | None = None,
+) -> Report:
+    """All figures of a collection under `spread`, with advice if it does not fit.
+
+    `name` and `dtype` are the model's. `found` is the estimate of rows of `num_tokens` tokens (ascending), which come
+    from `origin`. `tflops` are those of one rank, by default of a usual one.
+    """
+    work, world_size = found.work, spread.layout.world_size
+    wanted = what_fits(work, spread, machine)
+    others = survey(work, world_size, machine, splits=found.splits)
+    batches = schedule(num_tokens.tolist(), work.rows_chunk, work.tokens_per_batch, work.forward)
+    tflops = tflops or TFLOPS[machine.gpu, DTYPES[dtype].itemsize]
+    compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops)
+    by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in KINDS}
+    widths = [s.width for s in found.sites]
+    return Report(
+        model=f"{name} ({found.table.model_class}, {dtype})",
+        kinds={kind: (len(w), sum(w)) for kind, w in by_kind.items()},
+        captured=(len(widths), sum(widths)),
+        uncaptured=len(found.table.experts),
+        rows=origin,
+        store=store_size(len(num_tokens), work.rows_chunk, widths, found.precisions),
+        rows_chunk=work.rows_chunk,
+        columns_chunk=tuple(sorted({c for _, c in work.neurons})),
+        num_tasks=len(tasks_of(num_tokens, work.tokens_per_batch)),
+        batches=batches,
+        longest=work.longest,
+        tokens_per_batch=work.tokens_per_batch,
+        layers=len(work.weights.layers),
+        weights_bytes=work.weights.total_bytes,
+        sharding=title(spread),
+        world_size=world_size,
+        num_replicas=spread.layout.num_replicas,
+        memory=wanted.memory,
+        device_bytes=wanted.memory.device_bytes,
+        anonymous_bytes=wanted.memory.anonymous_bytes,
+        host_bytes=wanted.memory.host_bytes(machine.ranks_per_host),
+        machine=machine,
+        tflops=tflops,
+        compute_seconds=compute,
+        stream_seconds=stream,
+        fits=tuple(
+            (title(f.spread), f.memory.device_bytes, f.memory.host_bytes(machine.ranks_per_host), f.tokens_per_batch)
+            for f in others
+        ),
+        advice="" if wanted.tokens_per_batch == work.tokens_per_batch else advice(work, spread, machine, others),
+    )
+
+
+def estimate_evaluation(
+    model: PreTrainedModel,
+    dtype: str,
+    shares: Sequence[tuple[int, Sequence[Step]]],
+    tflops: float | None,
+    *,
+    gpu: bool,
+    left_out: Sequence[str] = (),
+) -> EvaluationPlan:
+    """What an evaluation of `model` (on the meta device) takes; `shares` are (how often forwards run, the forwards).
+
+    Not counted: the scorer, sampling, loading and communication; what `left_out` names; and what a model computes again
+    at every step because it keeps another state than keys and values, which the plan then names.
+    """
+    longest = max((step.num_new for _, steps in shares for step in steps), default=1)
+    selects = only_attention(DynamicCache(config=model.config))
+    cost = model_cost(model, dtype, longest)
+    rate = tflops or TFLOPS[gpu, DTYPES[dtype].itemsize]
+    return EvaluationPlan(
+        seconds=sum(n * sum(cost.seconds(s, rate, READ_RATE[gpu]) for s in steps) for n, steps in shares),
+        flops=sum(n * sum(map(cost.flops, steps)) for n, steps in shares),
+        gpu=gpu,
+        left_out=" and ".join([*left_out, *([] if selects else ["what has no cache"])]),
+    )
+
+
+def model_cost(model: PreTrainedModel, dtype: str, longest: int) -> LanguageModelCost:
+    """Of a model on the meta device, whose texts have at most `longest` tokens."""
+    head = model.get_output_embeddings().weight
+    prepare(model, model.config.get_text_config(decoder=True).num_hidden_layers, dtype)
+    sizes = weight_sizes(model, {})
+    read_bytes = sum(map(sum, sizes.layers)) + head.numel() * DTYPES[dtype].itemsize
+    return LanguageModelCost(forward_cost(model, [], [], max(2, longest)), 2.0 * head.numel(), read_bytes)

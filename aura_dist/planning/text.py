@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from aura_dist.planning.budget import RankMemory
-from aura_dist.planning.schedule import Schedule
-from aura_dist.planning.store_size import StoreSize
-from aura_dist.planning.units import show_bytes
-from aura_dist.planning.work import Machine
+from aura_dist.planning.seconds import Schedule
+from aura_dist.planning.work import Machine, StoreSize
+from aura_dist.units import show_bytes
 
 
 @dataclass(frozen=True)
@@ -136,3 +135,18 @@ def _fits(report: Report) -> list[str]:
         verdict = "does not fit" if largest is None else f"fits, up to {largest:,} tokens a batch"
         lines.append(f"  {name:<20} {sizes}: {verdict}")
     return lines
+
+
+def refusal(report: Report, device_memory: str | None, host_memory: str | None) -> str:
+    """One line: what does not fit into the memory that the flags say, and what would; empty if all fits."""
+    memory, machine = report.memory, report.machine
+    if not report.advice:
+        return ""
+    if machine.device_bytes is not None and memory.device_bytes > machine.device_bytes:
+        what = f"--device-memory {device_memory}: expected room for {show_bytes(memory.device_bytes)} a rank"
+        parts = memory.device
+    else:
+        what = f"--host-memory {host_memory}: expected room for {show_bytes(report.host_bytes)} on a machine"
+        parts = {**memory.host, "mapped weights": memory.mapped}
+    most = ", ".join(f"{name} {show_bytes(size)}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:2])
+    return f"{what} under --sharding {report.sharding} ({most}); {report.advice}"

@@ -6,42 +6,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from aura_dist.errors import ConfigError, brief
+from aura_dist.ranks.device import backend_of
+from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.team import Team
-from aura_dist.ranks.world import Place, World, place_from_environment, world_from
+from aura_dist.ranks.world import Place, World, place_from_environment
 
 TIMEOUT = timedelta(minutes=30)
 _TEAMS = itertools.count()
 
 
+class Sharding(Protocol):
+    """What a launch asks of `aura_dist.models.strategies.table.Sharding`."""
+
+    def layout(self, world_size: int) -> Layout: ...
+    def collective(self, layout: Layout) -> bool: ...
+
+
 @contextmanager
-def start_team(sharding: str, device: str) -> Iterator[Team]:
+def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
     """The team of this launch, from the launcher's variables; meets the other ranks on entry.
 
     Parameters
     ----------
     sharding
-        As `--sharding`.
+        How the model is spread over the ranks.
     device
-        `cpu` or `cuda`.
+        As `ranks.device.pick_device` returns it.
 
     Raises
     ------
     ConfigError
         The sharding does not fit the launch, or the other ranks cannot be met.
     PeerError
-        Another rank failed; that rank tells why.
+        Another rank failed; that rank says why.
     """
     place = place_from_environment()
-    world = world_from(place, sharding, _device_of(place, device))
+    layout = sharding.layout(place.world_size)
+    world = World(layout, place.global_rank, place.local_rank, _device_of(place, device))
     store = _meet(place)
-    team = Team(world, store, *_join_replica(world, store))
+    team = Team(world, store, *(_join_replica(world, store) if sharding.collective(layout) else ()))
     try:
         yield team
         team.finish()
@@ -52,17 +62,17 @@ def start_team(sharding: str, device: str) -> Iterator[Team]:
         raise ending from error
     finally:
         team.close()
-        # with NCCL an end in the middle of a collective would wait for ranks that are gone
+        # on a GPU, leaving in the middle of a collective would wait for ranks that are gone
         if dist.is_initialized() and (sys.exc_info()[0] is None or world.device == "cpu"):
             dist.destroy_process_group()
 
 
 def _device_of(place: Place, device: str) -> str:
-    if device != "cuda" or place.world_size == 1:
+    if device == "cpu" or place.world_size == 1:
         return device
-    index = place.local_rank % torch.cuda.device_count()  # a launcher may show each rank one GPU only
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
+    index = place.local_rank % torch.accelerator.device_count()  # a launcher may show each rank one GPU only
+    torch.accelerator.set_device_index(index)
+    return f"{device}:{index}"
 
 
 def _meet(place: Place) -> Store:
@@ -73,7 +83,7 @@ def _meet(place: Place) -> Store:
 
 @cache
 def _launch_store(place: Place) -> Store:
-    """The launch's key-value store, for all teams that this process is in: where rank 0 hosts it, it hosts one."""
+    """The launch's key-value store. All teams of this process share it, because rank 0 can host only one."""
     try:
         store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     except (RuntimeError, ValueError) as error:
@@ -85,13 +95,13 @@ def _launch_store(place: Place) -> Store:
 
 
 def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
-    """Process groups for host tensors: of the replica, and of the row worker; None where it is one rank."""
-    layout = world.layout
-    if layout.replica_size == 1 and layout.strategy != "zero3":
-        return None, None
-    backend = "gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl"
+    """Process groups for host tensors: of the replica, and of the row worker; None where it is one rank.
+
+    torch's default group, in which the strategy's collectives run, is the replica.
+    """
+    layout, kind = world.layout, world.device.partition(":")[0]
     dist.init_process_group(
-        backend,
+        "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{backend_of(kind)}",
         store=PrefixStore(f"replica/{world.replica}", store),
         rank=world.rank,
         world_size=layout.replica_size,

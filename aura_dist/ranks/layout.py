@@ -9,7 +9,6 @@ from math import prod
 
 from aura_dist.errors import ConfigError
 
-STRATEGIES = ("replicate", "fsdp[=K]", "tensor[=K]", "fsdp=N,tensor=K", "zero3", "dispatch")
 _AXES = ("fsdp", "tensor")
 
 
@@ -20,11 +19,11 @@ class Layout:
     Attributes
     ----------
     strategy
-        `replicate`, `fsdp`, `tensor` (also together with `fsdp`), `zero3` or `dispatch`.
+        Name of the strategy: a key of `models.strategies.table.STRATEGIES`.
     world_size
         Ranks of the launch.
     fsdp
-        Ranks over which each layer's weights are split, to be gathered a layer at a time (`zero3` too).
+        Ranks over which each layer's weights are split, to be gathered a layer at a time.
     tensor
         Ranks over which each layer's columns are split.
     """
@@ -46,28 +45,35 @@ class Layout:
     def num_row_workers(self) -> int:
         return self.world_size // self.tensor
 
+    @property
+    def axes(self) -> str:
+        """The axes as `--sharding` spells them, `fsdp=2,tensor=4`, without those of one rank."""
+        return ",".join(f"{axis}={getattr(self, axis)}" for axis in _AXES if getattr(self, axis) > 1)
 
-def parse_layout(sharding: str, world_size: int) -> Layout:
-    """The layout of `--sharding` over the ranks of a launch.
 
-    An axis without a number takes the ranks that the other leaves.
+def read_axes(sharding: str) -> dict[str, int | None] | None:
+    """`fsdp=2,tensor` → {"fsdp": 2, "tensor": None}; None for a text of another form."""
+    sizes: dict[str, int | None] = {}
+    for part in sharding.split(","):
+        axis, equals, number = part.partition("=")
+        if axis not in _AXES or axis in sizes or (equals and not (number.isdecimal() and int(number) > 0)):
+            return None
+        sizes[axis] = int(number) if equals else None
+    return sizes
+
+
+def axes_layout(strategy: str, sharding: str, world_size: int) -> Layout:
+    """The layout of axes that `read_axes` reads. An axis without a number takes the ranks that the other leaves.
 
     Raises
     ------
     ConfigError
-        An unknown strategy or number, or a product that does not divide the ranks.
+        Both axes lack a number, or their product does not divide the ranks.
     """
-    if sharding == "replicate":
-        return Layout("replicate", world_size)
-    if sharding == "zero3":
-        return Layout("zero3", world_size, fsdp=world_size)
-    if sharding == "dispatch":
-        if world_size != 1:
-            raise ConfigError(
-                f"--sharding dispatch: expected one process, which spreads the model over its devices, got {world_size}"
-            )
-        return Layout("dispatch")
-    given = _axes(sharding)
+    given = read_axes(sharding)
+    assert given is not None
+    if list(given.values()).count(None) > 1:
+        raise ConfigError(f"--sharding {sharding}: expected a number for one of the axes, as in fsdp=2,tensor")
     rest = world_size // prod(size for size in given.values() if size is not None)
     sizes = {axis: rest if size is None else size for axis, size in given.items()}
     ranks = prod(sizes.values())
@@ -77,19 +83,4 @@ def parse_layout(sharding: str, world_size: int) -> Layout:
             f"--sharding {sharding}: expected {factors} = {ranks} ranks a replica to divide the {world_size} "
             "of the launch; change the numbers, or start another number of processes"
         )
-    strategy = "tensor" if "tensor" in sizes else "fsdp"
-    return Layout(strategy, world_size, sizes.get("fsdp", 1), sizes.get("tensor", 1))
-
-
-def _axes(sharding: str) -> dict[str, int | None]:
-    """`fsdp=2,tensor` → {"fsdp": 2, "tensor": None}."""
-    sizes: dict[str, int | None] = {}
-    for part in sharding.split(","):
-        axis, equals, number = part.partition("=")
-        valid = axis in _AXES and axis not in sizes and (not equals or (number.isdecimal() and int(number) > 0))
-        if not valid:
-            raise ConfigError(f"--sharding: expected one of {', '.join(STRATEGIES)}, got {sharding!r}")
-        sizes[axis] = int(number) if equals else None
-    if list(sizes.values()).count(None) > 1:
-        raise ConfigError(f"--sharding {sharding}: expected a number for one of the axes, as in fsdp=2,tensor")
-    return sizes
+    return Layout(strategy, world_size, **sizes)

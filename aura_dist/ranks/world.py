@@ -1,4 +1,4 @@
-"""`World`: where this process stands among all processes of a launch. One frozen value, passed in, never global."""
+"""`World`: the place of this process among all processes of a launch. One frozen value, passed in, never global."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from aura_dist.errors import ConfigError
-from aura_dist.ranks.layout import Layout, parse_layout
+from aura_dist.ranks.layout import Layout
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 20_000
 
@@ -32,7 +32,7 @@ class World:
 
     @property
     def replica(self) -> int:
-        """Index of the replica that this process belongs to."""
+        """Index of this process's replica."""
         return self.global_rank // self.layout.replica_size
 
     @property
@@ -42,12 +42,12 @@ class World:
 
     @property
     def row_worker(self) -> int:
-        """Index of the row worker that this process belongs to."""
+        """Index of this process's row worker."""
         return self.global_rank // self.layout.tensor
 
     @property
     def column_rank(self) -> int:
-        """Rank within the row worker: which of the columns."""
+        """Rank within the row worker: which columns it has."""
         return self.global_rank % self.layout.tensor
 
     @property
@@ -66,10 +66,10 @@ class Place:
 
 
 def place_from_environment(environment: MutableMapping[str, str] | None = None) -> Place:
-    """The place that torchrun's variables give, else those of a Slurm job step, else that of a single process.
+    """The place in torchrun's variables, else in those of a Slurm job step, else that of a single process.
 
-    Under Slurm the variables that torch reads to meet the other ranks are filled in: address and port are taken
-    from the step, unless MASTER_ADDR and MASTER_PORT are set.
+    Under Slurm this also sets the variables that torch reads to meet the other ranks. MASTER_ADDR and MASTER_PORT come
+    from the job step unless they are set.
 
     Raises
     ------
@@ -90,11 +90,6 @@ def place_from_environment(environment: MutableMapping[str, str] | None = None) 
         env.update({name: str(value) for name, value in ranks.items()})
         return place
     return Place()
-
-
-def world_from(place: Place, sharding: str, device: str) -> World:
-    """The world of a process; ConfigError if `sharding` does not fit the number of ranks."""
-    return World(parse_layout(sharding, place.world_size), place.global_rank, place.local_rank, device)
 
 
 def first_host(nodes: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aura_dist.errors import ClusterError, ConfigError, brief
 from aura_dist.ranks.memory import KEEP_FREED_MEMORY, available_cores
 from aura_dist.scoring.slurm_workers import slurm_cluster
+from aura_dist.units import parse_bytes
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -39,12 +40,7 @@ def check_settings(kind: str, memory_limit: str) -> int:
     """The memory limit in bytes; ConfigError as `dask_client` raises it, before any worker is started."""
     if kind not in (*LOCAL_KINDS, "slurm") and not kind.startswith(SCHEMES):
         raise ConfigError(f"--dask: expected one of {', '.join(LOCAL_KINDS)}, slurm, tcp://HOST:PORT, got {kind!r}")
-    from dask.utils import parse_bytes
-
-    try:
-        limit = int(parse_bytes(memory_limit))
-    except ValueError as error:
-        raise ConfigError(f"--memory-limit: expected a size such as 4GB, got {memory_limit!r}") from error
+    limit = parse_bytes(memory_limit, "--memory-limit", "4GB")
     if limit <= 0:
         raise ConfigError(f"--memory-limit: expected a size above 0, got {memory_limit!r}")
     return limit

@@ -33,10 +33,10 @@ from aura_dist.models.load import (
     column_plans,
     load_base,
     load_config,
-    pick_device,
-    sharding_options,
     skeleton,
 )
+from aura_dist.models.strategies.table import sharding_of
+from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.log import configure_rank
 from aura_dist.ranks.signals import StopFlag
@@ -66,7 +66,7 @@ PACKAGES = ("aura_dist", "torch", "transformers", "zarr", "zarrs", "numpy")
 
 def run(config: CollectConfig) -> None:
     """Collect, or go on with a store that was begun; a finished store is left as it is."""
-    with start_team(config.sharding, pick_device(config.device)) as team, StopFlag() as stop:
+    with start_team(sharding_of(config), pick_device(config.device)) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         samples, tokens, identity = load_samples(config)
         spec = make_spec(config, identity, int(samples.num_tokens.max()))
@@ -109,7 +109,7 @@ def collect_tasks(
     """Load the model as the ranks hold it together, and run this rank's share of `tasks` into the store."""
     source = ModelSource(config.model, config.revision, config.dtype)
     begun = time.perf_counter()
-    model = load_base(source, team.world, sharding_options(config), num_layers=1 + max(s.layer for s in spec.sites))
+    model = load_base(source, team.world, sharding_of(config).options, num_layers=1 + max(s.layer for s in spec.sites))
     group = open_group(config.store)
     plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
     run = Run(spec, tokens, plans, team, stop)

@@ -36,7 +36,9 @@ from aura_dist.evaluation.texts import TextFile, measure, read_texts, tokenize_t
 from aura_dist.evaluation.toxicity import groups
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.interventions.use import LoadedModel, load_for_use
-from aura_dist.models.load import ModelSource, pick_device, sharding_options
+from aura_dist.models.load import ModelSource
+from aura_dist.models.strategies.table import sharding_of
+from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.log import configure_rank
 from aura_dist.ranks.signals import StopFlag
@@ -47,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, write `config.out`, and return what was written; other ranks than the first return nothing."""
-    with start_team(config.sharding, pick_device(config.device)) as team, StopFlag() as stop:
+    with start_team(sharding_of(config), pick_device(config.device)) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         how = Decoding(
             config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
@@ -117,7 +119,7 @@ class _Evaluation:
         config, prefix, journal = self.config, None, None
         source = ModelSource(config.model, config.revision, config.dtype)
         with self._timed("load"):
-            loaded = load_for_use(source, self.team.world, config.intervention, sharding_options(config))
+            loaded = load_for_use(source, self.team.world, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:
             prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
         results = _about(config, loaded, inputs.preprompt)

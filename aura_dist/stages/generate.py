@@ -7,7 +7,9 @@ from aura_dist.evaluation.prompts import tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.artifact import method_of
 from aura_dist.interventions.use import load_for_use
-from aura_dist.models.load import ModelSource, pick_device, sharding_options
+from aura_dist.models.load import ModelSource
+from aura_dist.models.strategies.table import sharding_of
+from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.log import configure_rank
 from aura_dist.ranks.team import Team
@@ -15,7 +17,7 @@ from aura_dist.ranks.team import Team
 
 def run(config: GenerateConfig) -> list[dict[str, list[str]]]:
     """Print the continuations of each prompt; returns, per prompt, variant → continuations."""
-    with start_team(config.sharding, pick_device(config.device)) as team:
+    with start_team(sharding_of(config), pick_device(config.device)) as team:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         return _generate(config, team)
 
@@ -24,7 +26,7 @@ def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
     """On every rank alike, as a sharded forward needs them all; rank 0 prints."""
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
     source = ModelSource(config.model, config.revision, config.dtype)
-    loaded = load_for_use(source, team.world, config.intervention, sharding_options(config))
+    loaded = load_for_use(source, team.world, config.intervention, sharding_of(config).options)
     how = Decoding(
         config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
     )

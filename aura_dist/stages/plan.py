@@ -2,35 +2,57 @@
 
 Data flow: rows and their token counts (from the data, or an upper bound) → the model on the meta device → sites,
 weights, a traced forward → `planning/budget.py` → tables, or a refusal that names the largest setting that fits.
+
+`sweep --dry-run` never imports torch, so it asks a process for the figures of its jobs:
+
+    python -m aura_dist.stages.plan JOBS.json ANSWERS.jsonl
+
+JOBS.json is a list of [stage, settings]: of `collect` with the settings of `plan`, or of `evaluate` with `tflops`
+(null: those of a usual rank); both with `world_size`. Every job is answered by a line of JSON as soon as it is planned;
+stdout and stderr are left to what libraries print.
+
+    seconds        of all ranks together
+    gpu            whether these are seconds of a GPU
+    store_bytes    written by a collection
+    left_out       what the figures do not count, in words
+    refused        why it cannot be planned, or does not fit; the figures are there if they are known
 """
 
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from aura_dist.config.verbs import PlanConfig
-from aura_dist.errors import AuraError, BudgetError, ConfigError
-from aura_dist.models.load import DTYPES, ModelSource, load_config
-from aura_dist.planning.estimate import Estimate, estimate
-from aura_dist.planning.schedule import TFLOPS, run_seconds, schedule
-from aura_dist.planning.store_size import store_size
-from aura_dist.planning.text import Report, render
-from aura_dist.planning.units import parse_bytes, show_bytes
-from aura_dist.planning.what_fits import Fit, advice, fit, survey
-from aura_dist.planning.work import Machine, Spread, Tier
-from aura_dist.ranks.layout import parse_layout
-from aura_dist.sites.kinds import KINDS
-from aura_dist.store.schema import tasks_of
+from aura_dist.config.file import merge
+from aura_dist.config.settings import resolve
+from aura_dist.config.verbs import EvaluateConfig, PlanConfig
+from aura_dist.errors import AuraError, BudgetError, ConfigError, brief
+from aura_dist.evaluation.perplexity import tokens_at_once
+from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
+from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
+from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.texts import read_texts, tokenize_texts
+from aura_dist.interventions.use import LoadedModel
+from aura_dist.models.load import ModelSource, load_config, skeleton
+from aura_dist.models.strategies.strategy import Spread
+from aura_dist.models.strategies.table import sharding_of
+from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
+from aura_dist.planning.seconds import EvaluationPlan, Step, continuing, reading
+from aura_dist.planning.text import Report, refusal, render
+from aura_dist.planning.work import Machine
+from aura_dist.ranks.device import wants_gpu
+from aura_dist.store.grid import make_batches
 from aura_dist.text.labels import check_texts, parse_labels
 from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
 from aura_dist.text.table import read_table
 from aura_dist.text.tokens import load_tokenizer, tokenize
+from aura_dist.units import parse_bytes
 
 MAX_RANKS_PER_HOST = 8
 
@@ -46,16 +68,17 @@ class Rows:
 
 def run(config: PlanConfig) -> None:
     """Print the plan; BudgetError if it does not fit."""
-    report, refusal = make_plan(config)
+    report, refused = make_plan(config)
     print(json.dumps(asdict(report), indent=2) if config.json else render(report))
     sys.stdout.flush()
-    if refusal:
-        raise BudgetError(refusal)
+    if refused:
+        raise BudgetError(refused)
 
 
 def make_plan(config: PlanConfig) -> tuple[Report, str]:
     """All figures, and why they do not fit: one line, empty if they do."""
-    spread, machine = make_spread(config), make_machine(config)
+    sharding, machine = sharding_of(config), make_machine(config)
+    spread = Spread(sharding.layout(config.world_size), sharding.options)
     source = ModelSource(config.model, config.revision, config.dtype)
     model_config = load_config(source)
     rows = find_rows(config, model_config)
@@ -72,51 +95,22 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
         tensor_ranks=spread.layout.tensor,
         plan_file=config.tensor_plan,
     )
-    report, wanted = make_report(config, found, rows, spread, machine)
-    fits = wanted.tokens_per_batch == config.tokens_per_batch
-    return report, "" if fits else _refusal(config, wanted, machine, report.advice)
+    report = collection_report(
+        config.model, config.dtype, found, rows.num_tokens, rows.origin, spread, machine, config.tflops
+    )
+    return report, refusal(report, config.device_memory, config.host_memory)
 
 
 def make_machine(config: PlanConfig) -> Machine:
-    """Where the ranks would run: a GPU where its memory is given, it is asked for, or there is one."""
+    """Where the ranks would run: on a GPU if `--device` means one or its memory is given."""
     device = None if config.device_memory is None else parse_bytes(config.device_memory, "--device-memory")
     host = None if config.host_memory is None else parse_bytes(config.host_memory, "--host-memory")
     if config.device == "cpu" and device is not None:
         raise ConfigError("--device-memory: expected with a GPU, got --device cpu; use --host-memory")
-    gpu = config.device == "cuda" or device is not None or (config.device == "auto" and torch.cuda.is_available())
     ranks = config.ranks_per_host or min(config.world_size, MAX_RANKS_PER_HOST)
     if ranks > config.world_size:
         raise ConfigError(f"--ranks-per-host: expected at most --world-size {config.world_size}, got {ranks}")
-    return Machine(gpu, device, host, ranks)
-
-
-def make_spread(config: PlanConfig) -> Spread:
-    """How the weights would be spread."""
-    layout = parse_layout(config.sharding, config.world_size)
-    offload = config.offload.partition(":")
-    if offload[0] not in ("none", "cpu", "nvme") or (offload[0] == "nvme") != bool(offload[2]):
-        raise ConfigError(f"--offload: expected none, cpu or nvme:PATH, got {config.offload!r}")
-    for name, given, strategy in (
-        ("--offload", config.offload != "none", "zero3"),
-        ("--max-memory", bool(config.max_memory), "dispatch"),
-    ):
-        if given and layout.strategy != strategy:
-            raise ConfigError(f"{name}: expected with --sharding {strategy}, got --sharding {config.sharding}")
-    return Spread(layout, offload[0], tuple(_tiers(config.max_memory)))
-
-
-def _tiers(max_memory: list[str]) -> list[Tier]:
-    """`0=70GiB cpu=200GiB` → tiers in the order in which they are filled; what is left goes to the disk."""
-    sizes: dict[str, int] = {}
-    for entry in max_memory:
-        name, equals, size = entry.partition("=")
-        if not equals or not (name == "cpu" or name.isdecimal()) or name in sizes:
-            raise ConfigError(f"--max-memory: expected values such as 0=70GiB cpu=200GiB, each once, got {entry!r}")
-        sizes[name] = parse_bytes(size, "--max-memory")
-    if not sizes:
-        return []
-    order = sorted(sizes, key=lambda name: (name == "cpu", int(name) if name.isdecimal() else 0))
-    return [*(Tier(name, sizes[name]) for name in order), Tier("disk", None)]
+    return Machine(device is not None or wants_gpu(config.device), device, host, ranks)
 
 
 def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> Rows:
@@ -169,62 +163,84 @@ def _sampled(config: PlanConfig) -> NDArray[np.int32]:
     return np.sort(lengths[kept[sample_rows(labels[kept, 0], lengths[kept], how)]])
 
 
-def make_report(
-    config: PlanConfig, found: Estimate, rows: Rows, spread: Spread, machine: Machine
-) -> tuple[Report, Fit]:
-    """All figures, and how the wanted setting fits."""
-    work, num_tokens = found.work, rows.num_tokens
-    wanted = fit(work, spread, machine)
-    others = survey(work, config.world_size, machine, splits=found.splits)
-    batches = schedule(num_tokens.tolist(), work.rows_chunk, config.tokens_per_batch, work.forward)
-    tflops = config.tflops or TFLOPS["cuda" if machine.gpu else "cpu", DTYPES[config.dtype].itemsize]
-    compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops)
-    by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in KINDS}
-    widths = [s.width for s in found.sites]
-    report = Report(
-        model=f"{config.model} ({found.table.model_class}, {config.dtype})",
-        kinds={kind: (len(w), sum(w)) for kind, w in by_kind.items()},
-        captured=(len(widths), sum(widths)),
-        uncaptured=len(found.table.experts),
-        rows=rows.origin,
-        store=store_size(len(num_tokens), work.rows_chunk, widths, found.precisions),
-        rows_chunk=work.rows_chunk,
-        columns_chunk=tuple(sorted({c for _, c in work.neurons})),
-        num_tasks=len(tasks_of(num_tokens, config.tokens_per_batch)),
-        batches=batches,
-        longest=work.longest,
-        tokens_per_batch=config.tokens_per_batch,
-        layers=len(work.weights.layers),
-        weights_bytes=work.weights.total_bytes,
-        sharding=spread.name,
-        world_size=config.world_size,
-        num_replicas=spread.layout.num_replicas,
-        memory=wanted.memory,
-        device_bytes=wanted.memory.device_bytes,
-        anonymous_bytes=wanted.memory.anonymous_bytes,
-        host_bytes=wanted.memory.host_bytes(machine.ranks_per_host),
-        machine=machine,
-        tflops=tflops,
-        compute_seconds=compute,
-        stream_seconds=stream,
-        fits=tuple(
-            (f.spread.name, f.memory.device_bytes, f.memory.host_bytes(machine.ranks_per_host), f.tokens_per_batch)
-            for f in others
-        ),
-        advice="" if wanted.tokens_per_batch == config.tokens_per_batch else advice(work, spread, machine, others),
+def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:
+    """What `evaluate` would take at `tflops` a rank, by default those of a usual one.
+
+    Raises
+    ------
+    AuraError
+        Inputs cannot be read, or the model's forward cannot be traced without its weights.
+    """
+    source = ModelSource(config.model, config.revision, config.dtype)
+    readers = sharding_of(config).layout(world_size).num_row_workers
+    tokenizer = load_tokenizer(source.name, source.revision)
+    loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
+    prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
+    # how often each is run, and what: ranks share the continuations, and each replica reads all texts
+    shares = [(readers, [*_text_steps(config, loaded, prefix)]), (1, [*_prompt_steps(config, loaded, prefix)])]
+    left_out = ["zero-shot tasks"] if config.tasks else []
+    gpu = wants_gpu(config.device)
+    return estimate_evaluation(loaded.model, config.dtype, shares, tflops, gpu=gpu, left_out=left_out)
+
+
+def _text_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | None) -> Iterator[Step]:
+    if not config.perplexity_texts:
+        return
+    file = read_texts(config.perplexity_texts, config.text_column, config.perplexity_labels)
+    lengths = sorted(tokenize_texts(file, loaded, prefix, config.max_tokens).num_tokens.tolist())
+    limit = tokens_at_once(loaded.model, config.tokens_per_batch)
+    batches = make_batches(lengths, slice(0, len(lengths)), limit)
+    yield from reading([(b.stop - b.start, lengths[b.stop - 1]) for b in batches])
+
+
+def _prompt_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | None) -> Iterator[Step]:
+    if not config.toxicity_prompts:
+        return
+    how = Decoding(config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    texts = read_prompts(config.toxicity_prompts, config.prompt_column, config.prompt_toxicity_column).texts
+    prompts = tokenize_prompts(texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix)
+    pairs = [(prompt, sample) for prompt in range(len(texts)) for sample in range(how.num_samples)]
+    batches = prompts.batches(pairs, config.continuations_per_batch)
+    yield from continuing(
+        ((len({p for p, _ in batch}), len(batch), len(prompts.ids[batch[0][0]])) for batch in batches),
+        how.max_new_tokens,
     )
-    return report, wanted
 
 
-def _refusal(config: PlanConfig, wanted: Fit, machine: Machine, instead: str) -> str:
-    """One line: what does not fit into what, and what would."""
-    memory = wanted.memory
-    if machine.device_bytes is not None and memory.device_bytes > machine.device_bytes:
-        what = f"--device-memory {config.device_memory}: expected room for {show_bytes(memory.device_bytes)} a rank"
-        parts = memory.device
-    else:
-        needed = memory.host_bytes(machine.ranks_per_host)
-        what = f"--host-memory {config.host_memory}: expected room for {show_bytes(needed)} on a machine"
-        parts = {**memory.host, "mapped weights": memory.mapped}
-    most = ", ".join(f"{name} {show_bytes(size)}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:2])
-    return f"{what} under --sharding {wanted.spread.name} ({most}); {instead}"
+def answer(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of one job."""
+    try:
+        return (_collection if stage == "collect" else _evaluation)(settings)
+    except AuraError as error:
+        return {"refused": " ".join(str(error).split())}
+    except Exception as error:  # a fault of ours or of a model's code must not keep the other jobs from an answer
+        return {"refused": f"{type(error).__name__}: {brief(error)}"}
+
+
+def _collection(settings: Mapping[str, Any]) -> dict[str, Any]:
+    config = resolve(PlanConfig, merge("plan", dict(settings), {}))
+    report, refused = make_plan(config)
+    return {
+        "seconds": config.world_size * (report.compute_seconds + report.stream_seconds),
+        "gpu": report.machine.gpu,
+        "store_bytes": int(report.store.compressed_bytes),
+        "refused": refused,
+    }
+
+
+def _evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: value for name, value in settings.items() if name not in ("tflops", "world_size")}
+    config = resolve(EvaluateConfig, {**own, "out": "none.json"})
+    found = plan_evaluation(config, settings.get("tflops"), settings.get("world_size", 1))
+    return {"seconds": found.seconds, "gpu": found.gpu, "left_out": found.left_out}
+
+
+def main(asked: str, answers: str) -> None:
+    """Answer the file `asked` into the file `answers`."""
+    with open(answers, "w", encoding="utf-8") as file:
+        for stage, settings in json.loads(Path(asked).read_text(encoding="utf-8")):
+            print(json.dumps(answer(stage, settings)), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

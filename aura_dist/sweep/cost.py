@@ -137,7 +137,7 @@ def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subproces
     with TemporaryDirectory() as directory:
         asked, answers = Path(directory, "jobs.json"), Path(directory, "answers.jsonl")
         asked.write_text(f"[{','.join(questions)}]", encoding="utf-8")
-        command = [sys.executable, "-m", "aura_dist.stages.plan_jobs", str(asked), str(answers)]
+        command = [sys.executable, "-m", "aura_dist.stages.plan", str(asked), str(answers)]
         ended = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="backslashreplace", check=False
         )  # no terminal, so that a library cannot wait for a person's answer
@@ -146,7 +146,7 @@ def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subproces
 
 
 def _cost(answer: Mapping[str, Any]) -> Cost:
-    """The cost in an answer of `aura_dist.stages.plan_jobs`."""
+    """The cost in an answer of `aura_dist.stages.plan`."""
     hours = {"gpu_hours" if answer.get("gpu") else "cpu_hours": answer.get("seconds", 0.0) / _SECONDS_AN_HOUR}
     size, reason, left_out = answer.get("store_bytes", 0), answer.get("refused", ""), answer.get("left_out", "")
     return Cost(**hours, store_bytes=size, reason=reason, left_out=left_out)

@@ -18,6 +18,7 @@ import torch
 from aura_dist.collecting.stream import Run, stream
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.models.load import DTYPES, ModelSource, column_plans, load_base
+from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.memory import keep_freed_memory
 from aura_dist.ranks.signals import StopFlag
@@ -50,7 +51,7 @@ def bare(model, spec: StoreSpec, tokens: TokenizedTexts) -> float:
 def collect(model, spec: StoreSpec, samples, tokens: TokenizedTexts, path: str) -> float:
     create_store(path, spec, samples, {})
     group = open_group(path)
-    with start_team("replicate", "cpu") as team:
+    with start_team(parse_sharding("replicate"), "cpu") as team:
         plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
         run = Run(spec, tokens, plans, team, StopFlag())
         start = time.perf_counter()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from aura_dist.evaluation.noise import prompt_keys, sample_key
 from aura_dist.evaluation.sampling import Decoding, noisy_candidates
+from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.launch import start_team
 
 NEAR = 1e-4
@@ -67,7 +68,7 @@ def assert_same_but_for_ties(
 
 def agree(arguments: Sequence[str]) -> int:
     """Every rank of a launch runs this: the ranks of a row worker go on with the ids of its first."""
-    with start_team(arguments[0], "cpu") as team:
+    with start_team(parse_sharding(arguments[0]), "cpu") as team:
         own = torch.tensor([team.world.global_rank, 7])
         first = team.world.global_rank - team.world.column_rank
         assert team.agreed(own).tolist() == [first, 7]

@@ -11,7 +11,8 @@ import torch
 
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.hooks import intervene
-from aura_dist.models.load import ModelSource, ShardingOptions, load_causal, load_config, skeleton
+from aura_dist.models.load import ModelSource, load_causal, load_config, skeleton
+from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.launch import start_team
 from aura_dist.sites.find import find_sites
 
@@ -33,8 +34,9 @@ def random_map(model: str) -> Intervention:
 def logits_and_greedy(model: str, maps: Mapping[str, str], sharding: str, options: Mapping[str, Any]) -> Seen:
     """Map → [T, V] logits of the prompt under it, and the tokens that greedy decoding adds."""
     seen: Seen = {}
-    with start_team(sharding, "cpu") as team:
-        loaded = load_causal(ModelSource(model, None, "float32"), team.world, ShardingOptions(**options))
+    spread = parse_sharding(sharding, options)
+    with start_team(spread, "cpu") as team:
+        loaded = load_causal(ModelSource(model, None, "float32"), team.world, spread.options)
         if "max_memory" in options:
             places = {place for module, place in loaded.hf_device_map.items() if module[-1].isdecimal()}
             assert places == {"cpu", "disk"}, f"some layers lie in memory and some on disk: {loaded.hf_device_map}"

@@ -87,7 +87,7 @@ def test_logits_equal_those_of_one_process(launch, alone, maps, tiny_dir, tmp_pa
 def partly_on_disk(model: Path, folder: Path) -> dict[str, Any]:
     """Options of `dispatch` under which some of a tiny model's layers lie in memory and some on disk."""
     memory = int(0.8 * (model / "model.safetensors").stat().st_size)
-    return {"max_memory": {"cpu": f"{memory // 1000}KB"}, "offload_folder": str(folder)}
+    return {"max_memory": [f"cpu={memory // 1000}KB"], "offload_folder": str(folder)}
 
 
 @pytest.mark.parametrize("name", MODELS)

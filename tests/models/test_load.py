@@ -15,9 +15,9 @@ from aura_dist.models.load import (
     load_base,
     load_causal,
     load_config,
-    pick_device,
     skeleton,
 )
+from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name
 from tests.models import TINY_CONFIGS, VOCAB, tiny_causal
@@ -175,7 +175,7 @@ def test_ids_beyond_the_vocabulary_are_errors():
 
 
 def test_absent_gpu_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(ModelError, match="expected a GPU"):
         pick_device("cuda")
     assert pick_device("auto") == pick_device("cpu") == "cpu"

@@ -8,25 +8,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aura_dist.errors import ConfigError
+from aura_dist.models.strategies.dispatch import Tier, place
+from aura_dist.models.strategies.strategy import Spread, WeightSizes
+from aura_dist.models.strategies.table import title
 from aura_dist.planning.budget import (
     CUDA_DEVICE_BYTES,
     NUM_BUFFERS,
+    advice,
+    over_more,
     owned_neurons,
-    place,
     rank_memory,
+    spreads,
+    survey,
+    what_fits,
 )
-from aura_dist.planning.schedule import run_seconds, schedule
-from aura_dist.planning.store_size import COMPRESSED, store_size
-from aura_dist.planning.units import parse_bytes, show_bytes
-from aura_dist.planning.what_fits import advice, fit, ranks_needed, spreads, survey
-from aura_dist.planning.work import ForwardCost, Machine, Spread, Tier, WeightSizes, Work
+from aura_dist.planning.seconds import run_seconds, schedule
+from aura_dist.planning.work import COMPRESSED, ForwardCost, Machine, Work, store_size
 from aura_dist.ranks.layout import Layout
 from aura_dist.store import writer
+from aura_dist.units import parse_bytes, show_bytes
 
 GPU = Machine(gpu=True)
 # a layer of 1 GB, a tenth of it kept whole under tensor parallelism; embeddings of 2 GB
 WORK = Work(
-    weights=WeightSizes(((100_000_000, 900_000_000),) * 10, (2_000_000_000, 0), 2_000_000_000),
+    weights=WeightSizes(((100_000_000, 900_000_000),) * 10, (2_000_000_000, 0)),
     forward=ForwardCost(1e6, 0, 0, 1e5, 2e9, 1e5),
     neurons=((4096, 256), (1024, 64)) * 10,
     stored_bytes=4,
@@ -38,8 +43,8 @@ WORK = Work(
 )
 
 
-def memory(layout, machine=GPU, work=WORK, offload="none", tiers=()):
-    return rank_memory(work, Spread(layout, offload, tiers), machine)
+def memory(layout, machine=GPU, work=WORK, **options):
+    return rank_memory(work, Spread(layout, options), machine)
 
 
 def test_number_of_buffers_is_the_writers():
@@ -107,11 +112,10 @@ def test_blocks_fill_the_tiers_in_order(blocks, limits):
 
 
 def test_dispatch_keeps_room_for_the_layer_that_is_brought_in():
-    tiers = (Tier("0", 8_000_000_000), Tier("cpu", 3_000_000_000), Tier("disk", None))
-    held = memory(Layout("dispatch"), tiers=tiers)
+    held = memory(Layout("dispatch"), max_memory={"cpu": 3_000_000_000, 0: 8_000_000_000})
     assert (held.device["weights"], held.device["gathered weights"]) == (6_000_000_000, 2_000_000_000)
     assert (held.host["offloaded weights"], held.disk, held.streamed) == (3_000_000_000, 3_000_000_000, 6_000_000_000)
-    held = memory(Layout("dispatch"), tiers=(Tier("0", 12_000_000_000), Tier("disk", None)))
+    held = memory(Layout("dispatch"), max_memory={0: 12_000_000_000})
     assert (held.device["weights"], held.device["gathered weights"], held.streamed) == (12_000_000_000, 0, 0)
 
 
@@ -119,7 +123,7 @@ def test_dispatch_keeps_room_for_the_layer_that_is_brought_in():
 def test_dispatch_stays_within_its_machine(device, host):
     """Where what must be there fits at all, the default tiers fill what is left and no more."""
     machine = Machine(True, device, host)
-    assert fit(WORK, Spread(Layout("dispatch")), machine).tokens_per_batch or device < 5e9 or host < 3e9
+    assert what_fits(WORK, Spread(Layout("dispatch")), machine).tokens_per_batch or device < 5e9 or host < 3e9
 
 
 @given(
@@ -136,7 +140,7 @@ def test_memory_never_falls_as_batches_grow(layout, tokens, more):
 def test_largest_batch_fits_and_the_next_does_not(strategy, device):
     spread = Spread(Layout(strategy, 4, fsdp=1 if strategy == "replicate" else 4))
     machine = Machine(True, device)
-    found = fit(WORK, spread, machine)
+    found = what_fits(WORK, spread, machine)
     fits = [rank_memory(WORK.with_batch(t), spread, machine).fits(machine) for t in (128, 4096)]
     assert (found.tokens_per_batch is not None, found.tokens_per_batch == 4096) == (fits[0], fits[1])
     if found.tokens_per_batch not in (None, 4096):
@@ -146,11 +150,11 @@ def test_largest_batch_fits_and_the_next_does_not(strategy, device):
 
 
 def test_spreads_are_named_as_flags():
-    assert [s.name for s in spreads(12, gpu=True, splits=True)] == [
+    assert [title(s) for s in spreads(12, gpu=True, splits=True)] == [
         "replicate", "fsdp=2", "tensor=2", "fsdp=4", "tensor=4", "fsdp=12", "tensor=12", "zero3", "zero3 --offload cpu",
     ]  # fmt: skip
-    assert [s.name for s in spreads(1, gpu=False, splits=True)] == ["replicate", "zero3", "dispatch"]
-    assert Spread(Layout("tensor", 8, fsdp=2, tensor=4)).name == "fsdp=2,tensor=4"
+    assert [title(s) for s in spreads(1, gpu=False, splits=True)] == ["replicate", "zero3", "dispatch"]
+    assert title(Spread(Layout("tensor", 8, fsdp=2, tensor=4))) == "fsdp=2,tensor=4"
 
 
 @pytest.mark.parametrize(
@@ -171,8 +175,8 @@ def test_advice_names_the_largest_setting_that_fits(world_size, strategy, device
 def test_ranks_needed_are_the_fewest():
     host = 12_000_000_000 + 3_000_000_000  # a GPU that holds what is gathered and a share of 1.5 GB: eight ranks
     machine = Machine(True, 4_000_000_000 + CUDA_DEVICE_BYTES + 1_700_000_000, host)
-    assert ranks_needed(WORK, machine, 1) == 8
-    assert ranks_needed(WORK, Machine(True, 1_000_000_000), 1) is None
+    assert over_more(WORK, machine, 1) == Spread(Layout("fsdp", 8, fsdp=8))
+    assert over_more(WORK, Machine(True, 1_000_000_000), 1) is None
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200).map(sorted), st.integers(1, 600))
@@ -204,13 +208,23 @@ def test_store_size_is_that_of_its_arrays():
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("80GB", 80 * 10**9), ("24 GiB", 24 * 2**30), ("1.5tb", 1_500_000_000_000), ("1000", 1000), ("2k", 2000)],
+    [
+        ("80GB", 80 * 10**9),
+        ("24 GiB", 24 * 2**30),
+        ("1.5tb", 1_500_000_000_000),
+        ("1000", 1000),
+        ("2k", 2000),
+        ("1e9", 10**9),
+        (".5 GB", 5 * 10**8),
+        ("1e3 KiB", 1024 * 1000),
+        ("+1.B", 1),
+    ],
 )
 def test_sizes_are_read(text, size):
     assert parse_bytes(text, "--x") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 iB", "10 giga", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 iB", "10 giga", "e9", "1 GBB"])
 def test_other_sizes_are_errors(text):
     with pytest.raises(ConfigError, match="--x: expected a size such as 80GB or 24GiB"):
         parse_bytes(text, "--x")

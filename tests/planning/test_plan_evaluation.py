@@ -16,11 +16,10 @@ from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.texts import read_texts, tokenize_texts
 from aura_dist.interventions.use import LoadedModel
 from aura_dist.models.load import ModelSource, load_causal
-from aura_dist.planning.evaluation_work import LanguageModelCost, Step, continuing
+from aura_dist.planning.seconds import LanguageModelCost, Step, continuing
 from aura_dist.planning.work import ForwardCost
 from aura_dist.ranks.world import World
-from aura_dist.stages.plan_evaluation import make_plan
-from aura_dist.stages.plan_jobs import answer
+from aura_dist.stages.plan import answer, plan_evaluation
 from aura_dist.text.tokens import load_tokenizer
 
 PREPROMPT = "Be kind."
@@ -55,7 +54,7 @@ def test_operations_are_those_of_the_real_forwards(name, tiny_dir, inputs):
         tokens = tokenize_texts(file, loaded, prefix, config.max_tokens)
         negative_log_likelihoods(model, tokens, config.tokens_per_batch, num_context=prefix.num_context)
         continue_alike(loaded, tokenize_prompts(prompts, tokenizer, model.config, how, prefix=prefix), how)
-    assert make_plan(config).flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert plan_evaluation(config).flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 def test_a_forward_takes_as_long_as_its_operations_or_as_reading_the_weights():
@@ -77,7 +76,9 @@ def test_seconds_follow_the_stated_rate_and_say_what_they_are_of(tiny_dir, input
     assert found[0]["seconds"] == pytest.approx(2 * found[1]["seconds"], rel=1e-6)
     assert [f["gpu"] for f in found] == [False, True]
     assert found[0]["left_out"] == "zero-shot tasks"
-    assert found[0]["seconds"] == pytest.approx(make_plan(resolve(EvaluateConfig, settings)).flops / 1e3, rel=1e-6)
+    assert found[0]["seconds"] == pytest.approx(
+        plan_evaluation(resolve(EvaluateConfig, settings)).flops / 1e3, rel=1e-6
+    )
 
 
 def test_collections_are_answered_as_plan_prints_them(tiny_dir, sentences_csv, capsys):
@@ -100,7 +101,7 @@ def test_job_that_cannot_be_planned_is_answered_with_the_reason(stage, monkeypat
     missing = {"model": "none/such", "perplexity_texts": "texts.csv"}
     missing |= {"data": "data.csv", "concepts": ["toxic"]} if stage == "collect" else {}
     assert answer(stage, missing)["refused"].startswith("--model 'none/such'")
-    monkeypatch.setattr("aura_dist.stages.plan_jobs.resolve", lambda *a: 1 / 0)
+    monkeypatch.setattr("aura_dist.stages.plan.resolve", lambda *a: 1 / 0)
     assert answer(stage, missing) == {"refused": "ZeroDivisionError: division by zero"}
 
 
@@ -109,9 +110,9 @@ def test_every_replica_reads_all_texts(tiny_dir, inputs, sharding, readers):
     settings = {"model": str(tiny_dir("llama")), "out": "none.json"}
     texts = {**settings, "perplexity_texts": inputs["perplexity_texts"]}
     alone, shared = (
-        make_plan(resolve(EvaluateConfig, {**found, "sharding": sharding}), 1e-9, world_size).seconds
+        plan_evaluation(resolve(EvaluateConfig, {**found, "sharding": sharding}), 1e-9, world_size).seconds
         for found, world_size in ((texts, 1 if sharding == "replicate" else 2), (texts, 4))
     )
     assert shared == pytest.approx(readers * alone, rel=1e-9)
     prompts = resolve(EvaluateConfig, {**settings, "toxicity_prompts": inputs["toxicity_prompts"]})
-    assert make_plan(prompts, 1e-9, 4) == make_plan(prompts, 1e-9, 1)
+    assert plan_evaluation(prompts, 1e-9, 4) == plan_evaluation(prompts, 1e-9, 1)

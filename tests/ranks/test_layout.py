@@ -5,53 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aura_dist.errors import ConfigError
-from aura_dist.ranks.layout import Layout, parse_layout
+from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.world import World
 from aura_dist.sites.ownership import plan_columns, split_columns, whole_site
 from aura_dist.store.grid import columns_per_chunk
 
 
-@pytest.mark.parametrize(
-    ("sharding", "size", "expected"),
-    [
-        ("replicate", 3, Layout("replicate", 3)),
-        ("fsdp", 4, Layout("fsdp", 4, fsdp=4)),
-        ("fsdp=2", 4, Layout("fsdp", 4, fsdp=2)),
-        ("tensor", 4, Layout("tensor", 4, tensor=4)),
-        ("fsdp=2,tensor=2", 4, Layout("tensor", 4, fsdp=2, tensor=2)),
-        ("fsdp,tensor=2", 8, Layout("tensor", 8, fsdp=4, tensor=2)),
-        ("fsdp=2,tensor", 8, Layout("tensor", 8, fsdp=2, tensor=4)),
-        ("zero3", 2, Layout("zero3", 2, fsdp=2)),
-        ("dispatch", 1, Layout("dispatch")),
-    ],
-)
-def test_layouts(sharding, size, expected):
-    assert parse_layout(sharding, size) == expected
-
-
-@pytest.mark.parametrize(
-    ("sharding", "size", "message"),
-    [
-        ("fsdp=3", 4, "fsdp 3 = 3 ranks a replica to divide the 4"),
-        ("fsdp=2,tensor=4", 12, "fsdp 2 × tensor 4 = 8 ranks a replica to divide the 12"),
-        ("fsdp,tensor=8", 4, "fsdp 0 × tensor 8 = 0"),
-        ("dispatch", 2, "expected one process"),
-        ("fsdp,tensor", 4, "a number for one of the axes"),
-        ("fsdp=0", 1, "expected one of replicate"),
-        ("fsdp=", 1, "expected one of replicate"),
-        ("fsdp=2,fsdp=2", 4, "expected one of replicate"),
-        ("fsdp=²", 2, "expected one of replicate"),
-        ("", 1, "expected one of replicate"),
-    ],
-)
-def test_impossible_layouts_name_the_factors(sharding, size, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_layout(sharding, size)
-
-
 def test_places_of_a_two_dimensional_launch():
-    layout = parse_layout("fsdp=2,tensor=3", 12)
+    layout = Layout("tensor", 12, fsdp=2, tensor=3)
     places = [World(layout, rank) for rank in range(12)]
     assert [w.replica for w in places] == [0] * 6 + [1] * 6
     assert [w.rank for w in places] == [0, 1, 2, 3, 4, 5] * 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aura_dist.errors import StoreError
-from aura_dist.planning.store_size import store_size
+from aura_dist.planning.work import store_size
 from aura_dist.store import grid as partition
 from aura_dist.store.access import get_array, open_group
 from aura_dist.store.record import check_same

@@ -1,30 +1,88 @@
 """DeepSpeed ZeRO 3: weights split over all ranks, and on request kept in host memory or on NVMe between uses."""
 
 import fcntl
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ConfigError, ModelError, brief
+from aura_dist.models.strategies.strategy import Checkpoint, Held, Options, Room, Spread, Strategy, WeightSizes
+from aura_dist.ranks.device import accelerator, backend_of
+from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.paths import extensions_dir
+from aura_dist.ranks.world import World
 
-# of the parameters' elements: how far ahead a layer is fetched; small, so that two layers at most are whole
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# elements of parameters that are fetched ahead: so few that at most two layers are whole at once
 _PREFETCH_ELEMENTS = 5_000_000
 
 
-def zero_settings(dtype: torch.dtype, offload: str) -> dict[str, Any]:
-    """DeepSpeed's configuration for a forward without gradients.
+class Zero3(Strategy):
+    name = "zero3"
+    spellings = ("zero3",)
+    summary = "weights split over all ranks, and kept in host memory or on NVMe with --offload"
+    options = ("offload",)
 
-    Parameters
-    ----------
-    dtype
-        Dtype of the weights.
-    offload
-        `none`, `cpu`, or `nvme:PATH`.
-    """
+    def parse(self, given: Options) -> Options:
+        offload = given.get("offload", "none")
+        if offload not in ("none", "cpu") and not re.fullmatch("nvme:.+", offload):
+            raise ConfigError(f"--offload: expected none, cpu or nvme:PATH, got {offload!r}")
+        return given
+
+    def layout(self, sharding: str, world_size: int) -> Layout:
+        return Layout(self.name, world_size, fsdp=world_size)
+
+    def collective(self, layout: Layout) -> bool:
+        return True  # DeepSpeed's engine asks for a process group of one rank too
+
+    def load(self, checkpoint: Checkpoint, world: World, options: Options) -> "PreTrainedModel":
+        """As the other strategies; ModelError if DeepSpeed's compiled part cannot be built."""
+        settings = zero_settings(checkpoint.dtype, options.get("offload", "none"))
+        prepare_extensions()
+        import deepspeed
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        deepspeed.utils.logger.setLevel("WARNING")
+        deepspeed.init_distributed(dist_backend=backend_of(accelerator() or "cpu"))
+        switch = HfDeepSpeedConfig(settings)  # `read` splits each layer as it is made, as long as this lives
+        try:
+            model = checkpoint.read()
+            engine, *_ = deepspeed.initialize(model=model, config=settings)
+        finally:
+            del switch
+        # lives as long as the model; in a tuple, because torch would take it for a child
+        model._zero3_engine = (engine,)
+        return model
+
+    def held(self, weights: WeightSizes, spread: Spread, room: Room) -> Held:
+        held, offload = weights.gathered_by_layer(spread.layout), _place(spread)
+        if offload == "none":
+            return held
+        return Held(0, held.gathered, {"cpu" if offload == "cpu" else "disk": held.placed})
+
+    def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
+        layout = self.layout(self.name, world_size)
+        yield Spread(layout)
+        if gpu:
+            yield Spread(layout, {"offload": "cpu"})
+
+    def title(self, spread: Spread) -> str:
+        return self.name + (f" --offload {_place(spread)}" if _place(spread) != "none" else "")
+
+
+def _place(spread: Spread) -> str:
+    """Where the rank's share is kept: `none` (on its device), `cpu` or `nvme`."""
+    return str(spread.options.get("offload", "none")).partition(":")[0]
+
+
+def zero_settings(dtype: "torch.dtype", offload: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for a forward without gradients; ConfigError if `--offload` names no directory."""
+    import torch
+
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -34,8 +92,10 @@ def zero_settings(dtype: torch.dtype, offload: str) -> dict[str, Any]:
     }
     if offload != "none":
         device, _, path = offload.partition(":")
-        zero["offload_param"] = {"device": device, "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": device, "pin_memory": accelerator() is not None}
         if path:
+            if not Path(path).is_dir():
+                raise ConfigError(f"--offload: expected none, cpu or nvme:PATH with a directory, got {offload!r}")
             zero["offload_param"]["nvme_path"] = path
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -45,68 +105,24 @@ def zero_settings(dtype: torch.dtype, offload: str) -> dict[str, Any]:
     }
 
 
-def check_offload(offload: str) -> None:
-    """ConfigError unless `offload` is `none`, `cpu` or `nvme:PATH` with a directory."""
-    device, colon, path = offload.partition(":")
-    if offload in ("none", "cpu"):
-        return
-    if device != "nvme" or not colon or not Path(path).is_dir():
-        raise ConfigError(f"--offload: expected none, cpu or nvme:PATH with a directory, got {offload!r}")
-
-
-def load_zero3(load: Callable[[], PreTrainedModel], dtype: torch.dtype, offload: str) -> PreTrainedModel:
-    """Load a model with its weights split over all ranks of the process group.
-
-    Parameters
-    ----------
-    load
-        Calls `from_pretrained`; each layer is split as it is made.
-    dtype, offload
-        See `zero_settings`.
-
-    Raises
-    ------
-    ModelError
-        DeepSpeed is not there, or its compiled part cannot be built.
-    """
-    prepare_extensions()
-    settings = zero_settings(dtype, offload)
-    import deepspeed
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(dist_backend="gloo" if not torch.cuda.is_available() else "nccl")
-    switch = HfDeepSpeedConfig(settings)  # from_pretrained splits the weights as long as this lives
-    try:
-        model = load()
-        engine, *_ = deepspeed.initialize(model=model, config=settings)
-    finally:
-        del switch
-    model._zero3_engine = (engine,)  # must live as long; in a tuple, as a module of the model would be its own child
-    return model
-
-
 def prepare_extensions() -> None:
     """Build what DeepSpeed compiles on a CPU (its shared-memory collectives), once, into this environment.
 
-    It takes minutes the first time, so the set-up scripts call this. One process builds at a time. A build that was
-    killed leaves a lock file on which torch would wait for ever.
+    The first build takes minutes, so the set-up scripts call this. One process builds at a time.
 
     Raises
     ------
     ModelError
-        There is such a lock, or the build fails.
+        A build that was killed left its lock file, on which torch would wait for ever; or the build fails.
     """
     directory = extensions_dir()
-    if torch.cuda.is_available():
+    if accelerator() is not None:
         return
     with (directory / "aura_dist.lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         stale = next(directory.glob("*/lock"), None)
         if stale is not None:
-            raise ModelError(
-                f"a build of DeepSpeed's was cut off: delete {str(stale)!r} and run the same command again"
-            )
+            raise ModelError(f"a build of DeepSpeed was cut off: delete {str(stale)!r} and run the same command again")
         try:
             from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

@@ -6,14 +6,14 @@ from aura_dist.errors import ConfigError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(I?)B?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\+?((?:\d+\.?\d*|\.\d+)(?:E[+-]?\d{1,2})?)([KMGTP]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 
-def parse_bytes(text: str, flag: str) -> int:
-    """`80GB` → 80 × 10⁹, `24GiB` → 24 × 2³⁰, `1000` → 1000; ConfigError naming `flag` for anything else."""
-    found = _SIZE.fullmatch(text)
+def parse_bytes(text: str, flag: str, example: str = "80GB or 24GiB") -> int:
+    """`80GB` → 80 × 10⁹, `24 GiB` → 24 × 2³⁰, `1e6` → 10⁶; ConfigError naming `flag` and `example` for others."""
+    found = _SIZE.fullmatch("".join(text.split()))
     if found is None or (found[3] and not found[2]):
-        raise ConfigError(f"{flag}: expected a size such as 80GB or 24GiB, got {text!r}")
+        raise ConfigError(f"{flag}: expected a size such as {example}, got {text!r}")
     number, unit, binary = found[1], found[2].upper(), found[3]
     return int(float(number) * (_BINARY if binary else _UNITS)[unit])
 

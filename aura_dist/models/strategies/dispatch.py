@@ -1,0 +1,97 @@
+"""`dispatch`: one process spreads the layers over its GPUs, host memory and disk, by accelerate."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from aura_dist.errors import ConfigError
+from aura_dist.models.strategies.strategy import Checkpoint, Held, Options, Room, Spread, Strategy, WeightSizes
+from aura_dist.ranks.layout import Layout
+from aura_dist.ranks.world import World
+from aura_dist.units import parse_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A place for layers: a GPU's number, `cpu` or `disk`, and the weights it may hold (None: any)."""
+
+    name: str
+    limit_bytes: int | None
+
+
+class Dispatch(Strategy):
+    name = "dispatch"
+    spellings = ("dispatch",)
+    summary = "one process: layers over its GPUs, then host memory, then disk"
+    options = ("max_memory", "offload_folder")
+
+    def parse(self, given: Options) -> Options:
+        """`max_memory` as device (a GPU's number, `cpu` or `disk`) → bytes."""
+        return {**given, "max_memory": _limits(given["max_memory"])} if given.get("max_memory") else given
+
+    def layout(self, sharding: str, world_size: int) -> Layout:
+        if world_size != 1:
+            raise ConfigError(
+                f"--sharding dispatch: expected one process, which spreads the model over its devices, got {world_size}"
+            )
+        return Layout(self.name)
+
+    def load(self, checkpoint: Checkpoint, world: World, options: Options) -> "PreTrainedModel":
+        limits = dict(options.get("max_memory") or {}) or None
+        return checkpoint.read(device_map="auto", max_memory=limits, offload_folder=options.get("offload_folder"))
+
+    def held(self, weights: WeightSizes, spread: Spread, room: Room) -> Held:
+        """Layers in order onto the tiers; while not all fit the first, it keeps room for the largest layer read in."""
+        outside, layers = weights.per_tensor_rank(1)
+        largest = max(outside, *layers)
+        first, *others = _tiers(spread.options, room)
+        if first.limit_bytes is not None and outside + sum(layers) > first.limit_bytes:
+            first = replace(first, limit_bytes=first.limit_bytes - largest)
+        held = place((outside, *layers), (first, *others))
+        away = {name: size for name, size in held.items() if name == "disk" or (name == "cpu" and room.gpu)}
+        placed = max((size for name, size in held.items() if name not in away), default=0)
+        return Held(placed, largest if any(away.values()) else 0, away)
+
+    def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
+        if world_size == 1:
+            yield Spread(Layout(self.name))
+
+
+def _limits(entries: Sequence[str]) -> dict[int | str, int]:
+    """`0=70GiB cpu=200GiB` → device → bytes."""
+    limits: dict[int | str, int] = {}
+    for entry in entries:
+        name, equals, size = entry.partition("=")
+        device = int(name) if name.isdecimal() else name
+        if not equals or not (isinstance(device, int) or device in ("cpu", "disk")) or device in limits:
+            raise ConfigError(f"--max-memory: expected values such as 0=70GiB cpu=200GiB, each once, got {entry!r}")
+        limits[device] = parse_bytes(size, "--max-memory")
+    return limits
+
+
+def _tiers(options: Options, room: Room) -> list[Tier]:
+    """In the order in which they are filled: those of `--max-memory`, or one GPU and the host; the disk is last."""
+    limits = options.get("max_memory")
+    if not limits:
+        gpu = [Tier("0", room.device_bytes)] if room.gpu else []
+        return [*gpu, Tier("cpu", room.host_bytes), Tier("disk", None)]
+    gpus = sorted(device for device in limits if isinstance(device, int))
+    named = [Tier(str(device), limits[device]) for device in (*gpus, "cpu") if device in limits]
+    return [*named, Tier("disk", None)]
+
+
+def place(blocks: Sequence[int], tiers: Sequence[Tier]) -> dict[str, int]:
+    """Bytes on each tier when `blocks` fill the tiers in order; none is divided, and the last tier takes any."""
+    held, at = {tier.name: 0 for tier in tiers}, 0
+    for block in blocks:
+        while at < len(tiers) - 1 and not _has_room(tiers[at], held[tiers[at].name] + block):
+            at += 1
+        held[tiers[at].name] += block
+    return held
+
+
+def _has_room(tier: Tier, size: int) -> bool:
+    return tier.limit_bytes is None or size <= tier.limit_bytes

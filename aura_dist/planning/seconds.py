@@ -1,0 +1,134 @@
+"""Operations and seconds of collections and evaluations before they are run. Pure functions of shapes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from aura_dist.planning.budget import RankMemory
+from aura_dist.planning.work import ForwardCost
+from aura_dist.ranks.layout import Layout
+from aura_dist.store.grid import make_batches
+
+# (GPU, bytes of a value) → TFLOP/s that one rank sustains where none are given: about 40 % of an A100's 312 in 16 bits
+# and two thirds of its 19.5 in float32 (NVIDIA A100 data sheet); of a CPU, two idle cores of an AMD EPYC (Zen 3)
+TFLOPS = {(True, 2): 120.0, (True, 4): 12.0, (False, 4): 0.15, (False, 2): 0.15}
+# GPU → bytes a second at which one rank reads its weights in a forward of few tokens: three quarters of an A100's
+# 2,039 GB/s (NVIDIA A100 80 GB data sheet); of a CPU, two cores of a cloud machine with such an EPYC
+READ_RATE = {True: 1.5e12, False: 1e10}
+# bytes a second from the host's memory to a GPU (PCIe 4.0 × 16) and from a local NVMe disk
+HOST_RATE = 20e9
+DISK_RATE = 2e9
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All batches of a collection.
+
+    Attributes
+    ----------
+    num_tokens, num_padded_tokens
+        Tokens of all rows, without and with padding.
+    num_batches
+        Forwards to run.
+    flops
+        Floating-point operations of all of them.
+    """
+
+    num_tokens: int
+    num_padded_tokens: int
+    num_batches: int
+    flops: float
+
+
+def schedule(num_tokens: Sequence[int], rows_chunk: int, tokens_per_batch: int, cost: ForwardCost) -> Schedule:
+    """The batches of rows of `num_tokens` tokens (ascending), and their cost."""
+
+    @lru_cache(maxsize=64)  # without data, all row chunks are alike
+    def shapes_of(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        batches = make_batches(lengths, slice(0, len(lengths)), tokens_per_batch)
+        return tuple((b.stop - b.start, lengths[b.stop - 1]) for b in batches)
+
+    shapes = [
+        shape
+        for start in range(0, len(num_tokens), rows_chunk)
+        for shape in shapes_of(tuple(num_tokens[start : start + rows_chunk]))
+    ]
+    return Schedule(sum(num_tokens), sum(b * t for b, t in shapes), len(shapes), cost.flops(shapes))
+
+
+def run_seconds(plan: Schedule, layout: Layout, memory: RankMemory, tflops: float) -> tuple[float, float]:
+    """(computing, reading offloaded weights): seconds if all ranks are busy all the time.
+
+    Ranks share the operations evenly, whether they share rows or columns. Every rank reads its offloaded weights once a
+    batch. Communication between ranks is not counted.
+    """
+    compute = plan.flops / (layout.world_size * tflops * 1e12)
+    in_memory = memory.streamed - memory.disk
+    a_batch = in_memory / HOST_RATE + memory.disk / DISK_RATE
+    return compute, a_batch * plan.num_batches / layout.num_row_workers
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward: `rows` rows of `num_new` tokens, after `num_seen` cached ones; `num_logits` positions in all."""
+
+    rows: int
+    num_new: int
+    num_seen: int
+    num_logits: int
+
+
+@dataclass(frozen=True)
+class LanguageModelCost:
+    """Cost of a causal language model's forwards.
+
+    Attributes
+    ----------
+    base
+        Of the model without its head.
+    logit_flops
+        Of the head, for one position.
+    read_bytes
+        Weights that a forward reads whole: of the layers and the head.
+    """
+
+    base: ForwardCost
+    logit_flops: float
+    read_bytes: int
+
+    def flops(self, step: Step) -> float:
+        """A multiplication and an addition count as two; attention counts to all earlier tokens, masked or not."""
+        a_row = step.num_new * (self.base.token_flops + self.base.square_flops * (step.num_seen + step.num_new))
+        return step.rows * a_row + step.num_logits * self.logit_flops
+
+    def seconds(self, step: Step, tflops: float, read_rate: float) -> float:
+        """Of one rank: computing or reading the weights, whichever takes longer (Williams et al., *Roofline*, 2009)."""
+        return max(self.flops(step) / (tflops * 1e12), self.read_bytes / read_rate)
+
+
+def continuing(batches: Iterable[tuple[int, int, int]], num_tokens: int) -> Iterator[Step]:
+    """The forwards of continuations of `num_tokens` tokens, none of which stops early.
+
+    `batches` are (prompts, continuations, tokens of each prompt). A prompt runs once, its continuations a token at a
+    time; the last token needs no forward.
+    """
+    for prompts, rows, length in batches:
+        yield Step(prompts, length, 0, prompts)
+        for made in range(num_tokens - 1):
+            yield Step(rows, 1, length + made, rows)
+
+
+def reading(shapes: Sequence[tuple[int, int]]) -> Iterator[Step]:
+    """The forwards of texts whose perplexity is measured, of these shapes [rows, tokens]."""
+    for rows, length in shapes:
+        yield Step(rows, length, 0, rows * length)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Seconds of an evaluation on all ranks together, which are GPUs or not; its operations; what neither counts."""
+
+    seconds: float
+    flops: float
+    gpu: bool
+    left_out: str
