@@ -27,7 +27,7 @@ READ_CONFIG = ("config", "stages", "sweep", "cli", "demo")
 TOUCH_ENVIRONMENT = ("ranks", "sweep")
 # functions of numbers, arrays and mappings: no torch, no Zarr, no files
 PURE = (
-    "evaluation/bootstrap.py", "evaluation/toxicity.py",
+    "evaluation/figures.py",
     "interventions/methods.py",
     "planning/budget.py", "planning/evaluation_work.py", "planning/schedule.py", "planning/store_size.py",
     "planning/text.py", "planning/units.py", "planning/what_fits.py", "planning/work.py",

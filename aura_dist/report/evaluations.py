@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aura_dist.errors import InputError, brief
-from aura_dist.evaluation.toxicity import ByPrompt
+from aura_dist.evaluation.figures import ByPrompt
 from aura_dist.interventions.artifact import method_of
 
 # what tells a results file from any other JSON document; of the second, an earlier version wrote less

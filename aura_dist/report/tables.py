@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aura_dist.evaluation.toxicity import ratios
+from aura_dist.evaluation.figures import ratios
 from aura_dist.report.evaluations import MEASURES, Estimate, Evaluation, by_prompt
 from aura_dist.report.facts import Table
 from aura_dist.report.naming import modules_in_short

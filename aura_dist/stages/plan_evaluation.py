@@ -12,11 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from aura_dist.config.verbs import EvaluateConfig
 from aura_dist.evaluation.decoding import only_attention
-from aura_dist.evaluation.perplexity import tokens_at_once
-from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
-from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
+from aura_dist.evaluation.perplexity import read_texts, tokenize_texts, tokens_at_once
+from aura_dist.evaluation.prompts import Prefix, make_prefix, read_preprompt, read_prompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.texts import read_texts, tokenize_texts
 from aura_dist.interventions.use import LoadedModel
 from aura_dist.models.load import DTYPES, ModelSource, load_config, skeleton
 from aura_dist.planning.evaluation_work import READ_RATE, LanguageModelCost, Step, continuing, reading
@@ -35,7 +33,7 @@ class EvaluationPlan:
     Attributes
     ----------
     seconds
-        Of all ranks together: they share the continuations, and each replica reads all texts.
+        Of all ranks together: they share the continuations and the texts.
     flops
         Of all forwards.
     gpu
@@ -62,18 +60,17 @@ def make_plan(config: EvaluateConfig, tflops: float | None = None, world_size: i
     tokenizer = load_tokenizer(source.name, source.revision)
     loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
     prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
-    readers = parse_layout(config.sharding, world_size).num_row_workers
-    # how often each is run, and what
-    shares = [(readers, [*_texts(config, loaded, prefix)]), (1, [*_prompts(config, loaded, prefix)])]
+    parse_layout(config.sharding, world_size)  # refuses what does not fit the ranks
+    steps = [*_texts(config, loaded, prefix), *_prompts(config, loaded, prefix)]
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     rate = tflops or TFLOPS[device, DTYPES[config.dtype].itemsize]
-    longest = max((step.num_new for _, steps in shares for step in steps), default=1)
+    longest = max((step.num_new for step in steps), default=1)
     selects = only_attention(DynamicCache(config=loaded.model.config))
     cost = model_cost(loaded.model, config.dtype, longest)
     left_out = [*(["zero-shot tasks"] if config.tasks else []), *([] if selects else ["what has no cache"])]
     return EvaluationPlan(
-        seconds=sum(n * sum(cost.seconds(s, rate, READ_RATE[device]) for s in steps) for n, steps in shares),
-        flops=sum(n * sum(map(cost.flops, steps)) for n, steps in shares),
+        seconds=sum(cost.seconds(step, rate, READ_RATE[device]) for step in steps),
+        flops=sum(map(cost.flops, steps)),
         gpu=device == "cuda",
         left_out=" and ".join(left_out),
     )
