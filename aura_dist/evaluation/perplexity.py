@@ -176,13 +176,15 @@ class _Reader:
 
     def num_pieces(self, rows: slice) -> int:
         """Forwards that a batch takes; the last token of a text needs none, because it predicts nothing."""
-        longest = self._lengths[rows.stop - 1]
-        return ceil((longest - 1) / self.limit) if self._in_pieces and longest > self.limit else 1
+        return ceil((self._lengths[rows.stop - 1] - 1) / self.limit) if self._is_cut(rows) else 1
+
+    def _is_cut(self, rows: slice) -> bool:
+        return self._in_pieces and self._lengths[rows.stop - 1] > self.limit
 
     def read(self, rows: slice, piece: int) -> NDArray[np.float64] | None:
         """Run one forward; after a batch's last one, [B] summed negative log-likelihoods."""
-        batch, num_pieces = self.texts.batch(rows), self.num_pieces(rows)
-        if num_pieces == 1:
+        batch, is_last = self.texts.batch(rows), piece + 1 == self.num_pieces(rows)
+        if not self._is_cut(rows):
             return self._whole(batch)
         if piece == 0:
             self._cache, self._total = None, torch.zeros((), dtype=torch.float64, device=self.model.device)
@@ -195,8 +197,8 @@ class _Reader:
         )
         skipped = max(0, max(1, self.num_context) - 1 - start)
         self._total += _nll(output.logits[0, skipped:], ids_1T[0, start + skipped + 1 : stop + 1])
-        self._cache = output.past_key_values if piece + 1 < num_pieces else None
-        return None if piece + 1 < num_pieces else self._total[None].cpu().numpy()
+        self._cache = None if is_last else output.past_key_values
+        return self._total[None].cpu().numpy() if is_last else None
 
     def read_nothing(self) -> object:
         """Run a forward of one token whose logits nobody needs; return its cache, if the model has one."""
