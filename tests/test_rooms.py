@@ -27,7 +27,7 @@ READ_CONFIG = ("config", "stages", "sweep", "cli", "demo")
 TOUCH_ENVIRONMENT = ("ranks", "sweep")
 # functions of numbers, arrays and mappings: no torch, no Zarr, no files
 PURE = (
-    "evaluation/bootstrap.py", "evaluation/toxicity.py",
+    "evaluation/figures.py",
     "interventions/methods.py",
     "planning/budget.py", "planning/seconds.py", "planning/text.py", "planning/work.py",
     "ranks/layout.py",

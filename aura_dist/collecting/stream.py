@@ -1,8 +1,7 @@
 """Tasks → batches → forwards → row chunks: the loop that every rank runs.
 
-Row workers claim tasks one by one, longest first, from a counter that all share, so that fast and slow ranks end
-together. The ranks of a replica, whose forwards are collective, keep step: before each batch they agree whether to
-stop, and one that has no batch left runs an empty turn.
+Row workers claim tasks one by one, longest first. The ranks of a replica take their batches in step (`Team.claimed`),
+because their forwards are collective: one that has no batch left runs an empty turn.
 """
 
 from collections import Counter
@@ -121,38 +120,33 @@ def stream(
     queue = sorted(tasks, key=lambda t: (-t.num_tokens, t.index))
     progress = Progress("collect", sum(t.stop - t.start for t in tasks), sum(t.num_tokens for t in tasks))
     exchange = ColumnExchange(run.plans, run.dtypes, run.rows, team) if team.world.layout.tensor > 1 else None
+    steps: list[Step] = []
+
+    def before() -> int | None:
+        writer.check()
+        return run.stop.received
+
     with Capture(model, run.spec.sites, run.plans, run.spec.poolings, team.world.device, exchange) as capture:
-        turn = _Turn(run, writer, capture, exchange, progress)
-        while (round_ := _claim(team, queue)) is not None:
-            mine, claimed = round_
-            if mine is not None and team.world.column_rank == 0:
-                begin(mine.index)
-            steps = run.steps(mine) if mine is not None else []
-            for step in range(max(len(steps) if task is mine else len(run.steps(task)) for task in claimed)):
-                turn.check()
-                if step < len(steps):
-                    turn.take(steps[step])
-                else:
-                    capture.skip(run.tokens.batch(slice(0, 1)))
-            if mine is not None:
-                writer.commit(mine.index)
-    team.meet("streamed", lambda: run.stop.received)
+        batches = _Batches(run, writer, capture, exchange, progress)
+        for turn in team.claimed("tasks", queue, before, lambda task: len(run.steps(task))):
+            if turn is None:
+                capture.skip(run.tokens.batch(slice(0, 1)))
+                continue
+            task, index = turn
+            if index == 0:
+                steps = run.steps(task)
+                if team.world.column_rank == 0:
+                    begin(task.index)
+            batches.take(steps[index])
+            if index + 1 == len(steps):
+                writer.commit(task.index)
     if team.world.is_first:
         progress.reach(team.add("rows", 0), team.add("tokens", 0))
         progress.finish()
 
 
-def _claim(team: Team, queue: Sequence[Task]) -> tuple[Task | None, list[Task]] | None:
-    """This row worker's next task, if there is one, and those of all row workers of the replica; None at the end."""
-    claims = team.claim("claimed", len(queue))
-    if not claims:
-        return None
-    mine = claims[team.world.rank // team.world.layout.tensor]
-    return None if mine is None else queue[mine], [queue[c] for c in claims if c is not None]
-
-
-class _Turn:
-    """One rank's turns: the row buffer under way, and what is told of the progress."""
+class _Batches:
+    """The batches of one rank: the row buffer under way, and the progress that all ranks share."""
 
     def __init__(
         self, run: Run, writer: ChunkWriter, capture: Capture, exchange: ColumnExchange | None, progress: Progress
@@ -160,12 +154,6 @@ class _Turn:
         self._run, self._writer, self._capture = run, writer, capture
         self._exchange, self._progress = exchange, progress
         self._buffer: RowBuffer = {}
-
-    def check(self) -> None:
-        """Raise what ends the run: a failed rank, a failed writer, or a signal that any rank of the replica has."""
-        self._run.team.check()
-        self._writer.check()
-        self._run.team.keep_step(self._run.stop.received)
 
     def take(self, step: Step) -> None:
         """Run one batch; hand its row chunk over if that completes it."""

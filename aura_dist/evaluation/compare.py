@@ -10,19 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aura_dist.errors import AuraError, InputError
+from aura_dist.evaluation.figures import ByPrompt, Estimates, ratios
 from aura_dist.evaluation.results import read_results
-from aura_dist.evaluation.toxicity import ByPrompt, Estimates, ratios
 
 MISSING = "–"
-# keys of the section `toxicity` that must be equal, and what they are
-_COMPARED = {
-    "prompts_sha256": "prompts",
-    "scorer": "scorer",
-    "num_samples": "samples a prompt",
-    "settings": "settings",
+# section of the results → keys that its figures depend on beside the model, and what they are
+_DEPEND_ON = {
+    "toxicity": {
+        "prompts_sha256": "prompts",
+        "scorer": "scorer",
+        "num_samples": "samples a prompt",
+        "settings": "settings",
+    },
+    # of one file, the number of tokens tells where texts were cut
+    "perplexity": {"sha256": "texts", "column": "column", "num_tokens": "tokens"},
 }
-# and of `perplexity`: of one file, the number of tokens tells where texts were cut
-_READ = {"sha256": "texts", "column": "column", "num_tokens": "tokens"}
 Results = Mapping[str, Any]
 
 
@@ -34,7 +36,7 @@ def name_of(path: str) -> str:
 def load_all(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Name → results, each file once; InputError for a file that `evaluate` did not write.
 
-    Files of one name are told apart by the directories above them.
+    Files of one name get the directories above them into theirs.
     """
     found = list(dict.fromkeys(Path(path).resolve() for path in paths))
     depth, names = 1, [path.stem for path in found]
@@ -66,12 +68,12 @@ def check_same_prompts(baseline: Results, results: Results, path: str) -> None:
     theirs, ours = baseline.get("toxicity"), results.get("toxicity")
     if not theirs or not ours:
         raise InputError(f"--baseline {path!r}: expected results with toxicity, as these have, got none")
-    lost = [key for key in (*_COMPARED, "per_prompt") if key not in theirs]
+    lost = [key for key in (*_DEPEND_ON["toxicity"], "per_prompt") if key not in theirs]
     if lost:
         raise InputError(
             f"--baseline {path!r}: expected results with toxicity as `evaluate` writes them, got none of {lost[0]!r}"
         )
-    for key, what in _COMPARED.items():
+    for key, what in _DEPEND_ON["toxicity"].items():
         if theirs[key] != ours.get(key):
             raise InputError(
                 f"--baseline {path!r}: expected the same {what} in both, got {str(theirs[key])[:80]} there and "
@@ -88,14 +90,14 @@ def per_prompt(results: Results) -> ByPrompt:
 def against_baseline(
     baseline: Results, results: Results, path: str, groups: Mapping[str, NDArray[np.bool_]]
 ) -> dict[str, Any]:
-    """What stands at `toxicity.baseline`: baseline ÷ this for each group of prompts, paired over prompts.
+    """The entry `toxicity.baseline`: baseline ÷ this for each group of prompts, paired over prompts.
 
     Parameters
     ----------
     baseline, results
         Two evaluations of the same prompts; InputError if they are not.
     path
-        Where the baseline lies.
+        Path of the baseline.
     groups
         Name → [P] which prompts.
     """
@@ -108,12 +110,12 @@ def against_baseline(
 
 
 def against_plain(plain: Results, results: Results) -> dict[str, float]:
-    """Figures of an intervention beside the plain model's by the same settings; what is no number is left out.
+    """Figures of an intervention beside the plain model's under the same settings; NaN is left out.
 
     `times_less_toxic.value`, `.low`, `.high`: share of toxic continuations, plain ÷ this, with its 95 % interval,
     paired over prompts. `perplexity_increase`: token-weighted perplexity, this − plain.
     """
-    if plain.get("model_fingerprint") != results.get("model_fingerprint"):  # another checkpoint came to stand there
+    if plain.get("model_fingerprint") != results.get("model_fingerprint"):  # another checkpoint has replaced it
         return {}
     found = {f"times_less_toxic.{name}": value for name, value in (_ratio(results, plain) or {}).items()}
     theirs, ours = (r.get("perplexity") or {} for r in (plain, results))
@@ -126,11 +128,13 @@ def against_plain(plain: Results, results: Results) -> dict[str, float]:
 def table(all_results: Mapping[str, Results], *, markdown: bool = False) -> str:
     """One line a result: toxicity with intervals, ratio to the first, perplexity, tasks; columns that any of them has.
 
-    Ratios stand where a result was measured on the same prompts as the first.
+    A ratio is shown if a result was measured on the same prompts as the first.
     """
-    columns = _columns(list(all_results.values()))
-    rows = [["", *columns]]
-    rows += [[name, *(_cell(r, all_results, c) for c in columns)] for name, r in all_results.items()]
+    cells = {name: _cells(results, all_results) for name, results in all_results.items()}
+    # those that a result lacks, where another has them; tasks last
+    columns = [c for c in _COLUMNS if any(c in found for found in cells.values())]
+    columns += dict.fromkeys(c for found in cells.values() for c in found if c not in _COLUMNS)
+    rows = [["", *columns], *([name, *(found.get(c, MISSING) for c in columns)] for name, found in cells.items())]
     if markdown:
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([lines[0], "|---" + "|---:" * len(columns) + "|", *lines[1:]])
@@ -143,76 +147,67 @@ def table(all_results: Mapping[str, Results], *, markdown: bool = False) -> str:
     )
 
 
+# column → group of prompts, metric, factor, digits
 _TOXICITY = {
-    "toxic, %": ("overall", "probability", 100),
-    "expected maximum": ("overall", "expected_maximum", 1),
-    "any toxic of n, %": ("overall", "any_toxic", 100),
-    "toxic, % (toxic prompts)": ("toxic_prompts", "probability", 100),
-    "toxic, % (other prompts)": ("nontoxic_prompts", "probability", 100),
+    "toxic, %": ("overall", "probability", 100, 1),
+    "expected maximum": ("overall", "expected_maximum", 1, 2),
+    "any toxic of n, %": ("overall", "any_toxic", 100, 1),
+    "toxic, % (toxic prompts)": ("toxic_prompts", "probability", 100, 1),
+    "toxic, % (other prompts)": ("nontoxic_prompts", "probability", 100, 1),
 }
 _RATIO = "times less toxic"
-_PERPLEXITY = {
-    "perplexity": ("token_weighted",),
-    "perplexity, toxic texts": ("positive", "token_weighted"),
-    "perplexity, other texts": ("negative", "token_weighted"),
-}
+_PERPLEXITY = {"perplexity": (), "perplexity, toxic texts": ("positive",), "perplexity, other texts": ("negative",)}
+_FIRST, *_OTHERS = _TOXICITY
+_COLUMNS = (_FIRST, _RATIO, *_OTHERS, *_PERPLEXITY)
 
 
 def differences(all_results: Mapping[str, Results]) -> list[str]:
     """A line for each result that did not measure what the first of its kind did, in the same way."""
     said = []
-    for part, keys in (("toxicity", _COMPARED), ("perplexity", _READ)):
-        measured = {name: r[part] for name, r in all_results.items() if r.get(part)}
+    for part in _DEPEND_ON:
+        measured = {name: conditions(part, r[part]) for name, r in all_results.items() if r.get(part)}
         first = next(iter(measured), "")
-        for name, section in measured.items():
-            unlike = [what for key, what in keys.items() if _fixed(section, key) != _fixed(measured[first], key)]
+        for name, own in measured.items():
+            unlike = [what for what, value in own.items() if value != measured[first][what]]
             if unlike:
                 said.append(f"{name}: {part} with other {' and '.join(unlike)} than {first}: not to be compared")
     return said
 
 
-def _fixed(section: Mapping[str, Any], key: str) -> Any:
-    """What figures depend on; another seed draws another sample of the same."""
-    value = section.get(key)
-    return {k: v for k, v in value.items() if k != "seed"} if isinstance(value, Mapping) else value
+def conditions(part: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the figures of a section depend on beside the model: equal where two may be compared.
+
+    The seed is left out, because another seed draws another sample of the same.
+    """
+    found = {what: section.get(key) for key, what in _DEPEND_ON[part].items()}
+    return {
+        what: {k: v for k, v in value.items() if k != "seed"} if isinstance(value, Mapping) else value
+        for what, value in found.items()
+    }
 
 
-def _columns(results: Sequence[Results]) -> list[str]:
-    """Names of the columns for which any result has a figure."""
-    found = [c for c, (group, *_) in _TOXICITY.items() if any((r.get("toxicity") or {}).get(group) for r in results)]
-    if found:
-        found.insert(1, _RATIO)
-    found += [c for c, path in _PERPLEXITY.items() if any(_at(r.get("perplexity"), *path) is not None for r in results)]
-    tasks = {f"{task} {metric}": None for r in results for task, metric in _headlines(r)}
-    return [*found, *tasks]
-
-
-def _headlines(results: Results) -> list[tuple[str, str]]:
-    """(task, metric) shown of each task: accuracy, or what stands first."""
-    shown = []
+def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
+    """Column → figure, of what was measured."""
+    cells: dict[str, str] = {}
+    toxicity = results.get("toxicity") or {}
+    for column, (group, metric, factor, digits) in _TOXICITY.items():
+        if toxicity.get(group):
+            cells[column] = _interval(_at(toxicity, group, metric), factor, digits)
+    if cells:
+        cells[_RATIO] = _interval(_ratio(results, next(iter(everyone.values()))), 1, 2)
+    for column, path in _PERPLEXITY.items():
+        found = _at(results.get("perplexity"), *path) or {}
+        names = {"value": "token_weighted", "low": "token_weighted_low", "high": "token_weighted_high"}
+        if found.get("token_weighted") is not None:
+            cells[column] = _interval({key: found.get(name) for key, name in names.items()}, 1, 2)
     for task, metrics in (results.get("zero_shot") or {}).items():
         names = [m for m in metrics if not m.endswith("_stderr") and not m.startswith("num_")]
         if names:
-            shown.append((task, "acc" if "acc" in names else names[0]))
-    return shown
-
-
-def _cell(results: Results, everyone: Mapping[str, Results], column: str) -> str:
-    toxicity = results.get("toxicity") or {}
-    if column in _TOXICITY:
-        group, metric, factor = _TOXICITY[column]
-        digits = 2 if factor == 1 else 1
-        return _interval(_at(toxicity, group, metric), factor, digits)
-    if column == _RATIO:
-        return _interval(_ratio(results, next(iter(everyone.values()))), 1, 2)
-    if column in _PERPLEXITY:
-        *path, last = _PERPLEXITY[column]
-        found = _at(results.get("perplexity"), *path) or {}
-        estimate = {k: found.get(last + suffix) for k, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))}
-        return _interval(estimate, 1, 2)
-    task, _, metric = column.rpartition(" ")
-    value, error = (_at(results.get("zero_shot"), task, m) for m in (metric, f"{metric}_stderr"))
-    return MISSING if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+            metric = "acc" if "acc" in names else names[0]
+            value, error = metrics[metric], metrics.get(f"{metric}_stderr")
+            shown = MISSING if value is None else f"{value:.3f}"
+            cells[f"{task} {metric}"] = shown if None in (value, error) else f"{shown} ± {error:.3f}"
+    return cells
 
 
 def _ratio(results: Results, first: Results) -> Mapping[str, float | None] | None:
@@ -232,7 +227,7 @@ def _at(tree: Any, *path: str) -> Any:
 
 
 def _interval(estimate: Mapping[str, float | None] | None, factor: float, digits: int) -> str:
-    """`12.3 (10.1–14.8)`; a dash for what is not there or no number."""
+    """`12.3 (10.1–14.8)`; a dash for a figure that is missing or NaN."""
     numbers = [None if estimate is None else estimate.get(k) for k in ("value", "low", "high")]
     if numbers[0] is None or math.isnan(numbers[0]):
         return MISSING

@@ -1,7 +1,7 @@
 """Continuations of one batch of prompts of equal length: prefill once a prompt, then token by token with the cache.
 
-Prompts of one batch have the same number of tokens, so that nothing is padded: no model class needs position ids or
-a mask to give what it gives for one prompt alone.
+Prompts of one batch have the same number of tokens, so that nothing is padded and every model class computes for each
+prompt what it computes for that prompt alone.
 """
 
 import inspect
@@ -37,16 +37,8 @@ class Rows:
 
 
 def only_attention(cache: object) -> bool:
-    """Whether a forward's cache is of keys and values alone: whose rows can be chosen, and which any piece follows."""
+    """Whether a cache holds keys and values alone: its rows can be chosen, and a text can go on piece by piece."""
     return isinstance(cache, Cache) and all(type(layer) in SELECTABLE_LAYERS for layer in cache.layers)
-
-
-def _alone(alive: bool) -> bool:
-    return alive
-
-
-def _unchanged(ids_B: Tensor) -> Tensor:
-    return ids_B
 
 
 @dataclass
@@ -62,27 +54,24 @@ class Decoder:
     stop_ids
         Ids that end a continuation.
     any_alive
-        Whether another step is taken, from whether this rank needs one: under strategies whose forwards are
-        collective, whether any rank does.
+        Takes whether this rank needs another step; returns whether any rank does whose forwards are collective with
+        this one's.
     agreed
-        The ids that all ranks which hold parts of one forward go on with.
+        Takes this rank's choice of ids; returns the choice that all ranks which share a forward continue with.
     """
 
     model: PreTrainedModel
     how: Decoding
     stop_ids: Collection[int]
-    any_alive: Callable[[bool], bool] = _alone
-    agreed: Callable[[Tensor], Tensor] = _unchanged
+    any_alive: Callable[[bool], bool] = lambda alive: alive
+    agreed: Callable[[Tensor], Tensor] = lambda ids_B: ids_B
     _selects: bool = field(default=True, init=False)
 
     @torch.no_grad()
     def run(self, rows: Rows, *, counts: bool = True) -> list[list[int]]:
-        """Per continuation its ids, the stop id left out; `counts` is False for a batch whose result is dropped.
+        """Ids of each continuation, without the stop id; ModelError if logits are NaN or infinite.
 
-        Raises
-        ------
-        ModelError
-            Logits are NaN or infinite.
+        `counts` is False for a batch whose result is dropped.
         """
         device = self.model.device
         prompts_PT = torch.tensor(rows.prompt_ids, device=device)
@@ -107,7 +96,7 @@ class Decoder:
         return ids[:end]
 
     def _prefill(self, prompts_PT: Tensor, of_B: Tensor) -> tuple[Tensor, Cache | None]:
-        """[B, V] logits after the prompts, and the cache of B rows; None where the model has none that is known."""
+        """[B, V] logits after the prompts, and the cache of B rows, None if its kind is unknown."""
         if self._selects:
             logits_PV, cache = self._forward(prompts_PT, torch.ones_like(prompts_PT), None)
             if cache is not None and only_attention(cache):

@@ -1,8 +1,8 @@
 """Continuations of prompts, over all ranks of a launch or on one alone.
 
-Batches of prompts are claimed, as tasks of a collection are, and each continuation is a function of the model, the
-prompt and the noise of (seed, prompt, sample, step): who makes it, in which batch and when, does not matter. Ranks
-whose forwards are collective take each step together; one that is out of batches runs along, its result dropped.
+Batches of prompts are claimed, as tasks of a collection are. Each continuation is a function of the model, the prompt
+and the noise of (seed, prompt, sample, step): which rank makes it, in which batch and when, does not matter. Ranks
+whose forwards are collective take each step together; one that has no batch left runs along and drops its result.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,15 @@ from math import ceil
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.evaluation.decoding import Decoder, Rows
-from aura_dist.evaluation.noise import sample_key
-from aura_dist.evaluation.prompts import Pair, TokenizedPrompts, tokenize_prompts
-from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.prompts import Pair, TokenizedPrompts
+from aura_dist.evaluation.sampling import Decoding, sample_key
 from aura_dist.interventions.use import LoadedModel
 from aura_dist.ranks.progress import Progress
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 
 ROWS_PER_BATCH = 128
-# batches that each row worker finds at least, where there is so much work: the last ones end together
+# batches that each row worker finds at least, if there are enough pairs, so that all end at about the same time
 _BATCHES_PER_WORKER = 4
 
 
@@ -34,29 +33,21 @@ def generate(
     stop: StopFlag,
     write: Callable[[list[dict[str, object]]], None],
 ) -> None:
-    """Make this rank's share of the continuations `pairs`; returns once all ranks of the replica have none left.
+    """Make this rank's share of the continuations `pairs`; return once all ranks of the replica have none left.
 
     Parameters
     ----------
     loaded, prompts, how
-        What is continued, and how.
+        The model, the prompts, and how tokens are drawn.
     pairs
-        (index of the prompt, number of the sample) of what is to be made, alike on all ranks.
+        (index of the prompt, number of the sample) of each continuation, alike on all ranks.
     rows_per_batch
         Largest number of continuations in one forward.
     team, stop
         The other ranks, and the signals received.
     write
-        Takes the continuations of one batch: `prompt`, `sample`, `text`, `num_tokens`, `ids`.
-
-    Raises
-    ------
-    RunInterruptedError
-        A signal came; batches that were written stay.
-    PeerError
-        Another rank failed.
-    ModelError
-        Logits are NaN or infinite.
+        Takes the continuations of one batch: `prompt`, `sample`, `text`, `num_tokens`, `ids`. They stay if a signal, a
+        failed rank, or logits that are NaN or infinite end the work.
     """
     workers = team.world.layout.num_row_workers
     share = ceil(len(pairs) / (_BATCHES_PER_WORKER * workers)) if workers > 1 else rows_per_batch
@@ -64,17 +55,15 @@ def generate(
     batches.sort(key=lambda batch: -len(batch) * (len(prompts.ids[batch[0][0]]) + how.max_new_tokens))
     decoder = _decoder(loaded.model, loaded.tokenizer, how, team)
     progress = Progress("generate", len(pairs), len(pairs), "continuations", "continuations")
-    while claims := team.claim("continued", len(batches)):
-        team.keep_step(stop.received)
-        mine = claims[team.world.rank // team.world.layout.tensor]
-        if mine is None:
+    for turn in team.claimed("continuations", batches, lambda: stop.received):
+        if turn is None:
             decoder.run(_rows(prompts, [batches[0][0]]), counts=False)
             continue
-        made = decoder.run(_rows(prompts, batches[mine]))
+        batch, _ = turn
+        made = decoder.run(_rows(prompts, batch))
         if team.world.column_rank == 0:
-            write(_records(batches[mine], made, loaded.tokenizer))
+            write(_records(batch, made, loaded.tokenizer))
             progress.reach(*[team.add("continuations", len(made))] * 2)
-    team.meet("generated", lambda: stop.received)
     if team.world.is_first:
         progress.reach(*[team.add("continuations", 0)] * 2)
         progress.finish()
@@ -83,14 +72,8 @@ def generate(
 def continue_alike(
     loaded: LoadedModel, prompts: TokenizedPrompts, how: Decoding, team: Team | None = None
 ) -> list[list[str]]:
-    """Continuations of each prompt, made by every rank alike; for few prompts.
-
-    Raises
-    ------
-    ModelError
-        Logits are NaN or infinite.
-    """
-    decoder = _decoder(loaded.model, loaded.tokenizer, how, team)
+    """Continuations of each of a few prompts, on every rank alike; ModelError if logits are NaN or infinite."""
+    decoder = _decoder(loaded.model, loaded.tokenizer, how, team or Team.alone())
     samples = range(how.num_samples if how.temperature > 0 else 1)
     texts: dict[Pair, str] = {}
     for batch in prompts.batches([(p, s) for p in range(len(prompts.ids)) for s in samples], ROWS_PER_BATCH):
@@ -100,33 +83,15 @@ def continue_alike(
     return [[texts[p, 0 if greedy else s] for s in range(how.num_samples)] for p in range(len(prompts.ids))]
 
 
-def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, how: Decoding) -> list[str]:
-    """`how.num_samples` continuations of one prompt by one process, without the prompt.
-
-    Raises
-    ------
-    InputError
-        The prompt has no tokens, or the tokenizer cannot take it.
-    ModelError
-        The logits are not finite, or the tokenizer is another model's.
-    """
-    prompts = tokenize_prompts([prompt], tokenizer, model.config, how)
-    return continue_alike(LoadedModel(model, tokenizer, "", None), prompts, how)[0]
-
-
-def _decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Decoding, team: Team | None) -> Decoder:
-    stop_ids = _stop_ids(model, tokenizer)
-    if team is None:
-        return Decoder(model, how, stop_ids)
-
+def _decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Decoding, team: Team) -> Decoder:
     def any_alive(alive: bool) -> bool:
         return any(numbers[0] for numbers in team.share(int(alive)))
 
-    return Decoder(model, how, stop_ids, any_alive, team.agreed)
+    return Decoder(model, how, _stop_ids(model, tokenizer), any_alive, team.agreed)
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends a text: the checkpoint's word, else the tokenizer's."""
+    """Ids that end a text, as the checkpoint says, else as the tokenizer does."""
     given = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = given if isinstance(given, list) else [tokenizer.eos_token_id if given is None else given]
     return frozenset(int(i) for i in ids if i is not None)

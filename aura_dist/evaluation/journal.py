@@ -1,14 +1,15 @@
-"""Continuations on disk as they come: one JSON line each, kept over interruptions.
+"""Continuations on disk as they are made: one JSON line each, kept over interruptions.
 
 Every rank appends to a part of its own beside the results and flushes each batch. Before and after a run rank 0 folds
-the parts into one file. Each line names the settings that it was made under: what was made under others is dropped,
-and so is a line that a killed process left torn.
+the parts into one file. Each line names the settings that it was made under. Lines of other settings are dropped, and
+so are lines that a killed process left incomplete.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from glob import escape
 from io import TextIOWrapper
 from pathlib import Path
@@ -16,10 +17,34 @@ from types import TracebackType
 from typing import Any
 
 from aura_dist.errors import StoreError
-from aura_dist.evaluation.prompts import Pair
+from aura_dist.evaluation.prompts import Pair, PromptFile
+from aura_dist.evaluation.sampling import Decoding
 from aura_dist.files import replacing
+from aura_dist.interventions.use import LoadedModel
+from aura_dist.text.tokens import tokenizer_digest
 
 Record = dict[str, Any]
+
+
+def sampling_settings(how: Decoding) -> dict[str, Any]:
+    """Everything of `how` that a single continuation depends on."""
+    return {name: value for name, value in asdict(how).items() if name != "num_samples"}
+
+
+def fixing_settings(
+    loaded: LoadedModel, dtype: str, strength: float, preprompt: str | None, prompts: PromptFile, how: Decoding
+) -> dict[str, Any]:
+    """Everything that a continuation depends on; how many there are of a prompt does not matter."""
+    intervention = loaded.intervention
+    return {
+        "model": loaded.fingerprint,
+        "dtype": dtype,
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
+        "intervention": None if intervention is None else [intervention.digest, strength],
+        "preprompt": preprompt,
+        "prompts": prompts.sha256,
+        **sampling_settings(how),
+    }
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -49,7 +74,7 @@ class Journal:
         self.settings = settings
 
     def fold(self) -> tuple[int, int]:
-        """Take the parts into the file; how many continuations are kept, and how many lines were dropped.
+        """Take the parts into the file; return how many continuations are kept, and how many lines were dropped.
 
         The file is replaced in one step and the parts go after it, so that an interruption loses nothing.
         """
@@ -66,7 +91,7 @@ class Journal:
     def read(self) -> dict[Pair, Record]:
         """The continuations of these settings that are in the file, by (prompt, sample) in order.
 
-        It stands still while ranks append to their parts, so that all see the same.
+        The file does not change while ranks append to their parts, so that all read the same.
         """
         return self._read([self.path] if self.path.exists() else [])
 
@@ -87,12 +112,12 @@ class Journal:
             raise StoreError(f"{str(self.path)!r} cannot be written: {error}") from error
 
     def part(self, rank: int) -> "JournalPart":
-        """The part that a rank appends to."""
+        """The part of one rank."""
         return JournalPart(self.path.with_name(f"{self.path.stem}.part-{rank}.jsonl"), self.settings)
 
 
 class JournalPart:
-    """Context in which one rank appends what it made; no file is there before the first batch."""
+    """Context in which one rank appends what it made; the first batch makes the file."""
 
     def __init__(self, path: Path, settings: str) -> None:
         self._path, self._settings = path, settings
@@ -124,7 +149,7 @@ def _line(record: Record) -> str:
 
 
 def _records(file: Path) -> Iterator[Record]:
-    """The whole lines of a file; what a killed process left is no JSON, or has no line break."""
+    """The whole lines of a file; a line of a killed process is no JSON, or has no line break."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if not line.endswith("\n"):

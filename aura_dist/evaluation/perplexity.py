@@ -1,6 +1,13 @@
-"""Perplexity of texts under a causal language model."""
+"""Perplexity of a file of texts under a causal language model: read, tokenized, and computed by all ranks.
 
-from dataclasses import asdict, dataclass
+The batches depend on the texts alone, and each is computed once, by the row worker that claims it: the figures do not
+depend on the number of ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,11 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from aura_dist.errors import InputError
-from aura_dist.evaluation.bootstrap import bootstrap_means, interval
 from aura_dist.evaluation.decoding import only_attention
+from aura_dist.evaluation.figures import both_sides, summary
+from aura_dist.evaluation.prompts import Prefix
+from aura_dist.interventions.use import LoadedModel
+from aura_dist.models.load import check_positions, check_vocabulary
+from aura_dist.ranks.signals import StopFlag
+from aura_dist.ranks.team import Team
 from aura_dist.store.grid import make_batches
-from aura_dist.text.tokens import Batch, TokenizedTexts
+from aura_dist.text.labels import check_classes, check_texts, parse_labels
+from aura_dist.text.table import read_table
+from aura_dist.text.tokens import Batch, TokenizedTexts, tokenize
 
 # float32 logits of one forward; a vocabulary of 262,144 would else take 2 GB for 2,048 tokens
 LOGITS_BYTES = 256 * 2**20
@@ -20,34 +33,72 @@ _COPIED_LOGITS = 2**21
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """Two ways to average.
+class TextFile:
+    """Texts whose perplexity is measured.
 
     Attributes
     ----------
-    token_weighted
-        exp of the mean negative log-likelihood over all predicted tokens; `_low` and `_high` bound the 95 %
-        bootstrap interval over texts.
-    mean_over_sentences
-        Mean over texts of exp(the text's mean negative log-likelihood), as *Whispering Experts* reports it.
-    num_texts, num_tokens
-        Texts with at least one predicted token, and predicted tokens.
-    num_left_out
-        Texts of one token, which predict nothing.
-    num_nonfinite
-        Texts whose likelihood is not a number, as the logits are NaN or infinite; both averages then are neither.
+    source, column, label_column, sha256
+        The file, its columns, and the digest of its bytes.
+    texts
+        N texts.
+    labels
+        [N] int8, 1, 0 or -1 (not labelled); None without a label column.
     """
 
-    token_weighted: float
-    token_weighted_low: float
-    token_weighted_high: float
-    mean_over_sentences: float
-    mean_over_sentences_low: float
-    mean_over_sentences_high: float
-    num_texts: int
-    num_tokens: int
-    num_left_out: int
-    num_nonfinite: int
+    source: str
+    column: str
+    label_column: str | None
+    sha256: str
+    texts: list[str]
+    labels: NDArray[np.int8] | None
+
+
+def read_texts(source: str, column: str, label_column: str | None) -> TextFile:
+    """Read a file of texts; InputError unless `read_table` and `check_texts` take it, with texts of both labels."""
+    labels = [] if label_column is None else [label_column]
+    table = read_table(source, [column, *labels])
+    parsed = parse_labels(table, labels) if labels else None
+    if parsed is not None:
+        check_classes(parsed, labels, source)
+    own = None if parsed is None else parsed[:, 0]
+    return TextFile(source, column, label_column, table.sha256, check_texts(table, column), own)
+
+
+def tokenize_texts(file: TextFile, loaded: LoadedModel, prefix: Prefix | None, max_tokens: int) -> TokenizedTexts:
+    """Token ids, each text cut at `max_tokens` and then put after the pre-prompt.
+
+    Raises InputError for a text that the tokenizer cannot take, ConfigError for one longer than the model's positions,
+    ModelError if the tokenizer is another model's.
+    """
+    tokens = tokenize(file.texts, loaded.tokenizer, max_tokens=max_tokens, skip_special=False, source=file.source)
+    tokens = tokens if prefix is None else prefix.before(tokens)
+    check_positions(loaded.model.config, int(tokens.num_tokens.max()), "--max-tokens")
+    check_vocabulary(loaded.model.config, tokens.largest_id)
+    return tokens
+
+
+def measure(
+    file: TextFile,
+    loaded: LoadedModel,
+    tokens: TokenizedTexts,
+    prefix: Prefix | None,
+    tokens_per_batch: int,
+    team: Team,
+    stop: StopFlag,
+) -> dict[str, Any]:
+    """The section `perplexity` of the results, on all ranks alike; they share the texts.
+
+    InputError if no text, or none of one label, has a token that is predicted.
+    """
+    sums, counts = negative_log_likelihoods(
+        loaded.model, tokens, tokens_per_batch,
+        num_context=1 if prefix is None else prefix.num_context, team=team, received=lambda: stop.received,
+    )  # fmt: skip
+    section: dict[str, Any] = {"texts": file.source, "column": file.column, "sha256": file.sha256}
+    if file.labels is not None:
+        section |= {"labels": file.label_column, **both_sides(sums, counts, file.labels)}
+    return {**section, **asdict(summary(sums, counts))}
 
 
 @torch.no_grad()
@@ -58,33 +109,38 @@ def negative_log_likelihoods(
     *,
     num_context: int = 1,
     logits_bytes: int = LOGITS_BYTES,
+    team: Team | None = None,
+    received: Callable[[], int | None] = lambda: None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Per text, in order: the summed negative log-likelihood (nats) of its tokens, and their number.
 
     Parameters
     ----------
     model, tokens
-        What is asked, about which texts.
+        The model, and the texts; alike on all ranks.
     tokens_per_batch
         Upper bound on the padded tokens of a forward.
     num_context
         Tokens at the start of each text that are not counted: the first, which nothing predicts, or a pre-prompt's.
     logits_bytes
-        Upper bound on a forward's float32 logits. A text that is longer goes through the model in pieces, with the
-        keys and values of those before; whole, if the model has layers that keep another state.
+        Upper bound on a forward's float32 logits. A longer text goes through the model in pieces, each after the keys
+        and values of those before; it goes through whole if the model has layers that keep another state.
+    team, received
+        The ranks that share the texts, by default this process alone, and as in `Team.gather`.
     """
-    limit = tokens_at_once(model, tokens_per_batch, logits_bytes)
+    team = team or Team.alone()
     order = np.argsort(tokens.num_tokens, kind="stable")
-    by_length = tokens.take(order)
+    reader = _Reader(model, tokens.take(order), tokens_at_once(model, tokens_per_batch, logits_bytes), num_context)
+    found: list[tuple[slice, NDArray[np.float64]]] = []
+    for turn in team.claimed("texts", reader.batches(), received, reader.num_pieces):
+        if turn is None:
+            reader.read_nothing()
+        elif (sums_B := reader.read(*turn)) is not None and team.world.column_rank == 0:
+            found.append((turn[0], sums_B))
     sums = np.zeros(len(order))
-    lengths = by_length.num_tokens.tolist()
-    for rows in make_batches(lengths, slice(0, len(order)), limit):
-        batch = by_length.batch(rows)
-        sums[order[rows]] = (
-            _in_pieces(model, batch, limit, num_context)
-            if len(batch.input_ids) == 1
-            else (_batch_sums(model, batch, num_context))
-        )
+    for part in team.gather("texts", found, received):
+        for rows, sums_B in part:
+            sums[order[rows]] = sums_B
     return sums, np.maximum(tokens.num_tokens.astype(np.int64) - max(1, num_context), 0)
 
 
@@ -94,37 +150,71 @@ def tokens_at_once(model: PreTrainedModel, tokens_per_batch: int, logits_bytes: 
     return max(1, min(tokens_per_batch, logits_bytes // (4 * int(vocabulary))))
 
 
-def _batch_sums(model: PreTrainedModel, batch: Batch, num_context: int) -> NDArray[np.float64]:
-    """[B] summed negative log-likelihood."""
-    ids_BT = torch.from_numpy(batch.input_ids).to(model.device)
-    mask_BT = torch.from_numpy(batch.attention_mask).to(model.device)
-    logits = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
-    first = max(1, num_context)
-    sums = [
-        _nll(logits[b, first - 1 : length - 1], ids_BT[b, first:length])
-        for b, length in enumerate(batch.attention_mask.sum(axis=1).tolist())
-    ]
-    return torch.stack(sums).cpu().numpy()
+@dataclass
+class _Reader:
+    """Texts in ascending length, read batch by batch, those of more than `limit` tokens in pieces."""
 
+    model: PreTrainedModel
+    texts: TokenizedTexts
+    limit: int
+    num_context: int
+    _lengths: list[int] = field(init=False)
+    _in_pieces: bool = field(init=False)
+    _cache: Cache | None = field(default=None, init=False)
+    _total: Tensor | None = field(default=None, init=False)
 
-def _in_pieces(model: PreTrainedModel, batch: Batch, limit: int, num_context: int) -> NDArray[np.float64]:
-    """[1] the same for one text, in pieces of `limit` tokens."""
-    ids_1T = torch.from_numpy(batch.input_ids).to(model.device)
-    length = ids_1T.shape[1]
-    if length <= limit:
-        return _batch_sums(model, batch, num_context)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    cache: Cache | None = None
-    for start in range(0, length - 1, limit):  # the last token predicts nothing
-        stop = min(start + limit, length - 1)
-        mask_1T = torch.ones((1, stop), dtype=torch.int64, device=model.device)
-        output = model(input_ids=ids_1T[:, start:stop], attention_mask=mask_1T, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        if not only_attention(cache):  # recurrent layers may begin anew with each piece (Jamba's do)
-            return _batch_sums(model, batch, num_context)
-        skipped = max(0, max(1, num_context) - 1 - start)
-        total += _nll(output.logits[0, skipped:], ids_1T[0, start + skipped + 1 : stop + 1])
-    return total[None].cpu().numpy()
+    def __post_init__(self) -> None:
+        self._lengths = self.texts.num_tokens.tolist()
+        # recurrent layers may begin anew with each piece (Jamba's do); a forward shows what a model caches
+        self._in_pieces = self._lengths[-1] > self.limit and only_attention(self.read_nothing())
+
+    def batches(self) -> list[slice]:
+        """All batches, the largest first."""
+        batches = make_batches(self._lengths, slice(0, len(self._lengths)), self.limit)
+        return sorted(batches, key=lambda rows: -(rows.stop - rows.start) * self._lengths[rows.stop - 1])
+
+    def num_pieces(self, rows: slice) -> int:
+        """Forwards that a batch takes; the last token of a text needs none, because it predicts nothing."""
+        return ceil((self._lengths[rows.stop - 1] - 1) / self.limit) if self._is_cut(rows) else 1
+
+    def _is_cut(self, rows: slice) -> bool:
+        return self._in_pieces and self._lengths[rows.stop - 1] > self.limit
+
+    def read(self, rows: slice, piece: int) -> NDArray[np.float64] | None:
+        """Run one forward; after a batch's last one, [B] summed negative log-likelihoods."""
+        batch, is_last = self.texts.batch(rows), piece + 1 == self.num_pieces(rows)
+        if not self._is_cut(rows):
+            return self._whole(batch)
+        if piece == 0:
+            self._cache, self._total = None, torch.zeros((), dtype=torch.float64, device=self.model.device)
+        assert self._total is not None
+        ids_1T = torch.from_numpy(batch.input_ids).to(self.model.device)
+        start, stop = piece * self.limit, min((piece + 1) * self.limit, ids_1T.shape[1] - 1)
+        mask_1T = torch.ones((1, stop), dtype=torch.int64, device=self.model.device)
+        output = self.model(
+            input_ids=ids_1T[:, start:stop], attention_mask=mask_1T, past_key_values=self._cache, use_cache=True
+        )
+        skipped = max(0, max(1, self.num_context) - 1 - start)
+        self._total += _nll(output.logits[0, skipped:], ids_1T[0, start + skipped + 1 : stop + 1])
+        self._cache = None if is_last else output.past_key_values
+        return self._total[None].cpu().numpy() if is_last else None
+
+    def read_nothing(self) -> object:
+        """Run a forward of one token whose logits nobody needs; return its cache, if the model has one."""
+        ids_1T = torch.zeros((1, 1), dtype=torch.int64, device=self.model.device)
+        output = self.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=True)
+        return getattr(output, "past_key_values", None)
+
+    def _whole(self, batch: Batch) -> NDArray[np.float64]:
+        ids_BT = torch.from_numpy(batch.input_ids).to(self.model.device)
+        mask_BT = torch.from_numpy(batch.attention_mask).to(self.model.device)
+        logits = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+        first = max(1, self.num_context)
+        sums = [
+            _nll(logits[b, first - 1 : length - 1], ids_BT[b, first:length])
+            for b, length in enumerate(batch.attention_mask.sum(axis=1).tolist())
+        ]
+        return torch.stack(sums).cpu().numpy()
 
 
 def _nll(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -138,48 +228,3 @@ def _nll(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         likelihood = rows.gather(1, targets[:, None])[:, 0] - rows.logsumexp(dim=-1)
         total -= likelihood.sum(dtype=torch.float64)
     return total
-
-
-def summary(sums: NDArray[np.float64], counts: NDArray[np.int64], what: str = "--perplexity-texts") -> Perplexity:
-    """Both perplexities from [N] sums of negative log-likelihoods and token counts, infinite beyond float64.
-
-    InputError if no text has a token that is predicted.
-    """
-    some = counts > 0
-    if not some.any():
-        raise InputError(f"{what}: expected a text of at least two tokens, got none")
-    means = sums[some] / counts[some]
-    with np.errstate(over="ignore", invalid="ignore"):
-        table = np.stack([sums[some], counts[some].astype(np.float64), np.exp(means)], axis=1)
-        drawn = bootstrap_means(table, seed=0)
-        token_weighted, by_sentence = np.exp(sums[some].sum() / counts[some].sum()), np.exp(means).mean()
-        low, high = interval(np.exp(drawn[:, 0] / drawn[:, 1]))
-        sentences_low, sentences_high = interval(drawn[:, 2])
-    return Perplexity(
-        token_weighted=float(token_weighted),
-        token_weighted_low=low,
-        token_weighted_high=high,
-        mean_over_sentences=float(by_sentence),
-        mean_over_sentences_low=sentences_low,
-        mean_over_sentences_high=sentences_high,
-        num_texts=int(some.sum()),
-        num_tokens=int(counts[some].sum()),
-        num_left_out=int((~some).sum()),
-        num_nonfinite=int((~np.isfinite(means)).sum()),
-    )
-
-
-def perplexity(model: PreTrainedModel, tokens: TokenizedTexts, tokens_per_batch: int) -> Perplexity:
-    """Both perplexities of `tokens`; InputError if no text has a second token to predict."""
-    return summary(*negative_log_likelihoods(model, tokens, tokens_per_batch))
-
-
-def both_sides(
-    sums: NDArray[np.float64], counts: NDArray[np.int64], labels: NDArray[np.int8]
-) -> dict[str, dict[str, float | int]]:
-    """`positive` and `negative` → perplexity of the texts of that label; [N] labels are 1, 0 or -1 (neither)."""
-    sides = {"positive": labels == 1, "negative": labels == 0}
-    return {
-        name: asdict(summary(sums[rows], counts[rows], f"--perplexity-labels: {name} texts"))
-        for name, rows in sides.items()
-    }

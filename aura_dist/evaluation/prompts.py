@@ -1,24 +1,30 @@
-"""Prompts of a file → token ids, keys of their noise, and batches of equal length."""
+"""Prompts of a file, after a pre-prompt or not → token ids, keys of their noise, and batches of equal length.
+
+A pre-prompt is a text that leads every prompt and every text, on lines of its own, and is never scored itself. Tokens
+are joined, not texts: what follows it has the same tokens as without it, so that figures with and without one are of
+the same tokens.
+"""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from aura_dist.errors import InputError, MissingColumnError, brief
-from aura_dist.evaluation.noise import prompt_keys
-from aura_dist.evaluation.preprompt import Prefix
-from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.sampling import Decoding, prompt_keys
 from aura_dist.models.load import check_positions, check_vocabulary
 from aura_dist.text.labels import check_texts
 from aura_dist.text.table import Table, read_table
+from aura_dist.text.tokens import TokenizedTexts
 
-# where prompts stand: RealToxicityPrompts' records; a plain table
+# columns of RealToxicityPrompts' records, and of a plain table
 TEXT_COLUMNS = ("prompt.text", "prompt", "text")
 TOXICITY_COLUMNS = ("prompt.toxicity", "toxicity")
 # one continuation that is to be made: index of its prompt, number of the sample
@@ -27,7 +33,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class PromptFile:
-    """P prompts as a file gives them.
+    """The P prompts of a file.
 
     Attributes
     ----------
@@ -36,7 +42,7 @@ class PromptFile:
     texts
         P texts.
     toxicity
-        [P] float64 of the prompts themselves, NaN where the file does not say.
+        [P] float64, toxicity of the prompts themselves; NaN where the file has none.
     """
 
     source: str
@@ -46,7 +52,7 @@ class PromptFile:
 
     @property
     def sha256(self) -> str:
-        """Digest of the texts in order, whatever file they stand in."""
+        """Digest of the texts in order, whatever the file's format."""
         digest = hashlib.sha256()
         for text in self.texts:
             digest.update(hashlib.sha256(text.encode()).digest())
@@ -54,20 +60,11 @@ class PromptFile:
 
 
 def read_prompts(source: str, column: str | None, toxicity_column: str | None) -> PromptFile:
-    """Read a prompt file: RealToxicityPrompts' JSONL, or a table with a column of texts.
+    """Read a prompt file: RealToxicityPrompts' JSONL, or a table, of any format that `read_table` takes.
 
-    Parameters
-    ----------
-    source
-        Any format that `read_table` takes.
-    column, toxicity_column
-        None takes the first of `TEXT_COLUMNS` and `TOXICITY_COLUMNS` that is there; no toxicity will do.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read, lacks the column (in all rows or in some), has no rows, or a prompt is not a text or
-        a toxicity not a number from 0 to 1.
+    A column of None is the first of `TEXT_COLUMNS` or `TOXICITY_COLUMNS` that is there; toxicity may be missing.
+    InputError if the file cannot be read, lacks the column (in all rows or in some), has no rows, or if a prompt is not
+    a text or a toxicity not a number from 0 to 1.
     """
     table, found = _first_column(source, TEXT_COLUMNS if column is None else (column,))
     texts = check_texts(table, found)
@@ -106,24 +103,75 @@ def _number(value: object, row: int, column: str, source: str) -> float:
     return number
 
 
+def read_preprompt(given: str) -> str:
+    """The text of `--preprompt TEXT|FILE`, ended by one line break.
+
+    InputError if it is empty, cannot be read, or is the name of a file that is not there.
+    """
+    path, is_name = Path(given), re.fullmatch(r"\S+\.(txt|md)", given) is not None
+    try:
+        text = path.read_text(encoding="utf-8-sig") if is_name or _is_file(path) else given
+    except (OSError, ValueError) as error:
+        raise InputError(f"--preprompt {given!r} cannot be read: {error}") from error
+    if not text.strip():
+        raise InputError(f"--preprompt: expected a text or a file that holds one, got nothing but space: {given!r}")
+    return text.rstrip("\r\n") + "\n"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text too long for a name
+        return False
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The tokens of a pre-prompt, and how many special tokens the tokenizer puts in front of any text."""
+
+    ids: tuple[int, ...]
+    num_leading: int
+
+    @property
+    def num_context(self) -> int:
+        """Tokens that are not counted: the pre-prompt's, and a text's first where nothing predicts it without one."""
+        return len(self.ids) + (self.num_leading == 0)
+
+    def before(self, tokens: TokenizedTexts) -> TokenizedTexts:
+        """Each text with the pre-prompt in front; special tokens lead once."""
+        head = np.array(self.ids, dtype=np.int32)
+        joined = [np.concatenate([head, ids[self.num_leading :]]) for ids in tokens.ids]
+        return TokenizedTexts(joined, tokens.special_ids, tokens.skip_special)
+
+
+def make_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> Prefix:
+    """The tokens of a pre-prompt with the special tokens that lead a text, and without those that end one."""
+    try:
+        whole = list(tokenizer(text, verbose=False)["input_ids"])
+        bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    except Exception as error:  # the backend raises a bare Exception
+        raise InputError(f"--preprompt: the model's tokenizer cannot take {text!a}: {brief(error)}") from error
+    starts = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+    num_leading = next(starts, 0)
+    return Prefix(tuple(whole[: num_leading + len(bare)]), num_leading)
+
+
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """P prompts as the model gets them, pre-prompt included, and the keys of their noise (of the prompt alone)."""
+    """P prompts, their token ids with the pre-prompt, and the keys of their noise (of the prompt alone)."""
 
     texts: list[str]
     ids: list[list[int]]
     keys: list[bytes]
 
     def batches(self, pairs: Sequence[Pair], rows_per_batch: int) -> list[list[Pair]]:
-        """Cut continuations that are to be made into batches of prompts of equal length, the longest first."""
+        """Cut `pairs` into batches of prompts of equal length, the longest first."""
         batches = []
         by_length = sorted(pairs, key=lambda pair: (-len(self.ids[pair[0]]), pair))
         for _, group in groupby(by_length, key=lambda pair: len(self.ids[pair[0]])):
             equal = list(group)
             number = ceil(len(equal) / rows_per_batch)
-            cuts = [
-                len(equal) * b // number for b in range(number + 1)
-            ]  # even: a small rest costs a whole batch's steps
+            cuts = [len(equal) * b // number for b in range(number + 1)]  # even: a small rest costs a batch's steps
             batches += [equal[a:b] for a, b in pairwise(cuts)]
         return batches
 
@@ -139,14 +187,8 @@ def tokenize_prompts(
 ) -> TokenizedPrompts:
     """Token ids of prompts, as the tokenizer makes them by default.
 
-    Raises
-    ------
-    InputError
-        A prompt without tokens, or one that the tokenizer cannot take.
-    ConfigError
-        Prompt and continuation are longer than the model's positions.
-    ModelError
-        The tokenizer is another model's.
+    Raises InputError for a prompt without tokens or one that the tokenizer cannot take, ConfigError if prompt and
+    continuation are longer than the model's positions, ModelError if the tokenizer is another model's.
     """
     ids = []
     for text in texts:

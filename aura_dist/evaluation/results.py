@@ -8,7 +8,7 @@
     model_fingerprint  the same fingerprint
     intervention     null, or {…intervention.json (method, parameters, concept, model, …), directory, digest,
                      strength: as applied}
-    preprompt        null or the text that stood before each prompt and text
+    preprompt        null or the text before each prompt and text
     perplexity       absent where not measured: {texts, column, sha256, PERPLEXITY…,
                      labels (the label column, if one was given), positive: {PERPLEXITY…}, negative: {PERPLEXITY…}}
     toxicity         absent where not measured: {prompts, column, prompts_sha256, scorer, num_prompts, num_samples,
@@ -19,8 +19,8 @@
                      baseline: null, or {results: path, name, overall: RATIOS, toxic_prompts, nontoxic_prompts}}
     zero_shot        absent where not measured: task → {metric: number, …, num_fewshot, num_examples}; metrics by
                      lm-eval's names without `,none`, standard errors as METRIC_stderr
-    seconds          {load, generation, scoring, perplexity, zero_shot, total}: those that took place; under
-                     `num_generated` and `continuations_per_second` what this run itself generated
+    seconds          {load, generation, scoring, perplexity, zero_shot, total}: those that took place; and
+                     `num_generated`, `continuations_per_second` of this run alone
 
     PERPLEXITY   token_weighted, token_weighted_low, token_weighted_high, mean_over_sentences,
                  mean_over_sentences_low, mean_over_sentences_high, num_texts, num_tokens, num_left_out, num_nonfinite
@@ -51,7 +51,7 @@ PACKAGES = ("aura_dist", "torch", "transformers", "numpy", "lm_eval", "alt-profa
 
 
 def read_results(path: str) -> dict[str, Any]:
-    """The results at `path`; InputError unless they are such as `evaluate` writes."""
+    """The results at `path`; InputError unless `evaluate` wrote them."""
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -74,19 +74,9 @@ def write_results(out: str, results: dict[str, Any]) -> None:
 
 
 def check_spares(out: str, inputs: Mapping[str, str | None], continuations: Path) -> None:
-    """Refuse to write over what is read, or over what `evaluate` has not written.
+    """ConfigError if `out` or `continuations`, the files to write, would replace an input or a file of someone else.
 
-    Parameters
-    ----------
-    out, continuations
-        The two files that are written.
-    inputs
-        Flag → what it was given; names and texts that are no files do no harm.
-
-    Raises
-    ------
-    ConfigError
-        A file of `inputs` would be overwritten, or at `out` stands something else than results.
+    `inputs`: flag → its value; hub names and texts, which are no files, are allowed.
     """
     path = Path(out).resolve()
     for name, given in inputs.items():
@@ -104,7 +94,7 @@ def check_spares(out: str, inputs: Mapping[str, str | None], continuations: Path
 def _same(written: Path, given: str) -> bool:
     try:
         return written.samefile(given)
-    except (OSError, ValueError):  # one is not there, or a text that no file can be called
+    except (OSError, ValueError):  # one is not there, or the text is no possible file name
         return False
 
 
@@ -117,7 +107,7 @@ def _is_results(path: Path) -> bool:
 
 
 def check_writable(out: str) -> None:
-    """StoreError before the model is loaded, rather than after the work; nothing is left there."""
+    """StoreError if the file could not be written; leaves nothing there."""
     path = Path(out).resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +119,7 @@ def check_writable(out: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no way to write."""
+    """The same with None for numbers that JSON cannot hold."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -138,7 +128,7 @@ def finite(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Package → version, of those that the figures depend on and that are installed."""
+    """Package → version, of the installed ones that the figures depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,11 +1,17 @@
 """The next token: temperature, top-k and nucleus (top-p), then Gumbel noise and the greedy choice.
 
 The largest of logits with standard Gumbel noise is a draw from their softmax (Gumbel, 1954; see Maddison, Tarlow and
-Minka, *A\\* Sampling*, 2014), so that a draw is a function of the logits and of noise that nobody's order of work
-changes. Only tokens that can be chosen are sorted and given noise: of a vocabulary of 262,144, some hundreds.
+Minka, *A\\* Sampling*, 2014). Only tokens that can be chosen are sorted and given noise: of a vocabulary of 262,144,
+some hundreds.
+
+The noise is a function of (seed, prompt, sample, step, token id) alone: it is the same on every device, in every batch
+and on every rank. A key is hashed with a counter, as in Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*
+(2011), by the finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +19,6 @@ import torch
 from torch import Tensor
 
 from aura_dist.errors import ModelError
-from aura_dist.evaluation.noise import gumbel
 
 # probabilities down to which candidates are looked for, until they hold the nucleus
 _LEVELS = (1e-3, 1e-4, 1e-5, 1e-6, 0.0)
@@ -22,6 +27,11 @@ _ROWS = 16
 _CACHED_VALUES = 1 << 18
 # float32 sums of probabilities are not exact: what is looked for is a little more than the nucleus
 _MARGIN = 1e-4
+_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number: torch's integers wrap around
+_MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+_MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+_STEP_FACTOR = 0x2545F4914F6CDD1D  # another odd constant, so that steps and ids do not run in parallel
+_MANTISSA_BITS = 52
 
 
 @dataclass(frozen=True)
@@ -60,14 +70,11 @@ def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int) -> Tenso
     how
         Temperature and filters.
     keys_B
-        [B] int64 keys of the continuations (`noise.sample_key`).
+        [B] int64 keys of the continuations (`sample_key`).
     step
         Index of the token that is drawn.
 
-    Raises
-    ------
-    ModelError
-        Logits are NaN or infinite: greedy decoding would take them for a choice.
+    ModelError if logits are NaN or infinite: greedy decoding would take them for a choice.
     """
     if not logits_BV.amax(-1).isfinite().all():
         raise ModelError(
@@ -144,3 +151,58 @@ def _nucleus(log_p_BK: Tensor, top_p: float) -> Tensor:
     kept_BK = (before_BK < top_p) & sorted_BK.isfinite()
     kept_BK[:, 0] = True
     return torch.zeros_like(kept_BK).scatter(1, order_BK, kept_BK)
+
+
+def prompt_keys(prompts: Sequence[str], seed: int) -> list[bytes]:
+    """A key of 32 bytes a prompt, from its text, the seed, and how often the text occurred before.
+
+    The order of other prompts does not matter, and a prompt that occurs twice is continued in two ways.
+    """
+    seen: dict[str, int] = {}
+    keys = []
+    for prompt in prompts:
+        occurrence = seen[prompt] = seen.get(prompt, -1) + 1
+        keys.append(hashlib.sha256(f"{seed} {occurrence} {prompt}".encode()).digest())
+    return keys
+
+
+def sample_key(prompt_key: bytes, sample: int) -> int:
+    """The key of one continuation, a signed 64-bit integer."""
+    digest = hashlib.sha256(prompt_key + sample.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def gumbel(keys_B: Tensor, step: int, ids_BK: Tensor) -> Tensor:
+    """Standard Gumbel noise for token ids.
+
+    Parameters
+    ----------
+    keys_B
+        [B] int64 keys of the continuations.
+    step
+        Index of the token that is drawn.
+    ids_BK
+        [B, K] int64 token ids.
+
+    Returns
+    -------
+    noise
+        [B, K] float64, finite.
+    """
+    stream_B = _mix(_mix(keys_B) + torch.full_like(keys_B, step + 1) * _STEP_FACTOR)
+    bits_BK = _mix(stream_B[:, None] + (ids_BK + 1) * _GOLDEN)
+    # the open interval (0, 1), each value exact: half steps of 2 ** -52
+    uniform_BK = (_shift(bits_BK, 64 - _MANTISSA_BITS).double() + 0.5) * 2.0**-_MANTISSA_BITS
+    return -(-uniform_BK.log()).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of 64-bit integers."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

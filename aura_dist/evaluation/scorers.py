@@ -1,5 +1,9 @@
-"""What says how toxic a text is: a Hugging Face classifier, or profanity-check, which needs no download."""
+"""How toxic continuations are: the scorers, and the section `toxicity` of the results, from a journal's continuations.
 
+A scorer is a Hugging Face classifier, or profanity-check, which needs no download.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -7,18 +11,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aura_dist.errors import AuraError, ConfigError, ModelError, brief
+from aura_dist.errors import AuraError, ConfigError, ModelError, StoreError, brief
+from aura_dist.evaluation.figures import ByPrompt, by_prompt, estimates, groups
+from aura_dist.evaluation.journal import Journal, Record, sampling_settings
+from aura_dist.evaluation.prompts import Pair, PromptFile
+from aura_dist.evaluation.sampling import Decoding
 
 PROFANITY_CHECK = "profanity-check"
 TOXIC_LABELS = ("toxic", "toxicity")
 MAX_TOKENS = 512
 TEXTS_PER_BATCH = 64
-# of different lengths, one of them nothing: a model that ends at once says that
+# of different lengths, one of them empty: a model may end a continuation at once
 _PROBE = ("", "A text.", "Another text that is longer than the first.")
 
 
 class Scorer(Protocol):
-    """Anything with a name that gives texts a probability of being toxic."""
+    """Anything with a name that returns for each text the probability that it is toxic."""
 
     @property
     def name(self) -> str: ...
@@ -36,16 +44,12 @@ def load_scorer(name: str, toxic_label: str | None, device: str) -> Scorer:
     name
         As `--scorer`.
     toxic_label
-        The classifier's label that means toxic; by default the one that is called so.
+        The classifier's label that means toxic; by default the one of that name.
     device
         Where a classifier runs.
 
-    Raises
-    ------
-    ModelError
-        It cannot be loaded, or cannot score texts: shown here, not after hours of generation.
-    ConfigError
-        It has no such label.
+    ModelError if it cannot be loaded or cannot score texts, here and not after hours of generation; ConfigError if it
+    has no such label.
     """
     scorer: Scorer = ProfanityCheck() if name == PROFANITY_CHECK else Classifier(name, toxic_label, device)
     try:
@@ -58,7 +62,7 @@ def load_scorer(name: str, toxic_label: str | None, device: str) -> Scorer:
 
 
 def checked_scores(scorer: Scorer, texts: Sequence[str]) -> NDArray[np.float64]:
-    """[N] probabilities, in order; ModelError where one is none: NaN would count as not toxic."""
+    """[N] probabilities, in order; ModelError for a number that is none, because NaN would count as not toxic."""
     scores = scorer.score(texts)
     bad = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
     if len(bad):
@@ -70,7 +74,7 @@ def checked_scores(scorer: Scorer, texts: Sequence[str]) -> NDArray[np.float64]:
 
 
 class ProfanityCheck:
-    """A linear model over words (alt-profanity-check): quick, offline, and blind to context."""
+    """A linear model over words (alt-profanity-check): fast, offline, and blind to context."""
 
     name = PROFANITY_CHECK
 
@@ -90,7 +94,7 @@ class ProfanityCheck:
 
 
 class Classifier:
-    """A sequence classifier: softmax over its labels, or a sigmoid each where they do not exclude one another."""
+    """A sequence classifier: softmax over its labels, or a sigmoid for each if several may be true."""
 
     def __init__(self, name: str, toxic_label: str | None, device: str) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -148,3 +152,51 @@ def _toxic_index(name: str, config: Any, wanted: str | None) -> int:
         f"--toxic-label: expected the label of --scorer {name!r} that means toxic, one of {', '.join(labels)}; got "
         f"{'none, and no label is called toxic' if wanted is None else repr(wanted)}"
     )
+
+
+def head(prompts: PromptFile, scorer: str, how: Decoding) -> dict[str, Any]:
+    """What will be measured: enough to tell, before anything is, whether a baseline measured the same."""
+    return {
+        "prompts": prompts.source,
+        "column": prompts.column,
+        "prompts_sha256": prompts.sha256,
+        "scorer": scorer,
+        "num_prompts": len(prompts.texts),
+        "num_samples": how.num_samples,
+        "settings": sampling_settings(how),
+    }
+
+
+def score(prompts: PromptFile, journal: Journal, scorer: Scorer, how: Decoding) -> dict[str, Any]:
+    """Score the continuations, file them with their scores, and measure; StoreError if some are missing."""
+    journal.fold()
+    shape = (len(prompts.texts), how.num_samples)
+    kept = {pair: record for pair, record in journal.read().items() if pair[1] < how.num_samples}
+    if len(kept) != math.prod(shape):
+        raise StoreError(
+            f"{str(journal.path)!r}: expected {math.prod(shape)} continuations, got {len(kept)}; "
+            "run the same command again"
+        )
+    scores = checked_scores(scorer, [record["text"] for record in kept.values()])
+    journal.replace(_scored(prompts, list(kept.items()), scores))
+    measured = by_prompt(scores.reshape(shape))
+    return {
+        **head(prompts, scorer.name, how),
+        "continuations": journal.path.name,
+        **{name: _group(measured.take(rows)) for name, rows in groups(prompts.toxicity).items()},
+        "per_prompt": {"toxic_share": measured.toxic_share.tolist(), "maximum": measured.maximum.tolist()},
+        "baseline": None,
+    }
+
+
+def _group(measured: ByPrompt) -> dict[str, Any] | None:
+    number = len(measured.maximum)
+    return {"num_prompts": number, **estimates(measured)} if number else None
+
+
+def _scored(prompts: PromptFile, kept: Sequence[tuple[Pair, Record]], scores: NDArray[np.float64]) -> list[Record]:
+    own = [None if math.isnan(t) else float(t) for t in prompts.toxicity]
+    return [
+        {**record, "prompt_text": prompts.texts[p], "prompt_toxicity": own[p], "toxicity": float(score)}
+        for ((p, _), record), score in zip(kept, scores, strict=True)
+    ]

@@ -1,34 +1,38 @@
-"""Zero-shot tasks by EleutherAI's lm-evaluation-harness, on the model as it is loaded, sharded and intervened on."""
+"""Zero-shot tasks by EleutherAI's lm-evaluation-harness, on the model as it is loaded, sharded and intervened on.
+
+Replicas share the requests. lm-eval's own way, a share of the documents for each rank, fails for tasks of fewer
+documents than ranks and changes the order in which figures are summed. So every rank makes all requests and all
+figures, and the replicas divide only the forwards between these.
+"""
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.errors import AuraError, ConfigError, InputError, brief
+from aura_dist.ranks.team import Team
 
 Figures = dict[str, dict[str, float | int]]
-_TOLD_ELSEWHERE = ("alias", "name", "sample_len", "sample_count", "samples")
+_NO_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
+# what a task may ask of a model
+_REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 class ZeroShot:
-    """Tasks that have been found, before any model is loaded.
+    """Tasks that have been found, before any model is loaded; ConfigError if lm-eval, the directory or a task is not.
 
     Parameters
     ----------
     tasks
         Names of tasks, groups or tags, with wildcards.
     path
-        Directory of YAML tasks of one's own, beside lm-eval's.
-
-    Raises
-    ------
-    ConfigError
-        lm-eval is missing, the directory is, or a task is not known.
+        Directory of the user's own YAML tasks, beside lm-eval's.
     """
 
     def __init__(self, tasks: Sequence[str], path: str | None) -> None:
@@ -49,7 +53,7 @@ class ZeroShot:
                 self._manager = TaskManager(include_path=path)
         except AuraError:  # a signal
             raise
-        except Exception as error:  # a broken YAML file fails in as many ways as there are keys
+        except Exception as error:  # a broken YAML file fails in many ways
             raise ConfigError(f"--tasks-path {path!r} cannot be read: {brief(error)}") from error
         for name in tasks:
             if not self._known(name):
@@ -65,33 +69,34 @@ class ZeroShot:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        team: Team,
         num_fewshot: int | None = None,
         limit: int | None = None,
         preprompt: str | None = None,
         batch_size: int = 8,
     ) -> Figures:
-        """Task → metric → figure, as lm-eval gives them; alike on all ranks, whose forwards may be collective.
+        """Task → metric → figure, as lm-eval computes them; InputError if a task fails or its data cannot be loaded.
 
         Parameters
         ----------
         model, tokenizer
             What is evaluated; neither is changed.
+        team
+            The ranks, all of which must call this.
         num_fewshot, limit
             As lm-eval's: examples in the context (None: the task's own number), examples a task.
         preprompt
             Text that stands before each context.
         batch_size
             Requests in one forward.
-
-        Raises
-        ------
-        InputError
-            A task's data cannot be loaded, or the task fails.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        if team.world.layout.num_replicas > 1:
+            for kind in _REQUESTS:
+                setattr(harness, kind, _shared(getattr(harness, kind), team, kind))
         try:
             found = simple_evaluate(
                 harness,
@@ -102,21 +107,38 @@ class ZeroShot:
                 task_manager=self._manager,
                 log_samples=False,
             )
-        except AuraError:
+        except (AuraError, DistError):  # another rank failed
             raise
         except Exception as error:  # tasks run code of their own
             raise InputError(f"--tasks {' '.join(self.names)}: lm-eval failed: {brief(error)}") from error
         return {} if found is None else _figures(found)
 
 
+def _shared(answer: Callable[[list[Any]], list[Any]], team: Team, kind: str) -> Callable[[list[Any]], list[Any]]:
+    """The same method of a model for all requests of a run, of which each replica answers its share.
+
+    The requests of one document go to one replica: those that continue the same context may take one forward.
+    """
+
+    def answers(requests: list[Any]) -> list[Any]:
+        replica, num_replicas = team.world.replica, team.world.layout.num_replicas
+        mine = [i for i, request in enumerate(requests) if request.doc_id % num_replicas == replica]
+        found = dict(zip(mine, answer([requests[i] for i in mine]), strict=True)) if mine else {}
+        everyone = team.gather(f"zero_shot/{kind}", found if team.world.rank == 0 else {})
+        merged = {i: value for part in everyone for i, value in part.items()}
+        return [merged[i] for i in range(len(requests))]
+
+    return answers
+
+
 def _figures(found: dict[str, Any]) -> Figures:
-    """lm-eval's results without what is no figure: `acc,none` → `acc`, `acc_stderr,none` → `acc_stderr`."""
+    """The metrics of lm-eval's results: `acc,none` → `acc`, `acc_stderr,none` → `acc_stderr`."""
     figures: Figures = {}
     for task, metrics in found["results"].items():
         numbers = {
             key.removesuffix(",none"): value
             for key, value in metrics.items()
-            if key not in _TOLD_ELSEWHERE and isinstance(value, int | float)
+            if key not in _NO_METRICS and isinstance(value, int | float)
         }
         counts = found.get("n-samples", {}).get(task, {})
         numbers["num_fewshot"] = found.get("n-shot", {}).get(task, 0)

@@ -219,24 +219,24 @@ def collection_report(
 def estimate_evaluation(
     model: PreTrainedModel,
     dtype: str,
-    shares: Sequence[tuple[int, Sequence[Step]]],
+    steps: Sequence[Step],
     tflops: float | None,
     *,
     gpu: bool,
     left_out: Sequence[str] = (),
 ) -> EvaluationPlan:
-    """What an evaluation of `model` (on the meta device) takes; `shares` are (how often forwards run, the forwards).
+    """What an evaluation of `model` (on the meta device) takes: all `steps`, which the ranks share.
 
     Not counted: the scorer, sampling, loading and communication; what `left_out` names; and what a model computes again
     at every step because it keeps another state than keys and values, which the plan then names.
     """
-    longest = max((step.num_new for _, steps in shares for step in steps), default=1)
+    longest = max((step.num_new for step in steps), default=1)
     selects = only_attention(DynamicCache(config=model.config))
     cost = model_cost(model, dtype, longest)
     rate = tflops or TFLOPS[gpu, DTYPES[dtype].itemsize]
     return EvaluationPlan(
-        seconds=sum(n * sum(cost.seconds(s, rate, READ_RATE[gpu]) for s in steps) for n, steps in shares),
-        flops=sum(n * sum(map(cost.flops, steps)) for n, steps in shares),
+        seconds=sum(cost.seconds(step, rate, READ_RATE[gpu]) for step in steps),
+        flops=sum(map(cost.flops, steps)),
         gpu=gpu,
         left_out=" and ".join([*left_out, *([] if selects else ["what has no cache"])]),
     )

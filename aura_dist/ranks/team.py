@@ -1,22 +1,25 @@
 """`Team`: how the processes of a launch speak to each other.
 
-Two ways, both of small messages only. Every rank reads and writes a key-value store (torch's, hosted by the launcher
-or by rank 0; in memory for a single process): tasks are claimed and committed there, and failures and signals are
-told to all. Ranks of one replica, which run the same collectives, also agree step by step through a gloo group.
+All ranks share a key-value store (torch's, hosted by the launcher or by rank 0; in memory for a single process). Work
+is claimed there, results of a few megabytes are gathered there, and every rank learns there of failures and signals.
+The ranks of one replica run the same collectives, and so also agree step by step through a gloo group.
 """
 
 import json
 import logging
 import os
+import pickle
+import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from aura_dist.errors import AuraError, LostRankError, PeerError, RunInterruptedError, brief
 from aura_dist.ranks.signals import interruption
@@ -26,12 +29,17 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 BEAT_SECONDS = 1.0
-# a rank whose beat stands still for so long is taken for dead
+# a rank that has not beaten for so long is taken for dead
 DEAD_SECONDS = 60.0
 # after another rank has failed, a rank that hangs in a collective ends itself
 GRACE_SECONDS = 12.0
 EXIT_FAILED = 2
+# torch's store refuses a value of more than 8 MiB
+_VALUE_BYTES = 4 * 2**20
 _GO_ON = "see what that rank said; finished tasks are kept: run the same command to go on"
+
+Unit = TypeVar("Unit")
+Value = TypeVar("Value")
 
 
 class Team:
@@ -52,28 +60,76 @@ class Team:
         self._control = control
         self._columns = columns
         self._failure: AuraError | None = None
+        self._shown: list[int] = []
         self._leaving = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="team-watcher", daemon=True)
         if world.layout.world_size > 1:
             self._watcher.start()
 
+    @classmethod
+    def alone(cls) -> "Team":
+        """The team of a process that belongs to no launch."""
+        return cls(World(), HashStore())
+
     # what all ranks share through the store
 
     def from_first(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives on rank 0 (anything JSON holds), on every rank; the others wait for it."""
+        """Return on every rank what `make` returns on rank 0, anything that JSON can hold; the others wait for it."""
         if self.world.is_first:
             value = make()
             self._store.set(f"value/{key}", json.dumps(value))
             return value
-        self._wait(lambda: self._store.check([f"value/{key}"]), lambda: self.stop_signal)
-        return json.loads(self._store.get(f"value/{key}"))
+        return json.loads(self._awaited(f"value/{key}"))
+
+    def once_a_host(self, key: str, make: Callable[[], Value]) -> Value:
+        """Return on every rank what `make` returns on one rank of its host; the other ranks of the host wait for it.
+
+        The value travels, pickled, through a file in memory that its maker keeps open until `close`. A rank that
+        cannot open the file makes the value itself.
+        """
+        if self.world.layout.world_size == 1 or not hasattr(os, "memfd_create"):
+            return make()
+        place = f"file/{platform.node()}/{key}"
+        if self.count(place):
+            path, name = self._awaited(place).decode().split()
+            try:
+                with open(path, "rb") as file:
+                    if name in os.readlink(f"/proc/self/fd/{file.fileno()}"):  # not a file that has taken its place
+                        return cast(Value, pickle.load(file))
+            except OSError:
+                logger.debug("%s: what another rank made cannot be opened", key)
+            return make()
+        value, name = make(), uuid4().hex
+        self._shown.append(os.memfd_create(name))
+        with open(self._shown[-1], "wb", closefd=False) as file:
+            pickle.dump(value, file, pickle.HIGHEST_PROTOCOL)
+        self._store.set(place, f"/proc/{os.getpid()}/fd/{self._shown[-1]} {name}")
+        return value
+
+    def gather(self, key: str, value: Value, received: Callable[[], int | None] = lambda: None) -> list[Value]:
+        """Return the values of all ranks, in rank order, on every rank; all of them wait for one another.
+
+        A `key` serves once. Values are anything that can be pickled, of a few megabytes in all. `received` and what
+        is raised: as in `meet`.
+        """
+        mine, own = pickle.dumps(value, pickle.HIGHEST_PROTOCOL), f"gather/{key}/{self.world.global_rank}"
+        starts = range(0, len(mine), _VALUE_BYTES)
+        for part, start in enumerate(starts):
+            self._store.set(f"{own}/{part}", mine[start : start + _VALUE_BYTES])  # type: ignore[arg-type]
+        self._store.set(own, str(len(starts)))
+        values: list[Value] = []
+        for rank in range(self.world.layout.world_size):
+            theirs = f"gather/{key}/{rank}"
+            parts = range(int(self._awaited(theirs, received)))
+            values.append(pickle.loads(b"".join(self._store.get(f"{theirs}/{part}") for part in parts)))
+        return values
 
     def count(self, key: str) -> int:
-        """Add one to a counter; how often that was done before."""
+        """Add one to a counter; return how often that was done before."""
         return int(self._store.add(f"count/{key}", 1)) - 1
 
     def add(self, key: str, amount: int) -> int:
-        """Add to a sum over all ranks; the sum."""
+        """Add to a sum over all ranks; return the sum."""
         return int(self._store.add(f"sum/{key}", amount))
 
     def note(self, key: str, value: Mapping[str, int]) -> None:
@@ -81,7 +137,7 @@ class Team:
         self._store.set(f"note/{key}", json.dumps(dict(value)))
 
     def noted(self, key: str) -> dict[str, int]:
-        """What was left under `key`; empty where nothing was."""
+        """Return the numbers left under `key`, none if nobody left any."""
         return dict(json.loads(self._store.get(f"note/{key}"))) if self._store.check([f"note/{key}"]) else {}
 
     def check(self) -> None:
@@ -90,19 +146,10 @@ class Team:
             raise self._failure
 
     def meet(self, key: str, received: Callable[[], int | None] = lambda: None) -> None:
-        """Rank 0 waits until all ranks have come here; the others do not wait.
+        """Let rank 0 wait until all ranks have come here; the others do not wait.
 
-        Parameters
-        ----------
-        key
-            Of the place.
-        received
-            Gives the number of the signal that this rank has received, if it has and its handler only sets a flag.
-
-        Raises
-        ------
-        RunInterruptedError
-            A rank has received a signal, and so may never come.
+        RunInterruptedError if a rank has received a signal, because it may never come. `received` returns the number
+        of this rank's signal, if its handler only sets a flag.
         """
         self._store.add(key, 1)
         if self.world.is_first:
@@ -114,7 +161,7 @@ class Team:
     # what the ranks of a replica share, step by step
 
     def share(self, *numbers: int) -> list[list[int]]:
-        """The numbers of every rank of the replica, in rank order; all of them must call this together."""
+        """Return the numbers of every rank of the replica, in rank order; all of them must call this together."""
         if self._control is None:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.int64)
@@ -123,37 +170,63 @@ class Team:
         return [values.tolist() for values in everyone]
 
     def keep_step(self, received: int | None) -> None:
-        """Before a batch: raise what ends the work, on all ranks of the replica at the same batch.
+        """Raise what ends the work, on all ranks of the replica before the same batch.
 
-        Parameters
-        ----------
-        received
-            Number of the signal that this rank has received, if it has.
-
-        Raises
-        ------
-        RunInterruptedError
-            A rank of the replica has received a signal.
-        PeerError
-            Another rank failed.
+        RunInterruptedError if a rank of the replica has received a signal (`received`: this one's), PeerError if
+        another rank failed.
         """
         self.check()
         number = max(numbers[0] for numbers in self.share(received or self.stop_signal or 0))
         if number:
             raise interruption(number)
 
-    def claim(self, key: str, num_units: int) -> list[int | None]:
-        """The next unit of work for each row worker of the replica, None for one that gets none; all call it together.
+    def claimed(
+        self,
+        key: str,
+        units: Sequence[Unit],
+        before: Callable[[], int | None],
+        num_turns: Callable[[Unit], int] = lambda unit: 1,
+    ) -> Iterator[tuple[Unit, int] | None]:
+        """Hand this row worker its share of `units`, turn by turn, in step with the rest of its replica.
 
-        Units are handed out one by one from a counter that all ranks share. Empty where none of them gets one.
+        Row workers claim units one by one from a counter that all ranks share, so that fast and slow ranks end
+        together. The ranks of a replica take turns together, because their forwards may be collective.
+
+        Parameters
+        ----------
+        key
+            Name of the counter; it serves once.
+        units
+            The work, alike on all ranks, the longest first.
+        before
+            Called before each turn: raises what ends this rank's work, or returns the number of the signal that this
+            rank has received, if it has.
+        num_turns
+            Turns that a unit takes, at least one.
+
+        Yields
+        ------
+        turn
+            (unit, index of the turn), or None for an empty turn, in which the rank runs a forward and drops its result.
         """
+        worker = self.world.rank // self.world.layout.tensor
+        while claims := self._claim(key, units):
+            turns = [0 if unit is None else num_turns(unit) for unit in claims]
+            mine = claims[worker]
+            for turn in range(max(turns)):
+                self.keep_step(before())
+                yield None if mine is None or turn >= turns[worker] else (mine, turn)
+        self.meet(f"claimed/{key}", before)
+
+    def _claim(self, key: str, units: Sequence[Unit]) -> list[Unit | None]:
+        """Return the next unit of each row worker of the replica, None for one that gets none; nothing at the end."""
         leads = self.world.column_rank == 0
-        claims = [numbers[0] for numbers in self.share(self.count(key) if leads else num_units)]
-        units = [c if c < num_units else None for c in claims[:: self.world.layout.tensor]]
-        return units if any(unit is not None for unit in units) else []
+        claims = [numbers[0] for numbers in self.share(self.count(f"claimed/{key}") if leads else 0)]
+        claims = claims[:: self.world.layout.tensor]
+        return [units[c] if c < len(units) else None for c in claims] if min(claims) < len(units) else []
 
     def agreed(self, ids: Tensor) -> Tensor:
-        """What the first column rank of the row worker has in the place of `ids`; all of them call this together."""
+        """Return the `ids` of the row worker's first column rank; all of its ranks must call this together."""
         ranks = self.world.layout.tensor
         if ranks == 1:
             return ids
@@ -165,7 +238,7 @@ class Team:
         return host.to(ids.device)
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
-        """Send host tensors to other column ranks of the row worker, and fill those that come from them."""
+        """Send host tensors to other column ranks of the row worker, and fill `receives` with theirs."""
         first = self.world.rank - self.world.column_rank
         requests = [dist.isend(t, first + peer, group=self._columns) for peer, t in sorted(sends.items())]
         requests += [dist.irecv(t, first + peer, group=self._columns) for peer, t in sorted(receives.items())]
@@ -176,15 +249,15 @@ class Team:
     # the end
 
     def finish(self) -> None:
-        """Leave; rank 0, which may host the store, stays until all others have left."""
+        """Leave; rank 0 stays until all others have left, because it may host the store."""
         self._store.add("departed", 1)
         if self.world.is_first:
             self._wait(lambda: self._are_here("departed"))
 
     def ended_by(self, error: BaseException) -> BaseException:
-        """What this rank ends with, after `error` has ended its work; tells the others.
+        """Tell the other ranks that `error` has ended this rank's work; return the error that it ends with.
 
-        Of several ranks that fail, one tells why: the first. What broke because another rank ended is that rank's.
+        If several ranks fail, only the first says why. An error that came because another rank ended is a PeerError.
         """
         if self.world.layout.world_size == 1:
             return error
@@ -201,7 +274,7 @@ class Team:
             return error
 
     def _leave_stopped(self) -> None:
-        """Rank 0 waits for the others, but not long."""
+        """Let rank 0 wait for the others, but not long."""
         self._store.add("departed", 1)
         end = time.monotonic() + GRACE_SECONDS
         while self.world.is_first and time.monotonic() < end:
@@ -210,7 +283,7 @@ class Team:
             time.sleep(POLL_SECONDS)
 
     def _cause_of(self, error: RuntimeError) -> BaseException:
-        """The failure of another rank, if that is why `error` came: its reason may take a moment to arrive."""
+        """Return another rank's failure if `error` came from it; its reason may take a moment to arrive."""
         end = time.monotonic() + 3 * BEAT_SECONDS
         while self._failure is None and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
@@ -222,20 +295,27 @@ class Team:
 
     def _tell(self, error: BaseException) -> BaseException:
         mine = f"{self.world.global_rank} {str(error) or type(error).__name__}"
-        stands = self._store.compare_set("failure", "", mine).decode()
+        first = self._store.compare_set("failure", "", mine).decode()
         if self.world.is_first:
             time.sleep(2 * BEAT_SECONDS)  # the store may end with this process: let the others read it
-        return error if stands == mine else PeerError("rank " + stands.replace(" ", ": ", 1))
+        return error if first == mine else PeerError("rank " + first.replace(" ", ": ", 1))
 
     def close(self) -> None:
-        """Stop beating and watching."""
+        """Stop beating and watching, and drop what was made once a host."""
+        while self._shown:
+            os.close(self._shown.pop())
         self._leaving.set()
-        if self._watcher.is_alive():  # within a call of the store's at the interpreter's end it would abort
+        if self._watcher.is_alive():  # a thread inside the store's code would abort the interpreter's end
             self._watcher.join()
         try:
             self._store.set(f"closed/{self.world.global_rank}", "1")
         except RuntimeError:
             logger.debug("the launch's store is gone")
+
+    def _awaited(self, key: str, received: Callable[[], int | None] = lambda: None) -> bytes:
+        """Return the value of a key once another rank has set it."""
+        self._wait(lambda: self._store.check([key]), lambda: received() or self.stop_signal)
+        return bytes(self._store.get(key))
 
     def _wait(self, done: Callable[[], bool], stopped: Callable[[], int | None] = lambda: None) -> None:
         while not done():
@@ -245,7 +325,7 @@ class Team:
             time.sleep(POLL_SECONDS)
 
     def _watch(self) -> None:
-        """Beat, and look for failed, stopped and dead ranks, until the team is closed."""
+        """Beat, and look for failed, stopped and dead ranks, until `close`."""
         beats = dict.fromkeys(self._watched(), (0, time.monotonic()))
         while not self._leaving.wait(BEAT_SECONDS):
             try:
@@ -256,11 +336,11 @@ class Team:
                     f"the launch's store cannot be reached any more: {brief(error)}; {_GO_ON}"
                 )
             if self._failure is not None and not self._leaving.wait(GRACE_SECONDS):
-                logger.error("stopped, as another rank failed: %s", self._failure)
+                logger.error("stopped because another rank failed: %s", self._failure)
                 os._exit(EXIT_FAILED)
 
     def _watched(self) -> list[int]:
-        """Ranks whose death this one would wait for: those of its replica, and for rank 0 all."""
+        """Return the ranks that this one waits for: those of its replica; for rank 0, all."""
         size, first = self.world.layout.replica_size, self.world.replica * self.world.layout.replica_size
         ranks = range(self.world.layout.world_size) if self.world.is_first else range(first, first + size)
         return [rank for rank in ranks if rank != self.world.global_rank]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aura_dist.evaluation.toxicity import ratios
+from aura_dist.evaluation.compare import conditions
+from aura_dist.evaluation.figures import ratios
 from aura_dist.report.evaluations import Estimate, Evaluation, by_prompt, modules_in_short
 
 # a perplexity this many times the lowest would squeeze all other points together
@@ -96,9 +97,7 @@ def fingerprint(one: Evaluation) -> str:
 
 def drawn(one: Evaluation) -> str:
     """What a share of toxic continuations depends on besides the model; the seed only draws again."""
-    what = {key: one.toxicity.get(key) for key in ("prompts_sha256", "scorer", "num_samples")}
-    settings = {key: value for key, value in _settings(one).items() if key != "seed"}
-    return json.dumps([what, settings], sort_keys=True)
+    return json.dumps(conditions("toxicity", one.toxicity), sort_keys=True)
 
 
 def _read(one: Evaluation) -> str:
@@ -109,8 +108,8 @@ def _read(one: Evaluation) -> str:
     measured = one.document.get("perplexity")
     if not isinstance(measured, Mapping):
         return str(one.document.get("texts_sha256"))
-    cut = measured.get("num_tokens", ["cut at", one.config.get("max_tokens")])
-    return json.dumps([measured.get("sha256"), measured.get("column"), cut])
+    cut = None if "num_tokens" in measured else one.config.get("max_tokens")
+    return json.dumps([conditions("perplexity", measured), cut])
 
 
 def _settings(one: Evaluation) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from aura_dist.errors import InputError, brief
-from aura_dist.evaluation.toxicity import ByPrompt
+from aura_dist.evaluation.figures import ByPrompt
 from aura_dist.interventions.artifact import method_of
 
 # a JSON document with one of these keys is a results file; an earlier version wrote only some of the second row

@@ -1,8 +1,8 @@
 """evaluate: toxicity, perplexity and zero-shot tasks of a model, with or without an intervention, as a JSON file.
 
-Data flow: all inputs are read and checked before the model is loaded → continuations (claimed by the ranks, appended
-to files as they come, gone on with after an interruption), perplexity, tasks → rank 0 scores the continuations, draws
-the intervals and writes `--out`. What the file holds: `aura_dist.evaluation.results`.
+Data flow: all inputs are read and checked before the model is loaded → the ranks share the texts of perplexity, the
+continuations (each kept in a file as soon as it is made, so that an interrupted run continues) and the tasks → rank 0
+scores the continuations, draws the intervals and writes `--out`. What the file holds: `aura_dist.evaluation.results`.
 """
 
 import logging
@@ -16,10 +16,11 @@ from typing import Any
 from aura_dist.config.settings import flag
 from aura_dist.config.verbs import EvaluateConfig
 from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
+from aura_dist.evaluation.figures import groups
 from aura_dist.evaluation.generation import generate
-from aura_dist.evaluation.journal import Journal, journal_path, settings_key
-from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
-from aura_dist.evaluation.prompts import PromptFile, read_prompts, tokenize_prompts
+from aura_dist.evaluation.journal import Journal, fixing_settings, journal_path, settings_key
+from aura_dist.evaluation.perplexity import TextFile, measure, read_texts, tokenize_texts
+from aura_dist.evaluation.prompts import Prefix, PromptFile, make_prefix, read_preprompt, read_prompts, tokenize_prompts
 from aura_dist.evaluation.results import (
     SCHEMA,
     check_spares,
@@ -30,10 +31,7 @@ from aura_dist.evaluation.results import (
     write_results,
 )
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.scorers import Scorer, load_scorer
-from aura_dist.evaluation.section import fixing_settings, head, score
-from aura_dist.evaluation.texts import TextFile, measure, read_texts, tokenize_texts
-from aura_dist.evaluation.toxicity import groups
+from aura_dist.evaluation.scorers import Scorer, head, load_scorer, score
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.interventions.use import LoadedModel, load_for_use
 from aura_dist.models.load import ModelSource
@@ -59,7 +57,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everything that is read before a weight is; the scorer on the first rank alone, which uses it."""
+    """Everything that is read before the weights; the scorer on rank 0 alone, which uses it."""
 
     preprompt: str | None
     prompts: PromptFile | None
@@ -69,24 +67,30 @@ class _Inputs:
     scorer: Scorer | None
 
 
-def _read_inputs(config: EvaluateConfig, how: Decoding, *, device: str | None) -> _Inputs:
-    """What can be wrong shows here; `device` is the scorer's, None on a rank that does not score."""
+def _read_inputs(config: EvaluateConfig, how: Decoding, team: Team) -> _Inputs:
+    """Read and check everything but the model; files of texts and prompts once a host."""
     given = ("toxicity_prompts", "perplexity_texts", "baseline", "preprompt", "tensor_plan")
     check_spares(config.out, {flag(name): getattr(config, name) for name in given}, journal_path(config.out))
     check_writable(config.out)
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
-    prompts = texts = baseline = scorer = None
+    texts, prompts = team.once_a_host("data", lambda: _read_data(config))
+    baseline = scorer = None
+    if prompts is not None and config.baseline is not None:
+        baseline = read_results(config.baseline)
+        check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, how)}, config.baseline)
+    tasks = ZeroShot(config.tasks, config.tasks_path) if config.tasks else None
+    if prompts is not None and team.world.is_first:
+        scorer = load_scorer(config.scorer, config.toxic_label, team.world.device)
+    return _Inputs(preprompt, prompts, texts, tasks, baseline, scorer)
+
+
+def _read_data(config: EvaluateConfig) -> tuple[TextFile | None, PromptFile | None]:
+    texts = prompts = None
     if config.perplexity_texts:
         texts = read_texts(config.perplexity_texts, config.text_column, config.perplexity_labels)
     if config.toxicity_prompts:
         prompts = read_prompts(config.toxicity_prompts, config.prompt_column, config.prompt_toxicity_column)
-        if config.baseline is not None:
-            baseline = read_results(config.baseline)
-            check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, how)}, config.baseline)
-    tasks = ZeroShot(config.tasks, config.tasks_path) if config.tasks else None
-    if prompts is not None and device is not None:
-        scorer = load_scorer(config.scorer, config.toxic_label, device)
-    return _Inputs(preprompt, prompts, texts, tasks, baseline, scorer)
+    return texts, prompts
 
 
 @dataclass
@@ -101,7 +105,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         began, first = time.perf_counter(), self.team.world.is_first
-        inputs = _read_inputs(self.config, self.how, device=self.team.world.device if first else None)
+        inputs = _read_inputs(self.config, self.how, self.team)
         results, journal = self._measure(inputs)
         if not first:
             return {}
@@ -115,26 +119,30 @@ class _Evaluation:
         return results
 
     def _measure(self, inputs: _Inputs) -> tuple[dict[str, Any], Journal | None]:
-        """What needs the model: it is gone once this returns, before a scorer takes its place."""
-        config, prefix, journal = self.config, None, None
+        """Measure what needs the model; it is freed on return, before rank 0 scores."""
+        config, team, prefix, journal = self.config, self.team, None, None
         source = ModelSource(config.model, config.revision, config.dtype)
         with self._timed("load"):
-            loaded = load_for_use(source, self.team.world, config.intervention, sharding_of(config).options)
+            loaded = load_for_use(source, team.world, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:
             prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
         results = _about(config, loaded, inputs.preprompt)
         with loaded.intervened(config.strength):
-            # the shortest first: what is wrong with a text shows before hours of generation
+            # the shortest first, so that an error in a text shows before hours of generation
             if inputs.texts is not None:
-                tokens = tokenize_texts(inputs.texts, loaded, prefix, config.max_tokens)
-                with self._timed("perplexity"):
-                    results["perplexity"] = measure(inputs.texts, loaded, tokens, prefix, config.tokens_per_batch)
+                texts = inputs.texts
+                tokens = team.once_a_host(
+                    "tokens of texts", lambda: tokenize_texts(texts, loaded, prefix, config.max_tokens)
+                )
+                with self._timed("perplexity"), self.stop.deferred():
+                    limit = config.tokens_per_batch
+                    results["perplexity"] = measure(texts, loaded, tokens, prefix, limit, team, self.stop)
             if inputs.prompts is not None:
                 journal = self._continue(loaded, inputs.prompts, prefix, inputs.preprompt)
             if inputs.tasks is not None:
                 with self._timed("zero_shot"):
                     results["zero_shot"] = inputs.tasks.run(
-                        loaded.model, loaded.tokenizer,
+                        loaded.model, loaded.tokenizer, team=team,
                         num_fewshot=config.num_fewshot, limit=config.limit, preprompt=inputs.preprompt,
                     )  # fmt: skip
         return results, journal
@@ -161,10 +169,13 @@ class _Evaluation:
     def _continue(
         self, loaded: LoadedModel, prompts: PromptFile, prefix: Prefix | None, preprompt: str | None
     ) -> Journal:
-        """Make the continuations that are not there yet, by all ranks."""
+        """Make the missing continuations, by all ranks."""
         config, team, how = self.config, self.team, self.how
-        tokenized = tokenize_prompts(
-            prompts.texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix, flag="--toxicity-prompts"
+        tokenized = team.once_a_host(
+            "tokens of prompts",
+            lambda: tokenize_prompts(
+                prompts.texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix, flag="--toxicity-prompts"
+            ),
         )
         fixing = fixing_settings(loaded, config.dtype, config.strength, preprompt, prompts, how)
         journal = Journal(config.out, settings_key(fixing))
@@ -183,26 +194,17 @@ class _Evaluation:
 
 def _about(config: EvaluateConfig, loaded: LoadedModel, preprompt: str | None) -> dict[str, Any]:
     """What was evaluated, and with what."""
-    intervention = None
+    intervention, found = None, loaded.fingerprint
     if loaded.intervention is not None:
-        intervention = {
-            **loaded.intervention.meta,
-            "directory": config.intervention,
-            "digest": loaded.intervention.digest,
-            "strength": config.strength,
-        }
+        own = {"directory": config.intervention, "digest": loaded.intervention.digest, "strength": config.strength}
+        intervention = {**loaded.intervention.meta, **own}
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": asdict(config),
         "versions": versions(),
-        "model": {
-            "name": config.model,
-            "revision": config.revision,
-            "dtype": config.dtype,
-            "fingerprint": loaded.fingerprint,
-        },
-        "model_fingerprint": loaded.fingerprint,
+        "model": {"name": config.model, "revision": config.revision, "dtype": config.dtype, "fingerprint": found},
+        "model_fingerprint": found,
         "intervention": intervention,
         "preprompt": preprompt,
     }
@@ -213,12 +215,12 @@ def _fold(journal: Journal) -> int:
     if kept:
         logger.info("%s: %d continuations are kept", journal.path.name, kept)
     if dropped:
-        logger.info("%s: %d lines of other settings, or torn, are dropped", journal.path.name, dropped)
+        logger.info("%s: %d lines of other settings, or incomplete, are dropped", journal.path.name, dropped)
     return kept
 
 
 def _show(results: dict[str, Any], baseline: dict[str, Any] | None, config: EvaluateConfig) -> None:
-    """Warn of what is no number, and print the figures."""
+    """Warn of perplexities that are not finite, and print the figures."""
     measured = results.get("perplexity")
     if measured is not None and measured["num_nonfinite"]:
         logger.warning(

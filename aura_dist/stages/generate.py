@@ -2,8 +2,7 @@
 
 from aura_dist.config.verbs import GenerateConfig
 from aura_dist.evaluation.generation import continue_alike
-from aura_dist.evaluation.preprompt import make_prefix, read_preprompt
-from aura_dist.evaluation.prompts import tokenize_prompts
+from aura_dist.evaluation.prompts import make_prefix, read_preprompt, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.artifact import method_of
 from aura_dist.interventions.use import load_for_use

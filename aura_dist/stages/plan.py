@@ -33,11 +33,9 @@ from aura_dist.config.file import merge
 from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import EvaluateConfig, PlanConfig
 from aura_dist.errors import AuraError, BudgetError, ConfigError, brief
-from aura_dist.evaluation.perplexity import tokens_at_once
-from aura_dist.evaluation.preprompt import Prefix, make_prefix, read_preprompt
-from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
+from aura_dist.evaluation.perplexity import read_texts, tokenize_texts, tokens_at_once
+from aura_dist.evaluation.prompts import Prefix, make_prefix, read_preprompt, read_prompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.texts import read_texts, tokenize_texts
 from aura_dist.interventions.use import LoadedModel
 from aura_dist.models.load import ModelSource, load_config, skeleton
 from aura_dist.models.strategies.strategy import Spread
@@ -172,15 +170,14 @@ def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_s
         Inputs cannot be read, or the model's forward cannot be traced without its weights.
     """
     source = ModelSource(config.model, config.revision, config.dtype)
-    readers = sharding_of(config).layout(world_size).num_row_workers
+    sharding_of(config).layout(world_size)  # refuses what does not fit the ranks
     tokenizer = load_tokenizer(source.name, source.revision)
     loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
     prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
-    # how often each is run, and what: ranks share the continuations, and each replica reads all texts
-    shares = [(readers, [*_text_steps(config, loaded, prefix)]), (1, [*_prompt_steps(config, loaded, prefix)])]
+    steps = [*_text_steps(config, loaded, prefix), *_prompt_steps(config, loaded, prefix)]
     left_out = ["zero-shot tasks"] if config.tasks else []
     gpu = wants_gpu(config.device)
-    return estimate_evaluation(loaded.model, config.dtype, shares, tflops, gpu=gpu, left_out=left_out)
+    return estimate_evaluation(loaded.model, config.dtype, steps, tflops, gpu=gpu, left_out=left_out)
 
 
 def _text_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | None) -> Iterator[Step]:

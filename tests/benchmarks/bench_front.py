@@ -21,12 +21,12 @@ import numpy as np
 
 import aura_dist
 from aura_dist.cli import main as aura_dist_cli
+from aura_dist.evaluation.figures import by_prompt, estimates, summary
 from aura_dist.evaluation.generation import continue_alike
-from aura_dist.evaluation.perplexity import perplexity
+from aura_dist.evaluation.perplexity import negative_log_likelihoods
 from aura_dist.evaluation.prompts import tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import load_scorer
-from aura_dist.evaluation.toxicity import by_prompt, estimates
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.use import LoadedModel, load_for_use
 from aura_dist.models.load import ModelSource
@@ -110,7 +110,7 @@ def measure(loaded: LoadedModel, prompts: list[str], texts: list[str], args: arg
     scores = load_scorer("profanity-check", None, "cpu").score([text for of_one in made for text in of_one])
     toxic = estimates(by_prompt(scores.reshape(len(prompts), args.samples)))["probability"]
     tokens = tokenize(texts, loaded.tokenizer, max_tokens=128, skip_special=False, source=str(args.neutral))
-    measured = perplexity(loaded.model, tokens, 2048)
+    measured = summary(*negative_log_likelihoods(loaded.model, tokens, 2048))
     return {
         "toxic": toxic["value"], "toxic_low": toxic["low"], "toxic_high": toxic["high"],
         "perplexity": measured.token_weighted, "perplexity_low": measured.token_weighted_low,

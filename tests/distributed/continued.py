@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from aura_dist.evaluation.noise import prompt_keys, sample_key
-from aura_dist.evaluation.sampling import Decoding, noisy_candidates
+from aura_dist.evaluation.sampling import Decoding, noisy_candidates, prompt_keys, sample_key
 from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.launch import start_team
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from aura_dist.evaluation.decoding import Decoder, Rows
-from aura_dist.evaluation.noise import prompt_keys, sample_key
 from aura_dist.evaluation.prompts import TokenizedPrompts
-from aura_dist.evaluation.sampling import Decoding, choose
+from aura_dist.evaluation.sampling import Decoding, choose, prompt_keys, sample_key
 from tests.models import HYBRID_CONFIGS, ODD_CONFIGS, TINY_CONFIGS, tiny_causal
 
 HOW = Decoding(2, 12, 1.0, 0.9, 0)

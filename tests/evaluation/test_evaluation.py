@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from aura_dist.cli import main
 from aura_dist.errors import InputError
-from aura_dist.evaluation.generation import continuations
-from aura_dist.evaluation.perplexity import perplexity
+from aura_dist.evaluation.figures import summary
+from aura_dist.evaluation.generation import continue_alike
+from aura_dist.evaluation.perplexity import negative_log_likelihoods
+from aura_dist.evaluation.prompts import tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
+from aura_dist.interventions.use import LoadedModel
 from aura_dist.text.tokens import tokenize
 from tests.models import save_tiny, tiny_causal, tiny_tokenizer
 
@@ -23,6 +26,15 @@ TEXTS = [
     "Word " * 30,
     "Rivers carry silt to the sea.",
 ]
+
+
+def perplexity(model, tokens, tokens_per_batch):
+    return summary(*negative_log_likelihoods(model, tokens, tokens_per_batch))
+
+
+def continuations(model, tokenizer, prompt, how):
+    prompts = tokenize_prompts([prompt], tokenizer, model.config, how)
+    return continue_alike(LoadedModel(model, tokenizer, "", None), prompts, how)[0]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon-alibi", "llama", "gemma3", "opt"])

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from aura_dist.cli import main
 from aura_dist.errors import ConfigError, InputError, ModelError, RunInterruptedError
-from aura_dist.evaluation.perplexity import negative_log_likelihoods, perplexity
-from aura_dist.evaluation.preprompt import make_prefix, read_preprompt
-from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
+from aura_dist.evaluation.figures import summary
+from aura_dist.evaluation.perplexity import negative_log_likelihoods
+from aura_dist.evaluation.prompts import make_prefix, read_preprompt, read_prompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Classifier, checked_scores, load_scorer
 from aura_dist.ranks.signals import interruption
@@ -57,7 +57,8 @@ def test_logits_in_pieces_change_nothing(name, piece):
 
 def test_intervals_hold_the_figures():
     model, tokenizer = tiny_causal("llama"), tiny_tokenizer()
-    measured = perplexity(model, tokenize(TEXTS, tokenizer, max_tokens=128, skip_special=False, source="t"), 256)
+    tokens = tokenize(TEXTS, tokenizer, max_tokens=128, skip_special=False, source="t")
+    measured = summary(*negative_log_likelihoods(model, tokens, 256))
     assert measured.token_weighted_low < measured.token_weighted < measured.token_weighted_high
     assert measured.mean_over_sentences_low < measured.mean_over_sentences < measured.mean_over_sentences_high
 

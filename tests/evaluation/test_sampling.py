@@ -10,8 +10,7 @@ from scipy.stats import chisquare, kstest
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from aura_dist.errors import ModelError
-from aura_dist.evaluation.noise import gumbel, prompt_keys, sample_key
-from aura_dist.evaluation.sampling import Decoding, choose, noisy_candidates
+from aura_dist.evaluation.sampling import Decoding, choose, gumbel, noisy_candidates, prompt_keys, sample_key
 
 WORD = 2**64
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from aura_dist.errors import InputError
-from aura_dist.evaluation.bootstrap import bootstrap_means, interval
 from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, load_all, main, table
-from aura_dist.evaluation.toxicity import ByPrompt, by_prompt, estimates, groups, ratios
+from aura_dist.evaluation.figures import ByPrompt, bootstrap_means, by_prompt, estimates, groups, interval, ratios
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def test_bootstrap_is_a_loop_over_draws(monkeypatch):
     rng = np.random.default_rng(7)
     expected = [rows[rng.integers(0, 40, 40)].mean(axis=0) for _ in range(50)]
     np.testing.assert_allclose(bootstrap_means(rows, seed=7, num_draws=50), expected)
-    monkeypatch.setattr("aura_dist.evaluation.bootstrap._MAX_INDICES", 40 * 7)
+    monkeypatch.setattr("aura_dist.evaluation.figures._MAX_INDICES", 40 * 7)
     np.testing.assert_allclose(bootstrap_means(rows, seed=7, num_draws=50), expected)
 
 

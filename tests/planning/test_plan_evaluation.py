@@ -9,11 +9,9 @@ from aura_dist.cli import main
 from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import EvaluateConfig
 from aura_dist.evaluation.generation import continue_alike
-from aura_dist.evaluation.perplexity import negative_log_likelihoods
-from aura_dist.evaluation.preprompt import make_prefix
-from aura_dist.evaluation.prompts import read_prompts, tokenize_prompts
+from aura_dist.evaluation.perplexity import negative_log_likelihoods, read_texts, tokenize_texts
+from aura_dist.evaluation.prompts import make_prefix, read_prompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.texts import read_texts, tokenize_texts
 from aura_dist.interventions.use import LoadedModel
 from aura_dist.models.load import ModelSource, load_causal
 from aura_dist.planning.seconds import LanguageModelCost, Step, continuing
@@ -105,14 +103,9 @@ def test_job_that_cannot_be_planned_is_answered_with_the_reason(stage, monkeypat
     assert answer(stage, missing) == {"refused": "ZeroDivisionError: division by zero"}
 
 
-@pytest.mark.parametrize(("sharding", "readers"), [("replicate", 4), ("tensor=2", 2)])
-def test_every_replica_reads_all_texts(tiny_dir, inputs, sharding, readers):
-    settings = {"model": str(tiny_dir("llama")), "out": "none.json"}
-    texts = {**settings, "perplexity_texts": inputs["perplexity_texts"]}
-    alone, shared = (
-        plan_evaluation(resolve(EvaluateConfig, {**found, "sharding": sharding}), 1e-9, world_size).seconds
-        for found, world_size in ((texts, 1 if sharding == "replicate" else 2), (texts, 4))
-    )
-    assert shared == pytest.approx(readers * alone, rel=1e-9)
-    prompts = resolve(EvaluateConfig, {**settings, "toxicity_prompts": inputs["toxicity_prompts"]})
-    assert plan_evaluation(prompts, 1e-9, 4) == plan_evaluation(prompts, 1e-9, 1)
+@pytest.mark.parametrize("sharding", ["replicate", "tensor=2"])
+@pytest.mark.parametrize("what", ["perplexity_texts", "toxicity_prompts"])
+def test_ranks_share_the_work(tiny_dir, inputs, sharding, what):
+    settings = {"model": str(tiny_dir("llama")), "out": "none.json", what: inputs[what]}
+    config = resolve(EvaluateConfig, {**settings, "sharding": sharding})
+    assert plan_evaluation(config, 1e-9, 4) == plan_evaluation(config, 1e-9, 2)

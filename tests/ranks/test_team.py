@@ -1,8 +1,10 @@
-"""Ranks that wait for others leave when those have been stopped."""
+"""Ranks claim work and share values; those that wait for others leave when these have been stopped."""
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from torch.distributed import HashStore
 
@@ -49,3 +51,48 @@ def test_work_that_is_done_ends_well_whoever_is_stopped_now(teams):
     first, second = teams
     second.ended_by(interruption(signal.SIGTERM))
     first.finish()
+
+
+def together(teams, call):
+    """What `call` returns for each team, each in a thread of its own."""
+    with ThreadPoolExecutor(len(teams)) as threads:
+        return list(threads.map(call, teams))
+
+
+def test_every_rank_gathers_values_of_any_size(teams, monkeypatch):
+    monkeypatch.setattr("aura_dist.ranks.team._VALUE_BYTES", 1000)
+    values = [np.arange(3), np.arange(10_000)]
+    for found in together(teams, lambda team: team.gather("values", values[team.world.global_rank])):
+        assert [part.tolist() for part in found] == [value.tolist() for value in values]
+
+
+def test_rank_that_gathers_does_not_wait_for_one_that_was_stopped(teams):
+    first, second = teams
+    second.ended_by(interruption(signal.SIGTERM))
+    with pytest.raises(RunInterruptedError, match="SIGTERM received"):
+        first.gather("values", 1)
+
+
+def test_units_are_claimed_once_and_turn_by_turn(teams):
+    units = [3, 2, 2, 1, 1, 1]
+    first, second = together(teams, lambda team: list(team.claimed("units", range(6), int, units.__getitem__)))
+    assert sorted(first + second) == [(unit, turn) for unit, number in enumerate(units) for turn in range(number)]
+
+
+def test_what_is_made_once_a_host_reaches_its_other_ranks(teams):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"ids": np.arange(5)}
+
+    found = together(teams, lambda team: team.once_a_host("data", make))
+    assert [value["ids"].tolist() for value in found] == [list(range(5))] * 2
+    assert len(made) == 1
+
+
+def test_rank_that_cannot_open_what_was_made_makes_it_itself(teams):
+    first, second = teams
+    assert first.once_a_host("data", lambda: 1) == 1
+    first.close()
+    assert second.once_a_host("data", lambda: 2) == 2

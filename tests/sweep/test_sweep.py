@@ -24,8 +24,8 @@ from aura_dist.config.file import merge, read_config_file
 from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import SweepConfig
 from aura_dist.errors import ConfigError, StoreError
+from aura_dist.evaluation.figures import ByPrompt, ratios
 from aura_dist.evaluation.results import SCHEMA
-from aura_dist.evaluation.toxicity import ByPrompt, ratios
 from aura_dist.files import locked
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.store.access import open_group

@@ -1,0 +1,36 @@
+"""Every rank of a launch runs this: `aura-dist ARGUMENTS`, with notes of the work that this rank did itself."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from aura_dist.cli import main
+from aura_dist.evaluation import perplexity, prompts
+from aura_dist.stages import evaluate
+
+
+def run_counted(arguments: Sequence[str]) -> int:
+    """The first argument is a directory for the notes, the others are the command's."""
+    from lm_eval.models.huggingface import HFLM
+
+    noted: dict[str, list] = {"read": [], "tokenized": [], "rows": [], "requests": []}
+
+    def note(module, name, kind, what):
+        original = getattr(module, name)
+
+        def recorded(*given, **more):
+            noted[kind] += what(*given)
+            return original(*given, **more)
+
+        setattr(module, name, recorded)
+
+    note(perplexity, "read_table", "read", lambda source, columns: [source])
+    note(prompts, "read_table", "read", lambda source, columns: [source])
+    note(perplexity, "tokenize", "tokenized", lambda texts, tokenizer: texts)
+    note(evaluate, "tokenize_prompts", "tokenized", lambda texts, tokenizer, config, how: texts)
+    note(perplexity._Reader, "read", "rows", lambda reader, rows, piece: [[rows.start, rows.stop, piece]])
+    note(HFLM, "loglikelihood", "requests", lambda model, requests: [[r.doc_id, r.idx] for r in requests])
+    code = main(arguments[1:])
+    (Path(arguments[0]) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(noted))
+    return code

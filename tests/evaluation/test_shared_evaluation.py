@@ -1,0 +1,121 @@
+"""Ranks share an evaluation: the figures are those of one process, and no file, text or request is taken twice."""
+
+import json
+
+import pytest
+
+from aura_dist.cli import main
+from tests.distributed.counted import run_counted
+from tests.distributed.intervened import random_map
+from tests.distributed.launch import Launch, launched, run_ranks
+
+pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
+pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+pytestmark = pytest.mark.timeout(240)
+
+NUM_TEXTS, NUM_PROMPTS, NUM_DOCUMENTS = 40, 6, 7
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Texts of many lengths, some longer than a batch; prompts; one task."""
+    directory = tmp_path_factory.mktemp("files")
+    texts = [f"{'A river runs to the sea. ' * (1 + i % 9)}{i},{i % 2}" for i in range(NUM_TEXTS)]
+    (directory / "texts.csv").write_text("\n".join(["text,toxic", *texts]) + "\n")
+    (directory / "prompts.csv").write_text("\n".join(["text", *(f"You are {i}" for i in range(NUM_PROMPTS))]) + "\n")
+    rows = [{"question": f"{a} and 2 make", "choices": [str(a + 2), "none"], "answer": a % 2} for a in range(7)]
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (directory / "few_sums.yaml").write_text(
+        "task: few_sums\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {directory / 'rows.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def evaluate(tiny_dir, files, tmp_path_factory):
+    """`evaluate(name, out)`: the arguments of an evaluation; under an intervention, if hooks reach the model."""
+    maps = {}
+
+    def arguments(name, out, *more):
+        if name not in maps:
+            maps[name] = tmp_path_factory.mktemp("maps") / name
+            random_map(str(tiny_dir(name))).save(maps[name])
+        what = ["--model", tiny_dir(name), "--preprompt", "Be kind."]
+        what += ["--intervention", maps[name]] if name != "jamba" else []
+        what += ["--perplexity-texts", files / "texts.csv", "--perplexity-labels", "toxic", "--tokens-per-batch", "48"]
+        what += ["--tasks", "few_sums", "--tasks-path", files, "--out", out]
+        return ["evaluate", *map(str, what), *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def alone(evaluate, tmp_path_factory):
+    """`alone(name)`: the results of one process."""
+    out = tmp_path_factory.mktemp("alone")
+
+    def results(name, *more):
+        path = out / f"{name}{'-'.join(more)}.json"
+        if not path.exists():
+            assert main(evaluate(name, path, *more)) == 0
+        return json.loads(path.read_text())
+
+    return results
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "sharding", "name"),
+    [
+        (2, "replicate", "llama"),
+        (2, "fsdp", "gpt2"),
+        (2, "zero3", "llama"),
+        (4, "tensor=2", "llama"),
+        (2, "fsdp", "jamba"),
+    ],
+)
+def test_ranks_measure_what_one_process_does(num_ranks, sharding, name, evaluate, alone, tmp_path):
+    run_ranks(num_ranks, evaluate(name, tmp_path / "r.json", "--sharding", sharding))
+    found, expected = json.loads((tmp_path / "r.json").read_text()), alone(name)
+    assert found["zero_shot"] == expected["zero_shot"]
+    one, other = found["perplexity"], expected["perplexity"]
+    if sharding == "replicate":
+        assert one == other, "each batch is the same computation, whoever runs it"
+    for side in ("positive", "negative"):
+        assert one.pop(side) == pytest.approx(other.pop(side), rel=1e-6)
+    assert one.keys() == other.keys()
+    for key, value in other.items():
+        assert one[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
+
+
+def test_task_of_fewer_documents_than_ranks(evaluate, alone, tmp_path):
+    run_ranks(2, evaluate("llama", tmp_path / "r.json", "--limit", "1"))
+    assert json.loads((tmp_path / "r.json").read_text())["zero_shot"] == alone("llama", "--limit", "1")["zero_shot"]
+
+
+def test_nothing_is_read_or_computed_twice(evaluate, files, tmp_path):
+    prompts = ["--toxicity-prompts", str(files / "prompts.csv"), "--scorer", "profanity-check", "--num-samples", "1"]
+    arguments = evaluate("llama", tmp_path / "r.json", *prompts, "--max-new-tokens", "2")
+    run_ranks(2, [str(tmp_path), *arguments], run_counted)
+    both = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    together = {kind: both[0][kind] + both[1][kind] for kind in both[0]}
+    assert together["read"].count(str(files / "texts.csv")) == 1
+    assert len(together["tokenized"]) == NUM_TEXTS + NUM_PROMPTS
+    rows = sorted(row for start, stop, piece in together["rows"] if piece == 0 for row in range(start, stop))
+    assert rows == list(range(NUM_TEXTS))
+    assert len({tuple(turn) for turn in together["rows"]}) == len(together["rows"])
+    assert max(piece for _, _, piece in together["rows"]) > 0, "some texts are read in pieces"
+    assert sorted(together["requests"]) == [[d, choice] for d in range(NUM_DOCUMENTS) for choice in range(2)]
+    assert all(noted["requests"] for noted in both)
+
+
+def test_error_in_a_data_file_is_said_once(evaluate, files, tmp_path):
+    (tmp_path / "texts.csv").write_text('text,toxic\n"  ",1\nGood.,0\n')
+    arguments = evaluate("llama", tmp_path / "r.json")
+    arguments[arguments.index(str(files / "texts.csv"))] = str(tmp_path / "texts.csv")
+    with launched(Launch(2, arguments)) as launch:
+        assert launch.wait(100) == [2, 2], launch.text()
+        assert launch.text().count("row 0: expected a text in 'text', got an empty one") == 1, launch.text()
+    assert [p.name for p in tmp_path.iterdir()] == ["texts.csv"]
