@@ -24,8 +24,14 @@ logger = logging.getLogger(__name__)
 
 def run(config: FitConfig) -> None:
     """Write the intervention of `config.method`, or with `config.onto` that and the earlier one as one."""
+    fit(config)
+
+
+def fit(config: FitConfig) -> Intervention:
+    """The same intervention, written only if `config.out` names a place."""
     group = open_group(config.store)
-    _check_out(config)
+    if config.out:
+        _check_out(config)
     spec = StoreSpec.from_attributes(group.attrs)
     sites = _chosen_sites(config, spec.sites)
     statistics = _read(config, group, spec, sites)
@@ -33,12 +39,15 @@ def run(config: FitConfig) -> None:
     maps = Intervention(scales, shifts).at_strength(config.strength)
     fitted = replace(maps, meta=_meta(config, spec, statistics))
     earlier = _earlier(config, spec)
-    (fitted if earlier is None else fitted @ earlier).save(config.out)
-    total = sum(len(s) for s in scales.values())
-    logger.info(
-        "wrote %s: %s changes %d of %d neurons%s",
-        config.out, config.method, fitted.num_changed, total, f", onto {config.onto}" if earlier else "",
-    )  # fmt: skip
+    whole = fitted if earlier is None else fitted @ earlier
+    if config.out:
+        whole.save(config.out)
+        total = sum(len(s) for s in scales.values())
+        logger.info(
+            "wrote %s: %s changes %d of %d neurons%s",
+            config.out, config.method, fitted.num_changed, total, f", onto {config.onto}" if earlier else "",
+        )  # fmt: skip
+    return whole
 
 
 def _check_out(config: FitConfig) -> None:

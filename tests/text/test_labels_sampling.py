@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from aura_dist.errors import InputError
 from aura_dist.text.labels import check_classes, check_texts, parse_labels
-from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
+from aura_dist.text.selection import Sampling, sample_rows, without_mixed_negatives
 from aura_dist.text.table import Table
 
 

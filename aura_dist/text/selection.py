@@ -1,12 +1,22 @@
-"""Which rows are run: Jigsaw's rule, seeded sampling by class, and matching of lengths. By the first concept."""
+"""Which rows of a table are run: Jigsaw's rule, then sampling by class, seeded and at equal lengths where asked.
+
+Rules and sampling look at the first concept alone.
+"""
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aura_dist.errors import InputError
+from aura_dist.text.labels import check_classes, check_texts, parse_labels
+from aura_dist.text.table import Table
+from aura_dist.text.tokens import TokenizedTexts, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # largest mean distance between the sorted lengths of both classes, as a share of their mean
 LENGTH_TOLERANCE = 0.05
@@ -24,6 +34,77 @@ class Sampling:
     num_negative: int | None = None
     match_length: bool = False
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Sampling):
+    """Which rows of a table are run, and how much of each text; the fields have the names of the settings."""
+
+    text_column: str
+    concepts: list[str]
+    clean_negatives: list[str]
+    threshold: float | None
+    max_tokens: int
+    skip_special_tokens: bool
+
+    @classmethod
+    def of(cls, settings: object) -> "Selection":
+        """The selection that an object with these attributes describes."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns to read: the texts, then the concepts, then other labels."""
+        return [self.text_column, *dict.fromkeys([*self.concepts, *self.clean_negatives])]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What fixes the rows of a table that are selected; a store records concepts and lengths beside it."""
+        return {
+            "text_column": self.text_column,
+            "threshold": self.threshold,
+            "clean_negatives": list(self.clean_negatives),
+            "sampling": {field.name: getattr(self, field.name) for field in fields(Sampling)},
+        }
+
+
+def select(
+    table: Table, which: Selection, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[NDArray[np.int64], NDArray[np.int8], TokenizedTexts]:
+    """Check, label, tokenize and sample the rows of a table; without concepts, all rows are taken.
+
+    Returns
+    -------
+    row
+        [N] rows of the table, by token count, then by row.
+    label
+        [N, C] labels for C concepts: 1, 0 or −1.
+    tokens
+        Token ids of the N texts.
+
+    Raises
+    ------
+    InputError
+        A text or label cannot be used, there are too few rows, or a concept lacks a class, also after sampling.
+    ConfigError
+        `max_tokens` leaves room for special tokens alone.
+    """
+    _, *columns = which.columns
+    texts = check_texts(table, which.text_column)
+    label_NK = parse_labels(table, columns, which.threshold)
+    label_NC = label_NK[:, : len(which.concepts)]
+    check_classes(label_NC, which.concepts, table.source)
+    tokens = tokenize(
+        texts, tokenizer, max_tokens=which.max_tokens, skip_special=which.skip_special_tokens, source=table.source
+    )
+    num_tokens, rows = tokens.num_tokens, np.arange(len(table))
+    if which.concepts:
+        rows = without_mixed_negatives(label_NK[:, 0], label_NK[:, [columns.index(c) for c in which.clean_negatives]])
+        rows = rows[sample_rows(label_NK[rows, 0], num_tokens[rows], which)]
+    rows = rows[np.lexsort((rows, num_tokens[rows]))]
+    label_NC = np.ascontiguousarray(label_NC[rows])
+    check_classes(label_NC, which.concepts, table.source)
+    return rows, label_NC, tokens.take(rows)
 
 
 def without_mixed_negatives(label_N: NDArray[np.int8], others_NK: NDArray[np.int8]) -> NDArray[np.int64]:
