@@ -108,20 +108,21 @@ def collect(
     --------
     >>> aura_dist.collect(model, texts, is_toxic, tokenizer=tokenizer, store="toxic.zarr", pooling=["max", "mean"])
     """
-    table = _table(texts, labels, settings.get("threshold"))
-    settings |= {"store": store, "data": table.source, "concepts": [name for name in table.columns if name != TEXT]}
-    if isinstance(model, (str, Path)) and tokenizer is not None:
-        raise ConfigError("tokenizer: expected it with a model in memory, got it with a name; leave it out")
     from aura_dist.stages import collect as stage
 
+    by_concept = labels if isinstance(labels, Mapping) else {CONCEPT: labels}
+    given = {**settings, "store": store, "data": "texts", "concepts": list(by_concept)}
     if isinstance(model, (str, Path)):
-        stage.run(resolve(CollectConfig, {**settings, "model": str(model)}), table)
+        if tokenizer is not None:
+            raise ConfigError("tokenizer: expected it with a model in memory, got it with a name; leave it out")
+        config = resolve(CollectConfig, {**given, "model": str(model)})
+        stage.run(config, _table(texts, by_concept, config.threshold))
     else:
         for name in {field.name for field in fields(ModelOptions)} & set(settings):
             raise ConfigError(f"{name}: expected it with a model's name, got it with one in memory; leave it out")
         subject = _in_memory(model, tokenizer)
-        config = resolve(CollectConfig, {**settings, "model": subject.source.name, "dtype": subject.source.dtype})
-        stage.collect(config, subject, str(model.device), table)
+        config = resolve(CollectConfig, {**given, "model": subject.source.name, "dtype": subject.source.dtype})
+        stage.collect(config, subject, str(model.device), _table(texts, by_concept, config.threshold))
     return str(store)
 
 
@@ -202,13 +203,12 @@ def _place(store: "str | Path | xr.DataTree") -> str:
     return str(store if isinstance(store, (str, Path)) else store.encoding["source"])
 
 
-def _table(texts: Sequence[str], labels: "ArrayLike | Mapping[str, ArrayLike]", threshold: float | None) -> Table:
+def _table(texts: Sequence[str], labels: "Mapping[str, ArrayLike]", threshold: float | None) -> Table:
     """Texts and labels as the columns of a data file; its digest is over the texts and over what the labels mean."""
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise InputError(f"texts: expected a list of texts, got {type(texts).__name__}")
     columns: dict[str, list[Any]] = {TEXT: list(texts)}
-    by_concept = labels if isinstance(labels, Mapping) else {CONCEPT: labels}
-    for concept, values in by_concept.items():
+    for concept, values in labels.items():
         array = np.asarray(values)
         if array.shape != (len(columns[TEXT]),) or concept == TEXT:
             raise InputError(
@@ -217,8 +217,8 @@ def _table(texts: Sequence[str], labels: "ArrayLike | Mapping[str, ArrayLike]", 
             )
         columns[concept] = list(array)
     table = Table("texts", "", columns)
-    content = json.dumps([check_texts(table, TEXT), list(by_concept)]).encode()
-    label_NC = parse_labels(table, list(by_concept), threshold)
+    content = json.dumps([check_texts(table, TEXT), list(labels)]).encode()
+    label_NC = parse_labels(table, list(labels), threshold)
     return replace(table, sha256=hashlib.sha256(content + label_NC.tobytes()).hexdigest())
 
 

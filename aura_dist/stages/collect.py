@@ -88,7 +88,7 @@ class Checkpoint:
         yield load_base(self.source, world, self.options, num_layers=num_layers)
 
 
-Subject = Checkpoint | InMemory
+Subject = Checkpoint | InMemory  # what is collected from
 
 
 def run(config: CollectConfig, table: Table | None = None) -> None:
@@ -102,6 +102,7 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
     with start_team(config.sharding, device) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         samples, tokens, identity = load_samples(config, subject, table)
+        _log_lengths(samples, config.concepts[0])
         spec = make_spec(config, subject, identity, int(samples.num_tokens.max()))
         left = set(team.from_first("left", lambda: prepare_store(config, spec, samples)))
         tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
@@ -200,14 +201,12 @@ def load_samples(
         table = read_table(config.data, which.columns, split=config.split)
     row, label, tokens = select(table, which, tokenizer)
     check_vocabulary(model, tokens.largest_id)
-    samples = Samples(row, tokens.num_tokens, label)
-    _log_lengths(samples, config.concepts[0])
     identity = {
         "tokenizer": {"name": tokenizer.name_or_path, "sha256": tokenizer_digest(tokenizer)},
         # token ids last, because a setting that changes them is a better name for what differs
         "data": {"path": table.source, "sha256": table.sha256, **which.identity, "token_ids": tokens.digest()},
     }
-    return samples, tokens, identity
+    return Samples(row, tokens.num_tokens, label), tokens, identity
 
 
 def _log_lengths(samples: Samples, concept: str) -> None:

@@ -1,6 +1,6 @@
-"""Which rows of a table are run: Jigsaw's rule, then sampling by class, seeded and at equal lengths where asked.
+"""Labelled table → the rows that are run: Jigsaw's rule, then seeded sampling by class, if asked at equal lengths.
 
-Rules and sampling look at the first concept alone.
+Both look at the first concept alone.
 """
 
 from bisect import bisect_left
@@ -18,7 +18,7 @@ from aura_dist.text.tokens import TokenizedTexts, tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# largest mean distance between the sorted lengths of both classes, as a share of their mean
+# largest mean difference between the sorted lengths of both classes, as a share of their mean
 LENGTH_TOLERANCE = 0.05
 
 
@@ -26,8 +26,7 @@ LENGTH_TOLERANCE = 0.05
 class Sampling:
     """How many rows of each class are drawn, and how.
 
-    `num_positive` and `num_negative` None take all rows of the class (with `match_length`: as many
-    negatives as positives).
+    None takes all rows of a class; with `match_length`, as many negatives as positives.
     """
 
     num_positive: int | None = None
@@ -108,35 +107,23 @@ def select(
 
 
 def without_mixed_negatives(label_N: NDArray[np.int8], others_NK: NDArray[np.int8]) -> NDArray[np.int64]:
-    """Jigsaw's rule: rows to keep, leaving out negatives that are positive in any of K other labels.
+    """Jigsaw's rule: all rows but negatives that are positive for any of K other labels.
 
-    From the protocol of *Whispering Experts* (Suau et al., ICML 2024): a comment that is not `toxic` but
-    `obscene`, say, is neither toxic nor a clean negative.
+    From the protocol of *Whispering Experts* (Suau et al., ICML 2024): a comment that is `obscene` but not `toxic` is
+    neither toxic nor a clean negative.
     """
     mixed = (label_N == 0) & (others_NK == 1).any(axis=1)
     return np.flatnonzero(~mixed)
 
 
 def sample_rows(label_N: NDArray[np.int8], num_tokens_N: NDArray[np.int32], how: Sampling) -> NDArray[np.int64]:
-    """Indices of the rows to run, ascending.
+    """Indices of the rows to run, ascending; rows labelled −1 are among them only if nothing is sampled.
 
-    Parameters
-    ----------
-    label_N
-        [N] labels of the first concept: 1, 0 or −1. Rows labelled −1 are taken only when nothing is sampled.
-    num_tokens_N
-        [N] token counts, after truncation.
-    how
-        The sampling.
-
-    Raises
-    ------
-    InputError
-        A class has fewer rows than are asked for, or lengths cannot be matched.
+    InputError if a class has fewer rows than asked for, or lengths cannot be matched.
     """
     if how.num_positive is None and how.num_negative is None and not how.match_length:
         return np.arange(len(label_N))
-    # a stream for each class: the positives stay the same whatever is asked of the negatives
+    # each class has a stream, so that the positives do not depend on the number of negatives
     positive_stream, negative_stream = np.random.SeedSequence(how.seed).spawn(2)
     positives = _draw(np.flatnonzero(label_N == 1), how.num_positive, positive_stream, "positive")
     pool = np.flatnonzero(label_N == 0)
@@ -168,10 +155,10 @@ def _match(
     count: int,
     stream: np.random.SeedSequence,
 ) -> NDArray[np.int64]:
-    """`count` rows of `pool` whose lengths follow those of `targets`.
+    """`count` rows of `pool` whose lengths are distributed as `targets` are.
 
-    The targets are spread to `count` evenly spaced quantiles; in random order each takes the free row of
-    nearest length, so that no length is served before another. Rows of one length are taken at random.
+    Wanted lengths are `count` evenly spaced quantiles of the targets. Each takes the free row of nearest length, in
+    random order, so that no length has priority. Rows of the same length are taken at random.
     """
     if count > len(pool):
         raise InputError(f"--num-negative: expected at most {len(pool)}, the number of negative rows, got {count}")
@@ -191,9 +178,9 @@ def _match(
 
 
 def _check_matched(drawn: NDArray[np.int32], wanted: NDArray[np.int32], num_there: int) -> None:
-    """InputError unless two ascending runs of lengths are close everywhere, not in their means alone.
+    """InputError unless two ascending arrays of lengths are close everywhere, not in their means alone.
 
-    The mean distance of the sorted lengths is the Wasserstein-1 distance of both distributions.
+    The mean difference of sorted lengths is the Wasserstein-1 distance between both distributions.
     """
     off = np.abs(drawn - wanted)
     if off.mean() <= LENGTH_TOLERANCE * wanted.mean():
