@@ -74,6 +74,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        load_config(self.source)  # first, because its error says more about a wrong name
         return load_tokenizer(self.source.name, self.source.revision)
 
     def sites(self) -> SiteTable:
@@ -196,11 +197,12 @@ def load_samples(
     config: CollectConfig, subject: Subject, table: Table | None = None
 ) -> tuple[Samples, TokenizedTexts, dict[str, Any]]:
     """The rows to run, their token ids, and what identifies tokenizer and data; all of it can be pickled."""
-    which, model, tokenizer = Selection.of(config), subject.config, subject.tokenizer
+    which = Selection.of(config)
     if table is None:
         table = read_table(config.data, which.columns, split=config.split)
-    row, label, tokens = select(table, which, tokenizer)
-    check_vocabulary(model, tokens.largest_id)
+    row, label, tokens = select(table, which, lambda: subject.tokenizer)
+    check_vocabulary(subject.config, tokens.largest_id)
+    tokenizer = subject.tokenizer
     identity = {
         "tokenizer": {"name": tokenizer.name_or_path, "sha256": tokenizer_digest(tokenizer)},
         # token ids last, because a setting that changes them is a better name for what differs

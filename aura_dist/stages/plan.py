@@ -147,7 +147,7 @@ def _sampled(config: PlanConfig) -> NDArray[np.int32]:
     """Token counts, ascending, of the rows that `collect` would run; without concepts, of as many of the longest."""
     which = Selection.of(config)
     table = read_table(config.data, which.columns, split=config.split)
-    _, _, tokens = select(table, which, load_tokenizer(config.model, config.revision))
+    _, _, tokens = select(table, which, lambda: load_tokenizer(config.model, config.revision))
     asked = (config.num_positive or 0) + (config.num_negative or 0)
     return tokens.num_tokens if config.concepts else tokens.num_tokens[-asked:]
 

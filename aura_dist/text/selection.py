@@ -4,6 +4,7 @@ Both look at the first concept alone.
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +69,11 @@ class Selection(Sampling):
 
 
 def select(
-    table: Table, which: Selection, tokenizer: "PreTrainedTokenizerBase"
+    table: Table, which: Selection, load_tokenizer: "Callable[[], PreTrainedTokenizerBase]"
 ) -> tuple[NDArray[np.int64], NDArray[np.int8], TokenizedTexts]:
     """Check, label, tokenize and sample the rows of a table; without concepts, all rows are taken.
+
+    The tokenizer is loaded once texts and labels are checked, because that may take seconds or fail.
 
     Returns
     -------
@@ -93,9 +96,8 @@ def select(
     label_NK = parse_labels(table, columns, which.threshold)
     label_NC = label_NK[:, : len(which.concepts)]
     check_classes(label_NC, which.concepts, table.source)
-    tokens = tokenize(
-        texts, tokenizer, max_tokens=which.max_tokens, skip_special=which.skip_special_tokens, source=table.source
-    )
+    skip, tokenizer = which.skip_special_tokens, load_tokenizer()
+    tokens = tokenize(texts, tokenizer, max_tokens=which.max_tokens, skip_special=skip, source=table.source)
     num_tokens, rows = tokens.num_tokens, np.arange(len(table))
     if which.concepts:
         rows = without_mixed_negatives(label_NK[:, 0], label_NK[:, [columns.index(c) for c in which.clean_negatives]])

@@ -58,9 +58,7 @@ def read_table(source: str, columns: list[str], *, split: str = "train") -> Tabl
     except InputError:
         raise
     except Exception as error:  # the libraries raise many kinds, from OSError to pyarrow's own
-        unknown = f": no such file, and it cannot be loaded as a data set (split {split!r})"
-        there = " cannot be read" if Path(source).exists() else unknown
-        raise InputError(f"data {source!r}{there}: {error}") from error
+        raise InputError(f"data {source!r} cannot be read: {error}") from error
     if not len(table):
         raise InputError(f"data {source!r}: expected at least one row, got none")
     return table
@@ -79,7 +77,11 @@ def _read(source: str, columns: list[str], split: str) -> Table:
         return Table(source, _sha256_of_files(path, split), taken)
     if kind in FORMATS:
         raise InputError(f"data {source!r}: no such file")
-    dataset = _loaded(source, split)
+    try:
+        dataset = _loaded(source, split)
+    except Exception as error:
+        message = f"data {source!r}: no such file, and it cannot be loaded as a data set (split {split!r}): {error}"
+        raise InputError(message) from error
     return Table(source, str(dataset._fingerprint), _columns(_arrow(dataset), columns, source))
 
 

@@ -144,7 +144,7 @@ def test_selected_rows_are_in_order_of_length(clean):
     )  # fmt: skip
     assert which.columns == ["text", "toxic", *clean[:1]]
     tokenizer = tiny_tokenizer()
-    rows, label, tokens = select(table(text=texts, toxic=toxic, rude=rude), which, tokenizer)
+    rows, label, tokens = select(table(text=texts, toxic=toxic, rude=rude), which, lambda: tokenizer)
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=6)["input_ids"]]
     assert tokens.num_tokens.tolist() == [lengths[r] for r in rows]
     assert rows.tolist() == sorted(rows, key=lambda r: (lengths[r], r))
