@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from aura_dist.api import collect, fit, score
     from aura_dist.interventions.artifact import Intervention
     from aura_dist.interventions.hooks import intervene
     from aura_dist.scoring.columns import auroc
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from aura_dist.scoring.view import open_store
 
 _HOME_OF = {
+    "collect": "aura_dist.api",
+    "score": "aura_dist.api",
+    "fit": "aura_dist.api",
     "auroc": "aura_dist.scoring.columns",
     "open_store": "aura_dist.scoring.view",
     "top_neurons": "aura_dist.scoring.tables",
@@ -24,7 +28,9 @@ _HOME_OF = {
     "intervene": "aura_dist.interventions.hooks",
 }
 
-__all__ = ["Intervention", "__version__", "auroc", "intervene", "open_store", "top_neurons"]
+__all__ = [
+    "Intervention", "__version__", "auroc", "collect", "fit", "intervene", "open_store", "score", "top_neurons",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -20,10 +20,10 @@ ROOMS = {
     "planning": 7, "report": 7,
     "sweep": 8,
     "stages": 9,
-    "cli": 10, "demo": 10,
+    "cli": 10, "demo": 10, "api": 10,
     "__main__": 11, "__init__": 12,
 }  # fmt: skip
-READ_CONFIG = ("config", "stages", "sweep", "cli", "demo")
+READ_CONFIG = ("config", "stages", "sweep", "cli", "demo", "api")
 TOUCH_ENVIRONMENT = ("ranks", "sweep")
 # functions of numbers, arrays and mappings: no torch, no Zarr, no files
 PURE = (
@@ -98,6 +98,7 @@ def test_environment_is_touched_by_ranks_and_launchers_alone():
     ("module", "absent"),
     [
         ("aura_dist", HEAVY),
+        ("aura_dist.api", HEAVY),
         ("aura_dist.cli", HEAVY),
         ("aura_dist.sites.kinds", HEAVY),
         ("aura_dist.sites.pooling", HEAVY),

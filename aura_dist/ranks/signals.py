@@ -1,6 +1,7 @@
 """Signals that ask for an orderly end."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -17,7 +18,7 @@ FINISHED_ARE_KEPT = "finished tasks are kept: run the same command to go on"
 class StopFlag:
     """Context in which SIGTERM, SIGINT and SIGUSR1 raise RunInterruptedError, or, under `deferred`, set a flag.
 
-    A second SIGINT raises KeyboardInterrupt at once. Must be entered in the main thread.
+    A second SIGINT raises KeyboardInterrupt at once. In another thread than the main one, nothing is handled.
 
     Parameters
     ----------
@@ -53,8 +54,9 @@ class StopFlag:
             raise interruption(number, outcome=self._outcome)
 
     def __enter__(self) -> "StopFlag":
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to handle signals
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

@@ -1,23 +1,24 @@
 """collect: labelled text → model → pooled responses of every neuron in a store.
 
 Data flow: table → labels, token ids → sampled rows sorted by length (checked before any weight is read) → rank 0
-makes the store, or compares it and goes on with it, and lists the tasks that are left → every row worker claims
-tasks, longest first → batches → hooks pool on the device → row buffer → background writer → task committed.
+makes the store, or checks that one that was begun has the same settings, and lists the tasks that are left → every
+row worker claims tasks, longest first → batches → hooks pool on the device → row buffer → background writer → task
+committed.
 """
 
 import logging
 import platform
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.collecting.stream import Run, stream
 from aura_dist.config.verbs import CollectConfig
@@ -26,6 +27,7 @@ from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.hooks import laid_over
 from aura_dist.interventions.use import load_intervention
 from aura_dist.models.identity import fingerprint
+from aura_dist.models.in_memory import InMemory
 from aura_dist.models.load import (
     ModelSource,
     check_positions,
@@ -41,7 +43,8 @@ from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.log import configure_rank
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
-from aura_dist.sites.find import find_sites
+from aura_dist.ranks.world import World
+from aura_dist.sites.find import SiteTable, find_sites
 from aura_dist.store.access import exists, open_group
 from aura_dist.store.grid import Task
 from aura_dist.store.record import (
@@ -54,34 +57,74 @@ from aura_dist.store.record import (
     unfinished,
 )
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
-from aura_dist.text.labels import check_classes, check_texts, parse_labels
-from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
+from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import Table, read_table
-from aura_dist.text.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
+from aura_dist.text.tokens import TokenizedTexts, load_tokenizer, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("aura_dist", "torch", "transformers", "zarr", "zarrs", "numpy")
 
 
-def run(config: CollectConfig) -> None:
-    """Collect, or go on with a store that was begun; a finished store is left as it is."""
-    with start_team(sharding_of(config), pick_device(config.device)) as team, StopFlag() as stop:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk or on the hub; each part is read when it is first asked for."""
+
+    source: ModelSource
+    options: Any = None
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return load_config(self.source)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        load_config(self.source)  # first, because its error says more about a wrong name
+        return load_tokenizer(self.source.name, self.source.revision)
+
+    def sites(self) -> SiteTable:
+        return find_sites(skeleton(self.config))
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.source.name, self.source.revision, self.config)
+
+    @contextmanager
+    def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:
+        """The base model, loaded without the decoder layers from `num_layers` on."""
+        yield load_base(self.source, world, self.options, num_layers=num_layers)
+
+
+Subject = Checkpoint | InMemory  # what is collected from
+
+
+def run(config: CollectConfig, table: Table | None = None) -> None:
+    """Collect from the model that the settings name, and from the data that they name, unless `table` holds it."""
+    source = ModelSource(config.model, config.revision, config.dtype)
+    sharding = sharding_of(config)
+    collect(config, Checkpoint(source, sharding.options), sharding, pick_device(config.device), table)
+
+
+def collect(
+    config: CollectConfig, subject: Subject, sharding: Sharding, device: str, table: Table | None = None
+) -> None:
+    """Collect from `subject` on `device`, or continue a store that was begun; a finished store is left as it is."""
+    with start_team(sharding, device) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
-        samples, tokens, identity = load_samples(config)
-        spec = make_spec(config, identity, int(samples.num_tokens.max()))
+        samples, tokens, identity = load_samples(config, subject, table)
+        _log_lengths(samples, config.concepts[0])
+        spec = make_spec(config, subject, identity, int(samples.num_tokens.max()))
         left = set(team.from_first("left", lambda: prepare_store(config, spec, samples)))
         tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
         if not tasks:
-            logger.info("%s is finished: %d rows; --overwrite collects anew", config.store, len(samples))
+            logger.info("%s is finished: %d rows; --overwrite collects again", config.store, len(samples))
             return
-        collect_tasks(config, spec, tokens, tasks, team, stop)
+        collect_tasks(config, subject, spec, tokens, tasks, team, stop)
     if team.world.is_first:
         report(config.store, samples, spec)
 
 
 def prepare_store(config: CollectConfig, spec: StoreSpec, samples: Samples) -> list[int]:
-    """Make the store, or compare one that was begun; the tasks that are left. For one process of a launch."""
+    """Make the store, or check one that was begun; returns the tasks that are left. One process of a launch runs it."""
     begun = exists(config.store)  # refuses what is not a store, also under --overwrite
     if config.overwrite or not begun:
         create_store(config.store, spec, samples, _provenance(config))
@@ -99,32 +142,42 @@ def check_attempts(config: CollectConfig, group: zarr.Group, tasks: Sequence[Tas
         raise StoreError(
             f"--store {config.store!r}: {attempts} launches died in task {index} (rows {task.start} to "
             f"{task.stop - 1}, {task.num_tokens} tokens): expected fewer than {config.max_attempts}; see their last "
-            f"words, give the ranks more memory, and go on with --max-attempts {attempts + 1}"
+            f"words, give the ranks more memory, and continue with --max-attempts {attempts + 1}"
         )
 
 
 def collect_tasks(
-    config: CollectConfig, spec: StoreSpec, tokens: TokenizedTexts, tasks: Sequence[Task], team: Team, stop: StopFlag
+    config: CollectConfig,
+    subject: Subject,
+    spec: StoreSpec,
+    tokens: TokenizedTexts,
+    tasks: Sequence[Task],
+    team: Team,
+    stop: StopFlag,
 ) -> None:
-    """Load the model as the ranks hold it together, and run this rank's share of `tasks` into the store."""
-    source = ModelSource(config.model, config.revision, config.dtype)
+    """Have the ranks load the model together, and run this rank's share of `tasks` into the store."""
     begun = time.perf_counter()
-    model = load_base(source, team.world, sharding_of(config).options, num_layers=1 + max(s.layer for s in spec.sites))
-    group = open_group(config.store)
-    plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
-    run = Run(spec, tokens, plans, team, stop)
-    loaded = time.perf_counter()
-    try:
-        with _intervened(model, config), stop.deferred(), counted_attempts(group) as begin, run.writer(group) as writer:
-            stream(model, run, tasks, writer, begin)
-    except RunInterruptedError:
+    with subject.base(team.world, num_layers=1 + max(s.layer for s in spec.sites)) as model:
+        group = open_group(config.store)
+        plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
+        run = Run(spec, tokens, plans, team, stop)
+        loaded = time.perf_counter()
+        try:
+            with (
+                _intervened(model, config),
+                stop.deferred(),
+                counted_attempts(group) as begin,
+                run.writer(group) as writer,
+            ):
+                stream(model, run, tasks, writer, begin)
+        except RunInterruptedError:
+            _note_times(group, team, loaded - begun, loaded)
+            raise
         _note_times(group, team, loaded - begun, loaded)
-        raise
-    _note_times(group, team, loaded - begun, loaded)
 
 
 def _note_times(group: zarr.Group, team: Team, load_seconds: float, loaded: float) -> None:
-    """Rank 0 notes what all ranks of this launch have done, and how long it took."""
+    """Rank 0 records how much all ranks of this launch have done, and in which time."""
     if not team.world.is_first:
         return
     amounts = {
@@ -148,48 +201,22 @@ def report(store: str, samples: Samples, spec: StoreSpec) -> None:
     logger.info("wrote %s: %d rows, %d modules", store, len(samples), len(spec.sites))
 
 
-def load_samples(config: CollectConfig) -> tuple[Samples, TokenizedTexts, dict[str, Any]]:
-    """The rows to run, sorted by token count then row, and what identifies tokenizer and data."""
-    others = list(dict.fromkeys([*config.concepts, *config.clean_negatives]))
-    table = read_table(config.data, [config.text_column, *others], split=config.split)
-    texts = check_texts(table, config.text_column)
-    labels = parse_labels(table, others, config.threshold)
-    check_classes(labels[:, : len(config.concepts)], config.concepts, config.data)
-    kept = np.arange(len(table))
-    if config.clean_negatives:
-        mixed_from = labels[:, [others.index(c) for c in config.clean_negatives]]
-        kept = without_mixed_negatives(labels[:, 0], mixed_from)
-    model_config = load_config(ModelSource(config.model, config.revision, config.dtype))
-    tokenizer = load_tokenizer(config.model, config.revision)
-    tokens = tokenize(
-        texts, tokenizer, max_tokens=config.max_tokens, skip_special=config.skip_special_tokens, source=config.data
-    )
-    how = Sampling(config.num_positive, config.num_negative, config.match_length, config.seed)
-    rows = kept[sample_rows(labels[kept, 0], tokens.num_tokens[kept], how)]
-    rows = rows[np.lexsort((rows, tokens.num_tokens[rows]))]
-    chosen = np.ascontiguousarray(labels[rows, : len(config.concepts)])
-    check_classes(chosen, config.concepts, config.data)
-    samples = Samples(rows, tokens.num_tokens[rows], chosen)
-    _log_lengths(samples, config.concepts[0])
-    tokens = tokens.take(rows)
-    check_vocabulary(model_config, tokens.largest_id)
+def load_samples(
+    config: CollectConfig, subject: Subject, table: Table | None = None
+) -> tuple[Samples, TokenizedTexts, dict[str, Any]]:
+    """The rows to run, their token ids, and what identifies tokenizer and data; all of it can be pickled."""
+    which = Selection.of(config)
+    if table is None:
+        table = read_table(config.data, which.columns, split=config.split)
+    row, label, tokens = select(table, which, lambda: subject.tokenizer)
+    check_vocabulary(subject.config, tokens.largest_id)
+    tokenizer = subject.tokenizer
     identity = {
-        "tokenizer": {"name": config.model, "sha256": tokenizer_digest(tokenizer)},
-        # token ids last: a setting that changes them is a better name for what differs
-        "data": {**_data_identity(config, table, how), "token_ids": tokens.digest()},
+        "tokenizer": {"name": tokenizer.name_or_path, "sha256": tokenizer_digest(tokenizer)},
+        # token ids last, because a setting that changes them is a better name for what differs
+        "data": {"path": table.source, "sha256": table.sha256, **which.identity, "token_ids": tokens.digest()},
     }
-    return samples, tokens, identity
-
-
-def _data_identity(config: CollectConfig, table: Table, how: Sampling) -> dict[str, Any]:
-    return {
-        "path": table.source,
-        "sha256": table.sha256,
-        "text_column": config.text_column,
-        "threshold": config.threshold,
-        "clean_negatives": list(config.clean_negatives),
-        "sampling": asdict(how),
-    }
+    return Samples(row, tokens.num_tokens, label), tokens, identity
 
 
 def _log_lengths(samples: Samples, concept: str) -> None:
@@ -200,31 +227,28 @@ def _log_lengths(samples: Samples, concept: str) -> None:
     )  # fmt: skip
 
 
-def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> StoreSpec:
-    """What the store will hold; reads the model's configuration and the ends of its weights, not the weights."""
-    source = ModelSource(config.model, config.revision, config.dtype)
-    model_config = load_config(source)
-    check_positions(model_config, longest, "--max-tokens")
-    table = find_sites(skeleton(model_config))
+def make_spec(config: CollectConfig, subject: Subject, identity: dict[str, Any], longest: int) -> StoreSpec:
+    """What the store will hold. Of a checkpoint's weights, it reads no more than the fingerprint needs."""
+    check_positions(subject.config, longest, "--max-tokens")
+    source, table = subject.source, subject.sites()
     sites = table.select(config.modules)
     if table.experts:
         logger.warning(
             "%s keeps %d expert parameters as 3-D tensors (%s, ...): they are not captured",
             table.model_class, len(table.experts), table.experts[0],
         )  # fmt: skip
-    found = fingerprint(config.model, config.revision, model_config)
-    directory = Path(config.model)
-    under = None
+    found, under = subject.fingerprint(), None
     if config.intervention is not None:
         under = load_intervention(config.intervention, source, table, found).identity(config.strength)
+    directory = Path(source.name)
     return StoreSpec(
         model={
-            "name": str(directory.resolve()) if directory.is_dir() else config.model,  # whence it is read later
-            "revision": config.revision,
+            "name": str(directory.resolve()) if directory.is_dir() else source.name,  # where it is read from later
+            "revision": source.revision,
             "class": table.model_class,
             "fingerprint": found,
         },
-        dtype=config.dtype,
+        dtype=source.dtype,
         max_tokens=config.max_tokens,
         tokens_per_batch=config.tokens_per_batch,
         skip_special_tokens=config.skip_special_tokens,
@@ -238,9 +262,10 @@ def make_spec(config: CollectConfig, identity: dict[str, Any], longest: int) -> 
 
 
 def _intervened(model: PreTrainedModel, config: CollectConfig) -> AbstractContextManager[Any]:
-    """Context in which `--intervention` lies over a base model, which may have been cut after some layers.
+    """Context in which `--intervention` is applied to a base model, which may lack its last layers.
 
-    Entered before the capture's hooks are: what is pooled is what the intervention leaves.
+    It must be entered before the capture, because hooks run in the order in which they are registered: what is pooled
+    is the output after the intervention.
     """
     if config.intervention is None:
         return nullcontext()

@@ -46,10 +46,9 @@ from aura_dist.planning.text import Report, refusal, render
 from aura_dist.planning.work import Machine
 from aura_dist.ranks.device import wants_gpu
 from aura_dist.store.grid import make_batches
-from aura_dist.text.labels import check_texts, parse_labels
-from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
+from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import read_table
-from aura_dist.text.tokens import load_tokenizer, tokenize
+from aura_dist.text.tokens import load_tokenizer
 from aura_dist.units import parse_bytes
 
 MAX_RANKS_PER_HOST = 8
@@ -112,7 +111,7 @@ def make_machine(config: PlanConfig) -> Machine:
 
 
 def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> Rows:
-    """The rows of the data where these can be read, otherwise so many of the largest length.
+    """The rows of the data if these can be read, otherwise as many as are asked for, of the largest length.
 
     Raises
     ------
@@ -138,27 +137,12 @@ def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> Rows:
 
 
 def _sampled(config: PlanConfig) -> NDArray[np.int32]:
-    """Token counts of the rows that `collect` would run; without concepts, of as many of the longest."""
-    columns = list(dict.fromkeys([*config.concepts, *config.clean_negatives]))
-    table = read_table(config.data, [config.text_column, *columns], split=config.split)
-    tokens = tokenize(
-        check_texts(table, config.text_column),
-        load_tokenizer(config.model, config.revision),
-        max_tokens=config.max_tokens,
-        skip_special=config.skip_special_tokens,
-        source=config.data,
-    )
-    lengths = tokens.num_tokens
-    if not config.concepts:
-        asked = (config.num_positive or 0) + (config.num_negative or 0)
-        return np.sort(lengths)[-asked:] if asked else np.sort(lengths)
-    labels = parse_labels(table, columns, config.threshold)
-    kept = np.arange(len(table))
-    if config.clean_negatives:
-        others = labels[:, [columns.index(c) for c in config.clean_negatives]]
-        kept = without_mixed_negatives(labels[:, 0], others)
-    how = Sampling(config.num_positive, config.num_negative, config.match_length, config.seed)
-    return np.sort(lengths[kept[sample_rows(labels[kept, 0], lengths[kept], how)]])
+    """Token counts, ascending, of the rows that `collect` would run; without concepts, of as many of the longest."""
+    which = Selection.of(config)
+    table = read_table(config.data, which.columns, split=config.split)
+    _, _, tokens = select(table, which, lambda: load_tokenizer(config.model, config.revision))
+    asked = (config.num_positive or 0) + (config.num_negative or 0)
+    return tokens.num_tokens if config.concepts else tokens.num_tokens[-asked:]
 
 
 def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:

@@ -57,7 +57,16 @@ TASKS_PER_THREAD = 8
 
 
 def run(config: ScoreConfig) -> None:
-    """Score the chunk columns that lack a statistic, then show each concept's distribution and best neurons."""
+    """Score what is not scored yet, then show each concept's distribution and best neurons."""
+    group, spec, names = score(config)
+    if "auroc" in names:
+        for concept in spec.concepts:
+            for pooling in spec.poolings:
+                _show(group, spec, concept, pooling)
+
+
+def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
+    """Score what is not scored yet; returns the store, and the names of the statistics asked for."""
     names = resolve_statistics(config.statistics)
     shape = worker_shape(config.dask, config.num_workers, config.memory_limit, config.slurm)
     store = config.store if "://" in config.store else str(Path(config.store).resolve())
@@ -87,10 +96,7 @@ def run(config: ScoreConfig) -> None:
                 raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
     if "q_value" in names:
         adjust(group, spec)
-    if "auroc" in names:
-        for concept in spec.concepts:
-            for pooling in spec.poolings:
-                _show(group, spec, concept, pooling)
+    return group, spec, names
 
 
 def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, overwrite: bool = False) -> None:

@@ -1,4 +1,7 @@
-"""Label columns → int8 labels: 1, 0, −1 (not labelled). Every value that is none of these is named by its row."""
+"""Checks of labelled text: texts that a tokenizer can take, and labels 1, 0 or −1 (not labelled), as int8.
+
+Errors name the row of a value that is none of these.
+"""
 
 from typing import Any
 
@@ -17,7 +20,7 @@ _BINARY = {
 
 
 def check_texts(table: Table, column: str) -> list[str]:
-    """The texts of `column`; InputError with the row number for one that is empty or not a text."""
+    """The texts of `column`; InputError with the row number if one is empty or no text."""
     texts = table.columns[column]
     for row, text in enumerate(texts):
         if not isinstance(text, str):
@@ -41,11 +44,11 @@ def parse_labels(table: Table, columns: list[str], threshold: float | None = Non
     table
         N rows.
     columns
-        C label columns. Values: 0/1 or true/false; a number where `threshold` is given, positive from there
-        on. An empty value or null, and −1 in a binary column, means *not labelled*.
+        C label columns, of 0/1 or true/false, or of numbers if `threshold` is given. An empty value, null, and −1
+        in a binary column, mean *not labelled*.
     threshold
-        Cut of the scores, or None for binary columns. Compared in the column's own dtype: 0.7 in a float32
-        column is the float32 number nearest to 0.7, and is positive from 0.7 on.
+        Numbers from this value on are positive; None for binary columns. It is rounded to the column's dtype, so that
+        0.7 in a float32 column is positive from 0.7 on.
 
     Returns
     -------
@@ -55,7 +58,7 @@ def parse_labels(table: Table, columns: list[str], threshold: float | None = Non
     Raises
     ------
     InputError
-        A value that is not binary, or not a number where a threshold is given.
+        A value is not binary, or with a threshold is no number.
     """
     labels = np.empty((len(table), len(columns)), dtype=np.int8)
     for c, column in enumerate(columns):

@@ -1,9 +1,8 @@
-"""Labelled text of any usual format → columns of plain Python values, with row numbers that errors can name.
+"""Labelled text of any usual format → columns of plain Python values.
 
-CSV, TSV and JSONL are read with the standard library: no type is guessed (the text "NA" stays a text), and
-an undecodable byte or a ragged row is named by its row. TSV is quoted as CSV is, as pandas writes it. Parquet
-files are read as they are now, past every cache; directories and hub data sets come through `datasets`. Rows
-count from 0, as in the store.
+The standard library reads CSV, TSV and JSONL, because it guesses no type: the text "NA" stays a text. TSV is quoted
+like CSV, as pandas does. Parquet files are read without a cache; `datasets` reads directories and hub data sets. Errors
+name rows, which count from 0 as in the store.
 """
 
 import csv
@@ -26,7 +25,7 @@ _MAX_FIELD_CHARACTERS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Table:
-    """The columns that were asked for, and what fixes their content.
+    """The columns that were asked for, and a digest of their source.
 
     Attributes
     ----------
@@ -56,7 +55,9 @@ def read_table(source: str, columns: list[str], *, split: str = "train") -> Tabl
     """
     try:
         table = _read(source, columns, split)
-    except OSError as error:
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise many kinds, from OSError to pyarrow's own
         raise InputError(f"data {source!r} cannot be read: {error}") from error
     if not len(table):
         raise InputError(f"data {source!r}: expected at least one row, got none")
@@ -64,14 +65,24 @@ def read_table(source: str, columns: list[str], *, split: str = "train") -> Tabl
 
 
 def _read(source: str, columns: list[str], split: str) -> Table:
-    path = Path(source)
-    if path.suffix.lower() in TEXT_FORMATS and path.is_file():
-        return Table(source, _sha256(path), _take(_records(path), columns, source))
-    if path.suffix.lower() in FORMATS and not path.exists():
+    path, kind = Path(source), Path(source).suffix.lower()
+    if path.is_file():
+        if kind not in FORMATS:
+            raise InputError(f"data {source!r}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
+        text = kind in TEXT_FORMATS
+        taken = _take(_records(path), columns, source) if text else _from_parquet(path, columns)
+        return Table(source, _sha256(path), taken)
+    if path.is_dir():
+        taken = _from_directory(path, columns, split)  # first, because digesting files that are no data set may be long
+        return Table(source, _sha256_of_files(path, split), taken)
+    if kind in FORMATS:
         raise InputError(f"data {source!r}: no such file")
-    if path.is_file() and path.suffix.lower() not in FORMATS:
-        raise InputError(f"data {source!r}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
-    return _read_dataset(source, columns, split)
+    try:
+        dataset = _loaded(source, split)
+    except Exception as error:
+        message = f"data {source!r}: no such file, and it cannot be loaded as a data set (split {split!r}): {error}"
+        raise InputError(message) from error
+    return Table(source, str(dataset._fingerprint), _columns(_arrow(dataset), columns, source))
 
 
 def _take(records: Iterable[tuple[int, dict[str, Any]]], columns: list[str], source: str) -> dict[str, list[Any]]:
@@ -85,14 +96,14 @@ def _take(records: Iterable[tuple[int, dict[str, Any]]], columns: list[str], sou
 
 
 def missing_column(source: str, name: str, found: list[str], row: int | None = None) -> MissingColumnError:
-    """The error of a column that is not there; `row` where only some rows lack it."""
+    """The error for a column that is missing; `row` is the first that lacks it if others have it."""
     where = f" in row {row}" if row else ""
     message = f"data {source!r}: expected a column {name!r}{where}, found {', '.join(found) or 'none'}"
     return MissingColumnError(message, row or None)
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # surrogateescape lets the parser find the row of an undecodable byte
+    # surrogateescape passes undecodable bytes on, so that the parser can name their row
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(file, path)
 
@@ -166,48 +177,34 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_dataset(source: str, columns: list[str], split: str) -> Table:
-    """Parquet file, directory of Parquet files or of `Dataset.save_to_disk`, or hub data set."""
-    path = Path(source)
-    try:
-        if path.is_file():
-            return Table(source, _sha256(path), _from_parquet(path, columns))
-        if path.is_dir():
-            taken = _from_directory(path, columns, split)  # first: what is no data set may be large to read
-            return Table(source, _sha256_of_files(path, split), taken)
-        dataset = _loaded(source, split)
-        return Table(source, str(dataset._fingerprint), _columns(_arrow(dataset), columns, source))
-    except InputError:
-        raise
-    except Exception as error:  # the libraries raise many kinds, OSError to pyarrow's own
-        raise InputError(
-            f"data {source!r}: no such file, and it cannot be loaded as a data set (split {split!r}): {error}"
-            if not path.exists()
-            else f"data {source!r} cannot be read: {error}"
-        ) from error
-
-
 def _from_parquet(path: Path, columns: list[str]) -> dict[str, list[Any]]:
-    """Only the file's columns that hold `columns` are read."""
+    """Reads no other columns than those that hold `columns`."""
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     with parquet.ParquetFile(path) as file:
-        _columns(file.schema_arrow.empty_table(), columns, str(path))  # names them all, should one be missing
+        _columns(file.schema_arrow.empty_table(), columns, str(path))  # if one is missing, the error lists all
         whole = set(file.schema_arrow.names)
         tops = {name if name in whole else name.partition(".")[0] for name in columns}
         return _columns(file.read(sorted(tops)), columns, str(path))
 
 
 def _from_directory(path: Path, columns: list[str], split: str) -> dict[str, list[Any]]:
-    """Through a cache of its own: the shared one knows a file by its time of change, not by its content."""
+    """A directory of Parquet files, or one that `Dataset.save_to_disk` wrote.
+
+    Parquet files are read through a temporary cache, because the shared one identifies a file by its modification time.
+    """
+    if list(path.glob("*.parquet")):
+        with TemporaryDirectory() as cache:
+            return _columns(_arrow(_loaded(str(path), split, cache_dir=cache)), columns, str(path))
     import datasets
 
-    if not list(path.glob("*.parquet")):
-        datasets.disable_progress_bars()
-        saved = datasets.load_from_disk(str(path))
-        return _columns(_arrow(_one_split(saved, str(path), split)), columns, str(path))
-    with TemporaryDirectory() as cache:
-        return _columns(_arrow(_loaded(str(path), split, cache_dir=cache)), columns, str(path))
+    datasets.disable_progress_bars()
+    dataset = datasets.load_from_disk(str(path))
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise InputError(f"data {str(path)!r}: expected a split {split!r}, found {', '.join(dataset)}")
+        dataset = dataset[split]
+    return _columns(_arrow(dataset), columns, str(path))
 
 
 def _loaded(source: str, split: str, **cache: str) -> Any:
@@ -215,14 +212,6 @@ def _loaded(source: str, split: str, **cache: str) -> Any:
 
     datasets.disable_progress_bars()
     return datasets.load_dataset(source, split=split, **cache)
-
-
-def _one_split(dataset: Any, source: str, split: str) -> Any:
-    if not isinstance(dataset, dict):
-        return dataset
-    if split not in dataset:
-        raise InputError(f"data {source!r}: expected a split {split!r}, found {', '.join(dataset)}")
-    return dataset[split]
 
 
 def _arrow(dataset: Any) -> Any:
@@ -242,7 +231,7 @@ def _columns(table: Any, columns: list[str], source: str) -> dict[str, list[Any]
 
 
 def _values(column: Any) -> list[Any]:
-    """Python's values, but floats of 16 and 32 bits as NumPy's: what 0.7 is among them, no 64-bit float says."""
+    """Python values, but NumPy floats for 16 and 32 bits, so that a threshold can be rounded to the column's dtype."""
     import pyarrow
 
     kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
@@ -252,7 +241,7 @@ def _values(column: Any) -> list[Any]:
 
 
 def _sha256_of_files(directory: Path, split: str) -> str:
-    """Digest of a directory's files, by name and content, and of the split that is read from them."""
+    """Digest of the names and contents of a directory's files, and of the split that is read from them."""
     names = (p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
     seen = sorted(n for n in names if not any(part.startswith(".") for part in n.parts))
     digests = [split, *(f"{n.as_posix()} {_sha256(directory / n)}" for n in seen)]

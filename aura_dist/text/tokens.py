@@ -1,7 +1,7 @@
 """Texts → token ids → right-padded batches.
 
-Right padding: a causal model's real tokens never see what comes after them, positions start at 0 in every row,
-and no model class needs position ids.
+Padding is on the right, because a causal model's tokens never see what comes after them: positions start at 0 in every
+row, and no model class needs position ids.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from aura_dist.errors import ConfigError, InputError, ModelError, brief
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# a tokenizer's own record of a text takes some 10 KB until its ids are taken out
+# a tokenizer returns some 10 KB for each text, so only the ids of earlier texts are kept
 TEXTS_AT_ONCE = 256
 
 
@@ -34,7 +34,7 @@ class Batch:
     attention_mask
         [B, T] bool: True at real tokens.
     pool_mask
-        [B, T] bool: True at tokens that count in pooling (real, and not special where these are left out).
+        [B, T] bool: True at tokens that count in pooling: real ones, without special ones if these are left out.
     """
 
     rows: slice
@@ -49,7 +49,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of N texts, and what is needed to batch them."""
+    """Token ids of N texts, [T] each, and which ids are special and left out of pooling."""
 
     ids: list[NDArray[np.int32]]
     special_ids: NDArray[np.int64]
@@ -66,7 +66,7 @@ class TokenizedTexts:
         return max(int(i.max()) for i in self.ids)
 
     def digest(self) -> str:
-        """sha256 of the token ids, row by row, and of which of them are left out of the pooling."""
+        """sha256 of the token ids, row by row, and of the special ids that are left out of pooling."""
         left_out = self.special_ids if self.skip_special else self.special_ids[:0]
         digest = hashlib.sha256(left_out.astype("<i8").tobytes())
         digest.update(self.num_tokens.astype("<i4").tobytes())
@@ -79,7 +79,7 @@ class TokenizedTexts:
         return TokenizedTexts([self.ids[r] for r in rows], self.special_ids, self.skip_special)
 
     def batch(self, rows: slice) -> Batch:
-        """Rows `rows`, padded on the right: with 0, which every vocabulary has; a tokenizer's own id may lie beyond."""
+        """The texts of `rows`, padded with id 0, because a tokenizer's own padding id may be beyond the vocabulary."""
         chosen = self.ids[rows]
         shape = (len(chosen), max(map(len, chosen)))
         input_ids = np.zeros(shape, dtype=np.int64)
@@ -92,7 +92,7 @@ class TokenizedTexts:
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local directory or hub name; ModelError if there is none."""
+    """The tokenizer of a local directory or hub name; ModelError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -103,7 +103,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokeni
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 of what fixes a tokenizer's output: its backend or vocabulary, special ids, and the side that is cut."""
+    """sha256 of what determines a tokenizer's output: backend or vocabulary, special ids, and the side that is cut."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
         text = _without_padding(backend)
@@ -114,7 +114,7 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _without_padding(backend: "object") -> str:
-    """The backend as JSON, without the padding and truncation that the last call left in it."""
+    """The backend as JSON, without padding and truncation: the last call set these."""
     import json
 
     document = json.loads(backend.to_str())  # type: ignore[attr-defined]
@@ -131,18 +131,17 @@ def tokenize(
     Raises
     ------
     InputError
-        A text that the tokenizer cannot take, that has no token, or none that counts once special tokens are
-        left out.
+        The tokenizer cannot take a text, or a text has no token, or only special ones that are left out.
     ConfigError
         `max_tokens` leaves room for special tokens alone.
     """
     num_special = tokenizer.num_special_tokens_to_add()
-    if max_tokens <= num_special:  # the tokenizer would not cut at all, or leave nothing of the text
+    if max_tokens <= num_special:  # else the tokenizer does not cut at all, or leaves nothing of the text
         raise ConfigError(
             f"--max-tokens: expected more than {num_special}, the special tokens that the tokenizer adds to each text, "
             f"got {max_tokens}"
         )
-    limit = min(max_tokens, np.iinfo(np.int32).max)  # the tokenizer's own integer is finite
+    limit = min(max_tokens, np.iinfo(np.int32).max)  # the tokenizer takes no larger integer
     ids = [np.asarray(i, dtype=np.int32) for i in _encode(texts, tokenizer, limit, source)]
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
     for row, row_ids in enumerate(ids):
@@ -154,7 +153,7 @@ def tokenize(
 
 
 def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", limit: int, source: str) -> Iterator[list[int]]:
-    """Token ids of each text; InputError that names the first row that the tokenizer fails on."""
+    """Token ids of each text; InputError names the first row that the tokenizer cannot take."""
 
     def encode(some: Sequence[str]) -> list[list[int]]:
         encoded: list[list[int]] = tokenizer(list(some), truncation=True, max_length=limit, verbose=False)["input_ids"]

@@ -10,6 +10,7 @@ import zarr
 from aura_dist.cli import main
 from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import CollectConfig, PlanConfig
+from aura_dist.models.load import ModelSource
 from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.stages import collect, plan
 from tests.models import save_tiny
@@ -80,7 +81,8 @@ def test_plan_says_what_collect_makes(dtype, tmp_path, sentences_csv, capsys):
 def test_rows_are_those_of_collect(extra, tiny_dir, sentences_csv):
     settings = {"model": str(tiny_dir("llama")), "data": sentences_csv, "concepts": ["toxic"], "store": "s"}
     settings |= {"num_positive": 20, "max_tokens": 12} | extra
-    samples, _, _ = collect.load_samples(resolve(CollectConfig, settings))
+    config = resolve(CollectConfig, settings)
+    samples, _, _ = collect.load_samples(config, collect.Checkpoint(ModelSource(config.model, None, config.dtype)))
     found = plan.find_rows(resolve(PlanConfig, settings), hf.AutoConfig.from_pretrained(tiny_dir("llama")))
     assert found.num_tokens.tolist() == samples.num_tokens.tolist()
     assert found.shortest == samples.num_tokens[0]

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from aura_dist.errors import InputError
 from aura_dist.text.labels import check_classes, check_texts, parse_labels
-from aura_dist.text.sampling import Sampling, sample_rows, without_mixed_negatives
+from aura_dist.text.selection import Sampling, Selection, sample_rows, select, without_mixed_negatives
 from aura_dist.text.table import Table
+from tests.models import tiny_tokenizer
 
 
 def table(**columns):
@@ -130,6 +131,26 @@ def pool(num_positive=300, num_negative=1200, num_unlabelled=50, seed=0):
     label = rng.permutation(np.repeat([1, 0, -1], [num_positive, num_negative, num_unlabelled])).astype(np.int8)
     mean = np.where(label == 1, 3.0, 3.7)
     return label, np.clip(rng.lognormal(mean, 0.7), 1, 128).astype(np.int32)
+
+
+@pytest.mark.parametrize("clean", [[], ["rude", "toxic"]])
+def test_selected_rows_are_in_order_of_length(clean):
+    rng = np.random.default_rng(0)
+    texts = ["word " * n for n in rng.integers(1, 9, 60)]
+    toxic, rude = rng.integers(0, 2, 60).tolist(), rng.integers(0, 2, 60).tolist()
+    which = Selection(
+        num_positive=10, text_column="text", concepts=["toxic"], clean_negatives=clean, threshold=None, max_tokens=6,
+        skip_special_tokens=False,
+    )  # fmt: skip
+    assert which.columns == ["text", "toxic", *clean[:1]]
+    tokenizer = tiny_tokenizer()
+    rows, label, tokens = select(table(text=texts, toxic=toxic, rude=rude), which, lambda: tokenizer)
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=6)["input_ids"]]
+    assert tokens.num_tokens.tolist() == [lengths[r] for r in rows]
+    assert rows.tolist() == sorted(rows, key=lambda r: (lengths[r], r))
+    assert label[:, 0].tolist() == [toxic[r] for r in rows]
+    assert set(rows[label[:, 0] == 0]) == {r for r in range(60) if not toxic[r] and not (clean and rude[r])}
+    assert label.sum() == 10
 
 
 def test_everything_is_taken_when_nothing_is_asked():

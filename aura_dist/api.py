@@ -1,0 +1,237 @@
+"""The stages `collect`, `score` and `fit` as functions for notebooks, with the command line's code and settings.
+
+They print nothing: progress goes to the logger `aura_dist`. Errors name parameters in place of flags.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from functools import wraps
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from aura_dist.config.settings import resolve
+from aura_dist.config.verbs import CollectConfig, FitConfig, ModelOptions, ScoreConfig
+from aura_dist.errors import AuraError, ConfigError, InputError, ModelError
+from aura_dist.ranks.world import place_from_environment
+from aura_dist.text.labels import check_texts, parse_labels
+from aura_dist.text.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from numpy.typing import ArrayLike
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from aura_dist.interventions.artifact import Intervention
+    from aura_dist.models.in_memory import InMemory
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+TEXT = "text"  # the column of the texts
+CONCEPT = "concept"  # the name of labels that come without one
+_FROM_ARGUMENTS = {"data", "split", "text_column", "concepts", "clean_negatives"}
+
+
+def _takes(config: type, *not_taken: str) -> Callable[[FunctionT], FunctionT]:
+    """Show the settings of `config` in a function's signature, refuse others, and name parameters in its errors."""
+
+    def decorate(function: FunctionT) -> FunctionT:
+        own = [p for p in signature(function).parameters.values() if p.kind != Parameter.VAR_KEYWORD]
+        names = {p.name for p in own}
+        taken = {f.name: f for f in fields(config) if f.name not in {*names, *not_taken}}
+
+        @wraps(function)
+        def call(*args: Any, **settings: Any) -> Any:
+            for name in settings:
+                if name not in names and name not in taken:
+                    raise ConfigError(f"{name}: expected one of {', '.join(taken)}; leave it out")
+            try:
+                return function(*args, **{n: str(v) if isinstance(v, Path) else v for n, v in settings.items()})
+            except AuraError as error:
+                error.args = (re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), str(error)),)
+                raise
+
+        defaults = {n: f.default if f.default_factory is MISSING else f.default_factory() for n, f in taken.items()}
+        shown = [Parameter(n, Parameter.KEYWORD_ONLY, default=default) for n, default in defaults.items()]
+        call.__signature__ = signature(function).replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+@_takes(CollectConfig, "model", *_FROM_ARGUMENTS)
+def collect(
+    model: "str | Path | PreTrainedModel",
+    texts: Sequence[str],
+    labels: "ArrayLike | Mapping[str, ArrayLike]",
+    *,
+    store: str | Path,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    **settings: Any,
+) -> str:
+    """Run labelled texts through a model and store each neuron's pooled responses, or continue a store that was begun.
+
+    Parameters
+    ----------
+    model
+        A directory or hub name, or a causal language model of transformers in memory. One in memory keeps its dtype
+        and device. During the call it is in eval mode and lacks the decoder layers after the last captured one, so
+        that they cost no time; afterwards it is as before. A digest of all its weights identifies it, so that what is
+        fitted from the store counts as made for another model than the checkpoint it was loaded from.
+    texts
+        N texts.
+    labels
+        [N] values for the concept "concept", or a dict concept → [N] values: 0, 1, or −1, NaN and None for "not
+        labelled"; numbers of any size with `threshold`.
+    store
+        The store to write: a directory or a URL.
+    tokenizer
+        Of a model in memory.
+    **settings
+        As for `aura-dist collect`: `modules`, `pooling`, `max_tokens`, `num_positive`, `overwrite`, …
+
+    Returns
+    -------
+    The store's place, as given.
+
+    Raises
+    ------
+    InputError, ConfigError, ModelError, StoreError
+        Texts or labels, a setting, the model, or what is at `store` cannot be used.
+
+    Examples
+    --------
+    >>> aura_dist.collect(model, texts, is_toxic, tokenizer=tokenizer, store="toxic.zarr", pooling=["max", "mean"])
+    """
+    from aura_dist.stages import collect as stage
+
+    by_concept = labels if isinstance(labels, Mapping) else {CONCEPT: labels}
+    given = {**settings, "store": store, "data": "texts", "concepts": list(by_concept)}
+    if isinstance(model, (str, Path)):
+        if tokenizer is not None:
+            raise ConfigError("tokenizer: expected it with a model in memory, got it with a name; leave it out")
+        config = resolve(CollectConfig, {**given, "model": str(model)})
+        stage.run(config, _table(texts, by_concept, config.threshold))
+    else:
+        for name in {field.name for field in fields(ModelOptions)} & set(settings):
+            raise ConfigError(f"{name}: expected it with a model's name, got it with one in memory; leave it out")
+        subject = _in_memory(model, tokenizer)
+        config = resolve(CollectConfig, {**given, "model": subject.source.name, "dtype": subject.source.dtype})
+        stage.collect(config, subject, str(model.device), _table(texts, by_concept, config.threshold))
+    return str(store)
+
+
+@_takes(ScoreConfig)
+def score(store: "str | Path | xr.DataTree", *, top: int = 10, **settings: Any) -> "pd.DataFrame":
+    """Compute the statistics that a store lacks, of every neuron, out of core.
+
+    Parameters
+    ----------
+    store
+        What `collect` wrote: its place, or what `open_store` returned.
+    top
+        Rows of the result for each concept and pooling.
+    **settings
+        As for `aura-dist score`: `statistics`, `dask`, `num_workers`, `overwrite`, …
+
+    Returns
+    -------
+    The neurons of highest AUROC for each concept and pooling, best first: columns `concept`, `pooling` and those of
+    `top_neurons`. Empty if AUROC is not among `statistics`. `open_store` shows all statistics of all neurons.
+
+    Raises
+    ------
+    ConfigError, StoreError, ClusterError
+        A setting or the store cannot be used, or workers cannot be kept.
+
+    Examples
+    --------
+    >>> aura_dist.score("toxic.zarr", top=20)
+    """
+    import pandas as pd
+
+    from aura_dist.scoring.view import best_neurons, score_table
+    from aura_dist.stages import score as stage
+
+    group, spec, names = stage.score(resolve(ScoreConfig, {**settings, "store": _place(store)}))
+    tables = {
+        (concept, pooling): best_neurons(score_table(group, spec, concept, pooling), top)
+        for concept in spec.concepts
+        for pooling in spec.poolings
+        if "auroc" in names
+    }
+    if not tables:
+        return pd.DataFrame()
+    return pd.concat(tables, names=["concept", "pooling"]).reset_index([0, 1]).reset_index(drop=True)
+
+
+@_takes(FitConfig)
+def fit(store: "str | Path | xr.DataTree", concept: str, method: str = "aura", **settings: Any) -> "Intervention":
+    """Turn a store's scores into an intervention: site → [D] float32 scale, and shift where the method moves neurons.
+
+    Parameters
+    ----------
+    store
+        What `score` scored: its place, or what `open_store` returned.
+    concept
+        One of the store's concepts.
+    method, **settings
+        As for `aura-dist fit`: `pooling`, `modules`, `top_k`, `strength`, … It is written only if `out` is given.
+
+    Raises
+    ------
+    ConfigError, InputError, StoreError
+        A setting, the concept or the store cannot be used.
+
+    Examples
+    --------
+    >>> with aura_dist.intervene(model, aura_dist.fit("toxic.zarr", "concept", "damp", top_k=100)):
+    ...     model.generate(**prompt)
+    """
+    from aura_dist.stages import fit as stage
+
+    given = {"out": "", **settings, "store": _place(store), "concept": concept, "method": method}
+    return stage.fit(resolve(FitConfig, given))
+
+
+def _place(store: "str | Path | xr.DataTree") -> str:
+    return str(store if isinstance(store, (str, Path)) else store.encoding["source"])
+
+
+def _table(texts: Sequence[str], labels: "Mapping[str, ArrayLike]", threshold: float | None) -> Table:
+    """Texts and labels as the columns of a data file; its digest is over the texts and over what the labels mean."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"texts: expected a list of texts, got {type(texts).__name__}")
+    columns: dict[str, list[Any]] = {TEXT: list(texts)}
+    for concept, values in labels.items():
+        array = np.asarray(values)
+        if array.shape != (len(columns[TEXT]),) or concept == TEXT:
+            raise InputError(
+                f"labels: expected one value for each of {len(columns[TEXT])} texts, got shape {array.shape} for "
+                f"{concept!r}"
+            )
+        columns[concept] = list(array)
+    table = Table("texts", "", columns)
+    content = json.dumps([check_texts(table, TEXT), list(labels)]).encode()
+    label_NC = parse_labels(table, list(labels), threshold)
+    return replace(table, sha256=hashlib.sha256(content + label_NC.tobytes()).hexdigest())
+
+
+def _in_memory(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> "InMemory":
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from aura_dist.models.in_memory import InMemory
+
+    if not isinstance(model, PreTrainedModel):
+        got = type(model).__name__
+        raise ModelError(f"model: expected a name or a PreTrainedModel of transformers, got {got}; unwrap it")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(f"tokenizer: expected the tokenizer of the model in memory, got {type(tokenizer).__name__}")
+    if (num_processes := place_from_environment().world_size) > 1:
+        raise ConfigError(f"model: expected a name in a launch of {num_processes} processes, got one in memory")
+    return InMemory(model, tokenizer)

@@ -1,0 +1,97 @@
+"""A model that the caller has loaded: what identifies it, and how it is used without being changed."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from aura_dist.errors import ModelError, brief
+from aura_dist.models.load import DTYPES, ModelSource, skeleton
+from aura_dist.ranks.world import World
+from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites
+
+logger = logging.getLogger(__name__)
+
+HASHING_THREADS = 8
+# fields of a configuration that change no number, or that the weights show
+_NOT_HASHED = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A causal language model, or the base model of one, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def source(self) -> ModelSource:
+        """A name for people, and the dtype; ModelError if we have no name for that."""
+        for name, dtype in DTYPES.items():
+            if dtype == self.model.dtype:
+                return ModelSource(self.model.name_or_path or type(self.model).__name__, None, name)
+        raise ModelError(f"model: expected weights in {', '.join(DTYPES)}, got {self.model.dtype}; convert it")
+
+    def sites(self) -> SiteTable:
+        """Its sites, under the names that the causal language model has for them."""
+        is_base = self.model.base_model is self.model
+        return find_sites(skeleton(self.config) if is_base else self.model)
+
+    def fingerprint(self) -> str:
+        """sha256 over the configuration and each weight's name, dtype, shape and sha256 of all bytes.
+
+        Threads hash the weights side by side, at 0.5 to 2 GB/s each. No checkpoint on disk has this fingerprint,
+        because nothing tells whether weights were changed since they were loaded. ModelError if one is not in memory.
+        """
+        weights = {name: w for name, w in sorted(self.model.state_dict().items()) if isinstance(w, Tensor)}
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            tensors = list(pool.map(_describe, weights, weights.values()))
+        config = {field: value for field, value in self.config.to_dict().items() if field not in _NOT_HASHED}
+        return hashlib.sha256(json.dumps([config, tensors], sort_keys=True, default=str).encode()).hexdigest()
+
+    @contextmanager
+    def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:
+        """Its base model in eval mode, without the decoder layers from `num_layers` on; on exit it is as before."""
+        base = self.model.base_model
+        _warn_of_hooks(base)
+        holder, _, name = decoder_layers_name(base).rpartition(".")
+        parent = base.get_submodule(holder)
+        layers, modes = getattr(parent, name), [(module, module.training) for module in self.model.modules()]
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")  # as for a model that is loaded by name
+            setattr(parent, name, layers[:num_layers])
+            yield base.eval()
+        finally:
+            setattr(parent, name, layers)
+            for module, training in modes:
+                module.training = training
+            torch.set_float32_matmul_precision(precision)
+
+
+def _describe(name: str, weight: Tensor) -> tuple[str, str, list[int], str]:
+    try:
+        flat = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return name, str(weight.dtype), list(weight.shape), hashlib.sha256(flat.numpy().data).hexdigest()
+    except (RuntimeError, TypeError) as error:  # weights on the meta device, and those of other tensor classes
+        raise ModelError(f"model: {name!r} cannot be read: {brief(error)}; give the model's name instead") from error
+
+
+def _warn_of_hooks(base: PreTrainedModel) -> None:
+    """Say that hooks of the caller's run too, because the store's identity does not show them."""
+    for name, module in base.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+            logger.warning("module %r has a forward hook: the store does not record what it changes", name)
+            return
