@@ -107,8 +107,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     if only_check:
         return
 
-    from aura_dist.ranks.log import configure_logging
-    from aura_dist.ranks.memory import keep_freed_memory
+    from aura_dist.ranks.process import configure_logging, keep_freed_memory
 
     configure_logging(debug=debug)
     keep_freed_memory()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aura_dist.errors import AuraError, ConfigError, ModelError, brief
+from aura_dist.errors import AuraError, ConfigError, MissingPackageError, ModelError, brief
 
 PROFANITY_CHECK = "profanity-check"
 TOXIC_LABELS = ("toxic", "toxicity")
@@ -78,10 +78,7 @@ class ProfanityCheck:
         try:
             from profanity_check import predict_prob
         except ImportError as error:
-            raise ModelError(
-                f"--scorer {PROFANITY_CHECK}: its package is missing ({brief(error)}); "
-                "pip install 'aura-dist[evaluation]'"
-            ) from error
+            raise MissingPackageError(f"--scorer {PROFANITY_CHECK}", "alt-profanity-check", "evaluation") from error
         self._predict = predict_prob
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.resources import files
 
 from aura_dist import __version__
-from aura_dist.errors import ConfigError
+from aura_dist.errors import MissingPackageError
 from aura_dist.report.content import Content
 from aura_dist.report.svg import inline
 
@@ -13,12 +13,12 @@ TEMPLATE = "page.html.jinja"
 
 
 def check_extra() -> None:
-    """ConfigError before any work, if what draws and fills the page is not installed."""
+    """MissingPackageError before any work, if what draws and fills the page is not installed."""
     for package in ("jinja2", "matplotlib"):
         try:
             import_module(package)
         except ImportError as error:
-            raise ConfigError(f"report needs {package}: pip install 'aura-dist[report]'") from error
+            raise MissingPackageError("report", package, "report") from error
 
 
 def render(content: Content, made: datetime) -> str:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ClusterError, ConfigError, brief
-from aura_dist.ranks.memory import KEEP_FREED_MEMORY
+from aura_dist.ranks.process import KEEP_FREED_MEMORY
 from aura_dist.scoring.slurm_workers import slurm_cluster
 
 if TYPE_CHECKING:

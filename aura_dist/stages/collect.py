@@ -38,7 +38,7 @@ from aura_dist.models.load import (
     skeleton,
 )
 from aura_dist.ranks.launch import start_team
-from aura_dist.ranks.log import configure_rank
+from aura_dist.ranks.process import configure_rank
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.sites.find import find_sites

@@ -38,7 +38,7 @@ from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.interventions.use import LoadedModel, load_for_use
 from aura_dist.models.load import ModelSource, pick_device, sharding_options
 from aura_dist.ranks.launch import start_team
-from aura_dist.ranks.log import configure_rank
+from aura_dist.ranks.process import configure_rank
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 

@@ -2,7 +2,7 @@
 
 CSV, TSV and JSONL are read with the standard library: no type is guessed (the text "NA" stays a text), and
 an undecodable byte or a ragged row is named by its row. TSV is quoted as CSV is, as pandas writes it. Parquet
-files are read as they are now, past every cache; directories and hub data sets come through `datasets`. Rows
+files are read as they are now, past every cache; directories and hub data sets need the package `datasets`. Rows
 count from 0, as in the store.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from aura_dist.errors import InputError, MissingColumnError
+from aura_dist.errors import InputError, MissingColumnError, MissingPackageError
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".ndjson")
 FORMATS = (*TEXT_FORMATS, ".parquet")
@@ -177,7 +177,7 @@ def _read_dataset(source: str, columns: list[str], split: str) -> Table:
             return Table(source, _sha256_of_files(path, split), taken)
         dataset = _loaded(source, split)
         return Table(source, str(dataset._fingerprint), _columns(_arrow(dataset), columns, source))
-    except InputError:
+    except (InputError, MissingPackageError):
         raise
     except Exception as error:  # the libraries raise many kinds, OSError to pyarrow's own
         raise InputError(
@@ -200,10 +200,8 @@ def _from_parquet(path: Path, columns: list[str]) -> dict[str, list[Any]]:
 
 def _from_directory(path: Path, columns: list[str], split: str) -> dict[str, list[Any]]:
     """Through a cache of its own: the shared one knows a file by its time of change, not by its content."""
-    import datasets
-
+    datasets = _datasets(str(path))
     if not list(path.glob("*.parquet")):
-        datasets.disable_progress_bars()
         saved = datasets.load_from_disk(str(path))
         return _columns(_arrow(_one_split(saved, str(path), split)), columns, str(path))
     with TemporaryDirectory() as cache:
@@ -211,10 +209,17 @@ def _from_directory(path: Path, columns: list[str], split: str) -> dict[str, lis
 
 
 def _loaded(source: str, split: str, **cache: str) -> Any:
-    import datasets
+    return _datasets(source).load_dataset(source, split=split, **cache)
 
+
+def _datasets(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        what = "a directory of data" if Path(source).is_dir() else "no such file, and a hub data set"
+        raise MissingPackageError(f"data {source!r}: {what}", "datasets", "datasets") from error
     datasets.disable_progress_bars()
-    return datasets.load_dataset(source, split=split, **cache)
+    return datasets
 
 
 def _one_split(dataset: Any, source: str, split: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from aura_dist.errors import ConfigError, ModelError, brief
-from aura_dist.ranks.paths import extensions_dir
+from aura_dist.ranks.process import extensions_dir
 
 # of the parameters' elements: how far ahead a layer is fetched; small, so that two layers at most are whole
 _PREFETCH_ELEMENTS = 5_000_000
