@@ -99,7 +99,10 @@ def test_environment_is_touched_by_ranks_and_launchers_alone():
     ("module", "absent"),
     [
         ("aura_dist", HEAVY),
-        ("aura_dist.cli", HEAVY),
+        ("aura_dist.cli", (*HEAVY, "numpy", "yaml")),
+        ("aura_dist.config.help", (*HEAVY, "numpy", "yaml")),
+        ("aura_dist.interventions.methods", HEAVY),
+        ("aura_dist.scoring.statistics", HEAVY),
         ("aura_dist.stages.score", ("torch", "transformers")),
         ("aura_dist.stages.fit", ("torch", "transformers", "dask", "numba", "pandas", "xarray")),
         ("aura_dist.stages.report", ("torch", "transformers", "matplotlib", "jinja2")),

@@ -41,6 +41,7 @@ Dir = Annotated[str, Meta(title="DIR")]
 File = Annotated[str, Meta(title="FILE")]
 Model = Annotated[str, Meta(title="PATH|NAME")]
 Name = Annotated[str, Meta(title="NAME")]
+Offload = Annotated[str, Meta(title="none|cpu|nvme:PATH")]
 Size = Annotated[str, Meta(title="SIZE")]
 Store = Annotated[str, Meta(title="PATH|URL")]
 
@@ -63,19 +64,15 @@ class ModelOptions(Settings):
     model: Model = option("model", "local directory, or Hugging Face hub name")
     revision: Name | None = option("model", "revision of a hub model", None, unset="the hub's main one")
     dtype: Dtype = option("model", "dtype of weights and activations", "float32")
-    device: Literal["auto", "cpu", "cuda"] = option(
-        EXECUTION, "where the forward runs; auto takes a GPU if there is one", "auto"
-    )
+    device: Literal["auto", "cpu", "cuda"] = option(EXECUTION, "where the forward runs; auto: a GPU if any", "auto")
     sharding: Sharding = option(EXECUTION, "how the model is spread over processes", "replicate")
-    offload: Annotated[str, Meta(title="none|cpu|nvme:PATH")] = option(
-        EXECUTION, "zero3: where weights are kept between uses", "none"
-    )
+    offload: Offload = option(EXECUTION, "zero3: where weights wait", "none")
     max_memory: list[Annotated[str, Meta(title="DEVICE=SIZE")]] = option(
         EXECUTION, "dispatch: largest memory of devices, such as 0=70GiB cpu=200GiB", [], unset="what is free"
     )
     offload_folder: Dir | None = option(EXECUTION, "dispatch: directory for the weights that go to disk", None)
     tensor_plan: File | None = option(
-        EXECUTION, "tensor: YAML file of module names and styles", None, unset="the plan of transformers"
+        EXECUTION, "tensor: YAML file of module names and styles", None, unset="the model's"
     )
 
 
@@ -84,7 +81,7 @@ class InterventionOptions(Settings):
     """Which intervention is applied to the model, and how strongly."""
 
     intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
-    strength: Strength = option("intervention", "strength s: each scale becomes 1 + s (scale - 1)", 1.0)
+    strength: Strength = option("intervention", "s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +91,7 @@ class CollectConfig(ModelOptions, InterventionOptions):
     data: Data = option("data", "labelled text: .csv, .tsv, .jsonl or .parquet file, or a hub data set")
     split: Name = option("data", "split of a hub data set", "train")
     text_column: Column = option("data", "column that holds the text", "text")
-    concepts: list[Column] = option(
-        "data", "label columns: 0/1, true/false, or scores together with --threshold", distinct=True
-    )
+    concepts: list[Column] = option("data", "label columns: 0/1, true/false, or scores with --threshold", distinct=True)
     threshold: float | None = option("data", "label columns are scores: positive from this value on", None)
     clean_negatives: list[Column] = option(
         "data", "leave out negatives of the first concept that are positive in one of these columns (Jigsaw's rule)", []
@@ -122,12 +117,8 @@ class PlanConfig(CollectConfig):
     data: Data = option("data", "labelled text", "", unset="--num-positive and --num-negative texts of --max-tokens")
     concepts: list[Column] = option("data", "label columns", [], unset="of all rows the longest", distinct=True)
     world_size: PositiveInt = option("machine", "ranks of the launch", 1)
-    ranks_per_host: PositiveInt | None = option(
-        "machine", "ranks that share one machine's memory", None, unset="all, at most 8"
-    )
-    device_memory: Size | None = option(
-        "machine", "memory of one GPU, such as 80GB; plans for a GPU wherever it is run", None
-    )
+    ranks_per_host: PositiveInt | None = option("machine", "ranks that share a machine", None, unset="all, at most 8")
+    device_memory: Size | None = option("machine", "memory of one GPU, such as 80GB; plans for a GPU anywhere", None)
     host_memory: Size | None = option("machine", "memory of one machine, such as 512GB", None)
     tflops: PositiveFloat | None = option(
         "machine", "sustained TFLOP/s of one rank", None, unset="120 on a GPU in 16 bits, 12 in float32; 0.15 on a CPU"
@@ -146,9 +137,7 @@ class ScoreConfig(Settings):
     dask: Annotated[str, Meta(title="threads|processes|slurm|tcp://HOST:PORT")] = option(
         EXECUTION, "where the work runs; an address is one of a cluster that runs already", "threads"
     )
-    num_workers: PositiveInt | None = option(
-        EXECUTION, "workers", None, unset="the processor cores this process may use; 2 under slurm"
-    )
+    num_workers: PositiveInt | None = option(EXECUTION, "workers", None, unset="a core each; 2 under slurm")
     memory_limit: Size = option(EXECUTION, "memory per worker", "4GB")
     overwrite: bool = option(EXECUTION, "delete scores that are already there, damaged ones too", False)
     slurm: dict[SlurmOption, Any] = option(
@@ -171,11 +160,11 @@ class FitConfig(Settings):
     method: Method = option("intervention", "how a unit's statistics become its map", "aura")
     alpha: Share = option("intervention", "damp: scale of the selected units", 0.5, needs="method=damp")
     strength: Strength = option(
-        "intervention", "strength s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0,
+        "intervention", "s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0,
         again_in=("model", "generate", "evaluate", "export"),
     )  # fmt: skip
     onto: Dir | None = option(
-        "intervention", "intervention that the store was collected under: the result does both", None
+        "intervention", "intervention under which the store was collected; the result does both", None
     )
     out: Dir = option("output", "directory to write the intervention to")
 
@@ -225,9 +214,7 @@ class EvaluateConfig(ModelOptions, InterventionOptions, DecodingOptions):
         unset="prompt.toxicity or toxicity, where there is one", needs="toxicity_prompts",
     )  # fmt: skip
     num_samples: PositiveInt = option("decoding", "continuations per prompt", 25)
-    continuations_per_batch: PositiveInt = option(
-        EXECUTION, "continuations in one forward; results do not depend on it", 128
-    )
+    continuations_per_batch: PositiveInt = option(EXECUTION, "continuations in one forward; changes no result", 128)
     scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check")] = option(
         "toxicity",
         "what says how toxic a text is: a classification model, or words",
@@ -266,9 +253,7 @@ class ExportConfig(Settings):
     model: Model = option("model", "local directory, or Hugging Face hub name")
     revision: Name | None = option("model", "revision of a hub model", None, unset="the hub's main one")
     intervention: Artifact = option("intervention", "intervention directory written by `fit`")
-    strength: Strength = option(
-        "intervention", "strength s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0
-    )
+    strength: Strength = option("intervention", "s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0)
     dtype: Literal["keep", "float32"] = option("output", "dtype of the written weights", "keep")
     out: Dir = option("output", "directory to write the checkpoint to; it must not exist yet")
 
@@ -310,9 +295,7 @@ class StatusConfig(Settings):
 class SweepConfig(Settings):
     """Run a grid of settings, every collection, scoring and fit once, on this machine or on Slurm."""
 
-    grid: Any = option(
-        "data", "setting → list of values, or a list of such grids; see configs/sweep-*.yaml", file_only=True
-    )
+    grid: Any = option("data", "setting → values, or a list of such grids; see configs/sweep-*.yaml", file_only=True)
     launcher: Literal["local", "slurm"] = option(EXECUTION, "where the jobs run", "local")
     jobs: PositiveInt = option(EXECUTION, "local: jobs that run at the same time; they share the GPUs", 1)
     ranks: PositiveInt = option(EXECUTION, "local: processes of a collection or an evaluation, started by torchrun", 1)
