@@ -6,10 +6,10 @@ import io
 import logging
 import os
 import re
+import shutil
 import sys
-import traceback
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn, get_origin
@@ -22,20 +22,27 @@ from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedEr
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-_UNSAID: tuple[object, ...] = (None, "", [], {}, False)
 EXIT_BROKEN_PIPE = 141
-CONFIG_HELP = "YAML file of settings; flags override it"
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ours (one line, no usage text), and that takes `-1e-3` for a number."""
+    """An argument parser with one-line errors, our own help of a verb, and `-1e-3` as a number."""
+
+    verb = ""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(**settings, allow_abbrev=False)
         self._negative_number_matcher = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|-inf$")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+    def format_help(self) -> str:
+        if not self.verb:
+            return super().format_help()
+        from aura_dist.config.help import verb_help
+
+        return verb_help(self.verb, shutil.get_terminal_size().columns - 2)
 
 
 class _Once(argparse.Action):
@@ -49,45 +56,39 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs, generated from the dataclasses of `aura_dist.config.verbs`."""
+def build_parser(words: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser:
+    """The parser; it knows the settings of the verbs among `words` only, because making those of all takes time."""
     parser = _Parser(
         prog="aura-dist",
         description="Find the neurons that tell two classes of text apart, and whisper them down.",
-        allow_abbrev=False,
+        epilog="`aura-dist VERB --help` shows a verb's settings and an example.",
     )
     parser.add_argument("--version", action="version", version=f"aura-dist {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, verb in VERBS.items():
-        sub = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
-        sub.add_argument("--config", action=_Once, default=argparse.SUPPRESS, metavar="FILE", help=CONFIG_HELP)
-        sub.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks of errors")
-        sub.add_argument("--check", action="store_true", help="check the settings, and run nothing")
-        types = hints(verb.config)
-        for spec in fields(verb.config):
-            if not spec.metadata["file_only"]:
-                _add_option(sub, spec, types[spec.name])
+        sub = verbs.add_parser(name, help=verb.summary)
+        sub.verb = name
+        if name in words:
+            sub.add_argument("--config", action=_Once, default=argparse.SUPPRESS)
+            sub.add_argument("--debug", action="store_true")
+            sub.add_argument("--check", action="store_true")
+            types = hints(verb.config)
+            for spec in fields(verb.config):
+                if not spec.metadata["file_only"]:
+                    _add_option(sub, spec, types[spec.name])
     return parser
 
 
 def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) -> None:
-    default = spec.default if spec.default_factory is MISSING else spec.default_factory()
-    note = "required" if default is MISSING else "" if default in _UNSAID else f"default: {_show(default)}"
-    text = spec.metadata["help"] + (f" ({note})" if note else "")
-    common: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-    place = place_of(spec)
-    if place is not None:  # optional for the parser, as it may stand in a file
-        parser.add_argument(spec.name, nargs="*" if get_origin(hint) is list else "?", metavar=place, **common)
+    place, several = place_of(spec), get_origin(hint) in (list, dict)
+    if place is not None:  # optional for the parser, because a file may have it
+        parser.add_argument(spec.name, nargs="*" if several else "?", metavar=place, default=argparse.SUPPRESS)
     elif hint is bool:
-        parser.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, **common)
-    elif get_origin(hint) in (list, dict):
-        parser.add_argument(flag(spec.name), nargs="+", action="extend", metavar="X", **common)
+        parser.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+    elif several:
+        parser.add_argument(flag(spec.name), nargs="+", action="extend", default=argparse.SUPPRESS)
     else:
-        parser.add_argument(flag(spec.name), action=_Once, metavar="X", **common)
-
-
-def _show(default: object) -> str:
-    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        parser.add_argument(flag(spec.name), action=_Once, default=argparse.SUPPRESS)
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -98,15 +99,15 @@ def run(argv: Sequence[str] | None = None) -> None:
     AuraError
         What the user asked for cannot be done.
     """
-    flags = vars(build_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    flags = vars(build_parser(words).parse_args(words))
     name, config_path, debug, only_check = (flags.pop(key, None) for key in ("verb", "config", "debug", "check"))
     document = read_config_file(config_path) if config_path else {}
     config: Any = resolve(VERBS[name].config, merge(name, document, flags))
     if only_check:
         return
 
-    from aura_dist.ranks.log import configure_logging
-    from aura_dist.ranks.memory import keep_freed_memory
+    from aura_dist.ranks.process import configure_logging, keep_freed_memory
 
     configure_logging(debug=debug)
     keep_freed_memory()
@@ -150,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except AuraError as error:
         if "--debug" in arguments:
+            import traceback
+
             traceback.print_exc()
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return EXIT_USER_ERROR

@@ -2,14 +2,14 @@
 
 
 class AuraError(Exception):
-    """Base of every error that a user can mend; the command line prints it and exits with code 2.
+    """Base of every error that a user can put right; the command line prints it and exits with code 2.
 
     The message says what was expected, what came, and what to change.
     """
 
 
 def brief(error: BaseException | str, limit: int = 300) -> str:
-    """The first lines of a library's error or of a user's value, for our own: some list every model there is."""
+    """The start of a library's error or of a user's value, because some errors list every model there is."""
     text = " ".join(str(error).split())
     if isinstance(error, BaseException) and (not text or isinstance(error, KeyError)):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")  # KeyError's text is the key alone
@@ -20,12 +20,19 @@ class ConfigError(AuraError, ValueError):
     """A flag or a key of the configuration file is unknown, missing or out of range."""
 
 
+class MissingPackageError(ConfigError):
+    """A package is not installed that only a part of the product needs; `extra` is what installs it."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}: pip install 'aura-dist[{extra}]'")
+
+
 class InputError(AuraError, ValueError):
     """The user's data cannot be used as they are: values, labels, texts or prompts."""
 
 
 class MissingColumnError(InputError):
-    """A table lacks a column; `row` is the first row that lacks what others have, None where all do."""
+    """A table lacks a column; `row` is the first row without it, None where all rows are."""
 
     def __init__(self, message: str, row: int | None = None) -> None:
         super().__init__(message)
@@ -41,7 +48,7 @@ class StoreError(AuraError):
 
 
 class BudgetError(AuraError):
-    """What was planned does not fit into the memory that there is."""
+    """A plan needs more memory than there is."""
 
 
 class ClusterError(AuraError):
@@ -49,7 +56,7 @@ class ClusterError(AuraError):
 
 
 class PeerError(AuraError):
-    """Another rank of the launch has failed; it says why itself, and this rank ends without a word of its own."""
+    """Another rank of the launch has failed and says why; this rank ends silently."""
 
 
 class LostRankError(AuraError):

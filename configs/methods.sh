@@ -5,8 +5,8 @@
 #   bash configs/methods.sh MODEL COMMENTS.csv TEXTS.csv RUN_DIR [PROMPTS.jsonl]
 #
 # COMMENTS.csv has the columns text and toxic; TEXTS.csv has text; PROMPTS.jsonl are RealToxicityPrompts' records. The
-# prompts are the first ten words of toxic comments that no fit saw, and PROMPTS. A step that is done is not done again,
-# so that the same command goes on after an interruption. About half an hour on 2 cores for a model of 270M parameters.
+# prompts are the first ten words of toxic comments that no fit saw, and PROMPTS. Finished steps are skipped, so that the
+# same command continues after an interruption. About half an hour on 2 cores for a model of 270M parameters.
 #
 # From the environment: OPENINGS (150 held-out openings), SAMPLES (5 continuations a prompt), FITTED (500 comments of
 # each class), SCORER (profanity-check), STRENGTHS ("1"; each other one is a line of its own), METHODS, EVALUATE (further

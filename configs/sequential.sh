@@ -6,8 +6,8 @@
 #   bash configs/sequential.sh configs/sequential.yaml run 18 'model.layers.{}.post_attention_layernorm' \
 #                                                             'model.layers.{}.post_feedforward_layernorm'
 #
-# {} in a pattern becomes the layer. The result is RUN_DIR/interventions/layer-LAST; a step that is done is not done
-# again, so that the same command goes on after an interruption. A layer's forward ends at that layer: all steps
+# {} in a pattern becomes the layer. The result is RUN_DIR/interventions/layer-LAST. Finished steps are skipped, so that
+# the same command continues after an interruption. A layer's forward ends at that layer: all steps
 # together cost about half as many layer forwards as NUM_LAYERS whole collections.
 set -euo pipefail
 config=$1 run=$2 num_layers=$3

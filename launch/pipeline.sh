@@ -2,11 +2,11 @@
 # RANKS="--nodes 2 --ntasks-per-node 8 --gpus-per-node 8" STEP="--cpus-per-task 16 --mem 64G" \
 #   bash launch/pipeline.sh configs/falcon-40b.yaml
 #
-# collect → score → fit → evaluate as four jobs, each once the one before has succeeded; prints their numbers. RANKS and
-# STEP are sbatch's flags for the stages of many ranks (collect, evaluate) and of one process. With WORKERS=N scoring is
-# done by N Dask workers (see score_dask.sh); RANKS_SCRIPT=launch/multi_node.sbatch starts ranks by torchrun. The same
-# command again does what is left: a finished store, and finished scores, are left alone. The settings of all four
-# stages are checked before the first job is submitted.
+# Submits collect → score → fit → evaluate as four jobs, each to start when the one before has succeeded, and prints their
+# numbers. RANKS and STEP are sbatch's flags for the stages of many ranks (collect, evaluate) and of one process. With
+# WORKERS=N, N Dask workers score (see score_dask.sh); RANKS_SCRIPT=launch/multi_node.sbatch starts ranks by torchrun. The
+# same command again does what is left: it keeps a finished store and finished scores. It checks the settings of all four
+# stages before it submits a job.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 config=${1:?usage: bash launch/pipeline.sh CONFIG.yaml}
@@ -17,7 +17,7 @@ for verb in collect score fit evaluate; do
     exit 2
   }
 done
-if [ -n "${SLURM_JOB_ID:-}" ]; then # within an allocation: the jobs would inherit what it has
+if [ -n "${SLURM_JOB_ID:-}" ]; then # within an allocation: the jobs would inherit its settings
   for name in $(compgen -v SLURM_) $(compgen -v SRUN_); do
     [ "$name" = SLURM_CONF ] || unset "$name"
   done

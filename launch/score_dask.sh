@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # sbatch launch/score_dask.sh score --config run.yaml [more flags]     (or bash, from a node that may submit jobs)
 #
-# Scoring by Dask workers that are Slurm jobs of their own: WORKERS (4) of them, each as DASK_WORKER says, in words of
-# dask-jobqueue's SLURMCluster ("queue=main cores=8 memory=32GB walltime=1:00:00"), or as `score: {slurm: …}` in the file.
+# Scoring by Dask workers that are Slurm jobs of their own: WORKERS (4) of them. DASK_WORKER says what each asks for, as
+# options of dask-jobqueue's SLURMCluster ("queue=main cores=8 memory=32GB walltime=1:00:00"); so does `score: {slurm: …}`
+# in the file.
 #SBATCH --job-name=aura-score
 #SBATCH --ntasks=1
 #SBATCH --output=%x-%j.log

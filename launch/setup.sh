@@ -21,7 +21,7 @@ find_python() {
   exit 2
 }
 
-# Debian packages, one of several sets that will do
+# Debian packages: the first of several sets that can be installed
 install_packages() {
   local as_root="" packages
   [ "$(id -u)" = 0 ] || as_root=sudo
@@ -42,7 +42,7 @@ python_version() {
 }
 
 python=$(find_python)
-# a moved checkout or another interpreter makes the old environment useless
+# an environment does not survive a moved checkout or another interpreter
 if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     install_packages "Python's venv" "python$(python_version "$python")-venv" python3-venv
@@ -60,7 +60,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "$wanted" > "$stamp"
 fi
 
-# for the tests of ZeRO 3; costs a second once it is built
+# for the tests of ZeRO 3; takes a second once it is built
 if [ "$extras" != demo ] && [ ! -e .venv/torch_extensions/deepspeed_shm_comm/deepspeed_shm_comm.so ]; then
   header=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
   if ! command -v g++ >/dev/null || [ ! -e "$header" ]; then

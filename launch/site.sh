@@ -1,6 +1,6 @@
-# Sourced by every other script here: what your site needs before Python starts. Nothing of one site stands here: give
-# yours in a file of your own, named by $SITE (module load …, export NCCL_SOCKET_IFNAME=…, CONTAINER=…).
-#   CONTAINER   words put in front of Python's commands, such as "apptainer exec --nv image.sif"
+# Sourced by every other script here: what your site needs before Python starts. Write it into a file of your own, and
+# name the file by $SITE (module load …, export NCCL_SOCKET_IFNAME=…, CONTAINER=…).
+#   CONTAINER   words in front of Python's commands, such as "apptainer exec --nv image.sif"
 if [ -n "${SITE:-}" ]; then
   set +u # module systems and conda read variables that are not set
   # shellcheck disable=SC1090
@@ -11,11 +11,11 @@ if [ -z "${CONTAINER:-}" ] && [ -f .venv/bin/activate ]; then
   source .venv/bin/activate
 fi
 CONTAINER=${CONTAINER:-}
-# since Slurm 22.05 srun gives a task one core unless it is told, whatever the job has
+# since Slurm 22.05 srun gives a task one core by default, however many the job has
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
   export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 fi
-# where ranks meet: the first node of the allocation, at a port that follows from the job's number
+# ranks meet at the first node of the allocation; the port follows from the job's number
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   head_node=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
   head_port=${HEAD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}

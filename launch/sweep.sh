@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch --time 2-0 launch/sweep.sh configs/sweep-paper.yaml [more flags]     (or bash, in tmux on a login node)
 #
-# Submits a sweep's jobs, each after those it needs, and keeps its table. It may end at any time: jobs in the queue go on,
-# and the same command follows them again. What the jobs ask of Slurm stands in the file, under `resources`.
+# Submits a sweep's jobs, each after those it needs, and updates its table. It may end at any time: queued jobs still run,
+# and the same command follows them again. `resources` in the file says what the jobs ask of Slurm.
 #SBATCH --job-name=aura-sweep
 #SBATCH --ntasks=1
 #SBATCH --output=%x-%j.log

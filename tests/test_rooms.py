@@ -1,8 +1,11 @@
 """The order of the rooms: imports point down only, pure modules stay pure, heavy libraries come when they are used."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,7 @@ READ_CONFIG = ("config", "stages", "sweep", "cli", "demo", "api")
 TOUCH_ENVIRONMENT = ("ranks", "sweep")
 # functions of numbers, arrays and mappings: no torch, no Zarr, no files
 PURE = (
+    "config/help.py", "config/settings.py", "config/verbs.py",
     "evaluation/figures.py",
     "interventions/methods.py",
     "planning/budget.py", "planning/seconds.py", "planning/text.py", "planning/work.py",
@@ -39,6 +43,16 @@ PURE = (
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "dask", "zarr", "distributed", "numba", "pandas", "xarray", "datasets")
 MODULES = sorted(PACKAGE.rglob("*.py"))
+# modules that a requirement installs, where they have another name, or come with it
+INSTALLED_BY = {
+    "yaml": "pyyaml", "distributed": "dask", "huggingface_hub": "transformers", "markupsafe": "jinja2",
+    "profanity_check": "alt-profanity-check",
+}  # fmt: skip
+
+
+@cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def place(module: str) -> str:
@@ -50,7 +64,7 @@ def place(module: str) -> str:
 def imports(path: Path) -> set[str]:
     """Modules that a file imports anywhere, also within functions; what `from` takes counts as a module too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -61,7 +75,7 @@ def imports(path: Path) -> set[str]:
 
 def names(path: Path) -> set[str]:
     """Every name and attribute that a file uses."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(syntax(path)))
     return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
 
 
@@ -94,12 +108,32 @@ def test_environment_is_touched_by_ranks_and_launchers_alone():
             assert not names(path) & {"environ", "environb", "getenv", "putenv"}, path
 
 
+def test_extras_are_imported_where_they_are_used_and_every_package_is_declared():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    needed = {re.match(r"[\w-]+", r)[0] for r in project["dependencies"]}
+    extras = {re.match(r"[\w-]+", r)[0] for rs in project["optional-dependencies"].values() for r in rs}
+    for path in MODULES:
+        tree = syntax(path)
+        at_top = {
+            ast.unparse(node).split()[1].split(".")[0]
+            for node in tree.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        for module in {m.split(".")[0] for m in imports(path)} - {"aura_dist"} - sys.stdlib_module_names:
+            package = INSTALLED_BY.get(module, module.replace("_", "-"))
+            assert package in needed | extras, f"{path} imports {module}, which pyproject.toml does not name"
+            assert package in needed or module not in at_top, f"{path} needs the extra of {module} to be imported"
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
         ("aura_dist", HEAVY),
         ("aura_dist.api", HEAVY),
-        ("aura_dist.cli", HEAVY),
+        ("aura_dist.cli", (*HEAVY, "numpy", "yaml")),
+        ("aura_dist.config.help", (*HEAVY, "numpy", "yaml")),
+        ("aura_dist.interventions.methods", HEAVY),
+        ("aura_dist.scoring.statistics", HEAVY),
         ("aura_dist.sites.kinds", HEAVY),
         ("aura_dist.sites.pooling", HEAVY),
         ("aura_dist.models.strategies.table", HEAVY),

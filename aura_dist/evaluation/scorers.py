@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aura_dist.errors import AuraError, ConfigError, ModelError, StoreError, brief
+from aura_dist.errors import AuraError, ConfigError, MissingPackageError, ModelError, StoreError, brief
 from aura_dist.evaluation.figures import ByPrompt, by_prompt, estimates, groups
 from aura_dist.evaluation.journal import Journal, Record, sampling_settings
 from aura_dist.evaluation.prompts import Pair, PromptFile
@@ -82,10 +82,7 @@ class ProfanityCheck:
         try:
             from profanity_check import predict_prob
         except ImportError as error:
-            raise ModelError(
-                f"--scorer {PROFANITY_CHECK}: its package is missing ({brief(error)}); "
-                "pip install 'aura-dist[evaluation]'"
-            ) from error
+            raise MissingPackageError(f"--scorer {PROFANITY_CHECK}", "alt-profanity-check", "evaluation") from error
         self._predict = predict_prob
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:

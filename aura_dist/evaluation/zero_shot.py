@@ -15,7 +15,7 @@ from typing import Any
 from torch.distributed import DistError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aura_dist.errors import AuraError, ConfigError, InputError, brief
+from aura_dist.errors import AuraError, ConfigError, InputError, MissingPackageError, brief
 from aura_dist.ranks.team import Team
 
 Figures = dict[str, dict[str, float | int]]
@@ -39,9 +39,7 @@ class ZeroShot:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError(
-                f"--tasks: the package lm-eval is missing ({brief(error)}); pip install 'aura-dist[evaluation]'"
-            ) from error
+            raise MissingPackageError("--tasks", "lm-eval", "evaluation") from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if path is not None and not Path(path).is_dir():
             raise ConfigError(f"--tasks-path {path!r}: expected a directory of YAML tasks, found none")

@@ -18,8 +18,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """Counts work done against work to do and logs a line every `interval_seconds`.
 
-    The estimate of the time left goes by `cost` (tokens, bytes): rows sorted by length are not equally long. Where
-    bytes are counted too, their rate stands beside it.
+    The time left is estimated from `cost` (tokens, bytes), because rows sorted by length are not equally long. Where
+    bytes are counted too, the line shows their rate.
     """
 
     what: str

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from aura_dist import __version__
-from aura_dist.errors import ConfigError
+from aura_dist.errors import MissingPackageError
 from aura_dist.report import figures, tables
 from aura_dist.report.comparison import Comparison, comparisons, headline
 from aura_dist.report.continuations import SideBySide, side_by_side
@@ -97,12 +97,12 @@ class Content:
 
 
 def check_extra() -> None:
-    """ConfigError if the packages that draw and fill the page are not installed."""
+    """MissingPackageError before any work, if what draws and fills the page is not installed."""
     for package in ("jinja2", "matplotlib"):
         try:
             import_module(package)
         except ImportError as error:
-            raise ConfigError(f"report needs {package}: pip install 'aura-dist[report]'") from error
+            raise MissingPackageError("report", package, "report") from error
 
 
 def make_content(runs: Sequence[RunDirectory], shown: Shown) -> Content:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ClusterError, ConfigError, brief
-from aura_dist.ranks.memory import KEEP_FREED_MEMORY, available_cores
+from aura_dist.ranks.process import KEEP_FREED_MEMORY, available_cores
 from aura_dist.scoring.slurm_workers import slurm_cluster
 from aura_dist.units import parse_bytes
 

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
-from aura_dist.errors import ClusterError, ConfigError, brief
-from aura_dist.ranks.memory import KEEP_FREED_MEMORY
+from aura_dist.errors import ClusterError, MissingPackageError, brief
+from aura_dist.ranks.process import KEEP_FREED_MEMORY
 from aura_dist.ranks.slurm_queue import MISSES, queued_jobs
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def slurm_cluster(num_workers: int | None, limit: int, options: Mapping[Any, Any
 
     Raises
     ------
-    ConfigError
+    MissingPackageError
         dask-jobqueue is not installed.
     ClusterError
         Slurm is not on this machine, refuses the jobs, or ends them again and again before the work is done.
@@ -48,7 +48,7 @@ def slurm_cluster(num_workers: int | None, limit: int, options: Mapping[Any, Any
     try:
         from dask_jobqueue.slurm import SLURMCluster, SLURMJob
     except ImportError as error:
-        raise ConfigError("--dask slurm needs dask-jobqueue: pip install 'aura-dist[slurm]'") from error
+        raise MissingPackageError("--dask slurm", "dask-jobqueue", "slurm") from error
     if shutil.which("sbatch") is None:
         raise ClusterError("--dask slurm: expected Slurm's sbatch on this machine, found none")
     defaults = {"cores": 1, "processes": 1, "memory": f"{limit}B"}

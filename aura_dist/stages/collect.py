@@ -37,10 +37,11 @@ from aura_dist.models.load import (
     load_config,
     skeleton,
 )
+from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
-from aura_dist.ranks.log import configure_rank
+from aura_dist.ranks.process import configure_rank
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import World
@@ -71,7 +72,7 @@ class Checkpoint:
     """A model on disk or on the hub; each part is read when it is first asked for."""
 
     source: ModelSource
-    options: Any = None
+    options: Options | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -100,15 +101,12 @@ Subject = Checkpoint | InMemory  # what is collected from
 def run(config: CollectConfig, table: Table | None = None) -> None:
     """Collect from the model that the settings name, and from the data that they name, unless `table` holds it."""
     source = ModelSource(config.model, config.revision, config.dtype)
-    sharding = sharding_of(config)
-    collect(config, Checkpoint(source, sharding.options), sharding, pick_device(config.device), table)
+    collect(config, Checkpoint(source, sharding_of(config).options), pick_device(config.device), table)
 
 
-def collect(
-    config: CollectConfig, subject: Subject, sharding: Sharding, device: str, table: Table | None = None
-) -> None:
+def collect(config: CollectConfig, subject: Subject, device: str, table: Table | None = None) -> None:
     """Collect from `subject` on `device`, or continue a store that was begun; a finished store is left as it is."""
-    with start_team(sharding, device) as team, StopFlag() as stop:
+    with start_team(sharding_of(config), device) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         samples, tokens, identity = load_samples(config, subject, table)
         _log_lengths(samples, config.concepts[0])

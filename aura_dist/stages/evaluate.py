@@ -38,7 +38,7 @@ from aura_dist.models.load import ModelSource
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
-from aura_dist.ranks.log import configure_rank
+from aura_dist.ranks.process import configure_rank
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from aura_dist.errors import ConfigError, brief
-from aura_dist.ranks.memory import available_cores
+from aura_dist.ranks.process import available_cores
 from aura_dist.sweep.graph import Graph
 from aura_dist.sweep.grid import Cell
 from aura_dist.sweep.jobs import reason_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from aura_dist.errors import ConfigError, brief
+from aura_dist.errors import ConfigError, MissingPackageError, brief
 from aura_dist.sweep.jobs import JobCommand
 from aura_dist.sweep.stage_specs import STAGE_SPECS
 
@@ -65,7 +65,7 @@ def make_executor(folder: Path, stage: str, resources: Mapping[str, Any], after:
     try:
         import submitit
     except ImportError as error:
-        raise ConfigError("--launcher slurm needs submitit: pip install 'aura-dist[slurm]'") from error
+        raise MissingPackageError("--launcher slurm", "submitit", "slurm") from error
     parameters = {"name": f"aura-{stage}", "timeout_min": DEFAULT_MINUTES, **stage_resources(resources, stage)}
     python = parameters.pop("slurm_python", None)
     try:

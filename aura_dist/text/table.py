@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aura_dist.errors import InputError, MissingColumnError
+from aura_dist.errors import InputError, MissingColumnError, MissingPackageError
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".ndjson")
 FORMATS = (*TEXT_FORMATS, ".parquet")
@@ -55,7 +55,7 @@ def read_table(source: str, columns: list[str], *, split: str = "train") -> Tabl
     """
     try:
         table = _read(source, columns, split)
-    except InputError:
+    except (InputError, MissingPackageError):
         raise
     except Exception as error:  # the libraries raise many kinds, from OSError to pyarrow's own
         raise InputError(f"data {source!r} cannot be read: {error}") from error
@@ -79,6 +79,8 @@ def _read(source: str, columns: list[str], split: str) -> Table:
         raise InputError(f"data {source!r}: no such file")
     try:
         dataset = _loaded(source, split)
+    except MissingPackageError:
+        raise
     except Exception as error:
         message = f"data {source!r}: no such file, and it cannot be loaded as a data set (split {split!r}): {error}"
         raise InputError(message) from error
@@ -196,10 +198,7 @@ def _from_directory(path: Path, columns: list[str], split: str) -> dict[str, lis
     if list(path.glob("*.parquet")):
         with TemporaryDirectory() as cache:
             return _columns(_arrow(_loaded(str(path), split, cache_dir=cache)), columns, str(path))
-    import datasets
-
-    datasets.disable_progress_bars()
-    dataset = datasets.load_from_disk(str(path))
+    dataset = _datasets(str(path)).load_from_disk(str(path))
     if isinstance(dataset, dict):
         if split not in dataset:
             raise InputError(f"data {str(path)!r}: expected a split {split!r}, found {', '.join(dataset)}")
@@ -208,10 +207,17 @@ def _from_directory(path: Path, columns: list[str], split: str) -> dict[str, lis
 
 
 def _loaded(source: str, split: str, **cache: str) -> Any:
-    import datasets
+    return _datasets(source).load_dataset(source, split=split, **cache)
 
+
+def _datasets(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        what = "a directory of data" if Path(source).is_dir() else "no such file, and a hub data set"
+        raise MissingPackageError(f"data {source!r}: {what}", "datasets", "datasets") from error
     datasets.disable_progress_bars()
-    return datasets.load_dataset(source, split=split, **cache)
+    return datasets
 
 
 def _arrow(dataset: Any) -> Any:

@@ -20,7 +20,7 @@ from aura_dist.config.verbs import CollectConfig
 from aura_dist.models.load import DTYPES, ModelSource, column_plans, load_base
 from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.launch import start_team
-from aura_dist.ranks.memory import keep_freed_memory
+from aura_dist.ranks.process import keep_freed_memory
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.world import World
 from aura_dist.stages.collect import Checkpoint, load_samples, make_spec

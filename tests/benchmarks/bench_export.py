@@ -71,8 +71,8 @@ def make_checkpoint(directory: Path, num_bytes: int, dtype: torch.dtype) -> Llam
 EXPORT = """
 import sys, time
 from aura_dist.config.verbs import ExportConfig
-from aura_dist.ranks.log import configure_logging
-from aura_dist.ranks.memory import keep_freed_memory
+from aura_dist.ranks.process import configure_logging
+from aura_dist.ranks.process import keep_freed_memory
 from aura_dist.stages import export
 configure_logging()
 keep_freed_memory()

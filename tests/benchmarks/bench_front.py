@@ -30,7 +30,7 @@ from aura_dist.evaluation.scorers import load_scorer
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.use import LoadedModel, load_for_use
 from aura_dist.models.load import ModelSource
-from aura_dist.ranks.memory import keep_freed_memory
+from aura_dist.ranks.process import keep_freed_memory
 from aura_dist.ranks.world import World
 from aura_dist.text.tokens import tokenize
 

@@ -21,7 +21,7 @@ import aura_dist
 from aura_dist.config.verbs import ExportConfig
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.models.load import DTYPES
-from aura_dist.ranks.memory import keep_freed_memory
+from aura_dist.ranks.process import keep_freed_memory
 from aura_dist.sites.find import find_sites
 from aura_dist.stages import export
 

@@ -6,13 +6,15 @@ from typing import Any, get_origin
 import pytest
 
 from aura_dist.config.file import merge
-from aura_dist.config.settings import describe, hints, resolve, shown_name
+from aura_dist.config.settings import OneOf, describe, hints, resolve, shown_name, table_of
 from aura_dist.config.verbs import (
     VERBS,
     CollectConfig,
     EvaluateConfig,
     FitConfig,
     GenerateConfig,
+    ScoreConfig,
+    execution_settings,
 )
 from aura_dist.errors import ConfigError
 
@@ -143,6 +145,61 @@ def test_alpha_is_damps_alone():
     assert resolve(FitConfig, {**fit, "method": "damp"}).alpha == 0.25
     with pytest.raises(ConfigError, match="--alpha: expected it with --method damp alone, got it with aura; leave it"):
         resolve(FitConfig, fit)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("baseline", "toxicity-prompts"), ("prompt_column", "toxicity-prompts"), ("toxic_label", "toxicity-prompts"),
+        ("prompt_toxicity_column", "toxicity-prompts"), ("perplexity_labels", "perplexity-texts"),
+        ("tasks_path", "tasks"), ("num_fewshot", "tasks"), ("limit", "tasks"),
+    ],
+)  # fmt: skip
+def test_settings_that_nothing_looks_at_are_refused(name, needed):
+    parts = {"toxicity_prompts": "p", "perplexity_texts": "t", "tasks": ["a"]}
+    settings = {"model": "m", "out": "o", name: 3 if name in ("num_fewshot", "limit") else "a"}
+    assert resolve(EvaluateConfig, settings | parts)
+    del parts[needed.replace("-", "_")]
+    with pytest.raises(ConfigError) as raised:
+        resolve(EvaluateConfig, settings | parts)
+    own = name.replace("_", "-")
+    assert str(raised.value) == f"--{own}: expected it with --{needed}, got it without; leave it out"
+
+
+def test_temperature_is_checked_by_every_verb_that_samples():
+    with pytest.raises(ConfigError, match=r"--temperature: expected 0 or at least 0\.001, got 0\.0001"):
+        resolve(EvaluateConfig, {"model": "m", "out": "o", "perplexity_texts": "t", "temperature": 1e-4})
+
+
+TABLE = {"first": "the first of all", "second": OneOf("none.at_all")}
+
+
+def test_values_of_a_table_are_those_that_it_has_now(monkeypatch):
+    kind = table_of(hints(ScoreConfig)["statistics"])
+    assert not kind.also
+    assert {"auroc", "q_value"} <= kind.rows().keys()
+    monkeypatch.setattr("aura_dist.scoring.statistics.STATISTICS", TABLE)
+    assert kind.rows() == {"first": "the first of all", "second": ""}
+    assert resolve(ScoreConfig, {"store": "s", "statistics": ["second"]}).statistics == ["second"]
+    with pytest.raises(ConfigError, match=r"--statistics: expected a list, each one of first, second, got \['auroc'\]"):
+        resolve(ScoreConfig, {"store": "s", "statistics": "auroc"})
+
+
+def test_a_table_is_a_mapping_or_makes_one_or_lists_names():
+    assert OneOf("aura_dist.ranks.layout.STRATEGIES").rows()["replicate"] == ""
+    assert OneOf(f"{__name__}.table").rows() == {"a": "an a"}
+
+
+def table():
+    return {"a": "an a"}
+
+
+def test_settings_that_say_how_a_stage_is_run():
+    of_sweeps = {"launcher", "jobs", "ranks", "resources", "retries"}
+    assert execution_settings() - of_sweeps == {
+        "sharding", "offload", "max_memory", "offload_folder", "tensor_plan", "device", "dask", "num_workers",
+        "memory_limit", "slurm", "overwrite", "max_attempts", "continuations_per_batch",
+    }  # fmt: skip
 
 
 def test_one_value_serves_as_a_list():

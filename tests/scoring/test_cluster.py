@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from aura_dist.errors import ClusterError, ConfigError, StoreError
-from aura_dist.ranks.memory import available_cores
+from aura_dist.ranks.process import available_cores
 from aura_dist.ranks.progress import Progress
 from aura_dist.scoring.cluster import check_settings, dask_client, worker_shape
 from aura_dist.scoring.column_sums import WORKER_BYTES, scoring_bytes

@@ -10,7 +10,7 @@ from aura_dist.errors import ConfigError, ModelError, brief
 from aura_dist.models.strategies.strategy import Checkpoint, Held, Options, Room, Spread, Strategy, WeightSizes
 from aura_dist.ranks.device import accelerator, backend_of
 from aura_dist.ranks.layout import Layout
-from aura_dist.ranks.paths import extensions_dir
+from aura_dist.ranks.process import extensions_dir
 from aura_dist.ranks.world import World
 
 if TYPE_CHECKING:
