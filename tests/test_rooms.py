@@ -41,6 +41,8 @@ PURE = (
     "sweep/graph.py", "sweep/grid.py", "sweep/table.py",
     "units.py",
 )  # fmt: skip
+# a library's private names → the one module that uses them
+PRIVATE = {"zarr.core": "store/zarr_adapter.py", "dask_jobqueue": "scoring/slurm_workers.py"}
 HEAVY = ("torch", "transformers", "dask", "zarr", "distributed", "numba", "pandas", "xarray", "datasets")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # modules that a requirement installs, where they have another name, or come with it
@@ -100,6 +102,12 @@ def test_pure_modules_are_pure():
     for path in (PACKAGE / name for name in PURE):
         assert not {module.split(".")[0] for module in imports(path)} & impure, path
         assert "open" not in names(path), path
+
+
+@pytest.mark.parametrize(("private", "adapter"), PRIVATE.items())
+def test_private_names_of_a_library_are_used_by_one_module(private, adapter):
+    using = [path for path in MODULES if any(f"{m}.".startswith(f"{private}.") for m in imports(path))]
+    assert using == [PACKAGE / adapter]
 
 
 def test_environment_is_touched_by_ranks_and_launchers_alone():

@@ -142,7 +142,7 @@ def _float_bits(values_NM: NDArray[Any]) -> tuple[NDArray[np.uint32], int, bool]
     else:
         bits_NM = np.require(values_NM, np.float32, ["C", "ALIGNED"]).view(np.uint32)
         infinity = FLOAT32_INFINITY
-    bits_NM.flags.writeable = False  # a writable array is another type to the compiler: compiled once more
+    bits_NM.flags.writeable = False  # a writable array is another type, for which numba would compile again
     return bits_NM, infinity, bool(is_half)
 
 

@@ -101,19 +101,23 @@ def _order_by_counting(
         block_used[key // uint32(BLOCK_SIZE)] = True
     num_runs, less = 0, uint32(0)
     for block in range(block_used.size):
-        if block_used[block]:
-            for key in range(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE):
+        if not block_used[block]:
+            continue
+        first, stop = block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE
+        if ranks_only:
+            for key in range(first, stop):
                 count = table[key]
-                if ranks_only:
-                    table[key] = less + less + count + uint32(1)
-                    less += count
-                else:
-                    # Written for every key and kept for those that occur: a branch would be mispredicted.
-                    # A negative number's key is its complement: the lower bits, all 0 in the number, are 1.
-                    keys_R[num_runs] = (uint32(key) << uint32(16)) | uint32(0 if key >= TABLE_SIZE // 2 else 0xFFFF)
-                    all_R[num_runs] = int32(count)
-                    table[key] = uint32(num_runs)
-                    num_runs += count > uint32(0)
+                table[key] = less + less + count + uint32(1)
+                less += count
+        else:
+            for key in range(first, stop):
+                count = table[key]
+                # Written for every key and kept for those that occur: a branch would be mispredicted.
+                # A negative number's key is its complement: the lower bits, all 0 in the number, are 1.
+                keys_R[num_runs] = (uint32(key) << uint32(16)) | uint32(0 if key >= TABLE_SIZE // 2 else 0xFFFF)
+                all_R[num_runs] = int32(count)
+                table[key] = uint32(num_runs)
+                num_runs += count > uint32(0)
     for i in range(order_K.size):
         order_K[i] = table[keys_K[i] >> uint32(16)]
     for block in range(block_used.size):
@@ -145,7 +149,7 @@ def _radix_pass(source_K: U64, target_K: U64, shift: int, counts: U32) -> None:
 
 @jit
 def _finish_by_insertion(pairs_K: U64) -> bool:
-    """Sort what is nearly sorted by insertion; False, with the work left undone, if it is not nearly so."""
+    """Sort nearly sorted pairs by insertion; False, with the pairs left unsorted, if that takes too many moves."""
     moves, budget = 0, INSERTION_BUDGET * pairs_K.size
     for i in range(1, pairs_K.size):
         pair = pairs_K[i]
@@ -282,7 +286,7 @@ def _walk(
         num_distinct += t > 0
         size = float(t)
         ties += size * (size * size - 1.0)
-        left = num_labelled - below_p - below_q  # 0 where the last runs hold nothing but what is not labelled
+        left = num_labelled - below_p - below_q  # 0 where the last runs hold only unlabelled rows
         precision += float(p * (num_positive - below_p)) / float(left + (left == 0))
         x_R[num_x], p_R[num_x] = values_R[r], int32(p)
         num_x += int(p > 0)
@@ -349,7 +353,7 @@ def column_sums(
     unlabelled: I64,
     starts_U: I64,
 ) -> tuple[I64, F64]:
-    """Every sum of every concept and column, or what ranks alone tell.
+    """Every sum of every concept and column, or only those that ranks make.
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.errors import ConfigError, InputError, StoreError
-from aura_dist.scoring.statistics import STATISTICS, benjamini_hochberg
+from aura_dist.scoring.statistics import STATISTICS
 from aura_dist.store.access import damaged, errors_of_writing, get_array, is_there, prepare_write, read_array
 from aura_dist.store.record import TIMES
 from aura_dist.store.schema import DONE, ArrayLayout, StoreSpec, activation_path, create_arrays, tasks_of
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 MARKER, ADJUSTED = "scored", "adjusted"
 BITS = {name: 1 << i for i, name in enumerate(STATISTICS)}
-# Statistics that need the whole model, and what they are made from; made at the end.
-OVER_MODEL = {"q_value": "p_value"}
+# Made at the end: a statistic that needs the whole model → the one that it is made from, and the function.
+OVER_MODEL = {s.name: s.over_model for s in STATISTICS.values() if s.over_model is not None}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in STATISTICS:
             raise ConfigError(f"--statistics: expected some of {', '.join(STATISTICS)}, got {name!r}")
-    wanted = set(names or STATISTICS) | {OVER_MODEL[name] for name in names if name in OVER_MODEL}
+    wanted = set(names or STATISTICS) | {OVER_MODEL[name][0] for name in names if name in OVER_MODEL}
     return tuple(name for name in STATISTICS if name in wanted)
 
 
@@ -319,25 +319,27 @@ def _adjusted(group: zarr.Group) -> list[str]:
 
 
 def adjust(group: zarr.Group, spec: StoreSpec) -> None:
-    """Make the q-values of every pooling that lacks them: per concept, over all neurons of the model.
+    """Make the statistics that need the whole model, for every pooling that lacks them: the q-values.
 
     Call it when every p-value is written. If it is interrupted, the next call does it again.
     """
     with errors_of_writing(str(group.store_path), "a score"):
         for pooling in [p for p in spec.poolings if p not in _adjusted(group)]:
-            _adjust(group, spec, pooling)
+            for name in OVER_MODEL:
+                _adjust(group, spec, pooling, name)
+            group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]
 
 
-def _adjust(group: zarr.Group, spec: StoreSpec, pooling: str) -> None:
+def _adjust(group: zarr.Group, spec: StoreSpec, pooling: str, name: str) -> None:
+    source, make = OVER_MODEL[name]
     widths = [site.width for site in spec.sites]
-    q_CD = np.empty((len(spec.concepts), sum(widths)))
-    parts: list[NDArray[Any]] = np.split(q_CD, np.cumsum(widths)[:-1], axis=1)  # views: filled here, then read
+    all_CD = np.empty((len(spec.concepts), sum(widths)))
+    parts: list[NDArray[Any]] = np.split(all_CD, np.cumsum(widths)[:-1], axis=1)  # views: filled here, then read
     for site, part in zip(spec.sites, parts, strict=True):
-        part[...] = read_statistic(group, site.name, pooling, "p_value")
-    for p_D in q_CD:
-        p_D[...] = benjamini_hochberg(p_D)
+        part[...] = read_statistic(group, site.name, pooling, source)
+    for values_D in all_CD:
+        values_D[...] = make(values_D)
     for site, part in zip(spec.sites, parts, strict=True):
-        make_arrays(group, spec, site.name, pooling, ["q_value"])
-        write = prepare_write(get_array(group, score_path(site.name, pooling, "q_value")), (0, 0), part)
+        make_arrays(group, spec, site.name, pooling, [name])
+        write = prepare_write(get_array(group, score_path(site.name, pooling, name)), (0, 0), part)
         run_in_zarr(write())
-    group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SLURM_JOBS = 2
 LOOK_SECONDS = 20.0
-# Submissions in a row that gave no worker, after which none is made any more.
+# After so many submissions in a row from which no worker came, no more are made.
 TRIES = 5
 # Some sites make sbatch print more, before its own line or instead of it; Dask takes the first digits for the number.
 JOB_ID = r"(?m)(?:Submitted batch job |^)(?P<job_id>\d+)(?=;|\s*$| on cluster )"
@@ -104,7 +104,7 @@ def _jobs_kept(cluster: Any, num_jobs: int) -> Iterator[None]:
     Raises
     ------
     ClusterError
-        No job is left, and submitting them again gave no worker. It replaces the ClusterError that ends the context.
+        No job is left, and no worker came when they were submitted again. It replaces the error of the context's body.
     """
     keeper = _Keeper(cluster, num_jobs)
     thread = threading.Thread(target=keeper.watch, name="slurm-jobs", daemon=True)

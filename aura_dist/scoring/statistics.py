@@ -4,7 +4,7 @@ Each is made from the same `ColumnSums`, and so from one read and one sort of th
 
 - a NaN response in a row labelled for the concept makes every statistic of the neuron NaN for that concept, and
   `num_distinct` 0
-- infinities are ordinary values to what goes by order: `auroc`, `auroc_se`, `p_value`, `q_value`,
+- infinities are ordinary values where only order counts: `auroc`, `auroc_se`, `p_value`, `q_value`,
   `average_precision`, extremes and `num_distinct`
 - means are ±inf, or NaN where both infinities meet in one class; the standard deviation of a class that holds one
   is NaN, and so are `linear_act_scale` and `linear_act_shift` where either class does
@@ -38,9 +38,11 @@ class Statistic:
     summary
         What it is, for people.
     of
-        Makes it, [C, M], from the sums; None where it needs the whole model and is made at the end.
+        Makes it, [C, M], from the sums; None where it needs the whole model.
     ranks_only
         Whether it is made of `twice_u` alone: ranking takes a fraction of the time of all sums.
+    over_model
+        Where it needs the whole model: the statistic that it is made from, and the function of all neurons, [D] → [D].
     """
 
     name: str
@@ -48,6 +50,7 @@ class Statistic:
     summary: str
     of: Callable[[ColumnSums], NDArray[Any]] | None
     ranks_only: bool = False
+    over_model: tuple[str, Callable[[F64], F64]] | None = None
 
 
 def auroc(sums: ColumnSums) -> F64:
@@ -158,14 +161,20 @@ def _sum(name: str, summary: str, dtype: str = "float64") -> Statistic:
     return Statistic(name, dtype, summary, attrgetter(name))
 
 
-# The order is that of the markers' bits in a store: it never changes, and new statistics come last.
+# A statistic's place here is its bit in the markers of a store: the order never changes, new statistics come last.
 _TABLE = (
     _made(auroc, ranks_only=True),
     _made(auroc_se),
     _made(p_value),
-    Statistic("q_value", "float64", "p-values adjusted over the model (Benjamini & Hochberg 1995)", None),
+    Statistic(
+        "q_value",
+        "float64",
+        "p-values adjusted over the model (Benjamini & Hochberg 1995)",
+        None,
+        over_model=("p_value", benjamini_hochberg),
+    ),
     _sum("average_precision", "Σ (recall gained) · precision over the thresholds, falling; not interpolated"),
-    _sum("mean_positive", "mean of the positives; with `mean_negative` what Mean-AcT needs"),
+    _sum("mean_positive", "mean of the positives; Mean-AcT needs it and `mean_negative`"),
     _sum("mean_negative", "mean of the negatives"),
     Statistic("std_positive", "float64", "standard deviation of the positives, √(Σ (x − x̄)² / P)", std_positive),
     Statistic("std_negative", "float64", "standard deviation of the negatives, √(Σ (y − ȳ)² / Q)", std_negative),

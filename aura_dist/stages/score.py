@@ -24,6 +24,7 @@ from aura_dist.ranks.progress import Progress
 from aura_dist.scoring.cluster import LOCAL_KINDS, SCHEMES, dask_client, worker_shape
 from aura_dist.scoring.column_sums import scoring_bytes
 from aura_dist.scoring.scores import (
+    OVER_MODEL,
     Basis,
     Column,
     Pending,
@@ -81,20 +82,20 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
     if left:
         if not config.dask.startswith(SCHEMES):
             _check_memory(left, basis, len(spec.concepts), *shape)
-        compile_kernels(names)
+        compile_kernels()
         source = Source(store, basis.runs, uuid.uuid4().hex)
         with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
             if config.overwrite:  # only now that the workers are there
                 _begin(store, group, spec, basis, overwrite=True)
             if config.dask == "processes":  # every worker loads its kernels now, not within its first column
-                client.run(compile_kernels, names)
+                client.run(compile_kernels)
             try:
                 _score(client, group, spec, source, left, names)
             except StoreError as error:
                 if config.dask in LOCAL_KINDS:
                     raise
                 raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
-    if "q_value" in names:
+    if not OVER_MODEL.keys().isdisjoint(names):
         adjust(group, spec)
     return group, spec, names
 

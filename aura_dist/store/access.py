@@ -128,7 +128,7 @@ def store_at(store: str) -> str | RemoteStore:
 
 
 def store_around(place: Path) -> Path | None:
-    """The store of ours that a local path is, or lies within; None if there is none."""
+    """The store that a local path is or is within; None if there is none."""
     place = place.resolve()
     for directory in (place, *place.parents):
         file = directory / "zarr.json"

@@ -115,7 +115,7 @@ class Samples:
 
 
 def tasks_of(num_tokens: NDArray[np.int32], tokens_per_batch: int) -> list[Task]:
-    """The tasks of a store: a pure function of what is stored."""
+    """The tasks of a store, a pure function of stored numbers."""
     tokens = num_tokens.tolist()
     return make_tasks(tokens, rows_per_chunk(len(tokens)), tokens_per_batch)
 
@@ -207,7 +207,7 @@ def create_arrays(group: zarr.Group, layouts: Mapping[str, ArrayLayout]) -> None
     Raises
     ------
     OSError
-        One cannot be made: the first error, once all have been tried.
+        One cannot be made: the first error, raised after all were tried.
     """
     arrays = {name: _description(layout) for name, layout in layouts.items()}
     parents = {str(parent) for name in layouts for parent in PurePosixPath(name).parents} - {"."}

@@ -2,8 +2,8 @@
 
 - `zarr.core.sync.sync`: runs a coroutine in zarr's event loop
 - `Array.async_array`, `AsyncArray.config`, `AsyncArray(metadata, …)`: another handle on the same chunks
-- `Array.metadata.update_shape`, `encode_chunk_key`, `to_buffer_dict`; `zarr.core.group.GroupMetadata`: what `zarr.json`
-  says, and the keys of chunks
+- `Array.metadata.update_shape`, `encode_chunk_key`, `to_buffer_dict`; `zarr.core.group.GroupMetadata`: the contents of
+  `zarr.json`, and the keys of chunks
 - `zarr.core.codec_pipeline.BatchedCodecPipeline`: the name of Python's codec pipeline
 - settings `codec_pipeline.*` and `array.write_empty_chunks`: an array keeps those that it was opened with
 - `get_basic_selection(…, out=NDBuffer)`: reading into memory of our own
