@@ -201,9 +201,9 @@ def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
         if found.get("token_weighted") is not None:
             cells[column] = _interval({key: found.get(name) for key, name in names.items()}, 1, 2)
     for task, metrics in (results.get("zero_shot") or {}).items():
-        names = [m for m in metrics if not m.endswith("_stderr") and not m.startswith("num_")]
-        if names:
-            metric = "acc" if "acc" in names else names[0]
+        own = [m for m in metrics if not m.endswith("_stderr") and not m.startswith("num_")]
+        if own:
+            metric = "acc" if "acc" in own else own[0]
             value, error = metrics[metric], metrics.get(f"{metric}_stderr")
             shown = MISSING if value is None else f"{value:.3f}"
             cells[f"{task} {metric}"] = shown if None in (value, error) else f"{shown} ± {error:.3f}"

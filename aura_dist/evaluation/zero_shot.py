@@ -1,8 +1,8 @@
 """Zero-shot tasks by EleutherAI's lm-evaluation-harness, on the model as it is loaded, sharded and intervened on.
 
 Replicas share the requests. lm-eval's own way, a share of the documents for each rank, fails for tasks of fewer
-documents than ranks and changes the order in which figures are summed. So every rank makes all requests and all
-figures, and the replicas divide only the forwards between these.
+documents than ranks and changes the order in which figures are summed. So every rank prepares all requests and
+computes all figures; the replicas divide only the forwards.
 """
 
 import copy
@@ -78,13 +78,13 @@ class ZeroShot:
         Parameters
         ----------
         model, tokenizer
-            What is evaluated; neither is changed.
+            The model to evaluate, and its tokenizer; neither is changed.
         team
             The ranks, all of which must call this.
         num_fewshot, limit
             As lm-eval's: examples in the context (None: the task's own number), examples a task.
         preprompt
-            Text that stands before each context.
+            Text before each context.
         batch_size
             Requests in one forward.
         """
