@@ -60,7 +60,7 @@ def option(
     """Declare one setting: its heading in `--help`, its help text and, unless it is required, its default.
 
     - `unset` is what `--help` says of a default that is None or empty
-    - `needs` is `NAME`, or `NAME=VALUE`: the setting is refused unless that one is given, or has that value
+    - `needs` is the name of another setting: without that one, this setting is refused
     - `distinct` refuses a list with a value twice
     - `place` is the name of a positional argument; the setting has no flag
     - `file_only` settings have no flag, because they are too large for a command line
@@ -82,17 +82,13 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse a setting that nothing would look at."""
         for spec in fields(self):
-            name, _, value = spec.metadata["needs"].partition("=")
-            if not name or getattr(self, spec.name) == default_of(spec):
-                continue
-            got = getattr(self, name)
-            if value and got != value:
-                problem = f"expected it with {flag(name)} {value} alone, got it with {got}"
-            elif not got:
-                problem = f"expected it with {flag(name)}, got it without"
-            else:
-                continue
-            raise ConfigError(f"{shown_name(spec)}: {problem}; leave it out")
+            name = spec.metadata["needs"]
+            if name and self.is_set(spec) and not getattr(self, name):
+                raise ConfigError(f"{shown_name(spec)}: expected it with {flag(name)}, got it without; leave it out")
+
+    def is_set(self, spec: "Field[Any]") -> bool:
+        """Whether a setting differs from its default."""
+        return bool(getattr(self, spec.name) != default_of(spec))
 
 
 ConfigT = TypeVar("ConfigT", bound=Settings)

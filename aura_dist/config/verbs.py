@@ -5,6 +5,7 @@ the demo and the command line read this module.
 """
 
 from dataclasses import dataclass, fields
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -20,11 +21,14 @@ GROUPS = (
 )  # fmt: skip
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Pooling = Literal["max", "mean", "min", "last", "absmax"]
+Pooling = Annotated[str, OneOf("aura_dist.sites.pooling.POOLINGS")]
 Method = Annotated[str, OneOf("aura_dist.interventions.methods.METHODS")]
+Launcher = Annotated[str, OneOf("aura_dist.sweep.launchers.LAUNCHERS")]
 Statistic = Annotated[str, OneOf("aura_dist.scoring.statistics.STATISTICS"), Meta(title="STATISTIC")]
-Module = Annotated[str, OneOf("aura_dist.sites.site.KINDS", also="GLOB")]
-Sharding = Annotated[str, OneOf("aura_dist.ranks.layout.STRATEGIES", also="(K, N: ranks)"), Meta(title="STRATEGY")]
+Module = Annotated[str, OneOf("aura_dist.sites.kinds.kind_words", also="GLOB")]
+Sharding = Annotated[
+    str, OneOf("aura_dist.models.strategies.table.STRATEGIES", also="(K, N: ranks)"), Meta(title="STRATEGY")
+]
 # dask-jobqueue's SLURMCluster takes these; see its documentation
 SlurmOption = Literal[
     "queue", "account", "walltime", "cores", "memory", "processes", "interface", "host", "python", "protocol",
@@ -158,7 +162,7 @@ class FitConfig(Settings):
     )
     max_q: Share | None = option("neurons", "only units whose q-value (false discovery rate) is at most this", None)
     method: Method = option("intervention", "how a unit's statistics become its map", "aura")
-    alpha: Share = option("intervention", "damp: scale of the selected units", 0.5, needs="method=damp")
+    alpha: Share = option("intervention", "damp: scale of the selected units", 0.5)
     strength: Strength = option(
         "intervention", "s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0,
         again_in=("model", "generate", "evaluate", "export"),
@@ -167,6 +171,17 @@ class FitConfig(Settings):
         "intervention", "intervention under which the store was collected; the result does both", None
     )
     out: Dir = option("output", "directory to write the intervention to")
+
+    def __post_init__(self) -> None:
+        """Refuse an option that the method does not read."""
+        super().__post_init__()
+        resolve_name("aura_dist.interventions.methods:settle_options")(self.method, self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of methods that were set: name → value."""
+        known = resolve_name("aura_dist.interventions.methods:method_options")()
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in known and self.is_set(f)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +311,7 @@ class SweepConfig(Settings):
     """Run a grid of settings, every collection, scoring and fit once, on this machine or on Slurm."""
 
     grid: Any = option("data", "setting → values, or a list of such grids; see configs/sweep-*.yaml", file_only=True)
-    launcher: Literal["local", "slurm"] = option(EXECUTION, "where the jobs run", "local")
+    launcher: Launcher = option(EXECUTION, "where the jobs run", "local")
     jobs: PositiveInt = option(EXECUTION, "local: jobs that run at the same time; they share the GPUs", 1)
     ranks: PositiveInt = option(EXECUTION, "local: processes of a collection or an evaluation, started by torchrun", 1)
     resources: dict[str, Any] = option(

@@ -1,7 +1,6 @@
 """fit: a scored store → an intervention directory. Imports torch for a trained method alone."""
 
 import logging
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +8,6 @@ from aura_dist.config.verbs import FitConfig
 from aura_dist.errors import ConfigError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.fitting import Fit, earlier_intervention, fit_intervention
-from aura_dist.interventions.methods import method_options
 from aura_dist.scoring.scores import read_scores
 from aura_dist.store.access import local_path, open_group, store_around
 from aura_dist.store.schema import StoreSpec
@@ -29,10 +27,7 @@ def fit(config: FitConfig) -> Intervention:
         _check_out(config)
     spec = StoreSpec.from_attributes(group.attrs)
     earlier = earlier_intervention(config.store, spec, config.onto)
-    # a setting that keeps its default is not given
-    given = {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
-    options = {name: given[name] for name in method_options() & set(given)}
-    wanted = Fit(config.method, config.concept, config.modules, config.strength, options)
+    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options)
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
     whole = fitted if earlier is None else fitted @ earlier
     if config.out:

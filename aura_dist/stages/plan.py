@@ -191,7 +191,7 @@ def _prompt_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | 
 def answer(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one job."""
     try:
-        return (_collection if stage == "collect" else _evaluation)(settings)
+        return _ANSWERS[stage](settings)
     except AuraError as error:
         return {"refused": " ".join(str(error).split())}
     except Exception as error:  # a fault of ours or of a model's code must not keep the other jobs from an answer
@@ -214,6 +214,9 @@ def _evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
     config = resolve(EvaluateConfig, {**own, "out": "none.json"})
     found = plan_evaluation(config, settings.get("tflops"), settings.get("world_size", 1))
     return {"seconds": found.seconds, "gpu": found.gpu, "left_out": found.left_out}
+
+
+_ANSWERS = {"collect": _collection, "evaluate": _evaluation}
 
 
 def main(asked: str, answers: str) -> None:

@@ -8,8 +8,7 @@ from aura_dist.config.verbs import StatusConfig
 from aura_dist.ranks.progress import clock
 from aura_dist.report.rundir import named_apart
 from aura_dist.report.status import DAMAGED, NOTHING, Part, RunStatus, find_runs, run_status
-
-STAGES = ("collect", "score", "fit", "evaluate")
+from aura_dist.sweep.stage_specs import STAGE_SPECS
 
 
 def run(config: StatusConfig) -> None:
@@ -31,11 +30,11 @@ def _one(status: RunStatus) -> str:
 
 def _many(found: Sequence[RunStatus]) -> str:
     """A line a run; below, a line for each damaged part and failed job."""
-    rows = [(s.name, *(_cell([p for p in s.parts if p.name == stage]) for stage in STAGES), _ago(s)) for s in found]
+    rows = [(s.name, *(_cell([p for p in s.parts if p.name == name]) for name in STAGE_SPECS), _ago(s)) for s in found]
     faults = [f"{s.name}: {p.name} damaged: {p.detail}" for s in found for p in s.parts if p.state == DAMAGED]
     faults += [f"{s.name}: {j.name} failed: {j.reason}" for s in found for j in s.jobs if j.state == "failed"]
     summary = f"{sum(s.is_finished for s in found)} of {len(found)} runs have every part"
-    return "\n".join([*_aligned([("run", *STAGES, "last change"), *rows]), summary, *faults])
+    return "\n".join([*_aligned([("run", *STAGE_SPECS, "last change"), *rows]), summary, *faults])
 
 
 def _cell(parts: Sequence[Part]) -> str:

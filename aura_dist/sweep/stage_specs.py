@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aura_dist.config.verbs import execution_settings
 from aura_dist.errors import AuraError
 
 Settings = Mapping[str, Any]
@@ -15,10 +16,7 @@ Settings = Mapping[str, Any]
 # the value that leaves a stage out
 PLAIN = "none"
 # settings that say how a stage is run, not what it computes: no axis of a grid, and no part of a job's identity
-EXECUTION = frozenset({
-    "sharding", "offload", "max_memory", "offload_folder", "tensor_plan", "device", "dask", "num_workers",
-    "memory_limit", "slurm", "overwrite", "max_attempts", "continuations_per_batch",
-})  # fmt: skip
+EXECUTION = execution_settings()
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,10 @@ def _settle_fit(settings: Mapping[str, dict[str, Any]], varied: Collection[str])
     fit, concepts = settings["fit"], settings["collect"].get("concepts")
     if "concept" not in fit and concepts:
         fit["concept"] = concepts[0] if isinstance(concepts, list) else concepts
-    unread = set() if fit.get("method", "aura") == "damp" else {"alpha"}
+    from aura_dist.interventions.methods import METHODS, method_options
+
+    method = METHODS.get(str(fit.get("method", "aura")))
+    unread = set() if method is None else method_options() - set(method.options)
     return {name for name in unread if name in varied or "method" in varied}
 
 

@@ -186,7 +186,7 @@ def test_values_of_a_table_are_those_that_it_has_now(monkeypatch):
 
 
 def test_a_table_is_a_mapping_or_makes_one_or_lists_names():
-    assert OneOf("aura_dist.ranks.layout.STRATEGIES").rows()["replicate"] == ""
+    assert OneOf("aura_dist.evaluation.figures.METRICS").rows()["probability"] == ""
     assert OneOf(f"{__name__}.table").rows() == {"a": "an a"}
 
 

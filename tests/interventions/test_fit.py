@@ -10,7 +10,6 @@ import zarr
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.config.verbs import FitConfig
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import METHODS, FromModel
 from aura_dist.scoring.scores import score_path
@@ -243,7 +242,6 @@ def nudge(monkeypatch):
     """A trained method for one test: its module and this row are all that it takes."""
     row = FromModel(summary="one step", train="tests.interventions.trained:train", options={"step": 0.1, "top_k": None})
     monkeypatch.setitem(METHODS, "nudge", row)
-    monkeypatch.setitem(FitConfig.__annotations__, "method", str)
 
 
 def test_trained_method_is_a_module_and_a_row(nudge, store, tiny_dir, sentences_csv, tmp_path):
