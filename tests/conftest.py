@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,17 @@ REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # threads that wait for each other cost tiny models more than they bring, on a busy machine many times more
 torch.set_num_threads(1)
+# how long an example takes says more of the machine than of the code
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under `-n`, one process runs the tests of a file, and one all of Slurm's, because these share a cluster."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            slurm = "slurm" in item.path.parts
+            item.add_marker(pytest.mark.xdist_group("slurm" if slurm else str(item.path)))
 
 
 @pytest.fixture(scope="session")
