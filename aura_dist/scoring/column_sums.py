@@ -114,8 +114,9 @@ def sums_fast(values_NM: NDArray[Any], labels_CN: NDArray[np.int8], *, ranks_onl
     is_positive_N = (labels_CN == 1).any(axis=0)
     is_negative_N = (labels_CN != NOT_LABELLED).any(axis=0) & ~is_positive_N
     rows_K = np.concatenate([np.flatnonzero(is_positive_N), np.flatnonzero(is_negative_N)])
-    positives, starts_P = _where(labels_CN[:, rows_K] == 1)
-    unlabelled, starts_U = _where(labels_CN[:, rows_K] == NOT_LABELLED)
+    labels_CK = labels_CN[:, rows_K]
+    positives, starts_P = _where(labels_CK == 1)
+    unlabelled, starts_U = _where(labels_CK == NOT_LABELLED)
     ranks_only = ranks_only and not unlabelled.size
     num_whole, num_real = (NUM_RANK_SUMS, 0) if ranks_only else (len(WHOLE_SUMS), len(REAL_SUMS))
     whole = np.empty((num_whole, len(labels_CN), num_columns), np.int64)
