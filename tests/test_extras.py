@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from aura_dist.sweep.slurm_executor import make_executor
+from aura_dist.sweep.slurm_job import make_executor
 
 from aura_dist.cli import main
 from aura_dist.demo import packaged
