@@ -5,7 +5,7 @@ from pathlib import Path
 from aura_dist import __version__
 from aura_dist.config.verbs import ExportConfig
 from aura_dist.errors import ConfigError, StoreError
-from aura_dist.interventions.export.checkpoint import Stored, open_weights
+from aura_dist.models.weights import Stored, open_weights
 from aura_dist.interventions.export.directory import warn_of_left_overs, write_checkpoint
 from aura_dist.interventions.export.fold import plan_folds
 from aura_dist.interventions.hub import public_name, without_paths

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aura_dist.errors import ModelError
-from aura_dist.interventions.export.checkpoint import FLOATS, Source, Stored, as_bytes
+from aura_dist.models.weights import FLOATS, Source, Stored, as_bytes
 from aura_dist.interventions.export.fold import FoldPlan
 from aura_dist.sites.tap import Fold
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from aura_dist.errors import ModelError, brief
 
 # dtypes that a scale can be folded into; the others are integers or quantised values
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {
-    **{dtype: name for name, dtype in FLOATS.items()},
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
-    torch.int64: "I64",
+# every dtype that safetensors can hold, by its name there
+DTYPES = FLOATS | {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def open_weights(path: Path) -> Source:
         raise
     except Exception as error:  # a damaged file raises any error of its format
         raise ModelError(
-            f"weight file {str(path)!r} cannot be read: {brief(error)}; download the checkpoint again, or save it as "
+            f"weight file {str(path)!r} is damaged: {brief(error)}; download the checkpoint again, or save it as "
             "safetensors"
         ) from error
 
@@ -115,10 +118,13 @@ def _from_header(header: Mapping[str, Any], data: int) -> Iterable[Stored]:
 
 
 class _Pickled(Source):
-    """torch's own format, memory-mapped; offsets count as if its tensors followed one another."""
+    """torch's own format; offsets count as if its tensors followed one another.
+
+    Files are memory-mapped, but not those of the format's first version, which are no archives.
+    """
 
     def __init__(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
         self._values: list[Tensor] = []
         self.metadata = {"format": "pt"}
         found: list[Stored] = []
