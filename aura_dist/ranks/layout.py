@@ -14,24 +14,12 @@ _AXES = ("fsdp", "tensor")
 
 @dataclass(frozen=True)
 class Layout:
-    """The parallel axes of a launch.
-
-    Attributes
-    ----------
-    strategy
-        Name of the strategy: a key of `models.strategies.table.STRATEGIES`.
-    world_size
-        Ranks of the launch.
-    fsdp
-        Ranks over which each layer's weights are split, to be gathered a layer at a time.
-    tensor
-        Ranks over which each layer's columns are split.
-    """
+    """The parallel axes of a launch of `world_size` ranks, under a strategy of `models.strategies.table`."""
 
     strategy: str = "replicate"
     world_size: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int = 1  # ranks over which each layer's weights are split, to be gathered a layer at a time
+    tensor: int = 1  # ranks over which each layer's columns are split
 
     @property
     def replica_size(self) -> int:

@@ -43,19 +43,11 @@ Value = TypeVar("Value")
 
 
 class Team:
-    """The processes of a launch, as one of them sees them.
-
-    Attributes
-    ----------
-    world
-        This process's place.
-    stop_signal
-        Number of a signal that another rank was stopped by, or None.
-    """
+    """The processes of a launch, as one of them sees them."""
 
     def __init__(self, world: World, store: Store, control: Any = None, columns: Any = None) -> None:
         self.world = world
-        self.stop_signal: int | None = None
+        self.stop_signal: int | None = None  # number of a signal that another rank was stopped by
         self._store = store
         self._control = control
         self._columns = columns
@@ -190,24 +182,12 @@ class Team:
         """Hand this row worker its share of `units`, turn by turn, in step with the rest of its replica.
 
         Row workers claim units one by one from a counter that all ranks share, so that fast and slow ranks end
-        together. The ranks of a replica take turns together, because their forwards may be collective.
+        together. The ranks of a replica take turns together, because their forwards may be collective. `key` names the
+        counter and serves once. `units` are alike on all ranks, the longest first, and take `num_turns` turns, at least
+        one. `before` is called before each turn: it raises what ends this rank's work, or returns the number of the
+        signal that this rank has received, if it has.
 
-        Parameters
-        ----------
-        key
-            Name of the counter; it serves once.
-        units
-            The work, alike on all ranks, the longest first.
-        before
-            Called before each turn: raises what ends this rank's work, or returns the number of the signal that this
-            rank has received, if it has.
-        num_turns
-            Turns that a unit takes, at least one.
-
-        Yields
-        ------
-        turn
-            (unit, index of the turn), or None for an empty turn, in which the rank runs a forward and drops its result.
+        Yields (unit, index of the turn), or None for a turn in which the rank runs a forward and drops its result.
         """
         worker = self.world.rank // self.world.layout.tensor
         while claims := self._claim(key, units):

@@ -23,24 +23,12 @@ TEXTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the store, padded on the right to the longest.
+    """Rows of the store, padded on the right to the longest."""
 
-    Attributes
-    ----------
-    rows
-        Slice of the store's rows.
-    input_ids
-        [B, T] int64.
-    attention_mask
-        [B, T] bool: True at real tokens.
-    pool_mask
-        [B, T] bool: True at tokens that count in pooling: real ones, without special ones if these are left out.
-    """
-
-    rows: slice
-    input_ids: NDArray[np.int64]
-    attention_mask: NDArray[np.bool_]
-    pool_mask: NDArray[np.bool_]
+    rows: slice  # of the store's
+    input_ids: NDArray[np.int64]  # [B, T]
+    attention_mask: NDArray[np.bool_]  # [B, T]: True at real tokens
+    pool_mask: NDArray[np.bool_]  # [B, T]: the same, without special tokens if these are left out of pooling
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ConfigError, ModelError
+from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.sites.find import own_names
 from aura_dist.sites.ownership import Interval
 from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
@@ -19,7 +20,12 @@ from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
 Plan = dict[str, str]
 
 _GATHER, _SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
-_OTHERS_WORDS = "--sharding fsdp, zero3, dispatch or replicate"
+
+
+def _others() -> str:
+    """The strategies that split no columns, for messages."""
+    *names, last = (s.name for s in STRATEGIES.values() if "tensor_plan" not in s.options)
+    return f"--sharding {', '.join(names)} or {last}"
 
 
 def _plan(layers: str, attention_in: str, attention_out: str, mlp_in: str, mlp_out: str, embedding: str) -> Plan:
@@ -60,16 +66,10 @@ def read_plan(file: str) -> Plan:
 
 
 def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None) -> Plan:
-    """The whole plan of a model (on the meta device), with names as in `model`.
+    """The whole plan for `num_ranks` ranks of a causal language model or its base (on the meta device), with its names.
 
-    Parameters
-    ----------
-    model
-        Causal language model or its base model: what will be loaded.
-    num_ranks
-        Ranks that split it.
-    file
-        A user's YAML plan, or None for transformers' own or ours. Names may be those of the causal language model.
+    It comes from a user's YAML `file`, whose names may be those of the causal language model, else from transformers or
+    from `PLANS`.
 
     Raises
     ------
@@ -91,14 +91,12 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
     else:
         transposed = any(_is_transposed(module) for module in modules.values())
         why = "its Conv1D layers' weights are transposed" if transposed else "write one with --tensor-plan"
-        raise ModelError(
-            f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use {_OTHERS_WORDS}"
-        )
+        raise ModelError(f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use {_others()}")
     for name, style in plan.items():
         if style != "replicate" and _is_transposed(modules.get(name)):
             raise ModelError(
                 f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose transposed weight "
-                f"cannot be split; use {_OTHERS_WORDS}"
+                f"cannot be split; use {_others()}"
             )
     return plan
 
@@ -133,6 +131,6 @@ def seen_columns(plan: Mapping[str, str], tap: Tap, num_ranks: int) -> list[tupl
     if seen is None:
         raise ModelError(
             f"--sharding tensor: module {tap.site!r} is split as {plan.get(generic(tap.place))!r}, which is not by "
-            f"columns; leave it out of --modules, or use {_OTHERS_WORDS}"
+            f"columns; leave it out of --modules, or use {_others()}"
         )
     return seen
