@@ -32,10 +32,7 @@ def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> st
     `ends` is the sha256 of the first and last 64 KiB of a tensor's bytes. A fine-tuned model differs from its base; a
     copy, or the same weights split into other files, does not. 40B parameters take a second.
 
-    Raises
-    ------
-    ModelError
-        There is no weight file, or one is damaged.
+    ModelError if there is no weight file, or one is damaged.
     """
     text = config.get_text_config(decoder=True)
     digest = hashlib.sha256(json.dumps([getattr(text, f, None) for f in ARCHITECTURE_FIELDS], default=str).encode())

@@ -128,7 +128,7 @@ def _first_layers(whole: PreTrainedModel, num_layers: int) -> type[PreTrainedMod
 def _load(
     model_class: type[PreTrainedModel], source: ModelSource, world: World, options: Options | None
 ) -> PreTrainedModel:
-    """The model in eval mode, without gradients; float32 products in float32, because TF32 changes the fourth digit."""
+    """The model in eval mode, no gradients; float32 products in float32, because TF32 changes the fourth digit."""
     model = STRATEGIES[world.layout.strategy].load(Checkpoint(model_class, source), world, options or {})
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -70,10 +70,7 @@ class Source(ABC):
 def open_weights(path: Path) -> Source:
     """Open a safetensors file, or one in torch's own format (read as plain weights only).
 
-    Raises
-    ------
-    ModelError
-        The file is damaged, or holds something other than tensors.
+    ModelError if the file is damaged, or holds something other than tensors.
     """
     try:
         return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)

@@ -62,12 +62,8 @@ def estimate(
 
     Columns will be split over `tensor_ranks`, by the user's `plan_file` if there is one.
 
-    Raises
-    ------
-    ConfigError
-        Texts are longer than the model's positions.
-    ModelError
-        `modules` match nothing, tensor parallelism is wanted and cannot split them, or the forward cannot be traced.
+    ConfigError if texts are longer than the model's positions; ModelError if `modules` match nothing, tensor
+    parallelism is wanted and cannot split them, or the forward cannot be traced.
     """
     num_rows, longest = len(num_tokens), int(num_tokens[-1])
     check_positions(config, longest, "--max-tokens")

@@ -35,12 +35,8 @@ def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
 
     `sharding` says how the model is spread over the ranks, `device` is what `pick_device` returns.
 
-    Raises
-    ------
-    ConfigError
-        The sharding does not fit the launch, or the other ranks cannot be met.
-    PeerError
-        Another rank failed; that rank says why.
+    ConfigError if the sharding does not fit the launch, or the other ranks cannot be met; PeerError if another rank
+    failed, and says why.
     """
     place = place_from_environment()
     layout = sharding.layout(place.world_size)

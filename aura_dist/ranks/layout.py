@@ -53,10 +53,7 @@ def read_axes(sharding: str) -> dict[str, int | None] | None:
 def axes_layout(strategy: str, sharding: str, world_size: int) -> Layout:
     """The layout of axes that `read_axes` reads. An axis without a number takes the ranks that the other leaves.
 
-    Raises
-    ------
-    ConfigError
-        Both axes lack a number, or their product does not divide the ranks.
+    ConfigError if both axes lack a number, or their product does not divide the ranks.
     """
     given = read_axes(sharding)
     assert given is not None

@@ -56,10 +56,7 @@ def place_from_environment(environment: MutableMapping[str, str] | None = None) 
     Under Slurm this also sets the variables that torch reads to meet the other ranks. MASTER_ADDR and MASTER_PORT come
     from the job step unless they are set.
 
-    Raises
-    ------
-    ConfigError
-        A variable is missing or not a number.
+    ConfigError if a variable is missing or not a number.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:

@@ -134,10 +134,7 @@ def _sampled(config: PlanConfig) -> NDArray[np.int32]:
 def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:
     """What `evaluate` would take at `tflops` a rank, by default those of a usual one.
 
-    Raises
-    ------
-    AuraError
-        Inputs cannot be read, or the model's forward cannot be traced without its weights.
+    AuraError if inputs cannot be read, or the model's forward cannot be traced without its weights.
     """
     source = ModelSource(config.model, config.revision, config.dtype)
     sharding_of(config).layout(world_size)  # refuses what does not fit the ranks

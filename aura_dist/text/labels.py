@@ -42,10 +42,7 @@ def parse_labels(table: Table, columns: list[str], threshold: float | None = Non
     Numbers from `threshold` on are positive. It is rounded to the column's dtype, so that 0.7 in a float32 column is
     positive from 0.7 on. An empty value, null, and −1 in a binary column, mean *not labelled*.
 
-    Raises
-    ------
-    InputError
-        A value is not binary, or with a threshold is no number.
+    InputError if a value is not binary, or with a threshold is no number.
     """
     labels = np.empty((len(table), len(columns)), dtype=np.int8)
     for c, column in enumerate(columns):

@@ -76,12 +76,8 @@ def select(
     The tokenizer is loaded once texts and labels are checked, because that may take seconds or fail. Returns [N] rows
     of the table, by token count, then by row; their [N, C] labels for C concepts, 1, 0 or −1; and their token ids.
 
-    Raises
-    ------
-    InputError
-        A text or label cannot be used, there are too few rows, or a concept lacks a class, also after sampling.
-    ConfigError
-        `max_tokens` leaves room for special tokens alone.
+    InputError if a text or label cannot be used, there are too few rows, or a concept lacks a class, also after
+    sampling; ConfigError if `max_tokens` leaves room for special tokens alone.
     """
     _, *columns = which.columns
     texts = check_texts(table, which.text_column)

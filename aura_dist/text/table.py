@@ -38,10 +38,7 @@ class Table:
 def read_table(source: str, columns: list[str], *, split: str = "train") -> Table:
     """Read `columns` of a file, a saved data set or a hub data set.
 
-    Raises
-    ------
-    InputError
-        The source cannot be found or read, is of an unknown format, lacks a column, or has no rows.
+    InputError if the source cannot be found or read, is of an unknown format, lacks a column, or has no rows.
     """
     try:
         table = _read(source, columns, split)

@@ -116,12 +116,8 @@ def tokenize(
 ) -> TokenizedTexts:
     """Tokenize texts as the tokenizer does by default (special tokens added), cut at `max_tokens`.
 
-    Raises
-    ------
-    InputError
-        The tokenizer cannot take a text, or a text has no token, or only special ones that are left out.
-    ConfigError
-        `max_tokens` leaves room for special tokens alone.
+    InputError if the tokenizer cannot take a text, or a text has no token, or only special ones that are left out;
+    ConfigError if `max_tokens` leaves room for special tokens alone.
     """
     num_special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= num_special:  # else the tokenizer does not cut at all, or leaves nothing of the text

@@ -23,8 +23,9 @@ _GATHER, _SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
 
 
 def _others() -> str:
-    """The strategies that split no columns, for messages."""
-    *names, last = (s.name for s in STRATEGIES.values() if "tensor_plan" not in s.options)
+    """The strategies that split no columns, for messages; first those that hold a model with more ranks."""
+    others = sorted(STRATEGIES.values(), key=lambda s: s.over_more(2) is None)
+    *names, last = (s.name for s in others if "tensor_plan" not in s.options)
     return f"--sharding {', '.join(names)} or {last}"
 
 
@@ -71,10 +72,7 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
     It comes from a user's YAML `file`, whose names may be those of the causal language model, else from transformers or
     from `PLANS`.
 
-    Raises
-    ------
-    ModelError
-        There is no plan for the architecture, or the plan names a module that is missing or cannot be split.
+    ModelError if there is no plan for the architecture, or the plan names a module that is missing or cannot be split.
     """
     own = dict(model.tp_plan)
     base = model.base_model

@@ -112,10 +112,7 @@ def prepare_extensions() -> None:
 
     The first build takes minutes, so the set-up scripts call this. One process builds at a time.
 
-    Raises
-    ------
-    ModelError
-        A build that was killed left its lock file, on which torch would wait for ever; or the build fails.
+    ModelError if the build fails, or one that was killed left its lock file, on which torch would wait for ever.
     """
     directory = extensions_dir()
     if accelerator() is not None:
