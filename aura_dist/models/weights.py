@@ -39,21 +39,11 @@ class Stored:
 
 
 class Source(ABC):
-    """An open weight file; leaving its context closes it.
+    """An open weight file; leaving its context closes it."""
 
-    Attributes
-    ----------
-    tensors
-        In the order of their places.
-    metadata
-        From the file's header.
-    descriptor
-        The file's, if `start` and `stop` of the tensors are offsets in it.
-    """
-
-    tensors: Sequence[Stored]
-    metadata: Mapping[str, str]
-    descriptor: int | None = None
+    tensors: Sequence[Stored]  # in the order of their places
+    metadata: Mapping[str, str]  # from the file's header
+    descriptor: int | None = None  # the file's, if `start` and `stop` of the tensors are offsets in it
 
     @abstractmethod
     def read(self, start: int, buffer: Tensor) -> None:
@@ -93,9 +83,8 @@ class _Safetensors(Source):
                 raise ValueError("the header is cut off")
             header: dict[str, Any] = json.loads(stream.read(header_bytes))
             self.metadata = header.pop("__metadata__", {})
-            self.tensors = sorted(_from_header(header, 8 + header_bytes), key=lambda t: (t.start, t.stop))
-            if self.tensors and self.tensors[-1].stop > size:
-                raise ValueError(f"expected {self.tensors[-1].stop} bytes, got {size}")
+            tensors = _from_header(header, 8 + header_bytes, size)
+            self.tensors = sorted(tensors, key=lambda t: (t.start, t.stop))
             self.descriptor = os.dup(stream.fileno())
 
     def read(self, start: int, buffer: Tensor) -> None:
@@ -108,10 +97,13 @@ class _Safetensors(Source):
             at += count
 
 
-def _from_header(header: Mapping[str, Any], data: int) -> Iterable[Stored]:
+def _from_header(header: Mapping[str, Any], data: int, size: int) -> Iterable[Stored]:
+    """The tensors of a file of `size` bytes, whose offsets count from the byte `data` on."""
     for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        yield Stored(name, entry["dtype"], tuple(entry["shape"]), data + start, data + stop)
+        start, stop = (data + offset for offset in entry["data_offsets"])
+        if not data <= start <= stop <= size:
+            raise ValueError(f"expected {name!r} within {size} bytes, got bytes {start} to {stop}")
+        yield Stored(name, entry["dtype"], tuple(entry["shape"]), start, stop)
 
 
 class _Pickled(Source):

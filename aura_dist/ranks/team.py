@@ -152,14 +152,14 @@ class Team:
 
     # what the ranks of a replica share, step by step
 
-    def share(self, *numbers: int) -> list[list[int]]:
-        """Return the numbers of every rank of the replica, in rank order; all of them must call this together."""
+    def share(self, number: int) -> list[int]:
+        """Return the number of every rank of the replica, in rank order; all of them must call this together."""
         if self._control is None:
-            return [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.int64)
+            return [number]
+        mine = torch.tensor([number], dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.world.layout.replica_size)]
         dist.all_gather(everyone, mine, group=self._control)
-        return [values.tolist() for values in everyone]
+        return [int(theirs) for theirs in everyone]
 
     def keep_step(self, received: int | None) -> None:
         """Raise what ends the work, on all ranks of the replica before the same batch.
@@ -168,7 +168,7 @@ class Team:
         another rank failed.
         """
         self.check()
-        number = max(numbers[0] for numbers in self.share(received or self.stop_signal or 0))
+        number = max(self.share(received or self.stop_signal or 0))
         if number:
             raise interruption(number)
 
@@ -201,8 +201,7 @@ class Team:
     def _claim(self, key: str, units: Sequence[Unit]) -> list[Unit | None]:
         """Return the next unit of each row worker of the replica, None for one that gets none; nothing at the end."""
         leads = self.world.column_rank == 0
-        claims = [numbers[0] for numbers in self.share(self.count(f"claimed/{key}") if leads else 0)]
-        claims = claims[:: self.world.layout.tensor]
+        claims = self.share(self.count(f"claimed/{key}") if leads else 0)[:: self.world.layout.tensor]
         return [units[c] if c < len(units) else None for c in claims] if min(claims) < len(units) else []
 
     def agreed(self, ids: Tensor) -> Tensor:

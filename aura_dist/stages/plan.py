@@ -83,7 +83,7 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
         tensor_ranks=spread.layout.tensor,
         plan_file=config.tensor_plan,
     )
-    report = collection_report(config.model, config.dtype, found, num_tokens, origin, spread, machine, config.tflops)
+    report = collection_report(found, origin, spread, machine, config.tflops)
     return report, refusal(report, config.device_memory, config.host_memory)
 
 

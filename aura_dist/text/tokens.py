@@ -5,6 +5,7 @@ row, and no model class needs position ids.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,21 +95,14 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """sha256 of what determines a tokenizer's output: backend or vocabulary, special ids, and the side that is cut."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
-        text = _without_padding(backend)
+        document = json.loads(backend.to_str())
+        for name in ("padding", "truncation"):  # the last call set these
+            document.pop(name, None)
+        text = json.dumps(document, sort_keys=True)
     else:
         text = repr(sorted(tokenizer.get_vocab().items()))
     settings = (sorted(tokenizer.all_special_ids), tokenizer.truncation_side)
     return hashlib.sha256(f"{text}{settings}".encode()).hexdigest()
-
-
-def _without_padding(backend: "object") -> str:
-    """The backend as JSON, without padding and truncation: the last call set these."""
-    import json
-
-    document = json.loads(backend.to_str())  # type: ignore[attr-defined]
-    document.pop("padding", None)
-    document.pop("truncation", None)
-    return json.dumps(document, sort_keys=True)
 
 
 def tokenize(

@@ -8,7 +8,6 @@ ranks, and any number of heads can be split.
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ConfigError, ModelError
@@ -87,11 +86,11 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
         if base is not model:  # it often shares its weight with the embeddings, which are split
             plan["lm_head"] = _GATHER
     else:
-        transposed = any(_is_transposed(module) for module in modules.values())
+        transposed = any(isinstance(module, Conv1D) for module in modules.values())
         why = "its Conv1D layers' weights are transposed" if transposed else "write one with --tensor-plan"
         raise ModelError(f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use {_others()}")
     for name, style in plan.items():
-        if style != "replicate" and _is_transposed(modules.get(name)):
+        if style != "replicate" and isinstance(modules.get(name), Conv1D):
             raise ModelError(
                 f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose transposed weight "
                 f"cannot be split; use {_others()}"
@@ -117,10 +116,6 @@ def _whole_heads(plan: Mapping[str, str], model: PreTrainedModel, num_ranks: int
         return {}
     replaced = {"colwise": _GATHER, "rowwise": _SPLIT_INPUT}
     return {n: replaced[s] for n, s in plan.items() if "attn" in n and s in replaced}
-
-
-def _is_transposed(module: nn.Module | None) -> bool:
-    return isinstance(module, Conv1D)
 
 
 def seen_columns(plan: Mapping[str, str], tap: Tap, num_ranks: int) -> list[tuple[Interval, ...]]:
