@@ -91,10 +91,19 @@ class _Safetensors(Source):
         assert self.descriptor is not None
         view, at = as_bytes(buffer), 0
         while at < len(view):
-            count = os.preadv(self.descriptor, [view[at:]], start + at)
+            count = _read_into(view[at:], self.descriptor, start + at)
             if not count:
                 raise ModelError(f"weight file {str(self._path)!r} ends early; download the checkpoint again")
             at += count
+
+
+def _read_into(view: memoryview, descriptor: int, start: int) -> int:
+    """Read at `start`, whatever other threads read; returns how many bytes there were, at most as many as asked for."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], start)
+    part = os.pread(descriptor, len(view), start)  # macOS has this alone; it copies once more
+    view[: len(part)] = part
+    return len(part)
 
 
 def _from_header(header: Mapping[str, Any], data: int, size: int) -> Iterable[Stored]:

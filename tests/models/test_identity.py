@@ -85,6 +85,12 @@ def test_old_checkpoint_of_each_dtype(llama, tmp_path):
     assert len(of(tmp_path / "a")) == 64
 
 
+def test_the_same_where_the_system_reads_into_no_buffer(llama, monkeypatch):
+    expected = of(llama)
+    monkeypatch.delattr("os.preadv")
+    assert of(llama) == expected
+
+
 def test_files_are_those_that_transformers_loads(llama, tmp_path):
     """A single file goes before an index left over beside it."""
     save_tiny("llama", tmp_path / "both", seed=1, max_shard_size="60KB")
