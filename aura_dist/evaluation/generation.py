@@ -85,7 +85,7 @@ def continue_alike(
 
 def _decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Decoding, team: Team) -> Decoder:
     def any_alive(alive: bool) -> bool:
-        return any(numbers[0] for numbers in team.share(int(alive)))
+        return any(team.share(int(alive)))
 
     return Decoder(model, how, _stop_ids(model, tokenizer), any_alive, team.agreed)
 

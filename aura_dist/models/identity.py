@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from transformers import PretrainedConfig
 
 from aura_dist.errors import ModelError
+from aura_dist.models.weights import DTYPES, Source, Stored, as_bytes, open_weights
 from aura_dist.sites.transformers_adapter import find_file
 
 END_BYTES = 64 * 1024
@@ -34,20 +32,27 @@ def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> st
     `ends` is the sha256 of the first and last 64 KiB of a tensor's bytes. A fine-tuned model differs from its base; a
     copy, or the same weights split into other files, does not. 40B parameters take a second.
 
-    Raises
-    ------
-    ModelError
-        There is no weight file, or one is damaged.
+    ModelError if there is no weight file, or one is damaged.
     """
     text = config.get_text_config(decoder=True)
     digest = hashlib.sha256(json.dumps([getattr(text, f, None) for f in ARCHITECTURE_FIELDS], default=str).encode())
-    tensors: list[tuple[str, str, list[int], str]] = []
+    tensors: list[tuple[str, str, tuple[int, ...], str]] = []
     for file in checkpoint_files(name, revision, config):
-        try:
-            tensors += _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
-        except Exception as error:  # a damaged file fails in as many ways as there are formats
-            raise ModelError(f"weight file {str(file)!r} is damaged: {error}; download the checkpoint again") from error
+        with open_weights(file) as weights:
+            for tensor in weights.tensors:
+                # a file in torch's own format counts with torch's names, as it always has
+                dtype = tensor.dtype if file.suffix == ".safetensors" else str(DTYPES[tensor.dtype])
+                tensors.append((tensor.name, dtype, tensor.shape, _ends(weights, tensor)))
     digest.update(json.dumps(sorted(tensors)).encode())
+    return digest.hexdigest()
+
+
+def _ends(weights: Source, tensor: Stored) -> str:
+    digest, length = hashlib.sha256(), min(END_BYTES, tensor.stop - tensor.start)
+    for start in (tensor.start, tensor.stop - length):
+        buffer = torch.empty(length, dtype=torch.uint8)
+        weights.read(start, buffer)
+        digest.update(as_bytes(buffer))
     return digest.hexdigest()
 
 
@@ -87,28 +92,3 @@ def _find(name: str, revision: str | None, file: str) -> Path | None:
         return find_file(name, revision, file)
     except OSError as error:
         raise ModelError(f"--model {name!r}: {error}") from error
-
-
-def _safetensors(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
-    """(name, dtype, shape, digest of both ends) of each tensor, from the header's offsets."""
-    with file.open("rb") as stream:
-        (header_bytes,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(header_bytes))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-            stream.seek(begin)
-            head = stream.read(min(END_BYTES, end - begin))
-            stream.seek(max(begin, end - END_BYTES))
-            tail = stream.read(min(END_BYTES, end - begin))
-            yield name, entry["dtype"], entry["shape"], hashlib.sha256(head + tail).hexdigest()
-
-
-def _pickled(file: Path) -> Iterator[tuple[str, str, list[int], str]]:
-    """The same for torch's own format; plain weights alone are unpickled, all but its first version memory-mapped."""
-    state = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
-    for name, tensor in state.items():
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        ends = bytes(flat[:END_BYTES].numpy()) + bytes(flat[-END_BYTES:].numpy())
-        yield name, str(tensor.dtype), list(tensor.shape), hashlib.sha256(ends).hexdigest()

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from aura_dist.errors import ModelError, brief
 from aura_dist.models.load import DTYPES, ModelSource, skeleton
+from aura_dist.ranks.torch_adapter import own_hooks
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites
 
@@ -91,7 +92,6 @@ def _describe(name: str, weight: Tensor) -> tuple[str, str, list[int], str]:
 def _warn_of_hooks(base: PreTrainedModel) -> None:
     """Say that hooks of the caller's run too, because the store's identity does not show them."""
     for name, module in base.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+        if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in own_hooks(module)):
             logger.warning("module %r has a forward hook: the store does not record what it changes", name)
             return

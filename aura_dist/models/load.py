@@ -78,14 +78,11 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         try:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         except Exception as error:  # a configuration fails in as many ways as it has fields and back ends
-            what = "cannot be made from its config.json" if _is_causal(config) else "is not a causal language model"
+            is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            what = "cannot be made from its config.json" if is_causal else "is not a causal language model"
             raise ModelError(f"model type {config.model_type!r} {what}: {brief(error)}") from error
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _is_causal(config: PretrainedConfig) -> bool:
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def load_causal(source: ModelSource, world: World, options: Options | None = None) -> PreTrainedModel:
@@ -131,13 +128,16 @@ def _first_layers(whole: PreTrainedModel, num_layers: int) -> type[PreTrainedMod
 def _load(
     model_class: type[PreTrainedModel], source: ModelSource, world: World, options: Options | None
 ) -> PreTrainedModel:
-    strategy = STRATEGIES[world.layout.strategy]
-    return _ready(strategy.load(_Checkpoint(model_class, source), world, options or {}))
+    """The model in eval mode, no gradients; float32 products in float32, because TF32 changes the fourth digit."""
+    model = STRATEGIES[world.layout.strategy].load(Checkpoint(model_class, source), world, options or {})
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
-    """`source` as a strategy loads it into a class."""
+class Checkpoint:
+    """Weights, and the class that a strategy loads them into."""
 
     model_class: type[PreTrainedModel]
     source: ModelSource
@@ -147,11 +147,13 @@ class _Checkpoint:
         return DTYPES[self.source.dtype]
 
     def skeleton(self) -> PreTrainedModel:
+        """The model without weights, on the meta device."""
         config, own = load_config(self.source), self.model_class.config_class
         with torch.device("meta"):
             return self.model_class(config if isinstance(config, own) else config.get_text_config(decoder=True))
 
     def read(self, **placement: Any) -> PreTrainedModel:
+        """The model with weights; `placement` goes to `from_pretrained`. ModelError if a weight is missing."""
         name = self.source.name
         verbosity = hf_logging.get_verbosity()
         hf_logging.set_verbosity_error()  # a cut model leaves weights unused; missing ones are checked below
@@ -180,29 +182,10 @@ class _Checkpoint:
         return model
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """Eval mode, no gradients, and float32 products in float32: TF32 would change the fourth digit."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    return model.eval().requires_grad_(False)
-
-
 def column_plans(
     model: PreTrainedModel, sites: Sequence[Site], chunks: Mapping[str, int], world: World
 ) -> dict[str, ColumnPlan]:
-    """What this rank sees and writes of each site.
-
-    Parameters
-    ----------
-    model
-        From `load_base` or `load_causal`.
-    sites
-        What is captured.
-    chunks
-        Site → columns of one chunk of the store.
-    world
-        This process's place.
-    """
+    """What this rank sees and writes of each captured site; `chunks`: site → columns of one chunk of the store."""
     num_ranks = world.layout.tensor
     if num_ranks == 1:
         return {site.name: whole_site(site.width) for site in sites}

@@ -11,7 +11,7 @@ Pure functions of numbers. The bytes of a rank are the sum of:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 from aura_dist.models.strategies.strategy import Room, Spread
 from aura_dist.models.strategies.table import STRATEGIES, title
@@ -96,8 +96,8 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     return RankMemory(device, host, preparing, mapped, held.away.get("disk", 0), sum(held.away.values()))
 
 
-def _left(limit: int | None, used: int) -> int | None:
-    return None if limit is None else max(0, limit - used)
+def _left(limit: int | None, used: int) -> float:
+    return inf if limit is None else max(0, limit - used)
 
 
 def owned_neurons(neurons: Sequence[tuple[int, int]], num_ranks: int) -> int:

@@ -31,16 +31,14 @@ from aura_dist.store.schema import stored_dtype, tasks_of
 
 @dataclass(frozen=True)
 class Estimate:
-    """A collection, whatever its sharding: all sites of the model, the captured ones, sizes and costs.
+    """A collection, whatever its sharding."""
 
-    `precisions` are the dtypes of pooled values, by pooling: a mean is float32, the others are values of the layer.
-    `splits` says whether tensor parallelism can split the decoder layers.
-    """
-
-    table: SiteTable
-    sites: tuple[Site, ...]
-    precisions: tuple[str, ...]
-    splits: bool
+    source: ModelSource
+    num_tokens: NDArray[np.int32]  # of the rows, ascending
+    table: SiteTable  # all sites of the model
+    sites: tuple[Site, ...]  # the captured ones
+    precisions: tuple[str, ...]  # dtypes of pooled values, by pooling: of the layer's own, or float32 of a mean
+    splits: bool  # whether tensor parallelism can split the decoder layers
     work: Work
 
 
@@ -62,12 +60,8 @@ def estimate(
 
     Columns will be split over `tensor_ranks`, by the user's `plan_file` if there is one.
 
-    Raises
-    ------
-    ConfigError
-        Texts are longer than the model's positions.
-    ModelError
-        `modules` match nothing, tensor parallelism is wanted and cannot split them, or the forward cannot be traced.
+    ConfigError if texts are longer than the model's positions; ModelError if `modules` match nothing, tensor
+    parallelism is wanted and cannot split them, or the forward cannot be traced.
     """
     num_rows, longest = len(num_tokens), int(num_tokens[-1])
     check_positions(config, longest, "--max-tokens")
@@ -93,7 +87,7 @@ def estimate(
         data_bytes=data_bytes,
         mapped=not gpu and is_mapped(model, source),
     )
-    return Estimate(table, sites, precisions, any(part for _, part in weights.layers), work)
+    return Estimate(source, num_tokens, table, sites, precisions, any(part for _, part in weights.layers), work)
 
 
 def _tensor_plan(model: PreTrainedModel, sites: Sequence[Site], num_ranks: int, file: str | None) -> Plan:
@@ -160,30 +154,22 @@ def tokenizer_bytes(source: ModelSource) -> int:
 
 
 def collection_report(
-    name: str,
-    dtype: str,
-    found: Estimate,
-    num_tokens: NDArray[np.int32],
-    origin: str,
-    spread: Spread,
-    machine: Machine,
-    tflops: float | None = None,
+    found: Estimate, origin: str, spread: Spread, machine: Machine, tflops: float | None = None
 ) -> Report:
     """All figures of a collection under `spread`, with advice if it does not fit.
 
-    `name` and `dtype` are the model's. `found` is the estimate of rows of `num_tokens` tokens (ascending), which come
-    from `origin`. `tflops` are those of one rank, by default of a usual one.
+    The rows come from `origin`. `tflops` are those of one rank, by default of a usual one.
     """
-    work, world_size = found.work, spread.layout.world_size
+    work, num_tokens, world_size = found.work, found.num_tokens, spread.layout.world_size
     wanted = what_fits(work, spread, machine)
     others = survey(work, world_size, machine, splits=found.splits)
     batches = schedule(num_tokens.tolist(), work.rows_chunk, work.tokens_per_batch, work.forward)
-    tflops = tflops or TFLOPS[machine.gpu, DTYPES[dtype].itemsize]
+    tflops = tflops or TFLOPS[machine.gpu, DTYPES[found.source.dtype].itemsize]
     compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops)
     by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in KINDS}
     widths = [s.width for s in found.sites]
     return Report(
-        model=f"{name} ({found.table.model_class}, {dtype})",
+        model=f"{found.source.name} ({found.table.model_class}, {found.source.dtype})",
         kinds={kind: (len(w), sum(w)) for kind, w in by_kind.items()},
         captured=(len(widths), sum(widths)),
         uncaptured=len(found.table.experts),

@@ -22,17 +22,7 @@ DISK_RATE = 2e9
 
 @dataclass(frozen=True)
 class Schedule:
-    """All batches of a collection.
-
-    Attributes
-    ----------
-    num_tokens, num_padded_tokens
-        Tokens of all rows, without and with padding.
-    num_batches
-        Forwards to run.
-    flops
-        Floating-point operations of all of them.
-    """
+    """All batches of a collection: tokens of all rows, without and with padding, forwards, and their operations."""
 
     num_tokens: int
     num_padded_tokens: int
@@ -80,21 +70,11 @@ class Step:
 
 @dataclass(frozen=True)
 class LanguageModelCost:
-    """Cost of a causal language model's forwards.
+    """Cost of a causal language model's forwards."""
 
-    Attributes
-    ----------
-    base
-        Of the model without its head.
-    logit_flops
-        Of the head, for one position.
-    read_bytes
-        Weights that a forward reads whole: of the layers and the head.
-    """
-
-    base: ForwardCost
-    logit_flops: float
-    read_bytes: int
+    base: ForwardCost  # of the model without its head
+    logit_flops: float  # of the head, for one position
+    read_bytes: int  # of the weights that a forward reads whole: the layers' and the head's
 
     def flops(self, step: Step) -> float:
         """A multiplication and an addition count as two; attention counts to all earlier tokens, masked or not."""
@@ -116,12 +96,6 @@ def continuing(batches: Iterable[tuple[int, int, int]], num_tokens: int) -> Iter
         yield Step(prompts, length, 0, prompts)
         for made in range(num_tokens - 1):
             yield Step(rows, 1, length + made, rows)
-
-
-def reading(shapes: Sequence[tuple[int, int]]) -> Iterator[Step]:
-    """The forwards of texts whose perplexity is measured, of these shapes [rows, tokens]."""
-    for rows, length in shapes:
-        yield Step(rows, length, 0, rows * length)
 
 
 @dataclass(frozen=True)

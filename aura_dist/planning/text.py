@@ -10,25 +10,11 @@ from aura_dist.units import show_bytes
 
 @dataclass(frozen=True)
 class Report:
-    """Every figure of a plan; bytes and seconds.
-
-    Attributes
-    ----------
-    kinds
-        Kind of site → (number of modules, number of neurons), in the whole model.
-    captured
-        The same of what `--modules` chose.
-    device_bytes, anonymous_bytes, host_bytes
-        Of one GPU; of one rank's anonymous memory on the host; of a machine and all its ranks.
-    fits
-        (sharding, device bytes, host bytes of a machine, largest tokens per batch or None) of every strategy.
-    advice
-        What to change; empty where the plan fits.
-    """
+    """Every figure of a plan; bytes and seconds."""
 
     model: str
-    kinds: dict[str, tuple[int, int]]
-    captured: tuple[int, int]
+    kinds: dict[str, tuple[int, int]]  # kind of site → (number of modules, number of neurons), in the whole model
+    captured: tuple[int, int]  # the same of what `--modules` chose
     uncaptured: int
     rows: str
     store: StoreSize
@@ -44,15 +30,16 @@ class Report:
     world_size: int
     num_replicas: int
     memory: RankMemory
-    device_bytes: int
-    anonymous_bytes: int
-    host_bytes: int
+    device_bytes: int  # of one GPU
+    anonymous_bytes: int  # of one rank's anonymous memory on the host
+    host_bytes: int  # of a machine and all its ranks
     machine: Machine
     tflops: float
     compute_seconds: float
     stream_seconds: float
+    # (sharding, device bytes, host bytes of a machine, largest tokens per batch or None) of every strategy
     fits: tuple[tuple[str, int, int, int | None], ...]
-    advice: str
+    advice: str  # what to change; empty where the plan fits
 
 
 def render(report: Report) -> str:

@@ -212,10 +212,7 @@ def trace_forward(
 
     `on_cpu` says where the real forward would run, because a CPU's sums take more memory.
 
-    Raises
-    ------
-    ModelError
-        The model's forward depends on values, which a trace does not have; or a site has values of another shape.
+    ModelError if the forward depends on values, which a trace does not have, or a site has values of another shape.
     """
     ids, mask = (torch.ones(shape, dtype=torch.int64, device="meta") for _ in range(2))
     account = _Account([*model.parameters(), *model.buffers(), ids, mask], on_cpu=on_cpu)

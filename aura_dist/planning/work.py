@@ -37,38 +37,20 @@ class ForwardCost:
 
 @dataclass(frozen=True)
 class Work:
-    """One collection, whatever its sharding.
+    """One collection, whatever its sharding."""
 
-    Attributes
-    ----------
-    weights, forward
-        Of the model, in the dtype of the forward.
-    neurons
-        (width, columns of a chunk) of each captured site.
-    stored_bytes, pooled_bytes
-        Bytes of one neuron's values of one row, over all poolings, in the store and in the forward.
-    rows_chunk, shortest, longest
-        Rows of a row chunk; tokens of the shortest and the longest text.
-    tokens_per_batch
-        Upper bound on the tokens of a batch.
-    tokenizer_bytes, data_bytes
-        Sizes of the tokenizer's and the texts' files, 0 where not known.
-    mapped
-        Whether a CPU can use the weights in the checkpoint's files as they are, because they have the forward's dtype.
-    """
-
-    weights: WeightSizes
+    weights: WeightSizes  # in the dtype of the forward, as its cost
     forward: ForwardCost
-    neurons: tuple[tuple[int, int], ...]
-    stored_bytes: int
-    pooled_bytes: int
-    rows_chunk: int
-    shortest: int
+    neurons: tuple[tuple[int, int], ...]  # (width, columns of a chunk) of each captured site
+    stored_bytes: int  # of one neuron's values of one row, over all poolings, in the store
+    pooled_bytes: int  # of the same in the forward
+    rows_chunk: int  # rows of a row chunk
+    shortest: int  # tokens of the shortest text
     longest: int
-    tokens_per_batch: int
-    tokenizer_bytes: int = 0
-    data_bytes: int = 0
-    mapped: bool = False
+    tokens_per_batch: int  # at most
+    tokenizer_bytes: int = 0  # of the tokenizer's file, 0 where not known
+    data_bytes: int = 0  # of the texts' file, 0 where not known
+    mapped: bool = False  # whether a CPU can use the weights in their files, because they have the forward's dtype
 
     @property
     def num_neurons(self) -> int:
@@ -90,23 +72,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where ranks would run; None is not limited.
+    """Where ranks would run; None is not limited."""
 
-    Attributes
-    ----------
-    gpu
-        Whether the forward runs on a GPU with memory of its own.
-    device_bytes
-        Memory of one GPU.
-    host_bytes
-        Memory of one machine.
-    ranks_per_host
-        Ranks that share it.
-    """
-
-    gpu: bool
-    device_bytes: int | None = None
-    host_bytes: int | None = None
+    gpu: bool  # whether the forward runs on a GPU with memory of its own
+    device_bytes: int | None = None  # memory of one GPU
+    host_bytes: int | None = None  # memory of one machine, which `ranks_per_host` ranks share
     ranks_per_host: int = 1
 
 
@@ -123,16 +93,9 @@ class StoreSize:
 
 
 def store_size(num_rows: int, rows_chunk: int, widths: Sequence[int], precisions: Sequence[str]) -> StoreSize:
-    """Size of a store of `widths` neurons a site.
+    """Size of a store of sites of these `widths`, with one array a site and pooling.
 
-    Parameters
-    ----------
-    num_rows, rows_chunk
-        Rows of the store and of a row chunk.
-    widths
-        Neurons of each site.
-    precisions
-        dtype of each pooling's values before they are stored: one array a site.
+    `precisions` are the dtypes of the poolings' values before they are stored.
     """
     row_chunks = ceil(num_rows / rows_chunk)
     items = [ITEM_BYTES[p] for p in precisions]

@@ -23,7 +23,7 @@ _TEAMS = itertools.count()
 
 
 class Sharding(Protocol):
-    """What a launch asks of `aura_dist.models.strategies.table.Sharding`."""
+    """What a launch asks of `models.strategies.table.Sharding`."""
 
     def layout(self, world_size: int) -> Layout: ...
     def collective(self, layout: Layout) -> bool: ...
@@ -33,24 +33,16 @@ class Sharding(Protocol):
 def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
     """The team of this launch, from the launcher's variables; meets the other ranks on entry.
 
-    Parameters
-    ----------
-    sharding
-        How the model is spread over the ranks.
-    device
-        As `ranks.device.pick_device` returns it.
+    `sharding` says how the model is spread over the ranks, `device` is what `pick_device` returns.
 
-    Raises
-    ------
-    ConfigError
-        The sharding does not fit the launch, or the other ranks cannot be met.
-    PeerError
-        Another rank failed; that rank says why.
+    ConfigError if the sharding does not fit the launch, or the other ranks cannot be met; PeerError if another rank
+    failed, and says why.
     """
     place = place_from_environment()
     layout = sharding.layout(place.world_size)
     world = World(layout, place.global_rank, place.local_rank, _device_of(place, device))
-    store = _meet(place)
+    alone = place.world_size == 1
+    store = HashStore() if alone else PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
     team = Team(world, store, *(_join_replica(world, store) if sharding.collective(layout) else ()))
     try:
         yield team
@@ -73,12 +65,6 @@ def _device_of(place: Place, device: str) -> str:
     index = place.local_rank % torch.accelerator.device_count()  # a launcher may show each rank one GPU only
     torch.accelerator.set_device_index(index)
     return f"{device}:{index}"
-
-
-def _meet(place: Place) -> Store:
-    if place.world_size == 1:
-        return HashStore()
-    return PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
 
 
 @cache

@@ -14,24 +14,12 @@ _AXES = ("fsdp", "tensor")
 
 @dataclass(frozen=True)
 class Layout:
-    """The parallel axes of a launch.
-
-    Attributes
-    ----------
-    strategy
-        Name of the strategy: a key of `models.strategies.table.STRATEGIES`.
-    world_size
-        Ranks of the launch.
-    fsdp
-        Ranks over which each layer's weights are split, to be gathered a layer at a time.
-    tensor
-        Ranks over which each layer's columns are split.
-    """
+    """The parallel axes of a launch of `world_size` ranks, under a strategy of `models.strategies.table`."""
 
     strategy: str = "replicate"
     world_size: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int = 1  # ranks over which each layer's weights are split, to be gathered a layer at a time
+    tensor: int = 1  # ranks over which each layer's columns are split
 
     @property
     def replica_size(self) -> int:
@@ -65,10 +53,7 @@ def read_axes(sharding: str) -> dict[str, int | None] | None:
 def axes_layout(strategy: str, sharding: str, world_size: int) -> Layout:
     """The layout of axes that `read_axes` reads. An axis without a number takes the ranks that the other leaves.
 
-    Raises
-    ------
-    ConfigError
-        Both axes lack a number, or their product does not divide the ranks.
+    ConfigError if both axes lack a number, or their product does not divide the ranks.
     """
     given = read_axes(sharding)
     assert given is not None

@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from aura_dist.errors import RunInterruptedError
@@ -18,22 +18,13 @@ FINISHED_ARE_KEPT = "finished tasks are kept: run the same command to go on"
 class StopFlag:
     """Context in which SIGTERM, SIGINT and SIGUSR1 raise RunInterruptedError, or, under `deferred`, set a flag.
 
-    A second SIGINT raises KeyboardInterrupt at once. In another thread than the main one, nothing is handled.
-
-    Parameters
-    ----------
-    outcome
-        What the user is told of the interrupted work.
-
-    Attributes
-    ----------
-    received
-        Number of the signal received, or None.
+    A second SIGINT raises KeyboardInterrupt at once. In another thread than the main one, nothing is handled. `outcome`
+    is what the user is told of the interrupted work.
     """
 
     def __init__(self, outcome: str = FINISHED_ARE_KEPT) -> None:
         self._outcome = outcome
-        self.received: int | None = None
+        self.received: int | None = None  # number of the signal
         self._deferred = False
         self._before: dict[int, Any] = {}
 
@@ -59,9 +50,7 @@ class StopFlag:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -43,19 +43,11 @@ Value = TypeVar("Value")
 
 
 class Team:
-    """The processes of a launch, as one of them sees them.
-
-    Attributes
-    ----------
-    world
-        This process's place.
-    stop_signal
-        Number of a signal that another rank was stopped by, or None.
-    """
+    """The processes of a launch, as one of them sees them."""
 
     def __init__(self, world: World, store: Store, control: Any = None, columns: Any = None) -> None:
         self.world = world
-        self.stop_signal: int | None = None
+        self.stop_signal: int | None = None  # number of a signal that another rank was stopped by
         self._store = store
         self._control = control
         self._columns = columns
@@ -160,14 +152,14 @@ class Team:
 
     # what the ranks of a replica share, step by step
 
-    def share(self, *numbers: int) -> list[list[int]]:
-        """Return the numbers of every rank of the replica, in rank order; all of them must call this together."""
+    def share(self, number: int) -> list[int]:
+        """Return the number of every rank of the replica, in rank order; all of them must call this together."""
         if self._control is None:
-            return [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.int64)
+            return [number]
+        mine = torch.tensor([number], dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.world.layout.replica_size)]
         dist.all_gather(everyone, mine, group=self._control)
-        return [values.tolist() for values in everyone]
+        return [int(theirs) for theirs in everyone]
 
     def keep_step(self, received: int | None) -> None:
         """Raise what ends the work, on all ranks of the replica before the same batch.
@@ -176,7 +168,7 @@ class Team:
         another rank failed.
         """
         self.check()
-        number = max(numbers[0] for numbers in self.share(received or self.stop_signal or 0))
+        number = max(self.share(received or self.stop_signal or 0))
         if number:
             raise interruption(number)
 
@@ -190,24 +182,12 @@ class Team:
         """Hand this row worker its share of `units`, turn by turn, in step with the rest of its replica.
 
         Row workers claim units one by one from a counter that all ranks share, so that fast and slow ranks end
-        together. The ranks of a replica take turns together, because their forwards may be collective.
+        together. The ranks of a replica take turns together, because their forwards may be collective. `key` names the
+        counter and serves once. `units` are alike on all ranks, the longest first, and take `num_turns` turns, at least
+        one. `before` is called before each turn: it raises what ends this rank's work, or returns the number of the
+        signal that this rank has received, if it has.
 
-        Parameters
-        ----------
-        key
-            Name of the counter; it serves once.
-        units
-            The work, alike on all ranks, the longest first.
-        before
-            Called before each turn: raises what ends this rank's work, or returns the number of the signal that this
-            rank has received, if it has.
-        num_turns
-            Turns that a unit takes, at least one.
-
-        Yields
-        ------
-        turn
-            (unit, index of the turn), or None for an empty turn, in which the rank runs a forward and drops its result.
+        Yields (unit, index of the turn), or None for a turn in which the rank runs a forward and drops its result.
         """
         worker = self.world.rank // self.world.layout.tensor
         while claims := self._claim(key, units):
@@ -221,8 +201,7 @@ class Team:
     def _claim(self, key: str, units: Sequence[Unit]) -> list[Unit | None]:
         """Return the next unit of each row worker of the replica, None for one that gets none; nothing at the end."""
         leads = self.world.column_rank == 0
-        claims = [numbers[0] for numbers in self.share(self.count(f"claimed/{key}") if leads else 0)]
-        claims = claims[:: self.world.layout.tensor]
+        claims = self.share(self.count(f"claimed/{key}") if leads else 0)[:: self.world.layout.tensor]
         return [units[c] if c < len(units) else None for c in claims] if min(claims) < len(units) else []
 
     def agreed(self, ids: Tensor) -> Tensor:

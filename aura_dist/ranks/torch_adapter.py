@@ -30,6 +30,11 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return int(storage._cdata)
 
 
+def own_hooks(module: nn.Module) -> list[Any]:
+    """Hooks of `module` itself that run before or after its forward."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def num_forward_hooks(module: nn.Module) -> int:
     """Forward hooks that see the output of `module`, torch's global ones among them."""
     return len(module._forward_hooks) + len(torch.nn.modules.module._global_forward_hooks)

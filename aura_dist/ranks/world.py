@@ -13,17 +13,7 @@ _FIRST_PORT, _NUM_PORTS = 20_000, 20_000
 
 @dataclass(frozen=True)
 class World:
-    """Place of one process.
-
-    Attributes
-    ----------
-    layout
-        The parallel axes of the launch.
-    global_rank, local_rank
-        Rank in the launch, and on this machine.
-    device
-        Device of this process, as torch names it.
-    """
+    """Place of one process: its rank in the launch and on this machine, and its device, as torch names it."""
 
     layout: Layout = Layout()
     global_rank: int = 0
@@ -39,11 +29,6 @@ class World:
     def rank(self) -> int:
         """Rank within the replica."""
         return self.global_rank % self.layout.replica_size
-
-    @property
-    def row_worker(self) -> int:
-        """Index of this process's row worker."""
-        return self.global_rank // self.layout.tensor
 
     @property
     def column_rank(self) -> int:
@@ -71,10 +56,7 @@ def place_from_environment(environment: MutableMapping[str, str] | None = None) 
     Under Slurm this also sets the variables that torch reads to meet the other ranks. MASTER_ADDR and MASTER_PORT come
     from the job step unless they are set.
 
-    Raises
-    ------
-    ConfigError
-        A variable is missing or not a number.
+    ConfigError if a variable is missing or not a number.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:

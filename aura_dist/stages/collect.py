@@ -68,7 +68,7 @@ PACKAGES = ("aura_dist", "torch", "transformers", "zarr", "zarrs", "numpy")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class OnDisk:
     """A model on disk or on the hub; each part is read when it is first asked for."""
 
     source: ModelSource
@@ -95,20 +95,20 @@ class Checkpoint:
         yield load_base(self.source, world, self.options, num_layers=num_layers)
 
 
-Subject = Checkpoint | InMemory  # what is collected from
+Subject = OnDisk | InMemory  # what is collected from
 
 
 def run(config: CollectConfig, table: Table | None = None) -> None:
     """Collect from the model that the settings name, and from the data that they name, unless `table` holds it."""
     source = ModelSource(config.model, config.revision, config.dtype)
-    collect(config, Checkpoint(source, sharding_of(config).options), pick_device(config.device), table)
+    collect(config, OnDisk(source, sharding_of(config).options), pick_device(config.device), table)
 
 
 def collect(config: CollectConfig, subject: Subject, device: str, table: Table | None = None) -> None:
     """Collect from `subject` on `device`, or continue a store that was begun; a finished store is left as it is."""
     with start_team(sharding_of(config), device) as team, StopFlag() as stop:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
-        samples, tokens, identity = load_samples(config, subject, table)
+        samples, tokens, identity = team.once_a_host("samples", lambda: load_samples(config, subject, table))
         _log_lengths(samples, config.concepts[0])
         spec = make_spec(config, subject, identity, int(samples.num_tokens.max()))
         left = set(team.from_first("left", lambda: prepare_store(config, spec, samples)))
@@ -125,7 +125,8 @@ def prepare_store(config: CollectConfig, spec: StoreSpec, samples: Samples) -> l
     """Make the store, or check one that was begun; returns the tasks that are left. One process of a launch runs it."""
     begun = exists(config.store)  # refuses what is not a store, also under --overwrite
     if config.overwrite or not begun:
-        create_store(config.store, spec, samples, _provenance(config))
+        versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+        create_store(config.store, spec, samples, {"config": asdict(config), "versions": versions})
     group = open_group(config.store)
     check_same(config.store, group, spec, samples)
     check_attempts(config, group, tasks_of(samples.num_tokens, spec.tokens_per_batch))
@@ -268,10 +269,3 @@ def _intervened(model: PreTrainedModel, config: CollectConfig) -> AbstractContex
     if config.intervention is None:
         return nullcontext()
     return laid_over(model, Intervention.load(config.intervention), config.strength)
-
-
-def _provenance(config: CollectConfig) -> dict[str, Any]:
-    return {
-        "config": asdict(config),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-    }

@@ -5,13 +5,13 @@ from pathlib import Path
 from aura_dist import __version__
 from aura_dist.config.verbs import ExportConfig
 from aura_dist.errors import ConfigError, StoreError
-from aura_dist.interventions.export.checkpoint import Stored, open_weights
 from aura_dist.interventions.export.directory import warn_of_left_overs, write_checkpoint
 from aura_dist.interventions.export.fold import plan_folds
 from aura_dist.interventions.hub import public_name, without_paths
 from aura_dist.interventions.use import load_intervention
 from aura_dist.models.identity import checkpoint_files, fingerprint
 from aura_dist.models.load import ModelSource, load_config, skeleton
+from aura_dist.models.weights import Stored, open_weights
 from aura_dist.sites.find import find_sites
 from aura_dist.store.access import local_path
 

@@ -21,7 +21,7 @@ stdout and stderr are left to what libraries print.
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from aura_dist.models.load import ModelSource, load_config, skeleton
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
-from aura_dist.planning.seconds import EvaluationPlan, Step, continuing, reading
+from aura_dist.planning.seconds import EvaluationPlan, Step, continuing
 from aura_dist.planning.text import Report, refusal, render
 from aura_dist.planning.work import Machine
 from aura_dist.ranks.device import wants_gpu
@@ -52,15 +52,6 @@ from aura_dist.text.tokens import load_tokenizer
 from aura_dist.units import parse_bytes
 
 MAX_RANKS_PER_HOST = 8
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Token counts of the rows that would be run, ascending, a lower bound of them, and where they come from."""
-
-    num_tokens: NDArray[np.int32]
-    shortest: int
-    origin: str
 
 
 def run(config: PlanConfig) -> None:
@@ -78,23 +69,21 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
     spread = Spread(sharding.layout(config.world_size), sharding.options)
     source = ModelSource(config.model, config.revision, config.dtype)
     model_config = load_config(source)
-    rows = find_rows(config, model_config)
+    num_tokens, shortest, origin = find_rows(config, model_config)
     found = estimate(
         source,
         model_config,
         config.modules,
         config.pooling,
-        rows.num_tokens,
+        num_tokens,
         config.tokens_per_batch,
-        shortest=rows.shortest,
+        shortest=shortest,
         data_bytes=Path(config.data).stat().st_size if config.data and Path(config.data).is_file() else 0,
         gpu=machine.gpu,
         tensor_ranks=spread.layout.tensor,
         plan_file=config.tensor_plan,
     )
-    report = collection_report(
-        config.model, config.dtype, found, rows.num_tokens, rows.origin, spread, machine, config.tflops
-    )
+    report = collection_report(found, origin, spread, machine, config.tflops)
     return report, refusal(report, config.device_memory, config.host_memory)
 
 
@@ -110,20 +99,18 @@ def make_machine(config: PlanConfig) -> Machine:
     return Machine(device is not None or wants_gpu(config.device), device, host, ranks)
 
 
-def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> Rows:
-    """The rows of the data if these can be read, otherwise as many as are asked for, of the largest length.
+def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> tuple[NDArray[np.int32], int, str]:
+    """Token counts of the rows that would be run, ascending, a lower bound of them, and where they come from.
 
-    Raises
-    ------
-    AuraError
-        The data cannot be read and no numbers of rows are given.
+    They are the rows of the data if these can be read, otherwise as many as are asked for, of the largest length.
+    AuraError if the data cannot be read and no numbers of rows are given.
     """
     asked = (config.num_positive or 0) + (config.num_negative or 0)
     reason = "no --data"
     if config.data:
         try:
             num_tokens = _sampled(config)
-            return Rows(num_tokens, int(num_tokens[0]), f"{config.data}, tokenized and sampled")
+            return num_tokens, int(num_tokens[0]), f"{config.data}, tokenized and sampled"
         except AuraError as error:
             if not asked:
                 raise
@@ -132,8 +119,7 @@ def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> Rows:
         raise ConfigError("expected --data, or --num-positive and --num-negative to say how many rows, got neither")
     positions = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = min(config.max_tokens, positions or config.max_tokens)
-    origin = f"upper bound: every row with {longest} tokens ({reason})"
-    return Rows(np.full(asked, longest, dtype=np.int32), 1, origin)
+    return np.full(asked, longest, dtype=np.int32), 1, f"upper bound: every row with {longest} tokens ({reason})"
 
 
 def _sampled(config: PlanConfig) -> NDArray[np.int32]:
@@ -148,10 +134,7 @@ def _sampled(config: PlanConfig) -> NDArray[np.int32]:
 def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:
     """What `evaluate` would take at `tflops` a rank, by default those of a usual one.
 
-    Raises
-    ------
-    AuraError
-        Inputs cannot be read, or the model's forward cannot be traced without its weights.
+    AuraError if inputs cannot be read, or the model's forward cannot be traced without its weights.
     """
     source = ModelSource(config.model, config.revision, config.dtype)
     sharding_of(config).layout(world_size)  # refuses what does not fit the ranks
@@ -171,7 +154,9 @@ def _text_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | No
     lengths = sorted(tokenize_texts(file, loaded, prefix, config.max_tokens).num_tokens.tolist())
     limit = tokens_at_once(loaded.model, config.tokens_per_batch)
     batches = make_batches(lengths, slice(0, len(lengths)), limit)
-    yield from reading([(b.stop - b.start, lengths[b.stop - 1]) for b in batches])
+    for batch in batches:
+        rows, length = batch.stop - batch.start, lengths[batch.stop - 1]
+        yield Step(rows, length, 0, rows * length)
 
 
 def _prompt_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | None) -> Iterator[Step]:

@@ -37,28 +37,12 @@ def check_texts(table: Table, column: str) -> list[str]:
 
 
 def parse_labels(table: Table, columns: list[str], threshold: float | None = None) -> NDArray[np.int8]:
-    """Labels of several columns.
+    """[N, C] int8 labels (1, 0 or −1) of N rows and C columns of 0/1 or true/false, or of numbers with `threshold`.
 
-    Parameters
-    ----------
-    table
-        N rows.
-    columns
-        C label columns, of 0/1 or true/false, or of numbers if `threshold` is given. An empty value, null, and −1
-        in a binary column, mean *not labelled*.
-    threshold
-        Numbers from this value on are positive; None for binary columns. It is rounded to the column's dtype, so that
-        0.7 in a float32 column is positive from 0.7 on.
+    Numbers from `threshold` on are positive. It is rounded to the column's dtype, so that 0.7 in a float32 column is
+    positive from 0.7 on. An empty value, null, and −1 in a binary column, mean *not labelled*.
 
-    Returns
-    -------
-    labels
-        [N, C] int8: 1, 0 or −1.
-
-    Raises
-    ------
-    InputError
-        A value is not binary, or with a threshold is no number.
+    InputError if a value is not binary, or with a threshold is no number.
     """
     labels = np.empty((len(table), len(columns)), dtype=np.int8)
     for c, column in enumerate(columns):

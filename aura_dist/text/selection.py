@@ -73,23 +73,11 @@ def select(
 ) -> tuple[NDArray[np.int64], NDArray[np.int8], TokenizedTexts]:
     """Check, label, tokenize and sample the rows of a table; without concepts, all rows are taken.
 
-    The tokenizer is loaded once texts and labels are checked, because that may take seconds or fail.
+    The tokenizer is loaded once texts and labels are checked, because that may take seconds or fail. Returns [N] rows
+    of the table, by token count, then by row; their [N, C] labels for C concepts, 1, 0 or −1; and their token ids.
 
-    Returns
-    -------
-    row
-        [N] rows of the table, by token count, then by row.
-    label
-        [N, C] labels for C concepts: 1, 0 or −1.
-    tokens
-        Token ids of the N texts.
-
-    Raises
-    ------
-    InputError
-        A text or label cannot be used, there are too few rows, or a concept lacks a class, also after sampling.
-    ConfigError
-        `max_tokens` leaves room for special tokens alone.
+    InputError if a text or label cannot be used, there are too few rows, or a concept lacks a class, also after
+    sampling; ConfigError if `max_tokens` leaves room for special tokens alone.
     """
     _, *columns = which.columns
     texts = check_texts(table, which.text_column)

@@ -25,21 +25,11 @@ _MAX_FIELD_CHARACTERS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Table:
-    """The columns that were asked for, and a digest of their source.
+    """The columns that were asked for, and a digest of their source."""
 
-    Attributes
-    ----------
-    source
-        Path or hub name, as given.
-    sha256
-        Digest of the file's bytes, of a directory's files, or the fingerprint of a hub data set.
-    columns
-        Name → list of N values. Numbers of fewer than 64 bits keep their dtype, as NumPy scalars.
-    """
-
-    source: str
-    sha256: str
-    columns: dict[str, list[Any]]
+    source: str  # path or hub name, as given
+    sha256: str  # of the file's bytes or of a directory's files, or the fingerprint of a hub data set
+    columns: dict[str, list[Any]]  # name → N values; numbers of fewer than 64 bits keep their dtype, as NumPy scalars
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -48,10 +38,7 @@ class Table:
 def read_table(source: str, columns: list[str], *, split: str = "train") -> Table:
     """Read `columns` of a file, a saved data set or a hub data set.
 
-    Raises
-    ------
-    InputError
-        The source cannot be found or read, is of an unknown format, lacks a column, or has no rows.
+    InputError if the source cannot be found or read, is of an unknown format, lacks a column, or has no rows.
     """
     try:
         table = _read(source, columns, split)

@@ -5,6 +5,7 @@ row, and no model class needs position ids.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,24 +24,12 @@ TEXTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the store, padded on the right to the longest.
+    """Rows of the store, padded on the right to the longest."""
 
-    Attributes
-    ----------
-    rows
-        Slice of the store's rows.
-    input_ids
-        [B, T] int64.
-    attention_mask
-        [B, T] bool: True at real tokens.
-    pool_mask
-        [B, T] bool: True at tokens that count in pooling: real ones, without special ones if these are left out.
-    """
-
-    rows: slice
-    input_ids: NDArray[np.int64]
-    attention_mask: NDArray[np.bool_]
-    pool_mask: NDArray[np.bool_]
+    rows: slice  # of the store's
+    input_ids: NDArray[np.int64]  # [B, T]
+    attention_mask: NDArray[np.bool_]  # [B, T]: True at real tokens
+    pool_mask: NDArray[np.bool_]  # [B, T]: the same, without special tokens if these are left out of pooling
 
     @property
     def num_tokens(self) -> int:
@@ -106,21 +95,14 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """sha256 of what determines a tokenizer's output: backend or vocabulary, special ids, and the side that is cut."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
-        text = _without_padding(backend)
+        document = json.loads(backend.to_str())
+        for name in ("padding", "truncation"):  # the last call set these
+            document.pop(name, None)
+        text = json.dumps(document, sort_keys=True)
     else:
         text = repr(sorted(tokenizer.get_vocab().items()))
     settings = (sorted(tokenizer.all_special_ids), tokenizer.truncation_side)
     return hashlib.sha256(f"{text}{settings}".encode()).hexdigest()
-
-
-def _without_padding(backend: "object") -> str:
-    """The backend as JSON, without padding and truncation: the last call set these."""
-    import json
-
-    document = json.loads(backend.to_str())  # type: ignore[attr-defined]
-    document.pop("padding", None)
-    document.pop("truncation", None)
-    return json.dumps(document, sort_keys=True)
 
 
 def tokenize(
@@ -128,12 +110,8 @@ def tokenize(
 ) -> TokenizedTexts:
     """Tokenize texts as the tokenizer does by default (special tokens added), cut at `max_tokens`.
 
-    Raises
-    ------
-    InputError
-        The tokenizer cannot take a text, or a text has no token, or only special ones that are left out.
-    ConfigError
-        `max_tokens` leaves room for special tokens alone.
+    InputError if the tokenizer cannot take a text, or a text has no token, or only special ones that are left out;
+    ConfigError if `max_tokens` leaves room for special tokens alone.
     """
     num_special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= num_special:  # else the tokenizer does not cut at all, or leaves nothing of the text

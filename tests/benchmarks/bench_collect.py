@@ -23,7 +23,7 @@ from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import keep_freed_memory
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.world import World
-from aura_dist.stages.collect import Checkpoint, load_samples, make_spec
+from aura_dist.stages.collect import OnDisk, load_samples, make_spec
 from aura_dist.store.access import open_group
 from aura_dist.store.grid import make_batches, row_chunks, rows_per_chunk
 from aura_dist.store.schema import StoreSpec, chunk_widths, create_store, tasks_of
@@ -103,7 +103,7 @@ def main() -> None:
         model=args.model, dtype=args.dtype, data=args.data, concepts=["toxic"], num_positive=args.rows // 2,
         num_negative=args.rows // 2, store="unused",
     )  # fmt: skip
-    subject = Checkpoint(ModelSource(args.model, None, args.dtype))
+    subject = OnDisk(ModelSource(args.model, None, args.dtype))
     samples, tokens, identity = load_samples(config, subject)
     spec = make_spec(config, subject, identity, int(samples.num_tokens.max()))
     model = load_base(ModelSource(args.model, None, args.dtype), World())

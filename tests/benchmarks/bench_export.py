@@ -25,8 +25,8 @@ import torch
 from transformers import LlamaConfig
 
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.export.checkpoint import open_weights
 from aura_dist.models.load import skeleton
+from aura_dist.models.weights import open_weights
 from aura_dist.sites.find import find_sites
 from tests.models import tiny_tokenizer
 

@@ -13,7 +13,7 @@ from aura_dist.sites.find import decoder_layers_name
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.record import response_names
 from tests.distributed.launch import REPOSITORY, run_ranks
-from tests.distributed.loop import OPTIONS, run_plan
+from tests.distributed.loop import OPTIONS, run_in_memory, run_plan
 from tests.models import TINY_CONFIGS
 
 pytestmark = pytest.mark.timeout(420)
@@ -80,11 +80,17 @@ def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain
     for rank in notes:
         written.update(rank["written"])
     assert set(written.values()) == {1}, "every chunk is written once, by one rank"
+    assert [source for rank in notes for source in rank["read"]] == [sentences_csv] * len(MODELS), "once a host"
     for name in MODELS:
         if name not in launch.refused:
             assert_same(tmp_path / name, plain_store(name), name)
         if launch.sharding in ("fsdp", "fsdp=2", "zero3"):
             assert 0 < max(rank["whole"][directories[name]] for rank in notes) <= largest_whole(name), name
+
+
+def test_texts_in_memory_reach_all_ranks(tiny_dir, sentences_csv, plain_store, tmp_path):
+    run_ranks(2, [str(tiny_dir("llama")), sentences_csv, str(tmp_path / "store")], run_in_memory)
+    assert_same(tmp_path / "store", plain_store("llama"), "llama")
 
 
 def largest_whole(name: str) -> int:

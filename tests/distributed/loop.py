@@ -1,10 +1,11 @@
 """Every rank of a launch runs this: collect each model under one strategy, and note what happened.
 
 The plan: `sharding`, `options` (further settings of collect), `runs` (model directory → store), `data`, `notes` (a
-directory: rank 0 notes the models that were refused, every rank the chunks it wrote and how many parameters were
-whole at once).
+directory: rank 0 notes the models that were refused, every rank the data it read, the chunks it wrote and how many
+parameters were whole at once).
 """
 
+import csv
 import json
 import os
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+import aura_dist
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import AuraError
 from aura_dist.stages import collect
@@ -42,6 +44,17 @@ def record_writes(written: Counter[str]) -> None:
         return writes(self, rows, buffer)
 
     ChunkWriter._writes = recorded
+
+
+def record_reads(read: list[str]) -> None:
+    """Note each data file that is read from here."""
+    original = collect.read_table
+
+    def recorded(source, *args, **kwargs):
+        read.append(source)
+        return original(source, *args, **kwargs)
+
+    collect.read_table = recorded
 
 
 def num_whole(model: nn.Module) -> int:
@@ -75,8 +88,9 @@ def measure_whole(most: list[int]) -> None:
 def run_plan(arguments: Sequence[str]) -> int:
     """Run the plan in the file that is named."""
     plan = json.loads(Path(arguments[0]).read_text())
-    refused, whole, written, most = {}, {}, Counter[str](), [0]
+    refused, whole, written, read, most = {}, {}, Counter[str](), [], [0]
     record_writes(written)
+    record_reads(read)
     measure_whole(most)
     for model, store in plan["runs"].items():
         settings = {"data": plan["data"], "concepts": ["toxic"], "sharding": plan["sharding"], **plan["options"]}
@@ -87,6 +101,16 @@ def run_plan(arguments: Sequence[str]) -> int:
             refused[model] = f"{type(error).__name__}: {error}"
         whole[model] = most[0]
     notes, rank = Path(plan["notes"]), os.environ.get("RANK", "0")
-    (notes / f"rank-{rank}.json").write_text(json.dumps({"refused": refused, "whole": whole, "written": written}))
+    found = {"refused": refused, "whole": whole, "written": written, "read": read}
+    (notes / f"rank-{rank}.json").write_text(json.dumps(found))
+    return 0
 
+
+def run_in_memory(arguments: Sequence[str]) -> int:
+    """Collect the texts and labels of a CSV file, held in memory, from a model into a store."""
+    model, data, store = arguments
+    with open(data, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    texts, labels = ([row[name] for row in rows] for name in ("text", "toxic"))
+    aura_dist.collect(model, texts, {"toxic": list(map(int, labels))}, store=store, **OPTIONS)
     return 0

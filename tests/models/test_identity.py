@@ -85,6 +85,12 @@ def test_old_checkpoint_of_each_dtype(llama, tmp_path):
     assert len(of(tmp_path / "a")) == 64
 
 
+def test_the_same_where_the_system_reads_into_no_buffer(llama, monkeypatch):
+    expected = of(llama)
+    monkeypatch.delattr("os.preadv")
+    assert of(llama) == expected
+
+
 def test_files_are_those_that_transformers_loads(llama, tmp_path):
     """A single file goes before an index left over beside it."""
     save_tiny("llama", tmp_path / "both", seed=1, max_shard_size="60KB")
@@ -99,17 +105,25 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:50])
 
 
+def displaced(file, offsets):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda p: cut(p / "model.safetensors"),
         lambda p: (p / "model.safetensors").write_bytes(b""),
         lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 64),
+        lambda p: displaced(p / "model.safetensors", [8, 0]),
+        lambda p: displaced(p / "model.safetensors", [-8, 0]),
+        lambda p: displaced(p / "model.safetensors", [0, 16]),
         lambda p: [(p / "model.safetensors").unlink(), (p / "pytorch_model.bin").write_bytes(b"PK\x03\x04")],
         lambda p: [(p / "model.safetensors").unlink(), (p / "model.safetensors.index.json").write_text("{")],
         lambda p: [(p / "model.safetensors").unlink(), (p / "model.safetensors.index.json").write_text("[1]")],
     ],
-    ids=["cut", "empty", "noise", "cut bin", "cut index", "odd index"],
+    ids=["cut", "empty", "noise", "reversed", "before", "beyond", "cut bin", "cut index", "odd index"],
 )
 def test_damaged_files_are_errors(damage, llama, tmp_path):
     shutil.copytree(llama, tmp_path / "model")

@@ -82,10 +82,12 @@ def test_rows_are_those_of_collect(extra, tiny_dir, sentences_csv):
     settings = {"model": str(tiny_dir("llama")), "data": sentences_csv, "concepts": ["toxic"], "store": "s"}
     settings |= {"num_positive": 20, "max_tokens": 12} | extra
     config = resolve(CollectConfig, settings)
-    samples, _, _ = collect.load_samples(config, collect.Checkpoint(ModelSource(config.model, None, config.dtype)))
-    found = plan.find_rows(resolve(PlanConfig, settings), hf.AutoConfig.from_pretrained(tiny_dir("llama")))
-    assert found.num_tokens.tolist() == samples.num_tokens.tolist()
-    assert found.shortest == samples.num_tokens[0]
+    samples, _, _ = collect.load_samples(config, collect.OnDisk(ModelSource(config.model, None, config.dtype)))
+    num_tokens, shortest, _ = plan.find_rows(
+        resolve(PlanConfig, settings), hf.AutoConfig.from_pretrained(tiny_dir("llama"))
+    )
+    assert num_tokens.tolist() == samples.num_tokens.tolist()
+    assert shortest == samples.num_tokens[0]
 
 
 def test_without_data_rows_are_an_upper_bound(falcon_shallow, capsys):

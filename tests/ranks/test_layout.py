@@ -16,7 +16,6 @@ def test_places_of_a_two_dimensional_launch():
     places = [World(layout, rank) for rank in range(12)]
     assert [w.replica for w in places] == [0] * 6 + [1] * 6
     assert [w.rank for w in places] == [0, 1, 2, 3, 4, 5] * 2
-    assert [w.row_worker for w in places] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert [w.column_rank for w in places] == [0, 1, 2] * 4
     assert layout.num_replicas == 2
     assert layout.num_row_workers == 4

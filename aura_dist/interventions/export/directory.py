@@ -17,10 +17,10 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from aura_dist.errors import ModelError, StoreError, brief
-from aura_dist.interventions.export.checkpoint import Stored, open_weights
 from aura_dist.interventions.export.fold import FoldPlan
 from aura_dist.interventions.export.rewrite import Target, layout, write
 from aura_dist.models.load import ModelSource
+from aura_dist.models.weights import Stored, open_weights
 from aura_dist.ranks.progress import Progress
 from aura_dist.ranks.signals import StopFlag
 

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.export.checkpoint import FLOATS, Stored
 from aura_dist.models.load import skeleton
+from aura_dist.models.weights import FLOATS, Stored
 from aura_dist.sites.find import find_sites, tap_of
 from aura_dist.sites.kinds import KINDS
 from aura_dist.sites.tap import HOOKS_ONLY, Fold

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aura_dist.errors import ModelError
-from aura_dist.interventions.export.checkpoint import FLOATS, Source, Stored, as_bytes
 from aura_dist.interventions.export.fold import FoldPlan
+from aura_dist.models.weights import FLOATS, Source, Stored, as_bytes
 from aura_dist.sites.tap import Fold
 
 # float32 bytes of a block that stays in the processor's cache: 4 times as fast as 8 MB

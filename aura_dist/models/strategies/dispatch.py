@@ -1,11 +1,11 @@
 """`dispatch`: one process spreads the layers over its GPUs, host memory and disk, by accelerate."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from aura_dist.errors import ConfigError
-from aura_dist.models.strategies.strategy import Checkpoint, Held, Options, Room, Spread, Strategy, WeightSizes
+from aura_dist.models.strategies.strategy import Held, Options, Room, Spread, Strategy, WeightSizes
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.world import World
 from aura_dist.units import parse_bytes
@@ -13,13 +13,7 @@ from aura_dist.units import parse_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Tier:
-    """A place for layers: a GPU's number, `cpu` or `disk`, and the weights it may hold (None: any)."""
-
-    name: str
-    limit_bytes: int | None
+    from aura_dist.models.load import Checkpoint
 
 
 class Dispatch(Strategy):
@@ -39,7 +33,7 @@ class Dispatch(Strategy):
             )
         return Layout(self.name)
 
-    def load(self, checkpoint: Checkpoint, world: World, options: Options) -> "PreTrainedModel":
+    def load(self, checkpoint: "Checkpoint", world: World, options: Options) -> "PreTrainedModel":
         limits = dict(options.get("max_memory") or {}) or None
         return checkpoint.read(device_map="auto", max_memory=limits, offload_folder=options.get("offload_folder"))
 
@@ -47,10 +41,11 @@ class Dispatch(Strategy):
         """Layers in order onto the tiers; while not all fit the first, it keeps room for the largest layer read in."""
         outside, layers = weights.per_tensor_rank(1)
         largest = max(outside, *layers)
-        first, *others = _tiers(spread.options, room)
-        if first.limit_bytes is not None and outside + sum(layers) > first.limit_bytes:
-            first = replace(first, limit_bytes=first.limit_bytes - largest)
-        held = place((outside, *layers), (first, *others))
+        tiers = _tiers(spread.options, room)
+        first = next(iter(tiers))
+        if outside + sum(layers) > tiers[first]:
+            tiers[first] -= largest
+        held = place((outside, *layers), tiers)
         away = {name: size for name, size in held.items() if name == "disk" or (name == "cpu" and room.gpu)}
         placed = max((size for name, size in held.items() if name not in away), default=0)
         return Held(placed, largest if any(away.values()) else 0, away)
@@ -72,26 +67,25 @@ def _limits(entries: Sequence[str]) -> dict[int | str, int]:
     return limits
 
 
-def _tiers(options: Options, room: Room) -> list[Tier]:
-    """In the order in which they are filled: those of `--max-memory`, or one GPU and the host; the disk is last."""
+def _tiers(options: Options, room: Room) -> dict[str, float]:
+    """Places for layers → bytes that they may hold, in the order in which they are filled.
+
+    They are those of `--max-memory`, or one GPU and the host; the disk is last.
+    """
     limits = options.get("max_memory")
     if not limits:
-        gpu = [Tier("0", room.device_bytes)] if room.gpu else []
-        return [*gpu, Tier("cpu", room.host_bytes), Tier("disk", None)]
+        gpu = {"0": room.device_bytes} if room.gpu else {}
+        return {**gpu, "cpu": room.host_bytes, "disk": inf}
     gpus = sorted(device for device in limits if isinstance(device, int))
-    named = [Tier(str(device), limits[device]) for device in (*gpus, "cpu") if device in limits]
-    return [*named, Tier("disk", None)]
+    return {**{str(device): limits[device] for device in (*gpus, "cpu") if device in limits}, "disk": inf}
 
 
-def place(blocks: Sequence[int], tiers: Sequence[Tier]) -> dict[str, int]:
+def place(blocks: Sequence[int], tiers: Mapping[str, float]) -> dict[str, int]:
     """Bytes on each tier when `blocks` fill the tiers in order; none is divided, and the last tier takes any."""
-    held, at = {tier.name: 0 for tier in tiers}, 0
+    held, names = dict.fromkeys(tiers, 0), iter(tiers)
+    tier = next(names)
     for block in blocks:
-        while at < len(tiers) - 1 and not _has_room(tiers[at], held[tiers[at].name] + block):
-            at += 1
-        held[tiers[at].name] += block
+        while held[tier] + block > tiers[tier]:
+            tier = next(names)
+        held[tier] += block
     return held
-
-
-def _has_room(tier: Tier, size: int) -> bool:
-    return tier.limit_bytes is None or size <= tier.limit_bytes

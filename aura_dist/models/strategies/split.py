@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from aura_dist.errors import ConfigError
 from aura_dist.models.strategies.replicate import Replicate, load_whole
-from aura_dist.models.strategies.strategy import Checkpoint, Held, Options, Room, Spread, Strategy, WeightSizes
+from aura_dist.models.strategies.strategy import Held, Options, Room, Spread, Strategy, WeightSizes
 from aura_dist.ranks.device import accelerator
 from aura_dist.ranks.layout import Layout, axes_layout, read_axes
 from aura_dist.ranks.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from aura_dist.models.load import Checkpoint
 
 
 class _Split(Strategy):
@@ -23,7 +25,7 @@ class _Split(Strategy):
     def layout(self, sharding: str, world_size: int) -> Layout:
         return axes_layout(self.name, sharding, world_size)
 
-    def load(self, checkpoint: Checkpoint, world: World, options: Options) -> "PreTrainedModel":
+    def load(self, checkpoint: "Checkpoint", world: World, options: Options) -> "PreTrainedModel":
         from torch.distributed.fsdp import FSDPModule
         from transformers.distributed import DistributedConfig
 

@@ -8,14 +8,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import ceil
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.world import World
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
+
+    from aura_dist.models.load import Checkpoint
 
 # name of a setting → its value, as the strategy's `parse` returns them
 Options = Mapping[str, Any]
@@ -47,7 +48,7 @@ class WeightSizes:
     def total_bytes(self) -> int:
         return sum(self.outside) + sum(map(sum, self.layers))
 
-    def per_tensor_rank(self, num_ranks: int) -> "tuple[int, tuple[int, ...]]":
+    def per_tensor_rank(self, num_ranks: int) -> tuple[int, tuple[int, ...]]:
         """Bytes outside the layers, and of each layer, on one of the ranks that split columns."""
         outside, *layers = (whole + ceil(split / num_ranks) for whole, split in (self.outside, *self.layers))
         return outside, tuple(layers)
@@ -60,11 +61,11 @@ class WeightSizes:
 
 @dataclass(frozen=True)
 class Room:
-    """What everything but the weights leaves of one GPU and of the host, in bytes; None is not limited."""
+    """What everything but the weights leaves of one GPU and of the host, in bytes; inf is not limited."""
 
     gpu: bool
-    device_bytes: int | None
-    host_bytes: int | None
+    device_bytes: float
+    host_bytes: float
 
 
 @dataclass(frozen=True)
@@ -75,42 +76,14 @@ class Spread:
     options: Options = field(default_factory=dict)
 
 
-class Checkpoint(Protocol):
-    """Weights and the class that they fill; `aura_dist.models.load` has it."""
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        """Of the weights once they are loaded."""
-
-    def skeleton(self) -> "PreTrainedModel":
-        """The model without weights, on the meta device."""
-
-    def read(self, **placement: Any) -> "PreTrainedModel":
-        """The model with weights; `placement` goes to `from_pretrained`. ModelError if a weight is missing."""
-
-
 class Strategy(ABC):
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes
-    ----------
-    name
-        Of the strategy, as in `Layout.strategy`.
-    spellings
-        How `--sharding` spells it, for people.
-    summary
-        What it does, in a few words.
-    options
-        Settings that it looks at; those of other strategies are refused.
-    maps_files
-        Whether a rank on a CPU uses the weights in the checkpoint's files, through the page cache.
-    """
-
-    name: str
-    spellings: tuple[str, ...]
-    summary: str
-    options: tuple[str, ...] = ()
-    maps_files: bool = False
+    name: str  # as in `Layout.strategy`
+    spellings: tuple[str, ...]  # of `--sharding`, for people
+    summary: str  # what it does, in a few words
+    options: tuple[str, ...] = ()  # settings that it looks at; those of other strategies are refused
+    maps_files: bool = False  # whether a rank on a CPU uses the weights in the checkpoint's files, by the page cache
 
     def takes(self, sharding: str) -> bool:
         """Whether `sharding`, a value of `--sharding`, spells this strategy."""
@@ -129,7 +102,7 @@ class Strategy(ABC):
         return layout.replica_size > 1
 
     @abstractmethod
-    def load(self, checkpoint: Checkpoint, world: World, options: Options) -> "PreTrainedModel":
+    def load(self, checkpoint: "Checkpoint", world: World, options: Options) -> "PreTrainedModel":
         """The model as this rank holds it."""
 
     @abstractmethod

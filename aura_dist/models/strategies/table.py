@@ -34,10 +34,7 @@ class Sharding:
 def parse_sharding(spelled: str, given: Options | None = None) -> Sharding:
     """What `--sharding` means, with the options that were set: name of the setting → its value.
 
-    Raises
-    ------
-    ConfigError
-        There is no such strategy, it would not look at one of the options, or an option has a wrong value.
+    ConfigError if there is no such strategy, it would not look at one of the options, or an option has a wrong value.
     """
     strategy = next((s for s in STRATEGIES.values() if s.takes(spelled)), None)
     if strategy is None:

@@ -8,10 +8,10 @@ ranks, and any number of heads can be split.
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ConfigError, ModelError
+from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.sites.find import own_names
 from aura_dist.sites.ownership import Interval
 from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
@@ -19,7 +19,13 @@ from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
 Plan = dict[str, str]
 
 _GATHER, _SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
-_OTHERS_WORDS = "--sharding fsdp, zero3, dispatch or replicate"
+
+
+def _others() -> str:
+    """The strategies that split no columns, for messages; first those that hold a model with more ranks."""
+    others = sorted(STRATEGIES.values(), key=lambda s: s.over_more(2) is None)
+    *names, last = (s.name for s in others if "tensor_plan" not in s.options)
+    return f"--sharding {', '.join(names)} or {last}"
 
 
 def _plan(layers: str, attention_in: str, attention_out: str, mlp_in: str, mlp_out: str, embedding: str) -> Plan:
@@ -60,21 +66,12 @@ def read_plan(file: str) -> Plan:
 
 
 def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None) -> Plan:
-    """The whole plan of a model (on the meta device), with names as in `model`.
+    """The whole plan for `num_ranks` ranks of a causal language model or its base (on the meta device), with its names.
 
-    Parameters
-    ----------
-    model
-        Causal language model or its base model: what will be loaded.
-    num_ranks
-        Ranks that split it.
-    file
-        A user's YAML plan, or None for transformers' own or ours. Names may be those of the causal language model.
+    It comes from a user's YAML `file`, whose names may be those of the causal language model, else from transformers or
+    from `PLANS`.
 
-    Raises
-    ------
-    ModelError
-        There is no plan for the architecture, or the plan names a module that is missing or cannot be split.
+    ModelError if there is no plan for the architecture, or the plan names a module that is missing or cannot be split.
     """
     own = dict(model.tp_plan)
     base = model.base_model
@@ -89,16 +86,14 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
         if base is not model:  # it often shares its weight with the embeddings, which are split
             plan["lm_head"] = _GATHER
     else:
-        transposed = any(_is_transposed(module) for module in modules.values())
+        transposed = any(isinstance(module, Conv1D) for module in modules.values())
         why = "its Conv1D layers' weights are transposed" if transposed else "write one with --tensor-plan"
-        raise ModelError(
-            f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use {_OTHERS_WORDS}"
-        )
+        raise ModelError(f"{type(model).__name__}: there is no plan for --sharding tensor: {why}; or use {_others()}")
     for name, style in plan.items():
-        if style != "replicate" and _is_transposed(modules.get(name)):
+        if style != "replicate" and isinstance(modules.get(name), Conv1D):
             raise ModelError(
                 f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose transposed weight "
-                f"cannot be split; use {_OTHERS_WORDS}"
+                f"cannot be split; use {_others()}"
             )
     return plan
 
@@ -123,16 +118,12 @@ def _whole_heads(plan: Mapping[str, str], model: PreTrainedModel, num_ranks: int
     return {n: replaced[s] for n, s in plan.items() if "attn" in n and s in replaced}
 
 
-def _is_transposed(module: nn.Module | None) -> bool:
-    return isinstance(module, Conv1D)
-
-
 def seen_columns(plan: Mapping[str, str], tap: Tap, num_ranks: int) -> list[tuple[Interval, ...]]:
     """Per rank, the columns of a site that its tap passes; ModelError where a rank sees no whole columns."""
     seen = tap.seen_columns(plan, num_ranks)
     if seen is None:
         raise ModelError(
             f"--sharding tensor: module {tap.site!r} is split as {plan.get(generic(tap.place))!r}, which is not by "
-            f"columns; leave it out of --modules, or use {_OTHERS_WORDS}"
+            f"columns; leave it out of --modules, or use {_others()}"
         )
     return seen

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ConfigError, ModelError, brief
-from aura_dist.models.strategies.strategy import Checkpoint, Held, Options, Room, Spread, Strategy, WeightSizes
+from aura_dist.models.strategies.strategy import Held, Options, Room, Spread, Strategy, WeightSizes
 from aura_dist.ranks.device import accelerator, backend_of
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.process import extensions_dir
@@ -16,6 +16,8 @@ from aura_dist.ranks.world import World
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from aura_dist.models.load import Checkpoint
 
 # elements of parameters that are fetched ahead: so few that at most two layers are whole at once
 _PREFETCH_ELEMENTS = 5_000_000
@@ -39,7 +41,7 @@ class Zero3(Strategy):
     def collective(self, layout: Layout) -> bool:
         return True  # DeepSpeed's engine asks for a process group of one rank too
 
-    def load(self, checkpoint: Checkpoint, world: World, options: Options) -> "PreTrainedModel":
+    def load(self, checkpoint: "Checkpoint", world: World, options: Options) -> "PreTrainedModel":
         """As the other strategies; ModelError if DeepSpeed's compiled part cannot be built."""
         settings = zero_settings(checkpoint.dtype, options.get("offload", "none"))
         prepare_extensions()
@@ -110,10 +112,7 @@ def prepare_extensions() -> None:
 
     The first build takes minutes, so the set-up scripts call this. One process builds at a time.
 
-    Raises
-    ------
-    ModelError
-        A build that was killed left its lock file, on which torch would wait for ever; or the build fails.
+    ModelError if the build fails, or one that was killed left its lock file, on which torch would wait for ever.
     """
     directory = extensions_dir()
     if accelerator() is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from aura_dist.errors import ModelError, brief
 
 # dtypes that a scale can be folded into; the others are integers or quantised values
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {
-    **{dtype: name for name, dtype in FLOATS.items()},
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
-    torch.int64: "I64",
+# every dtype that safetensors can hold, by its name there
+DTYPES = FLOATS | {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,11 @@ class Stored:
 
 
 class Source(ABC):
-    """An open weight file; leaving its context closes it.
+    """An open weight file; leaving its context closes it."""
 
-    Attributes
-    ----------
-    tensors
-        In the order of their places.
-    metadata
-        From the file's header.
-    descriptor
-        The file's, if `start` and `stop` of the tensors are offsets in it.
-    """
-
-    tensors: Sequence[Stored]
-    metadata: Mapping[str, str]
-    descriptor: int | None = None
+    tensors: Sequence[Stored]  # in the order of their places
+    metadata: Mapping[str, str]  # from the file's header
+    descriptor: int | None = None  # the file's, if `start` and `stop` of the tensors are offsets in it
 
     @abstractmethod
     def read(self, start: int, buffer: Tensor) -> None:
@@ -67,10 +60,7 @@ class Source(ABC):
 def open_weights(path: Path) -> Source:
     """Open a safetensors file, or one in torch's own format (read as plain weights only).
 
-    Raises
-    ------
-    ModelError
-        The file is damaged, or holds something other than tensors.
+    ModelError if the file is damaged, or holds something other than tensors.
     """
     try:
         return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
@@ -78,7 +68,7 @@ def open_weights(path: Path) -> Source:
         raise
     except Exception as error:  # a damaged file raises any error of its format
         raise ModelError(
-            f"weight file {str(path)!r} cannot be read: {brief(error)}; download the checkpoint again, or save it as "
+            f"weight file {str(path)!r} is damaged: {brief(error)}; download the checkpoint again, or save it as "
             "safetensors"
         ) from error
 
@@ -93,32 +83,46 @@ class _Safetensors(Source):
                 raise ValueError("the header is cut off")
             header: dict[str, Any] = json.loads(stream.read(header_bytes))
             self.metadata = header.pop("__metadata__", {})
-            self.tensors = sorted(_from_header(header, 8 + header_bytes), key=lambda t: (t.start, t.stop))
-            if self.tensors and self.tensors[-1].stop > size:
-                raise ValueError(f"expected {self.tensors[-1].stop} bytes, got {size}")
+            tensors = _from_header(header, 8 + header_bytes, size)
+            self.tensors = sorted(tensors, key=lambda t: (t.start, t.stop))
             self.descriptor = os.dup(stream.fileno())
 
     def read(self, start: int, buffer: Tensor) -> None:
         assert self.descriptor is not None
         view, at = as_bytes(buffer), 0
         while at < len(view):
-            count = os.preadv(self.descriptor, [view[at:]], start + at)
+            count = _read_into(view[at:], self.descriptor, start + at)
             if not count:
                 raise ModelError(f"weight file {str(self._path)!r} ends early; download the checkpoint again")
             at += count
 
 
-def _from_header(header: Mapping[str, Any], data: int) -> Iterable[Stored]:
+def _read_into(view: memoryview, descriptor: int, start: int) -> int:
+    """Read at `start`, whatever other threads read; returns how many bytes there were, at most as many as asked for."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], start)
+    part = os.pread(descriptor, len(view), start)  # macOS has this alone; it copies once more
+    view[: len(part)] = part
+    return len(part)
+
+
+def _from_header(header: Mapping[str, Any], data: int, size: int) -> Iterable[Stored]:
+    """The tensors of a file of `size` bytes, whose offsets count from the byte `data` on."""
     for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        yield Stored(name, entry["dtype"], tuple(entry["shape"]), data + start, data + stop)
+        start, stop = (data + offset for offset in entry["data_offsets"])
+        if not data <= start <= stop <= size:
+            raise ValueError(f"expected {name!r} within {size} bytes, got bytes {start} to {stop}")
+        yield Stored(name, entry["dtype"], tuple(entry["shape"]), start, stop)
 
 
 class _Pickled(Source):
-    """torch's own format, memory-mapped; offsets count as if its tensors followed one another."""
+    """torch's own format; offsets count as if its tensors followed one another.
+
+    Files are memory-mapped, but not those of the format's first version, which are no archives.
+    """
 
     def __init__(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
         self._values: list[Tensor] = []
         self.metadata = {"format": "pt"}
         found: list[Stored] = []
