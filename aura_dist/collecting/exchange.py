@@ -86,6 +86,6 @@ def _message(parts: Sequence[tuple[Key, Interval]], dtypes: Mapping[Key, torch.d
     content = torch.empty(sum(padded), dtype=torch.uint8)
     views = {
         (key, interval): block[:size].view(dtypes[key]).view(num_rows, -1)
-        for (key, interval), size, block in zip(parts, sizes, content.split(padded), strict=True)
+        for (key, interval), size, block in zip(parts, sizes, content.split_with_sizes(padded), strict=True)
     }
     return _Message(content, views)

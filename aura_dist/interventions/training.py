@@ -15,7 +15,9 @@ from aura_dist.errors import InputError, ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import FromModel, Scales, Shifts
 from aura_dist.interventions.use import load_for_use
-from aura_dist.models.load import ModelSource, pick_device
+from aura_dist.models.load import ModelSource
+from aura_dist.models.strategies.table import parse_sharding
+from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.sites.site import Site
 from aura_dist.store.access import read_array
@@ -60,7 +62,7 @@ def train_maps(
     rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, spec.concepts.index(concept)]
     train = resolve_name(method.train)
     source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype)
-    with start_team("replicate", pick_device("auto")) as team:
+    with start_team(parse_sharding("replicate"), pick_device("auto")) as team:
         loaded = replace(load_for_use(source, team.world, None), intervention=earlier)
         if loaded.fingerprint != spec.model["fingerprint"]:
             raise ModelError(

@@ -1,6 +1,7 @@
 """Copies to the host are asynchronous only where something waits for them."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from tests.models import tiny_causal
 class OnXpu(torch.Tensor):
     """A host tensor that says that it is on an Intel GPU, and notes how it is copied."""
 
-    copies: list[bool] = []
+    copies: ClassVar[list[bool]] = []
     device = property(lambda self: torch.device("xpu"))
 
     @classmethod

@@ -79,7 +79,7 @@ def plan_folds(
             tensor = names.stored_as(parameter).name
             assert tensor not in folds, "no two sites share a parameter"
             folds[tensor] = fold
-    switches, biases = with_biases(config, model, list(new_biases))
+    switches, biases = _with_biases(config, model, list(new_biases))
     added = {}
     for bias, width in biases.items():
         weight = names.stored_as(f"{bias.removesuffix('.bias')}.weight").name
@@ -139,7 +139,7 @@ def _check_not_tied(model: PreTrainedModel, site: str, name: str) -> None:
         raise ModelError(f"{name!r} is tied to {other}: folding {site!r} would change that as well; {HOOKS_ONLY}")
 
 
-def with_biases(
+def _with_biases(
     config: PretrainedConfig, model: PreTrainedModel, biases: Sequence[str]
 ) -> tuple[dict[str, bool], dict[str, int]]:
     """The settings under which a model has all of `biases`, and name → width of every bias that they add.
