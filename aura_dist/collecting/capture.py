@@ -19,29 +19,6 @@ from aura_dist.store.writer import RowBuffer
 from aura_dist.text.tokens import Batch
 
 
-def row_buffer(
-    dtypes: Mapping[tuple[str, str], torch.dtype], plans: Mapping[str, ColumnPlan], num_rows: int, device: str
-) -> RowBuffer:
-    """An empty buffer of one row chunk: every array's columns that are written here.
-
-    Parameters
-    ----------
-    dtypes
-        (site, pooling) → dtype of the stored values.
-    plans
-        Site → which columns.
-    num_rows
-        Rows of a chunk.
-    device
-        Page-locked where a GPU copies into it on its own.
-    """
-    return {
-        key: torch.empty((num_rows, plans[key[0]].num_owned), dtype=dtype, pin_memory=device != "cpu").numpy()
-        for key, dtype in dtypes.items()
-        if plans[key[0]].num_owned
-    }
-
-
 class Capture:
     """Runs batches through a base model and copies each site's pooled values to the host.
 
@@ -49,18 +26,14 @@ class Capture:
     ----------
     model
         Base model (no language-model head), in eval mode.
-    sites
-        Where to listen.
+    sites, poolings
+        Where to listen, and names in `POOLINGS`.
     plans
         Site → what this rank sees and writes of it.
-    poolings
-        Names in `POOLINGS`.
     device
         Where the forward takes its input.
     exchange
         Takes the pooled values that other ranks write; None where every rank writes what it sees.
-
-    It listens within its context alone.
     """
 
     def __init__(
@@ -83,16 +56,12 @@ class Capture:
         self._masks: dict[torch.device, TokenMask] = {}
         self._called: set[str] = set()
         self._pooled: dict[tuple[str, str], Tensor] = {}
-        taps = [tap_of(model, site) for site in sites]
-        self._attached = attached(model, [(tap, self._callback(tap)) for tap in taps])
+        self._taps = [tap_of(model, site) for site in sites]
         self._streams: dict[torch.device, Any] = {}
 
-    def __enter__(self) -> "Capture":
-        self._attached.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._attached.__exit__(*error)
+    def listening(self) -> AbstractContextManager[None]:
+        """Context within which the model's forwards are captured."""
+        return attached(self._model, [(tap, self._callback(tap)) for tap in self._taps])
 
     def run(self, batch: Batch, buffer: RowBuffer, at: int) -> None:
         """Forward `batch`; put its pooled outputs into rows [at, at + B) of `buffer`.
@@ -149,20 +118,14 @@ class Capture:
         pooled_BD.record_stream(stream)
         return torch.cuda.stream(stream)
 
-    def _keep(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
-        """Keep values on a GPU until all work is queued; on the CPU they would fragment the heap, so copy them now."""
-        if pooled_BD.device.type == "cpu":
-            self._copy_out(key, pooled_BD)
-        else:
-            self._pooled[key] = pooled_BD
-
     def _copy_out(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
         plan = self._plans[key[0]]
         rows = slice(self._at, self._at + len(pooled_BD))
         first = _needed(plan).start
+        aside = pooled_BD.device.type == "cuda"  # `copied` waits for the streams of these devices alone
         for move in plan.keeps:
             target = torch.from_numpy(self._buffer[key])[rows, slice(*move.target)]
-            target.copy_(pooled_BD[:, move.source[0] - first : move.source[1] - first], non_blocking=True)
+            target.copy_(pooled_BD[:, move.source[0] - first : move.source[1] - first], non_blocking=aside)
         if self._exchange is not None:
             self._exchange.stage(key, pooled_BD, rows)
 
@@ -187,7 +150,11 @@ class Capture:
             if needed.stop > needed.start:
                 mask = self._mask_on(acts_BTD.device)
                 for pooling, reduce in self._poolings.items():
-                    self._keep((name, pooling), reduce(mask, acts_BTD[..., needed]))
+                    key, pooled_BD = (name, pooling), reduce(mask, acts_BTD[..., needed])
+                    if pooled_BD.device.type == "cpu":  # kept until the forward ends, they would fragment the heap
+                        self._copy_out(key, pooled_BD)
+                    else:
+                        self._pooled[key] = pooled_BD
 
         return pool
 

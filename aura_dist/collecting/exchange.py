@@ -1,7 +1,7 @@
-"""Exchange of pooled values between the ranks of a row worker, where the columns they see are not whole chunks.
+"""Under tensor parallelism, ranks send each other the pooled values of columns that one sees and another writes.
 
-Messages hold pooled rows × columns, never tokens, and go through host memory once a row chunk. Where widths align
-nothing is sent.
+A message holds the values of one row chunk, never single tokens. It goes through host memory. Where the ranks' columns
+are whole chunks of the store, nothing is sent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from aura_dist.ranks.team import Team
-from aura_dist.sites.ownership import ColumnPlan, Interval
+from aura_dist.sites.ownership import ColumnPlan, Interval, width_of
 from aura_dist.store.writer import RowBuffer
 
-Key = tuple[str, str]
+Key = tuple[str, str]  # (site, pooling)
 _ALIGNMENT = 8
 
 
 class ColumnExchange:
-    """Gathers a row chunk's pooled values for other ranks, sends them, and fills in those from other ranks.
+    """Collects pooled values for the other ranks of a row worker, and exchanges them once a row chunk.
 
     Parameters
     ----------
     plans
         Site → column plan of this rank.
     dtypes
-        (site, pooling) → dtype of the stored values.
+        Dtype of the stored values of each array.
     num_rows
         Rows of a chunk.
     team
@@ -42,21 +42,23 @@ class ColumnExchange:
         self._incoming = _messages({key: plans[key[0]].receives for key in dtypes}, dtypes, num_rows)
 
     def stage(self, key: Key, pooled_BD: Tensor, rows: slice) -> None:
-        """Copy what other ranks write of a batch's pooled values (all seen columns) into the messages."""
+        """Copy the columns of a batch that other ranks write into their messages; D are all columns seen here."""
         for peer, intervals in self._plans[key[0]].sends.items():
             for interval in intervals:
                 self._outgoing[peer].parts[key, interval][rows].copy_(pooled_BD[:, slice(*interval)])
 
     def complete(self, buffer: RowBuffer) -> None:
-        """Exchange the messages of a row chunk; all ranks of the row worker must do so together."""
+        """Exchange the messages of a row chunk, and copy the received values into `buffer`.
+
+        All ranks of the row worker must call this together.
+        """
         self._team.exchange(
             {peer: m.content for peer, m in self._outgoing.items()},
             {peer: m.content for peer, m in self._incoming.items()},
         )
-        for peer, message in self._incoming.items():
-            for key, values in buffer.items():
-                for interval in self._plans[key[0]].receives.get(peer, ()):
-                    torch.from_numpy(values)[:, slice(*interval)] = message.parts[key, interval]
+        for message in self._incoming.values():
+            for (key, interval), values in message.parts.items():
+                torch.from_numpy(buffer[key])[:, slice(*interval)] = values
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ def _messages(
 
 
 def _message(parts: Sequence[tuple[Key, Interval]], dtypes: Mapping[Key, torch.dtype], num_rows: int) -> _Message:
-    slices, at = [], 0
-    for key, (first, last) in parts:
-        num_bytes = num_rows * (last - first) * dtypes[key].itemsize
-        slices.append(slice(at, at + num_bytes))
-        at += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-    content = torch.empty(at, dtype=torch.uint8)
-    flat = [content[place].view(dtypes[key]) for place, (key, _) in zip(slices, parts, strict=True)]
-    return _Message(content, {part: values.view(num_rows, -1) for part, values in zip(parts, flat, strict=True)})
+    sizes = [num_rows * width_of([interval]) * dtypes[key].itemsize for key, interval in parts]
+    padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    content = torch.empty(sum(padded), dtype=torch.uint8)
+    views = {
+        (key, interval): block[:size].view(dtypes[key]).view(num_rows, -1)
+        for (key, interval), size, block in zip(parts, sizes, content.split_with_sizes(padded), strict=True)
+    }
+    return _Message(content, views)

@@ -1,7 +1,7 @@
-"""Tasks → batches → forwards → row chunks: the loop that every rank runs.
+"""The loop that every rank runs: it claims tasks, runs their batches, and hands row chunks to the writer.
 
-Row workers claim tasks one by one, longest first. The ranks of a replica take their batches in step (`Team.claimed`),
-because their forwards are collective: one that has no batch left runs an empty turn.
+Row workers claim tasks one by one, longest first. The ranks of a replica run their batches in step (`Team.claimed`),
+because their forwards are collective. A rank without a batch runs a forward all the same, and drops its result.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ import torch
 import zarr
 from transformers import PreTrainedModel
 
-from aura_dist.collecting.capture import Capture, row_buffer
+from aura_dist.collecting.capture import Capture
 from aura_dist.collecting.exchange import ColumnExchange
 from aura_dist.models.load import DTYPES
 from aura_dist.ranks.progress import Progress
@@ -31,21 +31,11 @@ Step = tuple[slice, slice, bool]
 
 @dataclass(frozen=True)
 class Run:
-    """What one rank needs to run tasks.
-
-    Attributes
-    ----------
-    spec, tokens
-        What the store holds, and the texts in store order.
-    plans
-        Site → what this rank sees and writes of it.
-    team, stop
-        The other ranks, and the signals received.
-    """
+    """What one rank needs to run tasks."""
 
     spec: StoreSpec
-    tokens: TokenizedTexts
-    plans: Mapping[str, ColumnPlan]
+    tokens: TokenizedTexts  # in store order
+    plans: Mapping[str, ColumnPlan]  # site → what this rank sees and writes of it
     team: Team
     stop: StopFlag
 
@@ -77,15 +67,20 @@ class Run:
 
     def writer(self, group: zarr.Group) -> ChunkWriter:
         """The writer of this rank's columns."""
-
-        def buffer() -> RowBuffer:
-            return row_buffer(self.dtypes, self.plans, self.rows, self.team.world.device)
-
         owned = {name: plan.owned for name, plan in self.plans.items()}
-        return ChunkWriter(group, owned, buffer, lambda task, bad: self._commit(group, task, bad))
+        return ChunkWriter(group, owned, self._buffer, lambda task, bad: self._commit(group, task, bad))
+
+    def _buffer(self) -> RowBuffer:
+        """An empty buffer of one row chunk: every array's columns that are written here."""
+        pinned = self.team.world.device != "cpu"  # so that a GPU copies into it on its own
+        return {
+            key: torch.empty((self.rows, self.plans[key[0]].num_owned), dtype=dtype, pin_memory=pinned).numpy()
+            for key, dtype in self.dtypes.items()
+            if self.plans[key[0]].num_owned
+        }
 
     def _commit(self, group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
-        """Called once this rank's part of a task is on disk; the last rank of the row worker marks the task."""
+        """Note that this rank's part of a task is on disk; the row worker's last rank marks the task as finished."""
         ranks = range(self.team.world.layout.tensor)
         if nonfinite:
             self.team.note(f"nonfinite/{task}/{self.team.world.column_rank}", nonfinite)
@@ -105,29 +100,31 @@ def stream(
 ) -> None:
     """Run this rank's share of `tasks` through a base model and hand the pooled responses to the writer.
 
-    `begin` is called with each task that this row worker begins, by its first rank.
+    The first rank of a row worker calls `begin` with the index of each task that the row worker begins.
 
     Raises
     ------
     RunInterruptedError
-        A signal came; the task under way is dropped, by all ranks of the replica at the same batch.
+        A signal came. All ranks of the replica stop at the same batch and drop their task.
     PeerError
         Another rank failed.
     StoreError
         The writer failed.
     """
     team = run.team
+    leads = team.world.column_rank == 0
     queue = sorted(tasks, key=lambda t: (-t.num_tokens, t.index))
     progress = Progress("collect", sum(t.stop - t.start for t in tasks), sum(t.num_tokens for t in tasks))
     exchange = ColumnExchange(run.plans, run.dtypes, run.rows, team) if team.world.layout.tensor > 1 else None
+    capture = Capture(model, run.spec.sites, run.plans, run.spec.poolings, team.world.device, exchange)
     steps: list[Step] = []
+    buffer: RowBuffer = {}
 
     def before() -> int | None:
         writer.check()
         return run.stop.received
 
-    with Capture(model, run.spec.sites, run.plans, run.spec.poolings, team.world.device, exchange) as capture:
-        batches = _Batches(run, writer, capture, exchange, progress)
+    with capture.listening():
         for turn in team.claimed("tasks", queue, before, lambda task: len(run.steps(task))):
             if turn is None:
                 capture.skip(run.tokens.batch(slice(0, 1)))
@@ -135,9 +132,20 @@ def stream(
             task, index = turn
             if index == 0:
                 steps = run.steps(task)
-                if team.world.column_rank == 0:
+                if leads:
                     begin(task.index)
-            batches.take(steps[index])
+            chunk, batch, completes = steps[index]
+            if batch.start == chunk.start:
+                buffer = writer.free_buffer()
+            capture.run(run.tokens.batch(batch), buffer, batch.start - chunk.start)
+            if leads:
+                _count(run, batch, progress)
+            if completes:
+                copied = capture.copied()
+                if exchange is not None:
+                    copied()
+                    exchange.complete(buffer)
+                writer.write(chunk.start, chunk.stop, buffer, copied)
             if index + 1 == len(steps):
                 writer.commit(task.index)
     if team.world.is_first:
@@ -145,35 +153,9 @@ def stream(
         progress.finish()
 
 
-class _Batches:
-    """The batches of one rank: the row buffer under way, and the progress that all ranks share."""
-
-    def __init__(
-        self, run: Run, writer: ChunkWriter, capture: Capture, exchange: ColumnExchange | None, progress: Progress
-    ) -> None:
-        self._run, self._writer, self._capture = run, writer, capture
-        self._exchange, self._progress = exchange, progress
-        self._buffer: RowBuffer = {}
-
-    def take(self, step: Step) -> None:
-        """Run one batch; hand its row chunk over if that completes it."""
-        chunk, batch, completes = step
-        if batch.start == chunk.start:
-            self._buffer = self._writer.free_buffer()
-        self._capture.run(self._run.tokens.batch(batch), self._buffer, batch.start - chunk.start)
-        if self._run.team.world.column_rank == 0:
-            self._tell(batch)
-        if completes:
-            wait = self._capture.copied()
-            if self._exchange is not None:
-                wait()
-                self._exchange.complete(self._buffer)
-            self._writer.write(chunk.start, chunk.stop, self._buffer, wait)
-
-    def _tell(self, batch: slice) -> None:
-        """Add a batch to what all ranks have done; rank 0 logs the sum."""
-        team = self._run.team
-        rows = team.add("rows", batch.stop - batch.start)
-        tokens = team.add("tokens", sum(self._run.num_tokens[batch]))
-        if team.world.is_first:
-            self._progress.reach(rows, tokens)
+def _count(run: Run, batch: slice, progress: Progress) -> None:
+    """Add a batch to the rows and tokens that all ranks have run; rank 0 logs the sums."""
+    rows = run.team.add("rows", batch.stop - batch.start)
+    tokens = run.team.add("tokens", sum(run.num_tokens[batch]))
+    if run.team.world.is_first:
+        progress.reach(rows, tokens)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from aura_dist.errors import InputError, StoreError
 from aura_dist.files import replacing
-from aura_dist.interventions.methods import compose, count_changed, with_strength
+from aura_dist.interventions.methods import Map, compose, with_strength
 
 WEIGHTS_FILE = "intervention.safetensors"
 META_FILE = "intervention.json"
@@ -25,21 +25,12 @@ FORMAT_VERSION = 1
 class Intervention:
     """One elementwise affine map z ← scale ⊙ z + shift per site.
 
-    Attributes
-    ----------
-    scale
-        Site → [D] float32.
-    shift
-        Site → [D] float32; a site without one is not shifted.
-    meta
-        Method, parameters, concept, model fingerprint, store digest; `applied_strength` if `at_strength` changed the
-        fitted maps.
-
     `b @ a` is `b` after `a`, as one intervention; InputError if their models or widths differ.
     """
 
-    scale: Mapping[str, NDArray[np.float32]]
-    shift: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    scale: Mapping[str, NDArray[np.float32]]  # site → [D]
+    shift: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # a site without one is not shifted
+    # method, parameters, concept, model fingerprint, store digest; `applied_strength` if `at_strength` changed the maps
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,17 +41,18 @@ class Intervention:
     @property
     def num_changed(self) -> int:
         """Number of neurons that the maps change."""
-        return count_changed(self.scale, self.shift)
+        maps = (self.map_of(site) for site in self.sites)
+        changed = ((scale != 1) | (False if shift is None else shift != 0) for scale, shift in maps)
+        return sum(int(np.count_nonzero(neurons)) for neurons in changed)
 
     @property
     def num_neurons(self) -> int:
         """Number of neurons of all its sites."""
         return sum(len(self.map_of(site)[0]) for site in self.sites)
 
-    def map_of(self, site: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    def map_of(self, site: str) -> Map:
         """(scale, shift or None) of a site."""
-        shift = self.shift.get(site)
-        scale = self.scale.get(site)
+        scale, shift = self.scale.get(site), self.shift.get(site)
         if scale is None:
             scale = np.ones(0 if shift is None else shift.shape, dtype=np.float32)
         return scale, shift
@@ -97,28 +89,14 @@ class Intervention:
     def restricted(self, sites: Collection[str]) -> "Intervention":
         """The same on some of its sites."""
         kept = set(sites)
-        return Intervention(
-            {s: v for s, v in self.scale.items() if s in kept},
-            {s: v for s, v in self.shift.items() if s in kept},
-            self.meta,
-        )
+        scale, shift = ({s: v for s, v in maps.items() if s in kept} for maps in (self.scale, self.shift))
+        return Intervention(scale, shift, self.meta)
 
     def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload to the Hugging Face hub, with a model card; returns the address of the commit.
+        """Upload to `user/name` on the Hugging Face hub, with a model card; returns the address of the commit.
 
-        Parameters
-        ----------
-        repo
-            `user/name`; created if it does not exist.
-        private
-            Whether a new repository is private.
-        token
-            By default the token of the user who is logged in.
-
-        Raises
-        ------
-        StoreError
-            The hub cannot be reached, or refuses.
+        The repository is created if it does not exist, and `private` then holds for it. Without `token`, the token of
+        the user who is logged in is used. StoreError if the hub cannot be reached, or refuses.
         """
         from aura_dist.interventions.hub import push
 
@@ -138,7 +116,7 @@ class Intervention:
             raise InputError(f"expected two interventions of one model, got interventions of {names}")
         scale: dict[str, NDArray[np.float32]] = {}
         shift: dict[str, NDArray[np.float32]] = {}
-        for site in {**dict.fromkeys(inner.sites), **dict.fromkeys(self.sites)}:
+        for site in dict.fromkeys([*inner.sites, *self.sites]):
             if site not in inner.sites or site not in self.sites:
                 maps = (self if site in self.sites else inner).map_of(site)
             else:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from aura_dist.interventions.methods import (
     needed_statistics,
     settle_options,
 )
-from aura_dist.sites.kinds import matching
+from aura_dist.sites.kinds import choose
 from aura_dist.sites.site import Site
 from aura_dist.store.schema import StoreSpec
 
@@ -35,23 +36,13 @@ ReadScores = Callable[[str, str, str], Mapping[str, NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Fit:
-    """What to fit: a method of `METHODS`, for a concept of the store.
+    """What to fit, for a concept of the store."""
 
-    Attributes
-    ----------
-    modules
-        Kinds and patterns of the store's sites to act on; empty for all.
-    strength
-        s of `methods.with_strength`.
-    options
-        Options of the method; one that is missing or None takes the method's default.
-    """
-
-    method: str
+    method: str  # one of `METHODS`
     concept: str
-    modules: Sequence[str] = ()
-    strength: float = 1.0
-    options: Options = field(default_factory=dict)
+    modules: Sequence[str] = ()  # kinds and patterns of the store's sites to act on; empty for all
+    strength: float = 1.0  # s of `methods.with_strength`
+    options: Options = field(default_factory=dict)  # one that is missing or None takes the method's default
 
 
 def fit_intervention(
@@ -59,12 +50,8 @@ def fit_intervention(
 ) -> Intervention:
     """The fitted intervention alone; `result @ earlier` is the one that acts after an earlier intervention.
 
-    Parameters
-    ----------
-    read
-        Reads the store's scores.
-    earlier
-        A trained method runs the model under this intervention, which the store was collected under.
+    `read` reads the store's scores. A trained method runs the model under `earlier`, the intervention that the store
+    was collected under.
 
     Raises
     ------
@@ -76,7 +63,7 @@ def fit_intervention(
         The store has not been scored.
     """
     method, options = find_method(fit.method), settle_options(fit.method, fit.options)
-    sites = _chosen_sites(spec.sites, fit.modules)
+    sites = spec.sites if not fit.modules else choose(spec.sites, fit.modules, partial(_unmatched, spec.sites))
     if isinstance(method, FromModel):
         from aura_dist.interventions.training import train_maps
 
@@ -97,22 +84,14 @@ def fit_intervention(
         "store_digest": _digest(spec, evidence),
         "aura_dist": __version__,
     }
-    at_strength = Intervention(*maps).at_strength(fit.strength)
-    return Intervention(at_strength.scale, at_strength.shift, meta)
+    return replace(Intervention(*maps).at_strength(fit.strength), meta=meta)
 
 
-def _chosen_sites(sites: Sequence[Site], modules: Sequence[str]) -> list[Site]:
-    """The sites that `modules` choose, in model order; InputError if one of these matches none."""
-    chosen: set[str] = set()
-    for wanted in modules:
-        names = matching(sites, wanted)
-        if not names:
-            raise InputError(
-                f"--modules {wanted!r} matches none of the {len(sites)} modules of the store ({sites[0].name}, …); "
-                "collect them, or name others"
-            )
-        chosen |= names
-    return [s for s in sites if s.name in chosen or not modules]
+def _unmatched(sites: Sequence[Site], word: str) -> InputError:
+    return InputError(
+        f"--modules {word!r} matches none of the {len(sites)} modules of the store ({sites[0].name}, …); "
+        "collect them, or name others"
+    )
 
 
 def _parameters(fit: Fit, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,13 +113,8 @@ def _digest(spec: StoreSpec, evidence: Iterable[NDArray[Any]]) -> str:
 def earlier_intervention(store: str, spec: StoreSpec, onto: str | None) -> Intervention | None:
     """The intervention at `onto`, at the strength under which the store was collected; None without `onto`.
 
-    Raises
-    ------
-    InputError
-        The store was collected under another intervention: the fitted map would act on other responses than it was
-        fitted to.
-    StoreError
-        There is no intervention at `onto`.
+    InputError if the store was collected under another intervention: the fitted map would act on other responses than
+    it was fitted to. StoreError if there is no intervention at `onto`.
     """
     under = spec.intervention
     if onto is None:

@@ -15,6 +15,7 @@ from aura_dist.errors import ConfigError, InputError
 Scores = Mapping[str, NDArray[np.float64]]
 Scales = dict[str, NDArray[np.float32]]
 Shifts = dict[str, NDArray[np.float32]]
+Map = tuple[NDArray[np.float32], NDArray[np.float32] | None]  # one site's scale and shift
 Options = Mapping[str, Any]
 
 
@@ -22,29 +23,16 @@ Options = Mapping[str, Any]
 class FromStatistics:
     """A method that computes its maps from a store's statistics.
 
-    Attributes
-    ----------
-    summary
-        What it does to a chosen unit, for `--help`.
-    maps
-        `maps(statistics, options)` returns site → [D] scale and site → [D] shift of every unit, chosen or not;
-        no shifts where the method only scales.
-    statistics
-        Names of the statistics that `maps` reads.
-    pooling
-        Default of `--pooling`.
-    experts_only
-        Without `--top-k`, the method acts on the units with AUROC > ½, not on all units with a score.
-    own_options
-        Further options that `maps` reads → their defaults.
+    `maps(statistics, options)` returns site → [D] scale and site → [D] shift of every unit, chosen or not; no shifts
+    where the method only scales.
     """
 
-    summary: str
+    summary: str  # what it does to a chosen unit, for `--help`
     maps: Callable[[Mapping[str, Scores], Options], tuple[Scores, Scores]]
-    statistics: tuple[str, ...]
-    pooling: str
-    experts_only: bool = False
-    own_options: Options = field(default_factory=dict)
+    statistics: tuple[str, ...]  # those that `maps` reads
+    pooling: str  # default of `--pooling`
+    experts_only: bool = False  # without `--top-k`, it acts on the units with AUROC > ½, not on all with a score
+    own_options: Options = field(default_factory=dict)  # further options that `maps` reads → their defaults
 
     @property
     def options(self) -> dict[str, Any]:
@@ -56,32 +44,20 @@ class FromStatistics:
 class FromModel:
     """A method that trains its maps: it runs the model, and may take gradients.
 
-    Attributes
-    ----------
-    summary
-        What the method does, for `--help`.
-    train
-        `module:function`, imported when the method is used, because such modules import torch. The function takes a
-        `interventions.training.Training` and returns (site → [D] scale, site → [D] shift).
-    options
-        Options of `fit` that the method reads → their defaults.
+    `train` names a function as `module:function`, imported when the method is used, because such modules import torch.
+    It takes an `interventions.training.Training` and returns (site → [D] scale, site → [D] shift).
     """
 
-    summary: str
+    summary: str  # what it does, for `--help`
     train: str
-    options: Options = field(default_factory=dict)
+    options: Options = field(default_factory=dict)  # options of `fit` that it reads → their defaults
 
 
 def aura_scale(auroc: NDArray[np.float64]) -> NDArray[np.float32]:
     """AurA's scale of each neuron: α = 1 − 2 (AUROC − ½) where AUROC > ½, else 1.
 
     Suau et al., *Whispering Experts* (ICML 2024), eq. 5: an expert is damped in proportion to its Gini
-    coefficient, down to 0 at AUROC = 1.
-
-    Parameters
-    ----------
-    auroc
-        Any shape; NaN (no score) gives 1.
+    coefficient, down to 0 at AUROC = 1. `auroc` has any shape; α is 1 where it is NaN (no score).
     """
     alpha = np.ones(auroc.shape, dtype=np.float64)
     expert = auroc > 0.5
@@ -153,12 +129,7 @@ def method_options() -> set[str]:
 def settle_options(method: str, given: Options) -> dict[str, Any]:
     """Every option that the method reads: as given, else (None) its default.
 
-    Raises
-    ------
-    ConfigError
-        An option is given that this method does not read.
-    InputError
-        There is no such method.
+    ConfigError if an option is given that this method does not read; InputError if there is no such method.
     """
     read = find_method(method).options
     for name in (name for name, value in given.items() if value is not None and name not in read):
@@ -185,8 +156,6 @@ def fit_maps(method: FromStatistics, statistics: Mapping[str, Scores], options: 
 
     Parameters
     ----------
-    method
-        A row of `METHODS`.
     statistics
         Statistic → site → [D] float64, all sites in model order: at least `needed_statistics`.
     options
@@ -227,19 +196,8 @@ def _chosen(method: FromStatistics, statistics: Mapping[str, Scores], options: O
 def top_units(auroc: Scores, top_k: int | None) -> dict[str, NDArray[np.bool_]]:
     """Which neurons are experts: exactly the `top_k` of highest AUROC in the whole model, or all above ½.
 
-    Model order, then unit, breaks ties, so that the choice is the same everywhere.
-
-    Parameters
-    ----------
-    auroc
-        Site → [D] AUROC, in model order; NaN is never chosen.
-    top_k
-        Number of neurons, or None for all with AUROC > ½.
-
-    Raises
-    ------
-    InputError
-        `top_k` is larger than the number of scored neurons.
+    Model order, then unit, breaks ties, so that the choice is the same everywhere. `auroc` is in model order; NaN is
+    never chosen. InputError if `top_k` is larger than the number of scored neurons.
     """
     if top_k is None:
         return {site: values > 0.5 for site, values in auroc.items()}
@@ -254,15 +212,10 @@ def top_units(auroc: Scores, top_k: int | None) -> dict[str, NDArray[np.bool_]]:
     return dict(zip(auroc, np.split(chosen, cuts), strict=True))
 
 
-def with_strength(
-    scale: NDArray[np.float32], shift: NDArray[np.float32] | None, strength: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+def with_strength(scale: NDArray[np.float32], shift: NDArray[np.float32] | None, strength: float) -> Map:
     """The map at strength s: ω_s = 1 + s (ω − 1), b_s = s b. s = 0 is the identity, exactly; s = 1 the map itself.
 
-    Raises
-    ------
-    InputError
-        s is negative, infinite or NaN.
+    InputError if s is negative, infinite or NaN.
     """
     if not 0 <= strength < np.inf:
         raise InputError(f"--strength: expected a finite number of at least 0, got {strength}")
@@ -275,10 +228,7 @@ def with_strength(
     return scaled, None if shift is None else (s * shift).astype(np.float32)
 
 
-def compose(
-    outer: tuple[NDArray[np.float32], NDArray[np.float32] | None],
-    inner: tuple[NDArray[np.float32], NDArray[np.float32] | None],
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+def compose(outer: Map, inner: Map) -> Map:
     """`outer` after `inner` as one map: ω = ω₂ ω₁, b = ω₂ b₁ + b₂, rounded once."""
     (scale_2, shift_2), (scale_1, shift_1) = outer, inner
     scale = scale_2 * scale_1
@@ -286,13 +236,3 @@ def compose(
         return scale, shift_2
     moved = scale_2.astype(np.float64) * shift_1
     return scale, (moved if shift_2 is None else moved + shift_2).astype(np.float32)
-
-
-def count_changed(scales: Mapping[str, NDArray[np.float32]], shifts: Mapping[str, NDArray[np.float32]]) -> int:
-    """Number of neurons that a set of maps changes."""
-    total = 0
-    for site in {**scales, **shifts}:
-        scaled = scales[site] != 1 if site in scales else False
-        shifted = shifts[site] != 0 if site in shifts else False
-        total += int(np.count_nonzero(np.logical_or(scaled, shifted)))
-    return total

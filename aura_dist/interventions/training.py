@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -28,27 +28,15 @@ from aura_dist.text.tokens import TokenizedTexts, tokenize
 
 @dataclass(frozen=True)
 class Training:
-    """Input of a trained method.
+    """Input of a trained method: a model, N texts, and which of them carry the concept."""
 
-    Attributes
-    ----------
-    model
-        The causal language model on its device, in eval mode, its weights without gradients; the intervention of
-        `fit --onto` is applied to it.
-    sites
-        Where to act, in model order: each map has `site.width` values.
-    tokens, is_positive
-        N texts, cut as in the store, and bool [N]: whether the text carries the concept.
-    options
-        The method's options → values.
-    """
-
+    # causal, on its device, in eval mode, its weights without gradients, under the intervention of `fit --onto`
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    sites: Sequence[Site]
-    tokens: TokenizedTexts
-    is_positive: NDArray[np.bool_]
-    options: Mapping[str, Any]
+    sites: Sequence[Site]  # where to act, in model order: each map has `site.width` values
+    tokens: TokenizedTexts  # N texts, cut as in the store
+    is_positive: NDArray[np.bool_]  # [N]
+    options: Mapping[str, Any]  # the method's options → values
 
 
 def train_maps(
@@ -72,8 +60,7 @@ def train_maps(
     if concept not in spec.concepts:
         raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
     rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, spec.concepts.index(concept)]
-    module, _, function = method.train.partition(":")
-    train = getattr(import_module(module), function)
+    train = resolve_name(method.train)
     source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype)
     with start_team(parse_sharding("replicate"), pick_device("auto")) as team:
         loaded = replace(load_for_use(source, team.world, None), intervention=earlier)

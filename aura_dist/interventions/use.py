@@ -36,12 +36,8 @@ def load_for_use(
 ) -> LoadedModel:
     """Load model, tokenizer and intervention; an intervention that does not fit is refused before weights are read.
 
-    Raises
-    ------
-    ModelError
-        The model cannot be loaded, or the intervention was made for another one.
-    StoreError
-        There is no intervention at `intervention_dir`.
+    ModelError if the model cannot be loaded, or the intervention was made for another one; StoreError if there is no
+    intervention at `intervention_dir`.
     """
     config = load_config(source)
     found = fingerprint(source.name, source.revision, config)
@@ -55,12 +51,7 @@ def load_for_use(
 def load_intervention(directory: str, source: ModelSource, table: SiteTable, found: str) -> Intervention:
     """The intervention at `directory`, for the model with these sites and the fingerprint `found`.
 
-    Raises
-    ------
-    ModelError
-        It was made for another model.
-    StoreError
-        There is no intervention.
+    ModelError if it was made for another model; StoreError if there is none.
     """
     intervention = Intervention.load(directory)
     check_fits(table, intervention)

@@ -23,7 +23,7 @@ from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.models.strategies.tensor_plan import seen_columns
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name, tap_of
-from aura_dist.sites.ownership import ColumnPlan, plan_columns, whole_site
+from aura_dist.sites.ownership import ColumnPlan, plan_columns
 from aura_dist.sites.site import Site
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -185,12 +185,11 @@ class Checkpoint:
 def column_plans(
     model: PreTrainedModel, sites: Sequence[Site], chunks: Mapping[str, int], world: World
 ) -> dict[str, ColumnPlan]:
-    """What this rank sees and writes of each captured site; `chunks`: site → columns of one chunk of the store."""
+    """Site → what this rank sees and writes of it; `chunks` holds each site's columns of one chunk of the store."""
     num_ranks = world.layout.tensor
-    if num_ranks == 1:
-        return {site.name: whole_site(site.width) for site in sites}
     plans = {}
     for site in sites:
-        seen = seen_columns(model.tp_plan, tap_of(model, site), num_ranks)
+        whole = [((0, site.width),)]
+        seen = whole if num_ranks == 1 else seen_columns(model.tp_plan, tap_of(model, site), num_ranks)
         plans[site.name] = plan_columns(site.width, chunks[site.name], seen)[world.column_rank]
     return plans

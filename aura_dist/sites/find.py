@@ -1,6 +1,6 @@
 """Where the sites of a model are: found from its classes alone, on the meta device too."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ModelError
-from aura_dist.sites.kinds import KINDS, matching
+from aura_dist.sites.kinds import KINDS, choose
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import OutputTap, Tap
 from aura_dist.sites.transformers_adapter import unsplit_classes
@@ -23,20 +23,15 @@ class SiteTable:
     experts: tuple[str, ...]
 
     def select(self, modules: Sequence[str]) -> tuple[Site, ...]:
-        """The sites that words of `--modules` (kinds, aliases, name patterns) choose, in model order.
+        """The sites that words of `--modules` choose, in model order.
 
-        Raises
-        ------
-        ModelError
-            One of `modules` matches nothing; the message lists what there is.
+        ModelError if a word matches nothing; the message lists what there is.
         """
-        chosen: set[str] = set()
-        for wanted in modules:
-            names = matching(self.sites, wanted)
-            if not names:
-                raise ModelError(f"--modules {wanted!r} matches nothing in {self.model_class}; {self._found()}")
-            chosen |= names
-        return tuple(s for s in self.sites if s.name in chosen)
+        return choose(
+            self.sites,
+            modules,
+            lambda word: ModelError(f"--modules {word!r} matches nothing in {self.model_class}; {self._found()}"),
+        )
 
     def _found(self) -> str:
         parts = []
@@ -61,15 +56,12 @@ def find_sites(model: PreTrainedModel) -> SiteTable:
         found = [(name, kind, width) for kind, row in KINDS.items() for name, width in row.find(layer).items()]
         for name, kind, width in sorted(found, key=lambda f: place_of[f[0].partition(":")[0]]):
             sites.append(Site(f"{prefix}.{name}" if name else prefix, kind, index, width))
-        places = {name.partition(":")[0] for name, _, _ in found}
-        experts += [f"{prefix}.{n}" for n in _experts_of_layer(layer) if n.rpartition(".")[0] not in places]
+        known = {name.partition(":")[0] for name, _, _ in found}
+        # 3-D parameters, those of convolutions left out
+        known |= {name for name, module in layer.named_modules() if isinstance(module, nn.Conv1d)}
+        stacked = [name for name, p in layer.named_parameters() if p.ndim == 3]
+        experts += [f"{prefix}.{name}" for name in stacked if name.rpartition(".")[0] not in known]
     return SiteTable(type(model).__name__, tuple(sites), tuple(experts))
-
-
-def _experts_of_layer(layer: nn.Module) -> Iterable[str]:
-    """Names of 3-D parameters, convolutions left out."""
-    convolutions = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Conv1d)}
-    return (name for name, p in layer.named_parameters() if p.ndim == 3 and name not in convolutions)
 
 
 def tap_of(model: PreTrainedModel, site: Site) -> Tap:
@@ -83,11 +75,7 @@ def decoder_layers_name(model: PreTrainedModel) -> str:
     """Name of the list of decoder layers: the longest `ModuleList` of the classes transformers never splits.
 
     Where a model names no such classes, it is the longest list of modules of one class that hold linear layers.
-
-    Raises
-    ------
-    ModelError
-        The model has no such list, or several that cannot be told apart.
+    ModelError if there is no such list, or several that cannot be told apart.
     """
     whole = unsplit_classes(model)
     lists: dict[str, nn.ModuleList] = {

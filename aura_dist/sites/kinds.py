@@ -4,11 +4,12 @@ Rows name their finder and tap, which are loaded once there is a model, because 
 """
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
+from aura_dist.errors import AuraError
 from aura_dist.sites.site import Site
 
 
@@ -32,20 +33,20 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "attention": Kind(
         "outputs of the linear layers within attention",
-        finder="aura_dist.sites.linear:find_attention",
-        tap="aura_dist.sites.linear:LinearTap",
+        finder="aura_dist.sites.outputs:find_attention",
+        tap="aura_dist.sites.outputs:LinearTap",
         aliases=("all",),
     ),
     "mlp": Kind(
         "outputs of a decoder layer's other linear layers",
-        finder="aura_dist.sites.linear:find_mlp",
-        tap="aura_dist.sites.linear:LinearTap",
+        finder="aura_dist.sites.outputs:find_mlp",
+        tap="aura_dist.sites.outputs:LinearTap",
         aliases=("all",),
     ),
     "norm": Kind(
         "outputs of a decoder layer's norms, those within attention left out",
-        finder="aura_dist.sites.norm:find_norms",
-        tap="aura_dist.sites.norm:NormTap",
+        finder="aura_dist.sites.outputs:find_norms",
+        tap="aura_dist.sites.outputs:NormTap",
     ),
 }
 
@@ -63,3 +64,14 @@ def matching(sites: Iterable[Site], wanted: str) -> set[str]:
     """Names of the sites that one word of `--modules` chooses: a kind, an alias of kinds, or a name pattern."""
     chosen = {name for name, kind in KINDS.items() if wanted == name or wanted in kind.aliases}
     return {s.name for s in sites if (s.kind in chosen if chosen else fnmatch.fnmatchcase(s.name, wanted))}
+
+
+def choose(sites: Sequence[Site], modules: Iterable[str], unmatched: Callable[[str], AuraError]) -> tuple[Site, ...]:
+    """The sites that words of `--modules` choose, in their order; raises `unmatched(word)` if a word chooses none."""
+    chosen: set[str] = set()
+    for wanted in modules:
+        names = matching(sites, wanted)
+        if not names:
+            raise unmatched(wanted)
+        chosen |= names
+    return tuple(s for s in sites if s.name in chosen)

@@ -7,7 +7,7 @@ intervals.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations, product
 from math import ceil
 
@@ -24,27 +24,13 @@ class Move:
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """What one rank does with the columns of one site.
+    """What one rank does with the columns of one site."""
 
-    Attributes
-    ----------
-    num_seen
-        Number of columns that the rank's tap passes.
-    owned
-        Columns that the rank writes, as whole chunks, ascending; empty where it owns none.
-    keeps
-        From the seen columns to the rank's own buffer, which holds the owned columns side by side.
-    sends
-        Rank → intervals of the seen columns that it is sent.
-    receives
-        Rank → intervals of the rank's own buffer that come from it, in the order in which it sends them.
-    """
-
-    num_seen: int
-    owned: tuple[Interval, ...]
-    keeps: tuple[Move, ...]
-    sends: dict[int, tuple[Interval, ...]]
-    receives: dict[int, tuple[Interval, ...]]
+    num_seen: int  # columns that the rank's tap passes
+    owned: tuple[Interval, ...]  # columns that the rank writes, as whole chunks, ascending; empty where it owns none
+    keeps: tuple[Move, ...]  # from the seen columns to the rank's own buffer: the owned columns side by side
+    sends: dict[int, tuple[Interval, ...]]  # rank → intervals of the seen columns that it is sent
+    receives: dict[int, tuple[Interval, ...]]  # rank → intervals of the own buffer that it fills, in its order
 
     @property
     def num_owned(self) -> int:
@@ -59,14 +45,7 @@ def width_of(intervals: Sequence[Interval]) -> int:
 def split_columns(width: int, num_ranks: int, num_blocks: int = 1) -> list[tuple[Interval, ...]]:
     """Each rank's columns when a width is split over ranks: ⌈block / ranks⌉ to each, the last shorter or empty.
 
-    Parameters
-    ----------
-    width
-        Number of columns.
-    num_ranks
-        Ranks that share them.
-    num_blocks
-        Equal blocks, each split over the ranks on its own: 2 for a fused gate and up projection.
+    `num_blocks` equal blocks are each split over the ranks on their own: 2 for a fused gate and up projection.
     """
     block = width // num_blocks
     assert block * num_blocks == width, "a fused width is a multiple of its blocks"
@@ -78,15 +57,10 @@ def split_columns(width: int, num_ranks: int, num_blocks: int = 1) -> list[tuple
 
 
 def plan_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> list[ColumnPlan]:
-    """The column plan of every rank.
+    """The column plan of every rank, for a site of `width` columns in chunks of `chunk`.
 
-    Parameters
-    ----------
-    width, chunk
-        Columns of the site, and of one chunk.
-    seen
-        Per rank, the columns it sees, in the order in which its output holds them: disjoint and together all of
-        the site's, or all of them on every rank.
+    `seen` holds for each rank the columns that it sees, in the order of its tap: disjoint and together all of the
+    site's, or all of them on every rank.
     """
     num_ranks = len(seen)
     replicated = all(tuple(s) == ((0, width),) for s in seen)
@@ -95,11 +69,11 @@ def plan_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> 
     if replicated:  # runs of chunks whose lengths differ by one at most
         owners = [chunk * num_ranks // len(chunks) for chunk in range(len(chunks))]
     else:
-        owners = [_rank_of(seen, first) for first, _ in chunks]
+        owners = [next(r for r, mine in enumerate(seen) if _holds(mine, first)) for first, _ in chunks]
     owned = [_joined([c for c, owner in zip(chunks, owners, strict=True) if owner == r]) for r in range(num_ranks)]
-    plans = [ColumnPlan(width_of(seen[r]), owned[r], (), {}, {}) for r in range(num_ranks)]
-    for rank, plan in enumerate(plans):
-        plans[rank] = replace(plan, keeps=tuple(_moves(seen[rank], owned[rank])))
+    plans = [
+        ColumnPlan(width_of(seen[r]), owned[r], tuple(_moves(seen[r], owned[r])), {}, {}) for r in range(num_ranks)
+    ]
     for rank, owner in permutations(range(num_ranks), 2):
         moves = [] if replicated else _moves(seen[rank], owned[owner])
         if moves:
@@ -118,13 +92,8 @@ def _moves(seen: Sequence[Interval], owned: Sequence[Interval]) -> list[Move]:
     return moves
 
 
-def whole_site(width: int) -> ColumnPlan:
-    """The plan of a rank that sees and writes every column."""
-    return ColumnPlan(width, ((0, width),), (Move((0, width), (0, width)),), {}, {})
-
-
-def _rank_of(seen: Sequence[Sequence[Interval]], column: int) -> int:
-    return next(rank for rank, mine in enumerate(seen) for start, stop in mine if start <= column < stop)
+def _holds(intervals: Sequence[Interval], column: int) -> bool:
+    return any(start <= column < stop for start, stop in intervals)
 
 
 def _joined(intervals: Sequence[Interval]) -> tuple[Interval, ...]:

@@ -52,24 +52,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Tap(ABC):
-    """One site of one model.
+    """One site of one model."""
 
-    Attributes
-    ----------
-    site
-        Name of the site in the causal language model, for errors.
-    place
-        Name of its module in the model at hand, which may be the base model.
-    width
-        Number of neurons, whatever a rank sees of them.
-    owner
-        Class of the module, for errors.
-    """
-
-    site: str
-    place: str
-    width: int
-    owner: str = ""
+    site: str  # its name in the causal language model
+    place: str  # name of its module in the model at hand, which may be the base model
+    width: int  # number of neurons, whatever a rank sees of them
+    owner: str = ""  # class of the module, for errors
 
     @abstractmethod
     def attach(self, model: nn.Module, callback: Callback) -> Handle:
@@ -156,41 +144,3 @@ def attached(model: nn.Module, callbacks: Iterable[tuple[Tap, Callback]]) -> Ite
         for tap, callback in callbacks:
             handles.callback(tap.attach(model, callback).remove)
         yield
-
-
-@torch.no_grad()
-def fold_output(
-    tap: Tap, module: nn.Module, scale: Vector, shift: Vector | None, weight: tuple[int, ...], inputs: int, dim: int = 0
-) -> dict[str, Fold]:
-    """`Tap.fold` for a module y = f(x; weight, bias), each of whose outputs has its own part of both, along `dim`.
-
-    A module may multiply by c + weight (Gemma's norms: c = 1); its weight then becomes (c + weight) ω − c. A run of
-    the module on small random parameters, with a weight of shape `weight` and `inputs` inputs, finds c, and shows that
-    ω y + s comes out, whatever the module's class is called. ModelError if it does for neither c = 0 nor c = 1.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator) + 0.25
-
-    has_bias = getattr(module, "bias", None) is not None
-    drawn, x = draw(*weight), draw(2, inputs)
-    omega, moved, bias = (draw(tap.width) for _ in range(3))
-    along = omega[:, None] if len(weight) == 2 and dim == 0 else omega
-
-    def run(weight: Tensor, bias: Tensor) -> Tensor:
-        parameters = {"weight": weight, "bias": bias} if has_bias else {"weight": weight}
-        output = torch.func.functional_call(module, parameters, (x,))
-        assert isinstance(output, Tensor)
-        return output
-
-    for offset in (0.0, 1.0):
-        try:
-            wanted = omega * run(drawn, bias) + (moved if has_bias else 0)
-            folded = run((drawn + offset) * along - offset, bias * omega + moved)
-        except Exception as error:  # a module that cannot be run alone raises its own errors
-            raise ModelError(f"{tap.site!r} ({tap.owner}) cannot be checked: {error}; {HOOKS_ONLY}") from error
-        if torch.allclose(wanted, folded, rtol=1e-4, atol=1e-5):
-            new_bias = {f"{tap.place}.bias": Fold(scale, shift)} if has_bias or shift is not None else {}
-            return {f"{tap.place}.weight": Fold(scale, None, dim, offset), **new_bias}
-    raise ModelError(f"{tap.site!r} ({tap.owner}) is not linear in its weight; {HOOKS_ONLY}")

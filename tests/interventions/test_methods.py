@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from aura_dist.errors import ConfigError, InputError
+from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import (
     METHODS,
     aura_scale,
     compose,
-    count_changed,
     find_method,
     fit_maps,
     needed_statistics,
@@ -129,7 +129,7 @@ def test_a_map_that_is_not_finite_is_left_out():
 @pytest.mark.parametrize("method", ["damp", "det0", "mean-act", "linear-act"])
 def test_top_k_is_exactly_k_under_every_method(method):
     scales, shifts = maps(method, statistics(), top_k=4)
-    assert count_changed(scales, shifts) == 4
+    assert Intervention(scales, shifts).num_changed == 4
     auroc = np.concatenate([v[:-1] for v in statistics()["auroc"].values()])
     changed = np.concatenate([(scales[s] != 1) | (shifts.get(s, 0) != 0) for s in ("b", "a")])
     scores = np.concatenate(list(statistics()["auroc"].values()))
@@ -211,7 +211,7 @@ def test_compose_is_one_map_after_the_other(outer_shifts, inner_shifts):
 def test_changed_neurons_are_counted_once():
     scales = {"a": np.array([1, 0.5, 0], np.float32), "b": np.ones(2, np.float32)}
     shifts = {"a": np.array([0, 1, 0], np.float32), "c": np.array([3, 0], np.float32)}
-    assert count_changed(scales, shifts) == 3
+    assert Intervention(scales, shifts).num_changed == 3
 
 
 def test_strength_zero_is_the_identity_whatever_the_map():

@@ -6,7 +6,7 @@ from aura_dist.errors import ConfigError, ModelError
 from aura_dist.models.load import skeleton
 from aura_dist.models.strategies.tensor_plan import seen_columns, tensor_plan
 from aura_dist.sites.find import find_sites, own_names
-from aura_dist.sites.linear import LinearTap
+from aura_dist.sites.outputs import LinearTap
 from aura_dist.sites.tap import generic
 from tests.models import ODD_CONFIGS, TINY_CONFIGS
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.world import World
-from aura_dist.sites.ownership import plan_columns, split_columns, whole_site
+from aura_dist.sites.ownership import ColumnPlan, Move, plan_columns, split_columns
 from aura_dist.store.grid import columns_per_chunk
 
 
@@ -67,4 +67,5 @@ def test_nothing_is_sent_where_widths_align(width, num_ranks):
 
 
 def test_one_rank_writes_all():
-    assert plan_columns(100, 7, [((0, 100),)]) == [whole_site(100)]
+    every = (0, 100)
+    assert plan_columns(100, 7, [(every,)]) == [ColumnPlan(100, (every,), (Move(every, every),), {}, {})]

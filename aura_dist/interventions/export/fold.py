@@ -8,7 +8,6 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,24 +31,13 @@ SWITCHES: dict[str, bool] = {
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """All changes of a checkpoint.
+    """All changes of a checkpoint."""
 
-    Attributes
-    ----------
-    folds
-        Name of a tensor in the checkpoint → what becomes of it.
-    added
-        Name of a weight in the checkpoint → (name, values [D]) of the bias that it gets.
-    switches
-        Settings of the configuration's text part that turn these biases on.
-    sites
-        Names of the folded sites; those that the intervention leaves as they are are not among them.
-    """
-
-    folds: Mapping[str, Fold]
+    folds: Mapping[str, Fold]  # name of a tensor in the checkpoint → what becomes of it
+    # name of a weight in the checkpoint → (name, values [D]) of the bias that it gets
     added: Mapping[str, tuple[str, NDArray[np.float32]]]
-    switches: Mapping[str, bool]
-    sites: tuple[str, ...]
+    switches: Mapping[str, bool]  # settings of the configuration's text part that turn these biases on
+    sites: tuple[str, ...]  # names of the folded sites, without those that the intervention does not change
 
 
 def plan_folds(
@@ -57,14 +45,7 @@ def plan_folds(
 ) -> FoldPlan:
     """How to fold an intervention, which fits `model`, into a checkpoint with these tensors.
 
-    Parameters
-    ----------
-    config, model
-        Of the checkpoint; the model may be on the meta device.
-    intervention
-        At the wanted strength.
-    stored
-        All tensors of the checkpoint.
+    `model` may be on the meta device; the intervention is at the wanted strength.
 
     Raises
     ------
@@ -98,7 +79,7 @@ def plan_folds(
             tensor = names.stored_as(parameter).name
             assert tensor not in folds, "no two sites share a parameter"
             folds[tensor] = fold
-    switches, biases = with_biases(config, model, list(new_biases))
+    switches, biases = _with_biases(config, model, list(new_biases))
     added = {}
     for bias, width in biases.items():
         weight = names.stored_as(f"{bias.removesuffix('.bias')}.weight").name
@@ -158,24 +139,13 @@ def _check_not_tied(model: PreTrainedModel, site: str, name: str) -> None:
         raise ModelError(f"{name!r} is tied to {other}: folding {site!r} would change that as well; {HOOKS_ONLY}")
 
 
-def with_biases(
+def _with_biases(
     config: PretrainedConfig, model: PreTrainedModel, biases: Sequence[str]
 ) -> tuple[dict[str, bool], dict[str, int]]:
     """The settings under which a model has all of `biases`, and name → width of every bias that they add.
 
-    A setting counts if the model made with it differs in added biases alone, with a wanted one among them.
-
-    Parameters
-    ----------
-    config, model
-        The model as it is; `model` may be on the meta device.
-    biases
-        Names of the parameters that the model needs and lacks.
-
-    Raises
-    ------
-    ModelError
-        No setting adds one of them.
+    A setting counts if the model made with it differs in added biases alone, with a wanted one among them. `model` is
+    as it is, maybe on the meta device, and lacks the parameters `biases`. ModelError if no setting adds one of them.
     """
     before = _shapes(model)
     switches: dict[str, bool] = {}
@@ -186,7 +156,7 @@ def with_biases(
         for name, on in SWITCHES.items():
             if getattr(config.get_text_config(decoder=True), name, on) == on:
                 continue
-            new = _added(before, _shapes(skeleton(switched(config, {**switches, name: on}))))
+            new = _added(before, _shapes(skeleton(_switched(config, {**switches, name: on}))))
             if new is not None and bias in new:
                 switches[name], added = on, new
                 break
@@ -199,12 +169,10 @@ def with_biases(
     return switches, added
 
 
-def switched(config: PretrainedConfig, switches: Mapping[str, bool]) -> PretrainedConfig:
+def _switched(config: PretrainedConfig, switches: Mapping[str, bool]) -> PretrainedConfig:
     """A copy of `config` with other settings in its text part."""
     changed = copy.deepcopy(config)
-    text = changed.get_text_config(decoder=True)
-    for name, value in switches.items():
-        setattr(text, name, value)
+    changed.get_text_config(decoder=True).update(switches)
     return changed
 
 
@@ -214,7 +182,7 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 def _added(before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:
     """Name → width of the new parameters, if they are biases alone and all others are as before."""
-    new: dict[str, Any] = {name: shape for name, shape in after.items() if name not in before}
+    new = {name: shape for name, shape in after.items() if name not in before}
     same = all(after.get(name) == shape for name, shape in before.items())
     if not same or not all(name.endswith(".bias") and len(shape) == 1 for name, shape in new.items()):
         return None

@@ -81,13 +81,9 @@ def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> li
 def header(targets: Sequence[Target], metadata: Mapping[str, str]) -> bytes:
     """The header of a safetensors file after its length, padded to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for target in targets:
-        stored = target.stored
-        entries[stored.name] = {
-            "dtype": stored.dtype,
-            "shape": list(stored.shape),
-            "data_offsets": [stored.start, stored.stop],
-        }
+    for stored in (target.stored for target in targets):
+        place = [stored.start, stored.stop]
+        entries[stored.name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
