@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
 from aura_dist.config.file import merge, read_config_file
-from aura_dist.config.settings import flag, hints, place_of, resolve
+from aura_dist.config.settings import flag, hints, resolve
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError
 
@@ -80,8 +80,8 @@ def build_parser(words: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
 
 
 def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) -> None:
-    place, several = place_of(spec), get_origin(hint) in (list, dict)
-    if place is not None:  # optional for the parser, because a file may have it
+    several = get_origin(hint) in (list, dict)
+    if place := spec.metadata["place"]:  # optional for the parser, because a file may have it
         parser.add_argument(spec.name, nargs="*" if several else "?", metavar=place, default=argparse.SUPPRESS)
     elif hint is bool:
         parser.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)

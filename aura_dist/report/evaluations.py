@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Evaluation:
     ----------
     run, name, path
         The run directory's name, the file's name without its ending, and the file.
+    label
+        What the page calls it.
     document
         The file's content.
     """
@@ -52,6 +54,7 @@ class Evaluation:
     run: str
     name: str
     path: Path
+    label: str
     document: Mapping[str, Any]
 
     @property
@@ -111,6 +114,11 @@ class Evaluation:
         return self.document.get("preprompt") or None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it has neither an intervention nor a pre-prompt."""
+        return not self.is_fitted and self.preprompt is None
+
+    @property
     def perplexity(self) -> Estimate | None:
         """The token-weighted perplexity."""
         measured = _mapping(self.document.get("perplexity"))
@@ -162,7 +170,7 @@ def read_evaluation(run: str, path: Path) -> Evaluation:
             f"results {str(path)!r}: expected results as `evaluate` writes them, found another JSON document; "
             "move the file away"
         )
-    return Evaluation(run, path.stem, path, document)
+    return Evaluation(run, path.stem, path, path.stem, document)
 
 
 def by_prompt(one: Evaluation) -> ByPrompt | None:
@@ -214,8 +222,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def labels_of(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Names of evaluations on the page: the file's name, after the run's name where the page shows several runs.
+def labelled(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The same with labels: the file's name, after the run's name where the page shows several runs.
 
     A name that a sweep made is replaced by what distinguishes the evaluation, unless another evaluation has that name.
     """
@@ -227,7 +235,7 @@ def labels_of(evaluations: Sequence[Evaluation]) -> list[str]:
     for i, text in zip(made, described, strict=True):
         if described.count(text) == 1 and text not in taken:
             names[i] = text
-    return names
+    return [replace(e, label=name) for e, name in zip(evaluations, names, strict=True)]
 
 
 def _described(evaluations: Sequence[Evaluation]) -> list[str]:
