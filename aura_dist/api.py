@@ -108,7 +108,8 @@ def collect(
         config = resolve(CollectConfig, {**given, "model": str(model)})
         stage.run(config, _table(texts, by_concept, config.threshold))
     else:
-        for name in {field.name for field in fields(ModelOptions)} & set(settings):
+        loading = {f.name for f in fields(ModelOptions) if f.metadata["group"] != "intervention"}
+        for name in loading & settings.keys():
             raise ConfigError(f"{name}: expected it with a model's name, got it with one in memory; leave it out")
         subject = _in_memory(model, tokenizer)
         config = resolve(CollectConfig, {**given, "model": subject.source.name, "dtype": subject.source.dtype})

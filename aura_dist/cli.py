@@ -111,11 +111,8 @@ def run(argv: Sequence[str] | None = None) -> None:
 
     configure_logging(debug=debug)
     keep_freed_memory()
-    stage = _import(VERBS[name].stage)
-    if VERBS[name].takes_file:
-        stage.run(config, document)
-    else:
-        stage.run(config)
+    stage = _import(f"aura_dist.{VERBS[name].stage}")
+    stage.run(config, *([document] if VERBS[name].takes_file else []))
 
 
 def _import(stage: str) -> ModuleType:

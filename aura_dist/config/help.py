@@ -23,8 +23,8 @@ _TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 def verb_help(name: str, width: int) -> str:
     """The page of one verb, at most `width` columns wide where words allow it."""
-    verb = VERBS[name]
-    specs = [(spec, hints(verb.config)[spec.name]) for spec in fields(verb.config)]
+    verb, types = VERBS[name], hints(VERBS[name].config)
+    specs = [(spec, types[spec.name]) for spec in fields(verb.config)]
     required = [_written(*s) for s in specs if default_of(s[0]) is MISSING and not s[0].metadata["file_only"]]
     usage = " ".join([f"usage: aura-dist {name}", *required, "[settings]"])
     blocks = [_wrapped(usage, width, rest=" " * 11), _wrapped(verb.summary, width)]

@@ -10,6 +10,7 @@ import numpy as np
 from aura_dist.config.verbs import CollectConfig, DemoConfig, EvaluateConfig, FitConfig, GenerateConfig, ScoreConfig
 from aura_dist.demo.packaged import gemma_270m
 from aura_dist.errors import ConfigError, StoreError
+from aura_dist.files import write_whole
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.stages import collect, evaluate, fit, generate, score
 from aura_dist.store.access import local_path
@@ -95,7 +96,7 @@ def _write_config(out: Path, collected: CollectConfig, concept: str, interventio
     try:
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump({"store": collected.store, **sections}, sort_keys=False, allow_unicode=True)
-        (out / "config.yaml").write_text(CONFIG_HEADER + text, encoding="utf-8")
+        write_whole(out / "config.yaml", CONFIG_HEADER + text)
     except OSError as error:
         raise StoreError(f"--out {str(out)!r} cannot be written: {error}") from error
 

@@ -89,9 +89,9 @@ class Evaluation:
         """Strength of the fit times strength of the use: both scale the change; None without an intervention."""
         if not self._intervention:
             return None
-        applied = self._intervention.get("strength", self.config.get("strength", 1.0))
-        fitted = self._parameters.get("strength", 1.0)
-        return _number(applied, 1.0) * _number(fitted, 1.0)
+        applied = self._intervention.get("strength", self.config.get("strength"))
+        both = applied, self._parameters.get("strength")
+        return math.prod(float(strength) for strength in both if is_number(strength))
 
     @property
     def top_k(self) -> int | None:
@@ -212,10 +212,6 @@ def estimate(value: Any) -> Estimate | None:
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON document is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(value: Any, otherwise: float) -> float:
-    return float(value) if is_number(value) else otherwise
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -46,10 +46,6 @@ class SiteSummary:
     num_scored: int
     num_experts: int
 
-    @property
-    def expert_share(self) -> float:
-        return self.num_experts / self.num_scored if self.num_scored else np.nan
-
 
 def summarise(site: Site, auroc: NDArray[np.float64], q: NDArray[np.float64] | None, bar: Bar) -> SiteSummary:
     """Sum up one site: its AUROC [D], NaN for neurons without a score, and its q-values [D] or None."""

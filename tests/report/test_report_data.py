@@ -41,7 +41,6 @@ def test_site_is_summed_up():
     auroc = np.array([0.71, 0.70, 0.9, np.nan, 0.3])
     got = summarise(SITE, auroc, np.array([0.01, 0.0, 0.06, np.nan, 0.5]), BAR)
     assert (got.num_scored, got.num_experts, got.best) == (4, 1, 0.9)
-    assert got.expert_share == 0.25
     assert got.histogram.sum() == 4
     np.testing.assert_array_equal(got.histogram, np.histogram(auroc[[0, 1, 2, 4]], EDGES)[0])
     np.testing.assert_allclose(got.quantiles[2], np.median(auroc[[0, 1, 2, 4]]))
@@ -51,7 +50,7 @@ def test_site_is_summed_up():
 def test_site_without_scores_is_no_error():
     got = summarise(SITE, np.full(4, np.nan), None, BAR)
     assert (got.num_scored, got.num_experts) == (0, 0)
-    assert np.isnan([got.best, got.expert_share, *got.quantiles]).all()
+    assert np.isnan([got.best, *got.quantiles]).all()
     assert np.isnan(median_of(got.histogram))
 
 
