@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from importlib import import_module
-from types import ModuleType
 from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
@@ -111,19 +110,12 @@ def run(argv: Sequence[str] | None = None) -> None:
 
     configure_logging(debug=debug)
     keep_freed_memory()
-    stage = _import(f"aura_dist.{VERBS[name].stage}")
-    stage.run(config, *([document] if VERBS[name].takes_file else []))
-
-
-def _import(stage: str) -> ModuleType:
-    """The module. What imports make stays: to look for garbage in between takes an eighth of the time."""
-    collects = gc.isenabled()
-    gc.disable()
+    gc.disable()  # what imports make stays, and to look for garbage in between takes an eighth of the time
     try:
-        return import_module(stage)
+        stage = import_module(f"aura_dist.{VERBS[name].stage}")
     finally:
-        if collects:
-            gc.enable()
+        gc.enable()
+    stage.run(config, *([document] if VERBS[name].takes_file else []))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

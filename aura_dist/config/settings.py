@@ -4,7 +4,6 @@ Settings are fields of frozen dataclasses, made by `option`; msgspec checks thei
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pkgutil import resolve_name
 from types import NoneType, UnionType
@@ -22,21 +21,17 @@ class OneOf:
     The table is imported only when a value is checked or help is shown, so that `aura-dist --help` stays fast.
     """
 
-    # Dotted name of a mapping, of a function that returns one, or of a sequence of values. A row is a summary, or has
-    # the attribute `summary` and maybe `spellings`, which help shows in place of the key.
+    # Dotted name of a mapping, or of a function that returns one. A row is a summary, or has the attribute `summary`
+    # and maybe `spellings`, which help shows in place of the key.
     table: str
     # what is allowed beside the table's values, such as `GLOB`; then no value is refused here
     also: str = ""
 
     def rows(self) -> dict[str, str]:
-        """Allowed value → its summary; an empty text where the table has none."""
+        """Allowed value → its summary."""
         table = resolve_name(self.table)
-        table = table() if callable(table) else table
-        table = table if isinstance(table, Mapping) else dict.fromkeys(table, "")
-        return {
-            ", ".join(getattr(row, "spellings", (key,))): row if isinstance(row, str) else getattr(row, "summary", "")
-            for key, row in table.items()
-        }
+        rows = (table() if callable(table) else table).items()
+        return {", ".join(getattr(row, "spellings", [key])): getattr(row, "summary", row) for key, row in rows}
 
 
 def option(

@@ -50,10 +50,8 @@ Store = Annotated[str, Meta(title="PATH|URL")]
 PositiveInt = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-PositiveFloat = Annotated[float, Meta(gt=0.0)]
 Strength = Annotated[float, Meta(ge=0.0, le=1000.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-Temperature = Annotated[float, Meta(ge=0.0)]
 
 STRENGTH = "strength s: each scale becomes 1 + s (scale - 1), each shift s times itself"
 # below it float32 logits overflow
@@ -115,7 +113,7 @@ class PlanConfig(CollectConfig):
     ranks_per_host: PositiveInt | None = option("machine", "ranks that share a machine", None, unset="all, at most 8")
     device_memory: Size | None = option("machine", "memory of one GPU, such as 80GB; plans for a GPU anywhere", None)
     host_memory: Size | None = option("machine", "memory of one machine, such as 512GB", None)
-    tflops: PositiveFloat | None = option(
+    tflops: Annotated[float, Meta(gt=0.0)] | None = option(
         "machine", "sustained TFLOP/s of one rank", None, unset="120 on a GPU in 16 bits, 12 in float32; 0.15 on a CPU"
     )
     json: bool = option("output", "print JSON instead of tables", False)
@@ -178,7 +176,7 @@ class DecodingOptions(Settings):
 
     num_samples: PositiveInt = option("decoding", "continuations per prompt", 1)
     max_new_tokens: PositiveInt = option("decoding", "tokens per continuation", 20)
-    temperature: Temperature = option("decoding", "sampling temperature; 0 is greedy", 1.0)
+    temperature: Annotated[float, Meta(ge=0.0)] = option("decoding", "sampling temperature; 0 is greedy", 1.0)
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = option("decoding", "nucleus sampling: probability mass kept", 0.9)
     top_tokens: Count = option("decoding", "sample from the k most probable tokens alone; 0: from all", 0)
     seed: Seed = option("decoding", "seed of the sampling", 0)

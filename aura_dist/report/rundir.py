@@ -3,7 +3,6 @@
 The directory of a sweep has several stores, which its runs share, and a state file for each job.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from aura_dist.errors import StoreError, brief
-from aura_dist.interventions.artifact import META_FILE, WEIGHTS_FILE, Intervention
+from aura_dist.errors import StoreError
+from aura_dist.interventions.artifact import Intervention
 from aura_dist.report.evaluations import Evaluation, read_evaluation
 
 CONFIG, STORE, INTERVENTIONS, RESULTS, JOBS = "config.yaml", "store.zarr", "interventions", "results", "jobs"
@@ -126,15 +125,3 @@ def _config_store(path: Path) -> str | None:
     section = document.get("collect")
     store = document.get("store") or (section.get("store") if isinstance(section, dict) else None)
     return store if isinstance(store, str) else None
-
-
-def read_meta(directory: Path) -> dict[str, Any]:
-    """An intervention's description alone; StoreError if one of its files is missing, or the description damaged."""
-    try:
-        meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
-        (directory / WEIGHTS_FILE).stat()
-    except (OSError, ValueError) as error:
-        raise StoreError(f"intervention {str(directory)!r}: {brief(error)}") from error
-    if not isinstance(meta, dict):
-        raise StoreError(f"intervention {str(directory)!r}: {META_FILE} holds no description")
-    return meta

@@ -8,19 +8,10 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from aura_dist.errors import AuraError, StoreError
-from aura_dist.interventions.artifact import method_of
+from aura_dist.errors import AuraError
+from aura_dist.interventions.artifact import META_FILE, WEIGHTS_FILE, method_of
 from aura_dist.report.evaluations import read_evaluation
-from aura_dist.report.rundir import (
-    INTERVENTIONS,
-    JOBS,
-    JOBS_FILE,
-    RESULTS,
-    RunDirectory,
-    is_run_directory,
-    open_run,
-    read_meta,
-)
+from aura_dist.report.rundir import INTERVENTIONS, JOBS, JOBS_FILE, RESULTS, RunDirectory, is_run_directory, open_run
 from aura_dist.scoring.scores import MARKER, count_columns, score_attributes, score_path, scored_statistics
 from aura_dist.store.access import local_path, open_group, read_array
 from aura_dist.store.schema import DONE, StoreSpec, activation_path, tasks_of
@@ -142,9 +133,11 @@ def _state(done: int, total: int) -> str:
 def _interventions(run: RunDirectory) -> Part:
     whole, broken = [], []
     for path in run.intervention_paths:
-        try:
-            whole.append(f"{path.name} ({method_of(read_meta(path))})")
-        except StoreError:
+        try:  # the description alone, because maps take long to read
+            meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+            (path / WEIGHTS_FILE).stat()
+            whole.append(f"{path.name} ({method_of(meta)})")
+        except (OSError, ValueError, AttributeError):  # missing, no JSON, or not a mapping
             broken.append(path.name)
     return _listed("fit", whole, [], broken)
 
