@@ -91,13 +91,7 @@ def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) 
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Parse `argv` and run its verb's stage.
-
-    Raises
-    ------
-    AuraError
-        What the user asked for cannot be done.
-    """
+    """Parse `argv` and run its verb's stage; AuraError if what the user asked for cannot be done."""
     words = sys.argv[1:] if argv is None else argv
     flags = vars(build_parser(words).parse_args(words))
     name, config_path, debug, only_check = (flags.pop(key, None) for key in ("verb", "config", "debug", "check"))

@@ -101,10 +101,7 @@ def default_of(spec: "Field[Any]") -> Any:
 def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     """Check and convert `settings` (strings are read as the field's type) into a config.
 
-    Raises
-    ------
-    ConfigError
-        A required setting is missing, or a value is not of its type or out of its range.
+    ConfigError if a required setting is missing, or a value is not of its type or out of its range.
     """
     types = hints(config)
     values = {}

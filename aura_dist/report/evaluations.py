@@ -39,17 +39,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One results file.
-
-    Attributes
-    ----------
-    run, name, path
-        The run directory's name, the file's name without its ending, and the file.
-    label
-        What the page calls it.
-    document
-        The file's content.
-    """
+    """One results file of a run: its name without the ending, what the page calls it, and its content."""
 
     run: str
     name: str

@@ -82,13 +82,7 @@ def _stores(path: Path) -> tuple[str, ...]:
 
 
 def open_run(path: str) -> RunDirectory:
-    """The run directory at `path`.
-
-    Raises
-    ------
-    StoreError
-        There is no directory, or nothing of a run in it.
-    """
+    """The run directory at `path`; StoreError if there is no directory, or nothing of a run in it."""
     place = Path(path)
     if not place.is_dir():
         found = "a file" if place.exists() else "nothing"
