@@ -27,8 +27,6 @@ EXIT_BROKEN_PIPE = 141
 class _Parser(argparse.ArgumentParser):
     """An argument parser with one-line errors, our own help of a verb, and `-1e-3` as a number."""
 
-    verb = ""
-
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
         self._negative_number_matcher = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|-inf$")
@@ -37,11 +35,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
     def format_help(self) -> str:
-        if not self.verb:
+        verb = self.prog.partition(" ")[2]
+        if verb not in VERBS:
             return super().format_help()
         from aura_dist.config.help import verb_help
 
-        return verb_help(self.verb, shutil.get_terminal_size().columns - 2)
+        return verb_help(verb, shutil.get_terminal_size().columns - 2)
 
 
 class _Once(argparse.Action):
@@ -66,7 +65,6 @@ def build_parser(words: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, verb in VERBS.items():
         sub = verbs.add_parser(name, help=verb.summary)
-        sub.verb = name
         if name in words:
             sub.add_argument("--config", action=_Once, default=argparse.SUPPRESS)
             sub.add_argument("--debug", action="store_true")

@@ -227,8 +227,6 @@ def labelled(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 def _described(evaluations: Sequence[Evaluation]) -> list[str]:
     """`mean-act 0.25, mlp`: method and strength, and whatever else differs between the evaluations."""
     fitted = [e for e in evaluations if e.is_fitted]
-    several_models = len({e.model for e in evaluations}) > 1
-    several_modules = len({e.modules for e in fitted}) > 1
     short = modules_in_short(fitted)
     texts = []
     for e in evaluations:
@@ -236,9 +234,9 @@ def _described(evaluations: Sequence[Evaluation]) -> list[str]:
         parts = [method if e.strength in (None, 1.0) else f"{method} {e.strength:g}"]
         parts += [f"top {e.top_k}"] if len({o.top_k for o in fitted if o.method == e.method}) > 1 else []
         parts += [e.variant] if e.variant and len({o.variant for o in fitted if o.method == e.method}) > 1 else []
-        parts += [short[e.modules]] if several_modules and e in fitted else []
+        parts += [short[e.modules]] if e.is_fitted and len({o.modules for o in fitted}) > 1 else []
         parts += ["pre-prompt"] if e.preprompt is not None else []
-        parts += [e.model.rstrip("/").rsplit("/", 1)[-1]] if several_models else []
+        parts += [e.model.rstrip("/").rsplit("/", 1)[-1]] if len({o.model for o in evaluations}) > 1 else []
         parts += [e.run] if len({o.run for o in evaluations}) > 1 else []
         texts.append(", ".join(parts))
     return texts

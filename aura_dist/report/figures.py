@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -236,18 +237,17 @@ def _mark(line: Line, mark: str, front: bool) -> str:
 
 def _looks(drawn: Sequence[Line]) -> list[tuple[str, str, Any]]:
     """Colour, marker and stroke of each line."""
-    fitted = [line.points[0] for line in drawn if line.points[0].one.is_fitted]
-    methods = list(dict.fromkeys(p.one.method for p in fitted))
-    modules = list(dict.fromkeys(p.modules for p in fitted))
+    firsts = [line.points[0] for line in drawn]
+    methods = list(dict.fromkeys(p.one.method for p in firsts if p.one.is_fitted))
+    modules = list(dict.fromkeys(p.modules for p in firsts if p.one.is_fitted))
     looks: list[tuple[str, str, Any]] = []
-    number = 0
-    for p in (line.points[0] for line in drawn):
-        if not p.one.is_fitted:
+    markers = cycle(_MARKERS)
+    for p in firsts:
+        if p.one.is_fitted:
+            stroke = _STROKES[modules.index(p.modules) % len(_STROKES)]
+            looks.append((SERIES[methods.index(p.one.method) % len(SERIES)], next(markers), stroke))
+        else:
             looks.append((INK, "*", "-"))
-            continue
-        stroke = _STROKES[modules.index(p.modules) % len(_STROKES)]
-        looks.append((SERIES[methods.index(p.one.method) % len(SERIES)], _MARKERS[number % len(_MARKERS)], stroke))
-        number += 1
     return looks
 
 

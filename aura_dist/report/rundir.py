@@ -43,14 +43,18 @@ class RunDirectory:
     name: str
     stores: tuple[str, ...]
 
+    def entries(self, part: str) -> list[Path]:
+        """What a directory of the run holds, sorted; without hidden files, because they are being written."""
+        place = self.path / part
+        return sorted(p for p in place.iterdir() if not p.name.startswith(".")) if place.is_dir() else []
+
     @property
     def intervention_paths(self) -> list[Path]:
-        place = self.path / INTERVENTIONS
-        return sorted(p for p in _entries(place) if p.is_dir() and not p.name.startswith("."))
+        return [p for p in self.entries(INTERVENTIONS) if p.is_dir()]
 
     @property
     def result_paths(self) -> list[Path]:
-        return sorted(p for p in _entries(self.path / RESULTS) if p.suffix == ".json" and not p.name.startswith("."))
+        return [p for p in self.entries(RESULTS) if p.suffix == ".json"]
 
     def interventions(self) -> list[Fitted]:
         """StoreError if one is damaged."""
@@ -63,10 +67,6 @@ class RunDirectory:
     def evaluations(self) -> list[Evaluation]:
         """InputError if one is damaged."""
         return [read_evaluation(self.name, path) for path in self.result_paths]
-
-
-def _entries(place: Path) -> list[Path]:
-    return list(place.iterdir()) if place.is_dir() else []
 
 
 def is_run_directory(path: Path) -> bool:

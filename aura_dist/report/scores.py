@@ -53,15 +53,10 @@ def summarise(site: Site, auroc: NDArray[np.float64], q: NDArray[np.float64] | N
     if q is not None:
         expert &= q <= bar.max_q
     scored = auroc[~np.isnan(auroc)]
-    some = bool(len(scored))
-    return SiteSummary(
-        site,
-        np.histogram(scored, EDGES)[0].astype(np.int64),
-        np.quantile(scored, QUANTILES) if some else np.full(len(QUANTILES), np.nan),
-        float(scored.max()) if some else np.nan,
-        len(scored),
-        int(np.count_nonzero(expert)),
-    )
+    histogram = np.histogram(scored, EDGES)[0].astype(np.int64)
+    quantiles = np.quantile(scored, QUANTILES) if len(scored) else np.full(len(QUANTILES), np.nan)
+    best = float(scored.max()) if len(scored) else np.nan
+    return SiteSummary(site, histogram, quantiles, best, len(scored), int(np.count_nonzero(expert)))
 
 
 @dataclass

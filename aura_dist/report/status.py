@@ -87,7 +87,7 @@ def _jobs(run: RunDirectory) -> Iterator[Job]:
         present = set(json.loads((run.path / JOBS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         present = set()
-    for path in (p for p in _files(run.path / JOBS) if p.suffix == ".json" and not p.name.startswith(".")):
+    for path in (p for p in run.entries(JOBS) if p.suffix == ".json"):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if present and found["job"] not in present:
@@ -152,7 +152,7 @@ def _results(run: RunDirectory) -> Part:
             taken.add(str(one.toxicity.get("continuations")))
         except AuraError:
             broken.append(path.name)
-    begun = [p for p in _files(run.path / RESULTS) if p.suffix == ".jsonl" and p.name not in taken]
+    begun = [p for p in run.entries(RESULTS) if p.suffix == ".jsonl" and p.is_file() and p.name not in taken]
     half = [f"{p.name} ({_count_lines(p):,} lines)" for p in begun]
     return _listed("evaluate", whole, half, broken)
 
@@ -160,10 +160,6 @@ def _results(run: RunDirectory) -> Part:
 def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-
-
-def _files(place: Path) -> list[Path]:
-    return sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else []
 
 
 def _listed(name: str, whole: list[str], half: list[str], broken: list[str]) -> Part:
@@ -176,7 +172,7 @@ def _listed(name: str, whole: list[str], half: list[str], broken: list[str]) -> 
 
 def _changes(run: RunDirectory) -> Iterator[float]:
     """When the files changed that stages write; of a store, only the few that change with its progress."""
-    places = [*_files(run.path / RESULTS), *run.intervention_paths]
+    places = [*run.entries(RESULTS), *run.intervention_paths]
     places += [run.path / part for part in (RESULTS, INTERVENTIONS, JOBS)]
     for path in run.stores:
         store = local_path(path)

@@ -31,7 +31,7 @@ class Table:
 def facts_of(store: StoreSummary) -> list[tuple[str, str]]:
     """Terms and descriptions of a store: model, data, rows, modules, settings, versions."""
     spec, config = store.spec, store.attributes.get("config", {})
-    model = spec.model
+    model, under = spec.model, spec.intervention
     revision = f" at {model['revision']}" if model.get("revision") else ""
     facts = [
         ("model", f"{model['name']}{revision}, {model['class']}"),
@@ -44,16 +44,12 @@ def facts_of(store: StoreSummary) -> list[tuple[str, str]]:
         ("modules", f"{', '.join(config.get('modules', []))}: {len(spec.sites):,} with {store.num_neurons:,} neurons"),
         ("pooling", ", ".join(spec.poolings)),
         ("scores", _basis(store.basis)),
+        ("collected under", f"{under.get('method')} at strength {under.get('strength'):g}" if under else ""),
+        ("not finite", f"{store.num_nonfinite:,} responses are NaN or infinite" if store.num_nonfinite else ""),
+        ("not captured", f"{len(spec.uncaptured):,} parameters of experts of a mixture" if spec.uncaptured else ""),
+        ("versions", ", ".join(f"{k} {v}" for k, v in store.attributes.get("versions", {}).items())),
+        ("store", store.path),
     ]
-    if spec.intervention is not None:
-        under = spec.intervention
-        facts.append(("collected under", f"{under.get('method')} at strength {under.get('strength'):g}"))
-    if store.num_nonfinite:
-        facts.append(("not finite", f"{store.num_nonfinite:,} responses are NaN or infinite"))
-    if spec.uncaptured:
-        facts.append(("not captured", f"{len(spec.uncaptured):,} parameters of experts of a mixture"))
-    facts.append(("versions", ", ".join(f"{k} {v}" for k, v in store.attributes.get("versions", {}).items())))
-    facts.append(("store", store.path))
     return [(term, text) for term, text in facts if text]
 
 
