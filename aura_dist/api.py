@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from aura_dist.config.settings import resolve
+from aura_dist.config.settings import default_of, resolve
 from aura_dist.config.verbs import CollectConfig, FitConfig, ModelOptions, ScoreConfig
 from aura_dist.errors import AuraError, ConfigError, InputError, ModelError
 from aura_dist.ranks.world import place_from_environment
@@ -43,21 +43,19 @@ def _takes(config: type, *not_taken: str) -> Callable[[FunctionT], FunctionT]:
     def decorate(function: FunctionT) -> FunctionT:
         own = [p for p in signature(function).parameters.values() if p.kind != Parameter.VAR_KEYWORD]
         names = {p.name for p in own}
-        taken = {f.name: f for f in fields(config) if f.name not in {*names, *not_taken}}
+        taken = {f.name: default_of(f) for f in fields(config) if f.name not in {*names, *not_taken}}
 
         @wraps(function)
         def call(*args: Any, **settings: Any) -> Any:
-            for name in settings:
-                if name not in names and name not in taken:
-                    raise ConfigError(f"{name}: expected one of {', '.join(taken)}; leave it out")
+            for name in settings.keys() - names - taken.keys():
+                raise ConfigError(f"{name}: expected one of {', '.join(taken)}; leave it out")
             try:
                 return function(*args, **{n: str(v) if isinstance(v, Path) else v for n, v in settings.items()})
             except AuraError as error:
                 error.args = (re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), str(error)),)
                 raise
 
-        defaults = {n: f.default if f.default_factory is MISSING else f.default_factory() for n, f in taken.items()}
-        shown = [Parameter(n, Parameter.KEYWORD_ONLY, default=default) for n, default in defaults.items()]
+        shown = [Parameter(n, Parameter.KEYWORD_ONLY, default=default) for n, default in taken.items()]
         call.__signature__ = signature(function).replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
 
@@ -79,25 +77,17 @@ def collect(
     Parameters
     ----------
     model
-        A directory or hub name, or a causal language model of transformers in memory. One in memory keeps its dtype
-        and device. During the call it is in eval mode and lacks the decoder layers after the last captured one, so
-        that they cost no time; afterwards it is as before. A digest of all its weights identifies it, so that what is
-        fitted from the store counts as made for another model than the checkpoint it was loaded from.
-    texts
-        N texts.
+        A directory or hub name, or a causal language model of transformers in memory, which keeps its dtype and device
+        and needs its `tokenizer`. During the call it is in eval mode and lacks the decoder layers after the last
+        captured one, because they would cost time; afterwards it is as before. A digest of all its weights identifies
+        it, so an intervention fitted from the store counts as made for another model than the checkpoint on disk.
     labels
         [N] values for the concept "concept", or a dict concept → [N] values: 0, 1, or −1, NaN and None for "not
         labelled"; numbers of any size with `threshold`.
     store
-        The store to write: a directory or a URL.
-    tokenizer
-        Of a model in memory.
+        A directory or a URL to write to; it is returned.
     **settings
         As for `aura-dist collect`: `modules`, `pooling`, `max_tokens`, `num_positive`, `overwrite`, …
-
-    Returns
-    -------
-    The store's place, as given.
 
     Raises
     ------
@@ -118,7 +108,8 @@ def collect(
         config = resolve(CollectConfig, {**given, "model": str(model)})
         stage.run(config, _table(texts, by_concept, config.threshold))
     else:
-        for name in {field.name for field in fields(ModelOptions)} & set(settings):
+        loading = {f.name for f in fields(ModelOptions) if f.metadata["group"] != "intervention"}
+        for name in loading & settings.keys():
             raise ConfigError(f"{name}: expected it with a model's name, got it with one in memory; leave it out")
         subject = _in_memory(model, tokenizer)
         config = resolve(CollectConfig, {**given, "model": subject.source.name, "dtype": subject.source.dtype})
@@ -130,19 +121,13 @@ def collect(
 def score(store: "str | Path | xr.DataTree", *, top: int = 10, **settings: Any) -> "pd.DataFrame":
     """Compute the statistics that a store lacks, of every neuron, out of core.
 
-    Parameters
-    ----------
-    store
-        What `collect` wrote: its place, or what `open_store` returned.
-    top
-        Rows of the result for each concept and pooling.
-    **settings
-        As for `aura-dist score`: `statistics`, `dask`, `num_workers`, `overwrite`, …
+    `store` is the place that `collect` wrote to, or what `open_store` returned; `settings` are as for
+    `aura-dist score`: `statistics`, `dask`, `num_workers`, `overwrite`, …
 
     Returns
     -------
-    The neurons of highest AUROC for each concept and pooling, best first: columns `concept`, `pooling` and those of
-    `top_neurons`. Empty if AUROC is not among `statistics`. `open_store` shows all statistics of all neurons.
+    The `top` neurons of highest AUROC for each concept and pooling, best first: columns `concept`, `pooling` and those
+    of `top_neurons`. Empty if AUROC is not among `statistics`. `open_store` shows all statistics of all neurons.
 
     Raises
     ------
@@ -174,14 +159,8 @@ def score(store: "str | Path | xr.DataTree", *, top: int = 10, **settings: Any) 
 def fit(store: "str | Path | xr.DataTree", concept: str, method: str = "aura", **settings: Any) -> "Intervention":
     """Turn a store's scores into an intervention: site → [D] float32 scale, and shift where the method moves neurons.
 
-    Parameters
-    ----------
-    store
-        What `score` scored: its place, or what `open_store` returned.
-    concept
-        One of the store's concepts.
-    method, **settings
-        As for `aura-dist fit`: `pooling`, `modules`, `top_k`, `strength`, … It is written only if `out` is given.
+    `store` is as for `score`, and `method` and `settings` as for `aura-dist fit`: `pooling`, `modules`, `top_k`,
+    `strength`, … The intervention is written only if `out` is given.
 
     Raises
     ------

@@ -11,12 +11,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from importlib import import_module
-from types import ModuleType
 from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
 from aura_dist.config.file import merge, read_config_file
-from aura_dist.config.settings import flag, hints, place_of, resolve
+from aura_dist.config.settings import flag, hints, resolve
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError
 
@@ -28,8 +27,6 @@ EXIT_BROKEN_PIPE = 141
 class _Parser(argparse.ArgumentParser):
     """An argument parser with one-line errors, our own help of a verb, and `-1e-3` as a number."""
 
-    verb = ""
-
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
         self._negative_number_matcher = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|-inf$")
@@ -38,11 +35,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
     def format_help(self) -> str:
-        if not self.verb:
+        verb = self.prog.partition(" ")[2]
+        if verb not in VERBS:
             return super().format_help()
         from aura_dist.config.help import verb_help
 
-        return verb_help(self.verb, shutil.get_terminal_size().columns - 2)
+        return verb_help(verb, shutil.get_terminal_size().columns - 2)
 
 
 class _Once(argparse.Action):
@@ -67,7 +65,6 @@ def build_parser(words: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, verb in VERBS.items():
         sub = verbs.add_parser(name, help=verb.summary)
-        sub.verb = name
         if name in words:
             sub.add_argument("--config", action=_Once, default=argparse.SUPPRESS)
             sub.add_argument("--debug", action="store_true")
@@ -80,8 +77,8 @@ def build_parser(words: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
 
 
 def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) -> None:
-    place, several = place_of(spec), get_origin(hint) in (list, dict)
-    if place is not None:  # optional for the parser, because a file may have it
+    several = get_origin(hint) in (list, dict)
+    if place := spec.metadata["place"]:  # optional for the parser, because a file may have it
         parser.add_argument(spec.name, nargs="*" if several else "?", metavar=place, default=argparse.SUPPRESS)
     elif hint is bool:
         parser.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
@@ -92,13 +89,7 @@ def _add_option(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) 
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Parse `argv` and run its verb's stage.
-
-    Raises
-    ------
-    AuraError
-        What the user asked for cannot be done.
-    """
+    """Parse `argv` and run its verb's stage; AuraError if what the user asked for cannot be done."""
     words = sys.argv[1:] if argv is None else argv
     flags = vars(build_parser(words).parse_args(words))
     name, config_path, debug, only_check = (flags.pop(key, None) for key in ("verb", "config", "debug", "check"))
@@ -111,22 +102,12 @@ def run(argv: Sequence[str] | None = None) -> None:
 
     configure_logging(debug=debug)
     keep_freed_memory()
-    stage = _import(VERBS[name].stage)
-    if VERBS[name].takes_file:
-        stage.run(config, document)
-    else:
-        stage.run(config)
-
-
-def _import(stage: str) -> ModuleType:
-    """The module. What imports make stays: to look for garbage in between takes an eighth of the time."""
-    collects = gc.isenabled()
-    gc.disable()
+    gc.disable()  # what imports make stays, and to look for garbage in between takes an eighth of the time
     try:
-        return import_module(stage)
+        stage = import_module(f"aura_dist.{VERBS[name].stage}")
     finally:
-        if collects:
-            gc.enable()
+        gc.enable()
+    stage.run(config, *([document] if VERBS[name].takes_file else []))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

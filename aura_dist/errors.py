@@ -64,13 +64,7 @@ class LostRankError(AuraError):
 
 
 class RunInterruptedError(AuraError):
-    """A signal ended the work between two batches; everything committed is kept.
-
-    Attributes
-    ----------
-    signal_number
-        SIGTERM, SIGINT or SIGUSR1.
-    """
+    """SIGTERM, SIGINT or SIGUSR1 ended the work between two batches; everything committed is kept."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -49,10 +49,7 @@ def _check_distinct(path: str, tree: Any) -> None:
 def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """Settings of `verb`; the last one counts of: top of the file, section it inherits, its own section, flags.
 
-    Raises
-    ------
-    ConfigError
-        No verb knows a key, a section's verb does not know a key in it, or a setting on top would act twice.
+    ConfigError if no verb knows a key, a section's verb does not, or a setting on top would act twice.
     """
     known = {name: {f.name for f in fields(v.config)} for name, v in VERBS.items()}
     shared = set().union(*known.values())

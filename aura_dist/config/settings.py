@@ -4,9 +4,8 @@ Settings are fields of frozen dataclasses, made by `option`; msgspec checks thei
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from importlib import import_module
+from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,29 +19,19 @@ class OneOf:
     """Annotation of a text whose allowed values are the keys of a table in another room.
 
     The table is imported only when a value is checked or help is shown, so that `aura-dist --help` stays fast.
-
-    Attributes
-    ----------
-    table
-        Dotted name of a mapping, of a function that returns one, or of a sequence of values. A row may be a summary, or
-        have the attributes `summary` and `spellings`.
-    also
-        What is allowed beside the table's values, such as `GLOB`; then no value is refused here.
     """
 
+    # Dotted name of a mapping, or of a function that returns one. A row is a summary, or has the attribute `summary`
+    # and maybe `spellings`, which help shows in place of the key.
     table: str
+    # what is allowed beside the table's values, such as `GLOB`; then no value is refused here
     also: str = ""
 
     def rows(self) -> dict[str, str]:
-        """Allowed value → its summary; an empty text where the table has none."""
-        module, _, name = self.table.rpartition(".")
-        table = getattr(import_module(module), name)
-        table = table() if callable(table) else table
-        table = table if isinstance(table, Mapping) else dict.fromkeys(table, "")
-        return {
-            ", ".join(getattr(row, "spellings", (key,))): row if isinstance(row, str) else getattr(row, "summary", "")
-            for key, row in table.items()
-        }
+        """Allowed value → its summary."""
+        table = resolve_name(self.table)
+        rows = (table() if callable(table) else table).items()
+        return {", ".join(getattr(row, "spellings", [key])): getattr(row, "summary", row) for key, row in rows}
 
 
 def option(
@@ -82,9 +71,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse a setting that nothing would look at."""
         for spec in fields(self):
-            name = spec.metadata["needs"]
-            if name and self.is_set(spec) and not getattr(self, name):
-                raise ConfigError(f"{shown_name(spec)}: expected it with {flag(name)}, got it without; leave it out")
+            needed = spec.metadata["needs"]
+            if needed and self.is_set(spec) and not getattr(self, needed):
+                raise ConfigError(f"{shown_name(spec)}: expected it with {flag(needed)}, got it without; leave it out")
 
     def is_set(self, spec: "Field[Any]") -> bool:
         """Whether a setting differs from its default."""
@@ -112,10 +101,7 @@ def default_of(spec: "Field[Any]") -> Any:
 def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     """Check and convert `settings` (strings are read as the field's type) into a config.
 
-    Raises
-    ------
-    ConfigError
-        A required setting is missing, or a value is not of its type or out of its range.
+    ConfigError if a required setting is missing, or a value is not of its type or out of its range.
     """
     types = hints(config)
     values = {}
@@ -125,41 +111,36 @@ def resolve(config: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
         elif default_of(spec) is MISSING and spec.metadata["file_only"]:
             raise ConfigError(f"{spec.name!r} is required in the config file: {spec.metadata['help']}")
         elif default_of(spec) is MISSING:
-            give = "give it" if place_of(spec) else "give the flag"
+            give = "give it" if spec.metadata["place"] else "give the flag"
             raise ConfigError(f"{shown_name(spec)} is required: {give}, or {spec.name!r} in the config file")
     return config(**values)
 
 
-def place_of(spec: "Field[Any]") -> str | None:
-    """The name of a positional argument; None for a setting with a flag."""
-    place: str | None = spec.metadata["place"]
-    return place
-
-
 def shown_name(spec: "Field[Any]") -> str:
     """What messages call a setting: its flag, or the name of its positional argument."""
-    return place_of(spec) or flag(spec.name)
+    return spec.metadata["place"] or flag(spec.name)
 
 
 def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
-    name, distinct = spec.name, spec.metadata["distinct"]
-    shown = shown_name(spec)
+    shown, table = shown_name(spec), table_of(hint)
     if get_origin(hint) is list and isinstance(value, (str, int, float)):
         value = [value]
-    if _holds_nul(value):
+    if any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value])):  # as no path can
         raise ConfigError(f"{shown}: expected {describe(hint)} without a NUL character, got {value!r}")
     if get_origin(hint) is dict and isinstance(value, list):
-        value = _pairs(name, value)
+        value = _pairs(shown, value)
     number = _number(value, _leaves(hint)) if isinstance(value, str) else value
     try:
         converted = msgspec.convert(number, hint, strict=False)
-        _check_listed(converted, table_of(hint))
     except msgspec.ValidationError:
         raise ConfigError(f"{shown}: expected {describe(hint)}, got {value!r}") from None
+    listed = converted if isinstance(converted, list) else [] if converted is None else [converted]
+    if table is not None and not table.also and not set(listed) <= table.rows().keys():
+        raise ConfigError(f"{shown}: expected {describe(hint)}, got {value!r}")
     if get_origin(hint) is list:
         if not converted and not spec.metadata["may_be_empty"]:
             raise ConfigError(f"{shown}: expected at least one value, got none")
-        if distinct and len(set(converted)) < len(converted):
+        if spec.metadata["distinct"] and len(set(converted)) < len(converted):
             raise ConfigError(f"{shown}: expected each value once, got {' '.join(map(str, converted))}")
     if isinstance(converted, float) and not abs(converted) < float("inf"):
         raise ConfigError(f"{shown}: expected a finite number, got {value!r}")
@@ -171,20 +152,13 @@ def table_of(hint: Any) -> OneOf | None:
     return hint if isinstance(hint, OneOf) else next(filter(None, map(table_of, get_args(hint))), None)
 
 
-def _check_listed(converted: Any, table: OneOf | None) -> None:
-    if table is None or table.also or converted is None:
-        return
-    if not set(converted if isinstance(converted, list) else [converted]) <= table.rows().keys():
-        raise msgspec.ValidationError
-
-
-def _pairs(name: str, words: list[str]) -> dict[str, Any]:
+def _pairs(shown: str, words: list[str]) -> dict[str, Any]:
     """`["queue=main", "cores=2"]` → keys and values; whole numbers and truth values are read as such."""
     pairs: dict[str, Any] = {}
     for word in words:
         key, equals, value = str(word).partition("=")
         if not equals or key in pairs:
-            raise ConfigError(f"{flag(name)}: expected KEY=VALUE, each key once, got {word!r}")
+            raise ConfigError(f"{shown}: expected KEY=VALUE, each key once, got {word!r}")
         pairs[key] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
     return pairs
 
@@ -204,11 +178,6 @@ def _leaves(hint: Any) -> set[Any]:
     if get_origin(hint) in (Union, UnionType):
         return set().union(*map(_leaves, get_args(hint)))
     return {hint}
-
-
-def _holds_nul(value: Any) -> bool:
-    """Whether a text holds the character that no path can."""
-    return any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value]))
 
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,999}")  # Python reads no more than 4,300 digits

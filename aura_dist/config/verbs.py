@@ -26,9 +26,7 @@ Method = Annotated[str, OneOf("aura_dist.interventions.methods.METHODS")]
 Launcher = Annotated[str, OneOf("aura_dist.sweep.launchers.LAUNCHERS")]
 Statistic = Annotated[str, OneOf("aura_dist.scoring.statistics.STATISTICS"), Meta(title="STATISTIC")]
 Module = Annotated[str, OneOf("aura_dist.sites.kinds.kind_words", also="GLOB")]
-Sharding = Annotated[
-    str, OneOf("aura_dist.models.strategies.table.STRATEGIES", also="(K, N: ranks)"), Meta(title="STRATEGY")
-]
+Sharding = Annotated[str, OneOf("aura_dist.models.strategies.table.STRATEGIES", also="K, N"), Meta(title="STRATEGY")]
 # dask-jobqueue's SLURMCluster takes these; see its documentation
 SlurmOption = Literal[
     "queue", "account", "walltime", "cores", "memory", "processes", "interface", "host", "python", "protocol",
@@ -52,44 +50,35 @@ Store = Annotated[str, Meta(title="PATH|URL")]
 PositiveInt = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-PositiveFloat = Annotated[float, Meta(gt=0.0)]
 Strength = Annotated[float, Meta(ge=0.0, le=1000.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-Temperature = Annotated[float, Meta(ge=0.0)]
 
+STRENGTH = "strength s: each scale becomes 1 + s (scale - 1), each shift s times itself"
 # below it float32 logits overflow
 MIN_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Settings):
-    """Which model, and how it is loaded."""
+    """Which model, how it is loaded, and which intervention is applied to it."""
 
     model: Model = option("model", "local directory, or Hugging Face hub name")
     revision: Name | None = option("model", "revision of a hub model", None, unset="the hub's main one")
     dtype: Dtype = option("model", "dtype of weights and activations", "float32")
     device: Literal["auto", "cpu", "cuda"] = option(EXECUTION, "where the forward runs; auto: a GPU if any", "auto")
-    sharding: Sharding = option(EXECUTION, "how the model is spread over processes", "replicate")
-    offload: Offload = option(EXECUTION, "zero3: where weights wait", "none")
+    sharding: Sharding = option(EXECUTION, "how the model is spread over processes; K and N count ranks", "replicate")
+    offload: Offload = option(EXECUTION, "zero3: where weights are while they are not used", "none")
     max_memory: list[Annotated[str, Meta(title="DEVICE=SIZE")]] = option(
         EXECUTION, "dispatch: largest memory of devices, such as 0=70GiB cpu=200GiB", [], unset="what is free"
     )
     offload_folder: Dir | None = option(EXECUTION, "dispatch: directory for the weights that go to disk", None)
-    tensor_plan: File | None = option(
-        EXECUTION, "tensor: YAML file of module names and styles", None, unset="the model's"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InterventionOptions(Settings):
-    """Which intervention is applied to the model, and how strongly."""
-
+    tensor_plan: File | None = option(EXECUTION, "tensor: YAML file, module → style", None, unset="the model's")
     intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
-    strength: Strength = option("intervention", "s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0)
+    strength: Strength = option("intervention", STRENGTH, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectConfig(ModelOptions, InterventionOptions):
+class CollectConfig(ModelOptions):
     """Run labelled text through the model and store every neuron's pooled response."""
 
     data: Data = option("data", "labelled text: .csv, .tsv, .jsonl or .parquet file, or a hub data set")
@@ -100,8 +89,8 @@ class CollectConfig(ModelOptions, InterventionOptions):
     clean_negatives: list[Column] = option(
         "data", "leave out negatives of the first concept that are positive in one of these columns (Jigsaw's rule)", []
     )
-    num_positive: PositiveInt | None = option("data", "sample this many positives of the first concept", None)
-    num_negative: PositiveInt | None = option("data", "sample this many negatives of the first concept", None)
+    num_positive: PositiveInt | None = option("data", "positives of the first concept to sample", None, unset="all")
+    num_negative: PositiveInt | None = option("data", "negatives of the first concept to sample", None, unset="all")
     match_length: bool = option("data", "draw the negatives with the positives' distribution of token lengths", False)
     seed: Seed = option("data", "seed of the sampling", 0)
     max_tokens: PositiveInt = option("data", "tokens per text; longer texts are cut", 128)
@@ -110,7 +99,7 @@ class CollectConfig(ModelOptions, InterventionOptions):
     pooling: list[Pooling] = option("sites", "how a text's tokens become a neuron's value", ["max"], distinct=True)
     skip_special_tokens: bool = option("sites", "leave special tokens (BOS, EOS, ...) out of the pooling", False)
     overwrite: bool = option(EXECUTION, "delete a store that is already there", False)
-    max_attempts: Count = option(EXECUTION, "stop if so many launches in all died in the same task; 0: never", 3)
+    max_attempts: Count = option(EXECUTION, "stop once this many launches in all died in the same task; 0: never", 3)
     store: Store = option("output", "the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
 
 
@@ -118,13 +107,13 @@ class CollectConfig(ModelOptions, InterventionOptions):
 class PlanConfig(CollectConfig):
     """Say what a collection takes, in bytes and seconds, and refuse what cannot fit; reads no weights."""
 
-    data: Data = option("data", "labelled text", "", unset="--num-positive and --num-negative texts of --max-tokens")
-    concepts: list[Column] = option("data", "label columns", [], unset="of all rows the longest", distinct=True)
+    data: Data = option("data", "labelled text", "", unset="--num-positive + --num-negative texts of --max-tokens each")
+    concepts: list[Column] = option("data", "label columns", [], unset="none; the longest rows of all", distinct=True)
     world_size: PositiveInt = option("machine", "ranks of the launch", 1)
     ranks_per_host: PositiveInt | None = option("machine", "ranks that share a machine", None, unset="all, at most 8")
     device_memory: Size | None = option("machine", "memory of one GPU, such as 80GB; plans for a GPU anywhere", None)
     host_memory: Size | None = option("machine", "memory of one machine, such as 512GB", None)
-    tflops: PositiveFloat | None = option(
+    tflops: Annotated[float, Meta(gt=0.0)] | None = option(
         "machine", "sustained TFLOP/s of one rank", None, unset="120 on a GPU in 16 bits, 12 in float32; 0.15 on a CPU"
     )
     json: bool = option("output", "print JSON instead of tables", False)
@@ -141,7 +130,7 @@ class ScoreConfig(Settings):
     dask: Annotated[str, Meta(title="threads|processes|slurm|tcp://HOST:PORT")] = option(
         EXECUTION, "where the work runs; an address is one of a cluster that runs already", "threads"
     )
-    num_workers: PositiveInt | None = option(EXECUTION, "workers", None, unset="a core each; 2 under slurm")
+    num_workers: PositiveInt | None = option(EXECUTION, "workers", None, unset="one a core; 2 under slurm")
     memory_limit: Size = option(EXECUTION, "memory per worker", "4GB")
     overwrite: bool = option(EXECUTION, "delete scores that are already there, damaged ones too", False)
     slurm: dict[SlurmOption, Any] = option(
@@ -156,17 +145,14 @@ class FitConfig(Settings):
     store: Store = option("data", "a store that has been scored")
     concept: Column = option("data", "concept to whisper down")
     pooling: Pooling | None = option("neurons", "pooling whose scores are used", None, unset="the method's own")
-    modules: list[Module] = option("neurons", "only these of the store's modules: kinds, or name patterns", [])
+    modules: list[Module] = option("neurons", "modules of the store: kinds, or name patterns", [], unset="all")
     top_k: PositiveInt | None = option(
-        "neurons", "only the k units of highest AUROC", None, unset="all, or all above 1/2, as the method chooses"
+        "neurons", "only the k units of highest AUROC", None, unset="all, or all above 1/2, as the method does"
     )
     max_q: Share | None = option("neurons", "only units whose q-value (false discovery rate) is at most this", None)
     method: Method = option("intervention", "how a unit's statistics become its map", "aura")
     alpha: Share = option("intervention", "damp: scale of the selected units", 0.5)
-    strength: Strength = option(
-        "intervention", "s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0,
-        again_in=("model", "generate", "evaluate", "export"),
-    )  # fmt: skip
+    strength: Strength = option("intervention", STRENGTH, 1.0, again_in=("model", "generate", "evaluate", "export"))
     onto: Dir | None = option(
         "intervention", "intervention under which the store was collected; the result does both", None
     )
@@ -190,7 +176,7 @@ class DecodingOptions(Settings):
 
     num_samples: PositiveInt = option("decoding", "continuations per prompt", 1)
     max_new_tokens: PositiveInt = option("decoding", "tokens per continuation", 20)
-    temperature: Temperature = option("decoding", "sampling temperature; 0 is greedy", 1.0)
+    temperature: Annotated[float, Meta(ge=0.0)] = option("decoding", "sampling temperature; 0 is greedy", 1.0)
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = option("decoding", "nucleus sampling: probability mass kept", 0.9)
     top_tokens: Count = option("decoding", "sample from the k most probable tokens alone; 0: from all", 0)
     seed: Seed = option("decoding", "seed of the sampling", 0)
@@ -206,20 +192,18 @@ class DecodingOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelOptions, InterventionOptions, DecodingOptions):
+class GenerateConfig(ModelOptions, DecodingOptions):
     """Continue prompts, with and without an intervention side by side."""
 
     prompt: list[str] = option("data", "one or more prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelOptions, InterventionOptions, DecodingOptions):
+class EvaluateConfig(ModelOptions, DecodingOptions):
     """Measure a model, with or without an intervention: toxicity, perplexity, zero-shot tasks."""
 
     toxicity_prompts: File | None = option(
-        "toxicity",
-        "prompts to continue and score: RealToxicityPrompts' .jsonl, or a table with a column of texts",
-        None,
+        "toxicity", "prompts to continue and score: RealToxicityPrompts' .jsonl, or a table of texts", None
     )
     prompt_column: Column | None = option(
         "toxicity", "column of the prompts", None, unset="prompt.text, prompt or text", needs="toxicity_prompts"
@@ -231,9 +215,7 @@ class EvaluateConfig(ModelOptions, InterventionOptions, DecodingOptions):
     num_samples: PositiveInt = option("decoding", "continuations per prompt", 25)
     continuations_per_batch: PositiveInt = option(EXECUTION, "continuations in one forward; changes no result", 128)
     scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check")] = option(
-        "toxicity",
-        "what says how toxic a text is: a classification model, or words",
-        "s-nlp/roberta_toxicity_classifier",
+        "toxicity", "model that classifies texts, or profanity-check", "s-nlp/roberta_toxicity_classifier"
     )
     toxic_label: str | None = option(
         "toxicity", "the scorer's label that means toxic", None, unset="the one called so", needs="toxicity_prompts"
@@ -243,7 +225,7 @@ class EvaluateConfig(ModelOptions, InterventionOptions, DecodingOptions):
     )
     perplexity_texts: File | None = option("perplexity", "texts whose perplexity is measured", None)
     perplexity_labels: Column | None = option(
-        "perplexity", "0/1 column of the texts: perplexity of either side too", None, needs="perplexity_texts"
+        "perplexity", "0/1 column of the texts: perplexity of each class too", None, needs="perplexity_texts"
     )
     text_column: Column = option("perplexity", "column that holds the text", "text")
     max_tokens: PositiveInt = option("perplexity", "tokens per text; longer texts are cut", 128)
@@ -268,7 +250,7 @@ class ExportConfig(Settings):
     model: Model = option("model", "local directory, or Hugging Face hub name")
     revision: Name | None = option("model", "revision of a hub model", None, unset="the hub's main one")
     intervention: Artifact = option("intervention", "intervention directory written by `fit`")
-    strength: Strength = option("intervention", "s: each scale becomes 1 + s (scale - 1), each shift s shift", 1.0)
+    strength: Strength = option("intervention", STRENGTH, 1.0)
     dtype: Literal["keep", "float32"] = option("output", "dtype of the written weights", "keep")
     out: Dir = option("output", "directory to write the checkpoint to; it must not exist yet")
 
@@ -292,8 +274,8 @@ class ReportConfig(Settings):
     """Write one page over run directories: what was run, which neurons, what it changed."""
 
     run_dirs: list[str] = option("data", "run directories", distinct=True, place="RUN_DIR")
-    expert_auroc: Annotated[float, Meta(ge=0.5, lt=1.0)] = option("page", "an expert has at least this AUROC", 0.7)
-    expert_q: Share = option("page", "and up to this q-value (false discovery rate), where q-values are stored", 0.05)
+    expert_auroc: Annotated[float, Meta(ge=0.5, lt=1.0)] = option("page", "an expert has an AUROC above this", 0.7)
+    expert_q: Share = option("page", "and a q-value of at most this, if the store has q-values", 0.05)
     num_neurons: PositiveInt = option("page", "rows of the tables of best neurons", 25)
     num_prompts: PositiveInt = option("page", "prompts whose continuations are shown", 20)
     out: File = option("output", "HTML file to write; its pictures go into a folder beside it")
@@ -324,7 +306,7 @@ class SweepConfig(Settings):
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: its settings, the stage module whose `run(config)` does the work, and flags as an example.
+    """One command: its settings, and flags as an example; `run(config)` of the module `aura_dist.STAGE` does the work.
 
     The section of a settings file that belongs to the verb `inherits` counts for this one too, below its own.
     A verb that `takes_file` is called `run(config, document)`, with all that the file says.
@@ -341,32 +323,24 @@ class Verb:
         return (self.config.__doc__ or "").strip()
 
 
+_COLLECTED = "--model openai-community/gpt2 --data comments.csv --concepts toxic --store runs/gpt2/store.zarr"
 _FITTED = "--model openai-community/gpt2 --intervention runs/gpt2/aura"
+_PLANNED = "--config configs/falcon-40b.yaml --world-size 8 --device-memory 80GB"
 VERBS: dict[str, Verb] = {
-    "plan": Verb(
-        PlanConfig, "aura_dist.stages.plan", "--config configs/falcon-40b.yaml --world-size 8 --device-memory 80GB",
-        inherits="collect",
-    ),
-    "collect": Verb(
-        CollectConfig, "aura_dist.stages.collect",
-        "--model openai-community/gpt2 --data comments.csv --concepts toxic --store runs/gpt2/store.zarr",
-    ),
-    "score": Verb(ScoreConfig, "aura_dist.stages.score", "--store runs/gpt2/store.zarr"),
-    "fit": Verb(
-        FitConfig, "aura_dist.stages.fit", "--store runs/gpt2/store.zarr --concept toxic --out runs/gpt2/aura"
-    ),
-    "generate": Verb(GenerateConfig, "aura_dist.stages.generate", f"{_FITTED} --prompt 'You are such a'"),
+    "plan": Verb(PlanConfig, "stages.plan", _PLANNED, inherits="collect"),
+    "collect": Verb(CollectConfig, "stages.collect", _COLLECTED),
+    "score": Verb(ScoreConfig, "stages.score", "--store runs/gpt2/store.zarr"),
+    "fit": Verb(FitConfig, "stages.fit", "--store runs/gpt2/store.zarr --concept toxic --out runs/gpt2/aura"),
+    "generate": Verb(GenerateConfig, "stages.generate", f"{_FITTED} --prompt 'You are such a'"),
     "evaluate": Verb(
-        EvaluateConfig, "aura_dist.stages.evaluate", f"{_FITTED} --perplexity-texts texts.csv --out runs/gpt2/aura.json"
+        EvaluateConfig, "stages.evaluate", f"{_FITTED} --perplexity-texts texts.csv --out runs/gpt2/aura.json"
     ),
-    "export": Verb(ExportConfig, "aura_dist.stages.export", f"{_FITTED} --out gpt2-whispered"),
-    "report": Verb(ReportConfig, "aura_dist.stages.report", "runs/gpt2 --out runs/gpt2/report.html"),
-    "status": Verb(StatusConfig, "aura_dist.stages.status", "runs/gpt2"),
-    "sweep": Verb(
-        SweepConfig, "aura_dist.stages.sweep", "--config configs/sweep-gemma.yaml --dry-run", takes_file=True
-    ),
-    "demo": Verb(DemoConfig, "aura_dist.demo.demo", "--out runs/demo"),
-}  # fmt: skip
+    "export": Verb(ExportConfig, "stages.export", f"{_FITTED} --out gpt2-whispered"),
+    "report": Verb(ReportConfig, "stages.report", "runs/gpt2 --out runs/gpt2/report.html"),
+    "status": Verb(StatusConfig, "stages.status", "runs/gpt2"),
+    "sweep": Verb(SweepConfig, "stages.sweep", "--config configs/sweep-gemma.yaml --dry-run", takes_file=True),
+    "demo": Verb(DemoConfig, "demo.demo", "--out runs/demo"),
+}
 
 
 def execution_settings() -> frozenset[str]:

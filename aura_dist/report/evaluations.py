@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One results file.
-
-    Attributes
-    ----------
-    run, name, path
-        The run directory's name, the file's name without its ending, and the file.
-    document
-        The file's content.
-    """
+    """One results file of a run: its name without the ending, what the page calls it, and its content."""
 
     run: str
     name: str
     path: Path
+    label: str
     document: Mapping[str, Any]
 
     @property
@@ -86,9 +79,9 @@ class Evaluation:
         """Strength of the fit times strength of the use: both scale the change; None without an intervention."""
         if not self._intervention:
             return None
-        applied = self._intervention.get("strength", self.config.get("strength", 1.0))
-        fitted = self._parameters.get("strength", 1.0)
-        return _number(applied, 1.0) * _number(fitted, 1.0)
+        applied = self._intervention.get("strength", self.config.get("strength"))
+        both = applied, self._parameters.get("strength")
+        return math.prod(float(strength) for strength in both if is_number(strength))
 
     @property
     def top_k(self) -> int | None:
@@ -109,6 +102,11 @@ class Evaluation:
     @property
     def preprompt(self) -> str | None:
         return self.document.get("preprompt") or None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither an intervention nor a pre-prompt."""
+        return not self.is_fitted and self.preprompt is None
 
     @property
     def perplexity(self) -> Estimate | None:
@@ -162,7 +160,7 @@ def read_evaluation(run: str, path: Path) -> Evaluation:
             f"results {str(path)!r}: expected results as `evaluate` writes them, found another JSON document; "
             "move the file away"
         )
-    return Evaluation(run, path.stem, path, document)
+    return Evaluation(run, path.stem, path, path.stem, document)
 
 
 def by_prompt(one: Evaluation) -> ByPrompt | None:
@@ -206,16 +204,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _number(value: Any, otherwise: float) -> float:
-    return float(value) if is_number(value) else otherwise
-
-
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def labels_of(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Names of evaluations on the page: the file's name, after the run's name where the page shows several runs.
+def labelled(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The same with labels: the file's name, after the run's name where the page shows several runs.
 
     A name that a sweep made is replaced by what distinguishes the evaluation, unless another evaluation has that name.
     """
@@ -227,14 +221,12 @@ def labels_of(evaluations: Sequence[Evaluation]) -> list[str]:
     for i, text in zip(made, described, strict=True):
         if described.count(text) == 1 and text not in taken:
             names[i] = text
-    return names
+    return [replace(e, label=name) for e, name in zip(evaluations, names, strict=True)]
 
 
 def _described(evaluations: Sequence[Evaluation]) -> list[str]:
     """`mean-act 0.25, mlp`: method and strength, and whatever else differs between the evaluations."""
     fitted = [e for e in evaluations if e.is_fitted]
-    several_models = len({e.model for e in evaluations}) > 1
-    several_modules = len({e.modules for e in fitted}) > 1
     short = modules_in_short(fitted)
     texts = []
     for e in evaluations:
@@ -242,9 +234,9 @@ def _described(evaluations: Sequence[Evaluation]) -> list[str]:
         parts = [method if e.strength in (None, 1.0) else f"{method} {e.strength:g}"]
         parts += [f"top {e.top_k}"] if len({o.top_k for o in fitted if o.method == e.method}) > 1 else []
         parts += [e.variant] if e.variant and len({o.variant for o in fitted if o.method == e.method}) > 1 else []
-        parts += [short[e.modules]] if several_modules and e in fitted else []
+        parts += [short[e.modules]] if e.is_fitted and len({o.modules for o in fitted}) > 1 else []
         parts += ["pre-prompt"] if e.preprompt is not None else []
-        parts += [e.model.rstrip("/").rsplit("/", 1)[-1]] if several_models else []
+        parts += [e.model.rstrip("/").rsplit("/", 1)[-1]] if len({o.model for o in evaluations}) > 1 else []
         parts += [e.run] if len({o.run for o in evaluations}) > 1 else []
         texts.append(", ".join(parts))
     return texts

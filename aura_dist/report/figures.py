@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -155,29 +156,29 @@ def lines(points: Sequence[Point]) -> list[Line]:
     """The points by what they were fitted with; if a group has several strengths, by number of neurons too."""
     groups: dict[tuple[Any, ...], list[Point]] = {}
     for p in points:
-        groups.setdefault((p.method, p.modules, p.prompted, p.variant), []).append(p)
+        groups.setdefault((p.one.method, p.modules, p.one.preprompt is not None, p.one.variant), []).append(p)
     found = []
     for (*alike_but_for_it, variant), group in groups.items():
         several = sum(key[:-1] == tuple(alike_but_for_it) for key in groups) > 1
         which = f", {variant}" if variant and several else ""
-        if len({p.strength for p in group}) == 1:
-            found.append(_line(group, [p.top_k for p in group], "k {:,}", which))
+        if len({p.one.strength for p in group}) == 1:
+            found.append(_line(group, [p.one.top_k for p in group], "k {:,}", which))
             continue
-        sizes = list(dict.fromkeys(p.top_k for p in group))
+        sizes = list(dict.fromkeys(p.one.top_k for p in group))
         for k in sizes:
-            alike = [p for p in group if p.top_k == k]
+            alike = [p for p in group if p.one.top_k == k]
             size = f", top {k:,}" if k and sizes[1:] else ""
-            found.append(_line(alike, [p.strength for p in alike], "{:g}", which + size))
+            found.append(_line(alike, [p.one.strength for p in alike], "{:g}", which + size))
     return found
 
 
 def _line(group: Sequence[Point], by: Sequence[float | None], form: str, more: str) -> Line:
     first = group[0]
-    name = first.method or PLAIN
-    name += f", {first.modules}" * bool(first.modules) + more + ", pre-prompt" * first.prompted
+    name = first.one.method if first.one.is_fitted else PLAIN
+    name += f", {first.modules}" * bool(first.modules) + more + ", pre-prompt" * (first.one.preprompt is not None)
     order = sorted(range(len(group)), key=lambda i: (by[i] is None, by[i] or 0.0))
     joined = len(set(by)) == len(group) > 1
-    shown = [form.format(by[i]) if joined and by[i] is not None else group[i].label for i in order]
+    shown = [form.format(by[i]) if joined and by[i] is not None else group[i].one.label for i in order]
     return Line(name, tuple(group[i] for i in order), tuple(shown), joined)
 
 
@@ -192,7 +193,7 @@ def tradeoff(comparison: Comparison, name: str) -> Picture | None:
         figure, ax = new_figure(*((760, 540) if front or len(points) > MANY else (460, 370)))
         looks = _looks(drawn)
         handles = [_series(ax, line, look, front) for line, look in zip(drawn, looks, strict=True)]
-        for p in (p for p in points if p.is_plain):
+        for p in (p for p in points if p.one.is_plain):
             ax.axvline(p.x.value, color=FAINT, linewidth=0.8, zorder=0.5)
             ax.axhline(100 * p.y.value, color=FAINT, linewidth=0.8, zorder=0.5)
         _set_axes(ax, [p.x.value for p in points])
@@ -211,42 +212,42 @@ def tradeoff(comparison: Comparison, name: str) -> Picture | None:
 def caption(comparison: Comparison) -> str:
     """What the markers and lines of the trade-off mean, as far as it has them."""
     joined = [line for line in lines(comparison.points) if line.joined]
-    by_strength = any(len({p.strength for p in line.points}) > 1 for line in joined)
-    by_number = any(len({p.strength for p in line.points}) == 1 for line in joined)
+    by_strength = any(len({p.one.strength for p in line.points}) > 1 for line in joined)
+    by_number = any(len({p.one.strength for p in line.points}) == 1 for line in joined)
     said = [
         "Towards the lower left is better.",
         "Lines join the strengths of one method over the same modules; the number at a marker is the strength."
         * by_strength,
         "Lines join numbers of neurons (k) of one method." * by_number,
-        "A hollow marker is an evaluation with a pre-prompt." * any(p.prompted for p in comparison.points),
-        "Grey lines mark the model without intervention." * any(p.is_plain for p in comparison.points),
+        "A hollow marker is an evaluation with a pre-prompt."
+        * any(p.one.preprompt is not None for p in comparison.points),
+        "Grey lines mark the model without intervention." * any(p.one.is_plain for p in comparison.points),
     ]
-    far = ", ".join(f"{p.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in comparison.outside)
+    far = ", ".join(f"{p.one.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in comparison.outside)
     return " ".join(filter(None, [*said, f"Outside the plot: {far}." if far else ""]))
 
 
 def _mark(line: Line, mark: str, front: bool) -> str:
     """The text at a point. Beside joined lines a single point needs its strength alone: the legend names it."""
-    one = line.points[0]
-    if not front or line.joined or (len(line.points) > 1 and one.method is not None):
+    one = line.points[0].one
+    if not front or line.joined or (len(line.points) > 1 and one.is_fitted):
         return mark
     return "" if one.strength is None else f"{one.strength:g}"
 
 
 def _looks(drawn: Sequence[Line]) -> list[tuple[str, str, Any]]:
     """Colour, marker and stroke of each line."""
-    fitted = [line.points[0] for line in drawn if line.points[0].method is not None]
-    methods = list(dict.fromkeys(p.method for p in fitted))
-    modules = list(dict.fromkeys(p.modules for p in fitted))
+    firsts = [line.points[0] for line in drawn]
+    methods = list(dict.fromkeys(p.one.method for p in firsts if p.one.is_fitted))
+    modules = list(dict.fromkeys(p.modules for p in firsts if p.one.is_fitted))
     looks: list[tuple[str, str, Any]] = []
-    number = 0
-    for p in (line.points[0] for line in drawn):
-        if p.method is None:
+    markers = cycle(_MARKERS)
+    for p in firsts:
+        if p.one.is_fitted:
+            stroke = _STROKES[modules.index(p.modules) % len(_STROKES)]
+            looks.append((SERIES[methods.index(p.one.method) % len(SERIES)], next(markers), stroke))
+        else:
             looks.append((INK, "*", "-"))
-            continue
-        stroke = _STROKES[modules.index(p.modules) % len(_STROKES)]
-        looks.append((SERIES[methods.index(p.method) % len(SERIES)], _MARKERS[number % len(_MARKERS)], stroke))
-        number += 1
     return looks
 
 
@@ -257,8 +258,8 @@ def _series(ax: "Axes", line: Line, look: tuple[str, str, Any], front: bool) -> 
     handle, caps, bars = ax.errorbar(
         x, y, xerr=_reach([p.x for p in line.points], 1), yerr=_reach([p.y for p in line.points], 100),
         color=colour, marker=marker, markersize=11 if marker == "*" else 6.5, markeredgewidth=1.4,
-        markerfacecolor="none" if line.points[0].prompted else colour, linestyle=stroke if line.joined else "none",
-        linewidth=1.5, elinewidth=1.0, capsize=0 if front else 2,
+        markerfacecolor="none" if line.points[0].one.preprompt is not None else colour,
+        linestyle=stroke if line.joined else "none", linewidth=1.5, elinewidth=1.0, capsize=0 if front else 2,
     )  # fmt: skip
     for part in (*caps, *bars):
         part.set_alpha(0.3 if front else 0.6)

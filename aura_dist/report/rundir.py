@@ -3,7 +3,6 @@
 The directory of a sweep has several stores, which its runs share, and a state file for each job.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from aura_dist.errors import StoreError, brief
-from aura_dist.interventions.artifact import META_FILE, WEIGHTS_FILE, Intervention
+from aura_dist.errors import StoreError
+from aura_dist.interventions.artifact import Intervention
 from aura_dist.report.evaluations import Evaluation, read_evaluation
 
 CONFIG, STORE, INTERVENTIONS, RESULTS, JOBS = "config.yaml", "store.zarr", "interventions", "results", "jobs"
@@ -44,14 +43,18 @@ class RunDirectory:
     name: str
     stores: tuple[str, ...]
 
+    def entries(self, part: str) -> list[Path]:
+        """What a directory of the run holds, sorted; without hidden files, because they are being written."""
+        place = self.path / part
+        return sorted(p for p in place.iterdir() if not p.name.startswith(".")) if place.is_dir() else []
+
     @property
     def intervention_paths(self) -> list[Path]:
-        place = self.path / INTERVENTIONS
-        return sorted(p for p in _entries(place) if p.is_dir() and not p.name.startswith("."))
+        return [p for p in self.entries(INTERVENTIONS) if p.is_dir()]
 
     @property
     def result_paths(self) -> list[Path]:
-        return sorted(p for p in _entries(self.path / RESULTS) if p.suffix == ".json" and not p.name.startswith("."))
+        return [p for p in self.entries(RESULTS) if p.suffix == ".json"]
 
     def interventions(self) -> list[Fitted]:
         """StoreError if one is damaged."""
@@ -64,10 +67,6 @@ class RunDirectory:
     def evaluations(self) -> list[Evaluation]:
         """InputError if one is damaged."""
         return [read_evaluation(self.name, path) for path in self.result_paths]
-
-
-def _entries(place: Path) -> list[Path]:
-    return list(place.iterdir()) if place.is_dir() else []
 
 
 def is_run_directory(path: Path) -> bool:
@@ -83,13 +82,7 @@ def _stores(path: Path) -> tuple[str, ...]:
 
 
 def open_run(path: str) -> RunDirectory:
-    """The run directory at `path`.
-
-    Raises
-    ------
-    StoreError
-        There is no directory, or nothing of a run in it.
-    """
+    """The run directory at `path`; StoreError if there is no directory, or nothing of a run in it."""
     place = Path(path)
     if not place.is_dir():
         found = "a file" if place.exists() else "nothing"
@@ -126,15 +119,3 @@ def _config_store(path: Path) -> str | None:
     section = document.get("collect")
     store = document.get("store") or (section.get("store") if isinstance(section, dict) else None)
     return store if isinstance(store, str) else None
-
-
-def read_meta(directory: Path) -> dict[str, Any]:
-    """An intervention's description alone; StoreError if one of its files is missing, or the description damaged."""
-    try:
-        meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
-        (directory / WEIGHTS_FILE).stat()
-    except (OSError, ValueError) as error:
-        raise StoreError(f"intervention {str(directory)!r}: {brief(error)}") from error
-    if not isinstance(meta, dict):
-        raise StoreError(f"intervention {str(directory)!r}: {META_FILE} holds no description")
-    return meta

@@ -46,10 +46,6 @@ class SiteSummary:
     num_scored: int
     num_experts: int
 
-    @property
-    def expert_share(self) -> float:
-        return self.num_experts / self.num_scored if self.num_scored else np.nan
-
 
 def summarise(site: Site, auroc: NDArray[np.float64], q: NDArray[np.float64] | None, bar: Bar) -> SiteSummary:
     """Sum up one site: its AUROC [D], NaN for neurons without a score, and its q-values [D] or None."""
@@ -57,15 +53,10 @@ def summarise(site: Site, auroc: NDArray[np.float64], q: NDArray[np.float64] | N
     if q is not None:
         expert &= q <= bar.max_q
     scored = auroc[~np.isnan(auroc)]
-    some = bool(len(scored))
-    return SiteSummary(
-        site,
-        np.histogram(scored, EDGES)[0].astype(np.int64),
-        np.quantile(scored, QUANTILES) if some else np.full(len(QUANTILES), np.nan),
-        float(scored.max()) if some else np.nan,
-        len(scored),
-        int(np.count_nonzero(expert)),
-    )
+    histogram = np.histogram(scored, EDGES)[0].astype(np.int64)
+    quantiles = np.quantile(scored, QUANTILES) if len(scored) else np.full(len(QUANTILES), np.nan)
+    best = float(scored.max()) if len(scored) else np.nan
+    return SiteSummary(site, histogram, quantiles, best, len(scored), int(np.count_nonzero(expert)))
 
 
 @dataclass

@@ -8,19 +8,10 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from aura_dist.errors import AuraError, StoreError
-from aura_dist.interventions.artifact import method_of
+from aura_dist.errors import AuraError
+from aura_dist.interventions.artifact import META_FILE, WEIGHTS_FILE, method_of
 from aura_dist.report.evaluations import read_evaluation
-from aura_dist.report.rundir import (
-    INTERVENTIONS,
-    JOBS,
-    JOBS_FILE,
-    RESULTS,
-    RunDirectory,
-    is_run_directory,
-    open_run,
-    read_meta,
-)
+from aura_dist.report.rundir import INTERVENTIONS, JOBS, JOBS_FILE, RESULTS, RunDirectory, is_run_directory, open_run
 from aura_dist.scoring.scores import MARKER, count_columns, score_attributes, score_path, scored_statistics
 from aura_dist.store.access import local_path, open_group, read_array
 from aura_dist.store.schema import DONE, StoreSpec, activation_path, tasks_of
@@ -96,7 +87,7 @@ def _jobs(run: RunDirectory) -> Iterator[Job]:
         present = set(json.loads((run.path / JOBS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         present = set()
-    for path in (p for p in _files(run.path / JOBS) if p.suffix == ".json" and not p.name.startswith(".")):
+    for path in (p for p in run.entries(JOBS) if p.suffix == ".json"):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if present and found["job"] not in present:
@@ -142,9 +133,11 @@ def _state(done: int, total: int) -> str:
 def _interventions(run: RunDirectory) -> Part:
     whole, broken = [], []
     for path in run.intervention_paths:
-        try:
-            whole.append(f"{path.name} ({method_of(read_meta(path))})")
-        except StoreError:
+        try:  # the description alone, because maps take long to read
+            meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+            (path / WEIGHTS_FILE).stat()
+            whole.append(f"{path.name} ({method_of(meta)})")
+        except (OSError, ValueError, AttributeError):  # missing, no JSON, or not a mapping
             broken.append(path.name)
     return _listed("fit", whole, [], broken)
 
@@ -159,7 +152,7 @@ def _results(run: RunDirectory) -> Part:
             taken.add(str(one.toxicity.get("continuations")))
         except AuraError:
             broken.append(path.name)
-    begun = [p for p in _files(run.path / RESULTS) if p.suffix == ".jsonl" and p.name not in taken]
+    begun = [p for p in run.entries(RESULTS) if p.suffix == ".jsonl" and p.is_file() and p.name not in taken]
     half = [f"{p.name} ({_count_lines(p):,} lines)" for p in begun]
     return _listed("evaluate", whole, half, broken)
 
@@ -167,10 +160,6 @@ def _results(run: RunDirectory) -> Part:
 def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-
-
-def _files(place: Path) -> list[Path]:
-    return sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else []
 
 
 def _listed(name: str, whole: list[str], half: list[str], broken: list[str]) -> Part:
@@ -183,7 +172,7 @@ def _listed(name: str, whole: list[str], half: list[str], broken: list[str]) -> 
 
 def _changes(run: RunDirectory) -> Iterator[float]:
     """When the files changed that stages write; of a store, only the few that change with its progress."""
-    places = [*_files(run.path / RESULTS), *run.intervention_paths]
+    places = [*run.entries(RESULTS), *run.intervention_paths]
     places += [run.path / part for part in (RESULTS, INTERVENTIONS, JOBS)]
     for path in run.stores:
         store = local_path(path)

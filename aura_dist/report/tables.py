@@ -31,7 +31,7 @@ class Table:
 def facts_of(store: StoreSummary) -> list[tuple[str, str]]:
     """Terms and descriptions of a store: model, data, rows, modules, settings, versions."""
     spec, config = store.spec, store.attributes.get("config", {})
-    model = spec.model
+    model, under = spec.model, spec.intervention
     revision = f" at {model['revision']}" if model.get("revision") else ""
     facts = [
         ("model", f"{model['name']}{revision}, {model['class']}"),
@@ -44,16 +44,12 @@ def facts_of(store: StoreSummary) -> list[tuple[str, str]]:
         ("modules", f"{', '.join(config.get('modules', []))}: {len(spec.sites):,} with {store.num_neurons:,} neurons"),
         ("pooling", ", ".join(spec.poolings)),
         ("scores", _basis(store.basis)),
+        ("collected under", f"{under.get('method')} at strength {under.get('strength'):g}" if under else ""),
+        ("not finite", f"{store.num_nonfinite:,} responses are NaN or infinite" if store.num_nonfinite else ""),
+        ("not captured", f"{len(spec.uncaptured):,} parameters of experts of a mixture" if spec.uncaptured else ""),
+        ("versions", ", ".join(f"{k} {v}" for k, v in store.attributes.get("versions", {}).items())),
+        ("store", store.path),
     ]
-    if spec.intervention is not None:
-        under = spec.intervention
-        facts.append(("collected under", f"{under.get('method')} at strength {under.get('strength'):g}"))
-    if store.num_nonfinite:
-        facts.append(("not finite", f"{store.num_nonfinite:,} responses are NaN or infinite"))
-    if spec.uncaptured:
-        facts.append(("not captured", f"{len(spec.uncaptured):,} parameters of experts of a mixture"))
-    facts.append(("versions", ", ".join(f"{k} {v}" for k, v in store.attributes.get("versions", {}).items())))
-    facts.append(("store", store.path))
     return [(term, text) for term, text in facts if text]
 
 
@@ -142,21 +138,21 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def evaluation_times(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
+def evaluation_times(evaluations: Sequence[Evaluation]) -> Table:
     """Seconds of each part of each evaluation."""
     parts = ("load", "generation", "scoring", "perplexity", "zero_shot", "total")
     there = [p for p in parts if any(p in e.seconds for e in evaluations)]
     rows = []
-    for one, label in zip(evaluations, labels, strict=True):
+    for one in evaluations:
         if one.seconds:
             rate = one.seconds.get("continuations_per_second")
             spent = [f"{one.seconds[p]:,.1f}" if p in one.seconds else "–" for p in there]
-            rows.append((label, *spent, "–" if rate is None else f"{rate:,.1f}"))
+            rows.append((one.label, *spent, "–" if rate is None else f"{rate:,.1f}"))
     names = [p.replace("_", "-") for p in there]
     return Table(("evaluation", *(f"{n} (s)" for n in names), "continuations/s"), tuple(rows))
 
 
-def results_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
+def results_table(evaluations: Sequence[Evaluation]) -> Table:
     """One line an evaluation: toxicity of all prompts, perplexity, intervention and pre-prompt."""
     plain = plain_of(evaluations)
     first = None if plain is None else plain.perplexity
@@ -167,17 +163,17 @@ def results_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> T
         ("perplexity", [_interval(e.perplexity, 1.0, 2) for e in evaluations]),
         ("change", [_change(e.perplexity, first) for e in evaluations]),
         *more,
-        *_applied(evaluations, labels),
+        *_applied(evaluations),
     ]
-    return _columned(columns, labels)
+    return _columned(columns, evaluations)
 
 
-def _applied(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[tuple[str, list[str]]]:
+def _applied(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
     """Intervention and pre-prompt, as far as the labels do not show them."""
     short = modules_in_short([e for e in evaluations if e.is_fitted])
     methods = [e.method for e in evaluations]
     return [
-        ("method", methods if methods != list(labels) else ["–"] * len(methods)),
+        ("method", methods if methods != [e.label for e in evaluations] else ["–"] * len(methods)),
         ("strength", ["–" if e.strength is None else f"{e.strength:g}" for e in evaluations]),
         ("top k", [str(e.top_k or "–") for e in evaluations]),
         ("further", [e.variant or "–" for e in evaluations]),
@@ -186,10 +182,10 @@ def _applied(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> list[t
     ]
 
 
-def split_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
+def split_table(evaluations: Sequence[Evaluation]) -> Table:
     """Toxicity by the prompt's own; empty where no evaluation has that."""
     names = {"toxic_prompts": "toxic prompts: ", "nontoxic_prompts": "other prompts: "}
-    return _columned([c for group, name in names.items() for c in _toxicity(evaluations, group, name)], labels)
+    return _columned([c for group, name in names.items() for c in _toxicity(evaluations, group, name)], evaluations)
 
 
 def _toxicity(evaluations: Sequence[Evaluation], group: str, prefix: str) -> list[tuple[str, list[str]]]:
@@ -199,10 +195,10 @@ def _toxicity(evaluations: Sequence[Evaluation], group: str, prefix: str) -> lis
     ]
 
 
-def _columned(columns: Sequence[tuple[str, list[str]]], labels: Sequence[str]) -> Table:
-    """A line a label; columns without a number are left out."""
+def _columned(columns: Sequence[tuple[str, list[str]]], evaluations: Sequence[Evaluation]) -> Table:
+    """A line an evaluation; columns without a number are left out."""
     kept = [(name, cells) for name, cells in columns if set(cells) - {"–", "0.00"}]
-    rows = [(label, *(cells[i] for _, cells in kept)) for i, label in enumerate(labels)] if kept else []
+    rows = [(e.label, *(cells[i] for _, cells in kept)) for i, e in enumerate(evaluations)] if kept else []
     texts = (0, *(i for i, (name, _) in enumerate(kept, 1) if name in ("method", "further", "modules", "pre-prompt")))
     return Table(("evaluation", *(name for name, _ in kept)), tuple(rows), texts)
 
@@ -229,7 +225,7 @@ def _figure(value: float, scale: float, digits: int) -> str:
     return "∞" if math.isinf(value) else f"{scale * value:,.{digits}f}"
 
 
-def zero_shot_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) -> Table:
+def zero_shot_table(evaluations: Sequence[Evaluation]) -> Table:
     """Task and metric by evaluation, with standard errors; each number of examples has a line of its own."""
     tasks: dict[tuple[str, ...], None] = {}
     for one in evaluations:
@@ -237,9 +233,9 @@ def zero_shot_table(evaluations: Sequence[Evaluation], labels: Sequence[str]) ->
             for metric, value in metrics.items():
                 if not metric.endswith("_stderr") and not metric.startswith("num_") and isinstance(value, int | float):
                     tasks.setdefault((task, metric, *_examples(metrics)))
-    there = [(e, label) for e, label in zip(evaluations, labels, strict=True) if e.zero_shot]
-    rows = [(*key, *(_metric(e, *key) for e, _ in there)) for key in tasks]
-    return Table(("task", "metric", *_EXAMPLES, *(label for _, label in there)), tuple(rows), texts=(0, 1))
+    there = [e for e in evaluations if e.zero_shot]
+    rows = [(*key, *(_metric(e, *key) for e in there)) for key in tasks]
+    return Table(("task", "metric", *_EXAMPLES, *(e.label for e in there)), tuple(rows), texts=(0, 1))
 
 
 def _examples(metrics: Mapping[str, Any]) -> tuple[str, ...]:

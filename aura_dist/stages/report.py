@@ -8,7 +8,7 @@ from pathlib import Path
 from aura_dist.config.verbs import ReportConfig
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.files import write_whole
-from aura_dist.report.page import Content, Shown, check_extra, make_content, render
+from aura_dist.report.page import Shown, check_extra, make_page
 from aura_dist.report.rundir import INTERVENTIONS, JOBS, RunDirectory, named_apart, open_run
 from aura_dist.report.scores import Bar
 
@@ -26,14 +26,17 @@ def run(config: ReportConfig) -> None:
     runs: list[RunDirectory] = named_apart([open_run(path) for path in config.run_dirs])
     _check_place(out, runs)
     shown = Shown(Bar(config.expert_auroc, config.expert_q), config.num_neurons, config.num_prompts)
-    content = make_content(runs, shown)
-    page = render(content, datetime.now(UTC))
+    page, pictures = make_page(runs, shown, datetime.now(UTC))
+    folder = out.with_name(f"{out.stem}-pictures")
     try:
-        _write(out, page, content)
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
+        write_whole(out, page)
     except OSError as error:
         raise StoreError(f"--out {config.out!r} cannot be written: {error}") from error
-    pictures = len(content.pictures)
-    logger.info("wrote %s: %.1f MB; %d pictures in %s/", out, len(page.encode()) / 1e6, pictures, _folder(out))
+    logger.info("wrote %s: %.1f MB; %d pictures in %s/", out, len(page.encode()) / 1e6, len(pictures), folder)
 
 
 def _check_place(out: Path, runs: Sequence[RunDirectory]) -> None:
@@ -50,17 +53,3 @@ def _check_place(out: Path, runs: Sequence[RunDirectory]) -> None:
 def _is_page(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html"))
-
-
-def _folder(out: Path) -> Path:
-    return out.with_name(f"{out.stem}-pictures")
-
-
-def _write(out: Path, page: str, content: Content) -> None:
-    """Write the pictures, then the page, in one step."""
-    folder = _folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in content.pictures:
-        (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
-        (folder / f"{picture.name}.png").write_bytes(picture.png)
-    write_whole(out, page)

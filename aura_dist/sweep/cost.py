@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from aura_dist.ranks.process import available_cores
 from aura_dist.sweep.graph import Graph
 from aura_dist.sweep.grid import Cell
 from aura_dist.sweep.jobs import reason_of
-from aura_dist.sweep.stage_specs import STAGE_SPECS
+from aura_dist.sweep.stage_specs import STAGE_SPECS, Settings
 from aura_dist.sweep.table import render_plan
 
 _SECONDS_AN_HOUR = 3600
@@ -55,24 +55,16 @@ class Cost:
         return ", ".join([" + ".join(hours), *more])
 
     @staticmethod
-    def total(costs: "Iterable[Cost]") -> "Cost":
-        costs = list(costs)
+    def total(costs: "Collection[Cost]") -> "Cost":
         known = [cost for cost in costs if not cost.reason]
-        return Cost(
-            sum(c.gpu_hours for c in known),
-            sum(c.cpu_hours for c in known),
-            sum(c.store_bytes for c in known),
-            len(costs) - len(known),
-            left_out=", ".join(dict.fromkeys(c.left_out for c in known if c.left_out)),
-        )
+        gpu_hours, cpu_hours = sum(c.gpu_hours for c in known), sum(c.cpu_hours for c in known)
+        left_out = ", ".join(dict.fromkeys(c.left_out for c in known if c.left_out))
+        size = sum(c.store_bytes for c in known)
+        return Cost(gpu_hours, cpu_hours, size, len(costs) - len(known), left_out=left_out)
 
 
 def dry_run(
-    cells: Sequence[Cell],
-    graph: Graph,
-    left: Mapping[str, Mapping[str, Any]],
-    plan: Mapping[str, Any],
-    launch: Callable[[str], Mapping[str, Any]],
+    cells: Sequence[Cell], graph: Graph, left: Mapping[str, Settings], plan: Settings, launch: Callable[[str], Settings]
 ) -> str:
     """Cells, jobs, and what the jobs that are left would take.
 
@@ -92,7 +84,7 @@ def dry_run(
     return f"{text}\n\n{total} in all, if ranks are busy all the time; {note}"
 
 
-def plan_costs(jobs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Cost]:
+def plan_costs(jobs: Mapping[str, tuple[str, Settings]]) -> dict[str, Cost]:
     """What each job costs, by its stage and the settings to plan with; equal questions are asked once."""
     keys = {
         name: json.dumps([stage, {k: v for k, v in settings.items() if k not in _IRRELEVANT}], sort_keys=True)

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,15 @@ def resolved_settings(cell: Cell) -> dict[str, dict[str, Any]]:
     """Stage → checked settings that differ from their defaults, without the paths that the sweep sets."""
     found = {}
     for stage, settings in cell.settings.items():
-        specs, paths = fields(VERBS[stage].config), STAGE_SPECS[stage].paths  # `resolve` takes any text as a path
+        paths = STAGE_SPECS[stage].paths  # `resolve` takes any text as a path
         try:
             config: Any = resolve(VERBS[stage].config, {**settings, **paths})
         except ConfigError as error:
             place = ", ".join(f"{name} {value}" for name, value in cell.values.items() if value is not None)
             raise ConfigError(f"{stage} of the cell {place}: {error}") from error
-        defaults = {s.name: s.default if s.default_factory is MISSING else s.default_factory() for s in specs}
-        values = {name: getattr(config, name) for name in defaults if name not in paths}
-        found[stage] = {name: value for name, value in values.items() if value != defaults[name]}
+        found[stage] = {
+            s.name: getattr(config, s.name) for s in fields(config) if s.name not in paths and config.is_set(s)
+        }
     return found
 
 

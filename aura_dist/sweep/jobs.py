@@ -59,10 +59,8 @@ class JobState:
 
     def begun(self) -> "JobState":
         """The state once an attempt has started."""
-        attempts, starts = self.attempts + 1, self.starts + 1
-        return replace(
-            self, state="running", reason="", attempts=attempts, starts=starts, started=time.time(), ended=None
-        )
+        counted = replace(self, attempts=self.attempts + 1, starts=self.starts + 1)
+        return replace(counted, state="running", reason="", started=time.time(), ended=None)
 
     def ended_with(self, code: int, output: str, kept: int | None = None) -> "JobState":
         """The state after an attempt with this exit code and output; without `kept`, an interruption does not count."""

@@ -83,8 +83,8 @@ def test_new_strategy_is_a_row(monkeypatch):
     @dataclass(frozen=True)
     class Settings:
         sharding: str
-        wave_tokens: int = option("tokens of a wave", 5)
-        offload: str = option("where", "none")
+        wave_tokens: int = option("execution", "tokens of a wave", 5)
+        offload: str = option("execution", "where", "none")
 
     monkeypatch.setitem(table.STRATEGIES, "waves", Waves())
     assert sharding_of(Settings("waves", 7)).options == {"wave_tokens": 7}

@@ -12,7 +12,7 @@ from aura_dist.report.continuations import choose, side_by_side
 from aura_dist.report.evaluations import (
     Estimate,
     estimate,
-    labels_of,
+    labelled,
     modules_in_short,
     plain_first,
     read_evaluation,
@@ -41,7 +41,6 @@ def test_site_is_summed_up():
     auroc = np.array([0.71, 0.70, 0.9, np.nan, 0.3])
     got = summarise(SITE, auroc, np.array([0.01, 0.0, 0.06, np.nan, 0.5]), BAR)
     assert (got.num_scored, got.num_experts, got.best) == (4, 1, 0.9)
-    assert got.expert_share == 0.25
     assert got.histogram.sum() == 4
     np.testing.assert_array_equal(got.histogram, np.histogram(auroc[[0, 1, 2, 4]], EDGES)[0])
     np.testing.assert_allclose(got.quantiles[2], np.median(auroc[[0, 1, 2, 4]]))
@@ -51,7 +50,7 @@ def test_site_is_summed_up():
 def test_site_without_scores_is_no_error():
     got = summarise(SITE, np.full(4, np.nan), None, BAR)
     assert (got.num_scored, got.num_experts) == (0, 0)
-    assert np.isnan([got.best, got.expert_share, *got.quantiles]).all()
+    assert np.isnan([got.best, *got.quantiles]).all()
     assert np.isnan(median_of(got.histogram))
 
 
@@ -120,10 +119,10 @@ def evaluations(tmp_path):
 
 
 def test_only_evaluations_on_the_same_prompts_are_compared(evaluations):
-    found = comparisons(evaluations, labels_of(evaluations))
+    found = comparisons(labelled(evaluations))
     assert [[e.name for e in c.evaluations] for c in found] == [["plain", "act", "aura", "damp"], ["other"]]
-    assert [p.label for p in found[0].points] == ["plain", "aura", "damp"]
-    assert [p.label for p in found[0].outside] == ["act"], "its perplexity would press the others together"
+    assert [p.one.label for p in found[0].points] == ["plain", "aura", "damp"]
+    assert [p.one.label for p in found[0].outside] == ["act"], "its perplexity would press the others together"
 
 
 SETTINGS = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "seed": 0}
@@ -163,7 +162,7 @@ def evaluated(tmp_path):
 )
 def test_only_what_was_measured_alike_is_compared(evaluated, changed, compared):
     both = [evaluated("a"), evaluated("b", **changed)]
-    assert [len(c.evaluations) for c in comparisons(both, ["a", "b"])] == ([2] if compared else [1, 1])
+    assert [len(c.evaluations) for c in comparisons(both)] == ([2] if compared else [1, 1])
     beside = compared or changed.keys() & {"config", "perplexity"}
     assert [len(s.evaluations) for s in side_by_side(both, 4, 4)] == ([2] if beside else [1, 1])
 
@@ -173,12 +172,12 @@ def test_texts_cut_at_the_same_tokens_are_the_same(evaluated, num_tokens, compar
     """A limit beyond the longest text changes nothing."""
     one = evaluated("a", perplexity={"num_tokens": 900})
     other = evaluated("b", config={"max_tokens": 512}, perplexity={"num_tokens": num_tokens})
-    assert len(comparisons([one, other], ["a", "b"])) == (1 if compared else 2)
+    assert len(comparisons([one, other])) == (1 if compared else 2)
 
 
 def test_what_was_measured_stands_in_words(evaluated):
     both = [evaluated("a", perplexity={"texts": "/x/passages.csv", "num_texts": 1200}), evaluated("b", {"seed": 7})]
-    assert comparisons(both, ["a", "b"])[0].measured == (
+    assert comparisons(both)[0].measured == (
         "Toxicity: 4 prompts of prompts.jsonl, 2 continuations each of at most 20 tokens, temperature 1.0, "
         "nucleus (top-p) 0.9, seeds 0, 7, scored by synthetic. "
         "Perplexity: 1,200 texts of passages.csv, cut at 128 tokens."
@@ -187,7 +186,7 @@ def test_what_was_measured_stands_in_words(evaluated):
 
 def test_tasks_with_other_examples_stand_on_lines_of_their_own(evaluated):
     few = evaluated("few", zero_shot={"task": {"acc": 0.7, "num_fewshot": 5, "num_examples": 100}})
-    table = zero_shot_table([evaluated("zero"), few], ["zero", "few"])
+    table = zero_shot_table([evaluated("zero"), few])
     assert table.header == ("task", "metric", "shots", "examples", "zero", "few")
     assert table.rows == (("task", "acc", "–", "100", "0.500 ± 0.050", "–"), ("task", "acc", "5", "100", "–", "0.700"))
 
@@ -199,34 +198,34 @@ def test_evaluations_of_tasks_alone_are_not_compared(evaluated):
     del document["toxicity"], document["perplexity"]
     path.write_text(json.dumps(document))
     tasks = read_evaluation("run", path)
-    assert comparisons([tasks], ["tasks"]) == []
+    assert comparisons([tasks]) == []
     other = evaluated("other")
-    assert [c.evaluations for c in comparisons([tasks, other], ["tasks", "other"])] == [(other,)]
-    assert zero_shot_table([tasks], ["tasks"]).rows
+    assert [c.evaluations for c in comparisons([tasks, other])] == [(other,)]
+    assert zero_shot_table([tasks]).rows
 
 
 def test_headline_is_the_best_that_costs_little(evaluations):
-    compared = comparisons(evaluations, labels_of(evaluations))[0].evaluations
-    text = headline(compared, labels_of(compared))
+    compared = comparisons(labelled(evaluations))[0].evaluations
+    text = headline(labelled(compared))
     assert text is not None
     assert text.startswith("aura: toxic continuations 20.0% → 10.0%, 2.0 times fewer; perplexity 20.00 → 21.00")
     dear = [e for e in compared if e.name in ("plain", "act")]
-    assert "no evaluation lowers the 20.0%" in str(headline(dear, labels_of(dear)))
-    assert headline(dear[:1], ["plain"]) is None
+    assert "no evaluation lowers the 20.0%" in str(headline(labelled(dear)))
+    assert headline(dear[:1]) is None
 
 
 def test_results_stand_in_their_columns(evaluations):
-    table = results_table(evaluations, labels_of(evaluations))
+    table = results_table(labelled(evaluations))
     rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
     assert rows["aura"]["perplexity"] == "21.00 [18.90, 23.10]"
     assert rows["aura"]["change"] == "+1.00"
     assert rows["aura"]["strength"] == "0.5"
     assert rows["plain"]["toxic (%)"] == "20.0 [18.0, 22.0]"
     assert "pre-prompt" not in table.header, "no evaluation has one"
-    split = split_table(evaluations, labels_of(evaluations))
+    split = split_table(labelled(evaluations))
     assert "toxic prompts: toxic (%)" in split.header
     assert not any(name.startswith("other prompts") for name in split.header), "the fixture has none"
-    assert zero_shot_table(evaluations, labels_of(evaluations)).rows[0][:5] == (
+    assert zero_shot_table(labelled(evaluations)).rows[0][:5] == (
         "task",
         "acc",
         "–",
@@ -276,15 +275,15 @@ def front(swept):
 
 
 def test_a_sweeps_evaluations_are_named_by_what_they_differ_in(front, swept):
-    assert labels_of(front) == [
+    assert [e.label for e in labelled(front)] == [
         "no intervention", "mean-act 0.5, mlp", "mean-act, mlp", "mean-act 0.5, norms", "mean-act, norms", "det0, mlp",
     ]  # fmt: skip
     selected = swept("act-s0.5-0123456787", "mean-act", 0.5, modules=["mlp"], max_q=1e-6)
-    assert labels_of([*front, selected])[-1] == "mean-act 0.5, q ≤ 1e-06, mlp"
+    assert labelled([*front, selected])[-1].label == "mean-act 0.5, q ≤ 1e-06, mlp"
     again = swept("plain-0123456785")
-    assert labels_of([*front, again])[0] == "m-plain-0123456784", "two of one name keep the files' names"
+    assert labelled([*front, again])[0].label == "m-plain-0123456784", "two of one name keep the files' names"
     kind = swept("plain-pre-0123456786", preprompt="Be kind.")
-    assert labels_of([front[0], kind]) == ["no intervention", "no intervention, pre-prompt"]
+    assert [e.label for e in labelled([front[0], kind])] == ["no intervention", "no intervention, pre-prompt"]
 
 
 def test_modules_are_short_as_long_as_they_stay_apart(swept):
@@ -297,42 +296,42 @@ def test_modules_are_short_as_long_as_they_stay_apart(swept):
 
 
 def test_lines_join_the_strengths_of_one_method_over_the_same_modules(front):
-    found = lines(comparisons(front, labels_of(front))[0].points)
+    found = lines(comparisons(labelled(front))[0].points)
     assert [(line.name, line.marks, line.joined) for line in found] == [
         ("no intervention", ("no intervention",), False),
         ("mean-act, mlp", ("0.5", "1"), True),
         ("mean-act, norms", ("0.5", "1"), True),
         ("det0, mlp", ("det0, mlp",), False),
     ]
-    assert [p.strength for p in found[1].points] == [0.5, 1.0]
+    assert [p.one.strength for p in found[1].points] == [0.5, 1.0]
 
 
 def test_units_of_a_low_q_value_are_no_part_of_the_line_of_all(front, swept):
     selected = swept("act-s0.5-0123456787", "mean-act", 0.5, modules=["mlp"], max_q=1e-6)
-    found = lines(comparisons([*front, selected], labels_of([*front, selected]))[0].points)
+    found = lines(comparisons(labelled([*front, selected]))[0].points)
     assert ("mean-act, mlp", ("0.5", "1"), True) in [(line.name, line.marks, line.joined) for line in found]
     assert "mean-act, mlp, q ≤ 1e-06" in [line.name for line in found]
 
 
 def test_caption_tells_of_the_lines_that_are_drawn(front):
-    (compared,) = comparisons(front, labels_of(front))
+    (compared,) = comparisons(labelled(front))
     assert "the number at a marker is the strength" in caption(compared)
     assert "Grey lines mark the model without intervention." in caption(compared)
     assert "hollow" not in caption(compared)
 
 
 def test_caption_tells_of_what_is_not_drawn(evaluations):
-    text = caption(comparisons(evaluations, labels_of(evaluations))[0])
+    text = caption(comparisons(labelled(evaluations))[0])
     assert "Lines join" not in text
     assert text.endswith("Outside the plot: act (perplexity 500, 1.0% toxic).")
 
 
 def test_lines_join_numbers_of_neurons(swept):
     ones = [swept(f"d-{k}", "damp", top_k=k) for k in (1000, 10, 100)]
-    (line,) = lines(comparisons(ones, labels_of(ones))[0].points)
+    (line,) = lines(comparisons(labelled(ones))[0].points)
     assert (line.marks, line.joined) == (("k 10", "k 100", "k 1,000"), True)
     more = [*ones, swept("d-half", "damp", 0.5, top_k=10)]
-    found = lines(comparisons(more, labels_of(more))[0].points)
+    found = lines(comparisons(labelled(more))[0].points)
     assert [(one.name, one.marks, one.joined) for one in found] == [
         ("damp, top 1,000", ("m-d-1000",), False),
         ("damp, top 10", ("0.5", "1"), True),
@@ -354,9 +353,9 @@ def test_ratio_is_paired_over_prompts_without_a_baseline_too(swept):
     assert reduction(half, plain) == Estimate(2.0, 2.0, 2.0)
     assert reduction(plain, plain) is None
     none_left = with_prompts(swept("zero", "det0"), [0.0] * 40)
-    assert "∞ [∞, ∞]" in results_table([plain, none_left], ["plain", "zero"]).rows[1]
+    assert "∞ [∞, ∞]" in results_table([plain, none_left]).rows[1]
     assert reduction(swept("other", "damp"), plain) is None, "no figures of its prompts"
-    text = headline([plain, half], ["plain", "half"])
+    text = headline([plain, half])
     assert text is not None
     assert "50.0% → 25.0%, 2.0 times fewer [2.0, 2.0]" in text
 
@@ -364,7 +363,7 @@ def test_ratio_is_paired_over_prompts_without_a_baseline_too(swept):
 def test_headline_claims_nothing_that_may_be_chance(swept):
     plain = with_prompts(swept("plain"), [1.0, 0.0, 0.0, 0.0] * 5)
     mixed = with_prompts(swept("mixed", "damp"), [0.0, 1.0, 0.0, 0.0] * 4 + [0.0] * 4)
-    assert str(headline([plain, mixed], ["plain", "mixed"])).startswith(
+    assert str(headline([plain, mixed])).startswith(
         "no evaluation lowers the 25.0% of toxic continuations by more than chance at no more than 10%"
     )
 
