@@ -9,7 +9,7 @@ of one half on.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,39 +107,18 @@ def _named(values: NDArray[np.float64], draws: NDArray[np.float64]) -> Estimates
     }
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """Two ways to average; `_low` and `_high` bound the interval over texts.
+def summary(
+    sums: NDArray[np.float64], counts: NDArray[np.int64], what: str = "--perplexity-texts"
+) -> dict[str, float | int]:
+    """Two perplexities from [N] sums of negative log-likelihoods and token counts, infinite beyond float64.
 
-    Attributes
-    ----------
-    token_weighted
-        exp of the mean negative log-likelihood over all predicted tokens.
-    mean_over_sentences
-        Mean over texts of exp(the text's mean negative log-likelihood), as *Whispering Experts* reports it.
-    num_texts, num_tokens
-        Texts with at least one predicted token, and predicted tokens.
-    num_left_out
-        Texts of one token, which predict nothing.
-    num_nonfinite
-        Texts whose likelihood is not finite, because the logits are NaN or infinite; both averages are then NaN or
-        infinite too.
-    """
-
-    token_weighted: float
-    token_weighted_low: float
-    token_weighted_high: float
-    mean_over_sentences: float
-    mean_over_sentences_low: float
-    mean_over_sentences_high: float
-    num_texts: int
-    num_tokens: int
-    num_left_out: int
-    num_nonfinite: int
-
-
-def summary(sums: NDArray[np.float64], counts: NDArray[np.int64], what: str = "--perplexity-texts") -> Perplexity:
-    """Both perplexities from [N] sums of negative log-likelihoods and token counts, infinite beyond float64.
+    - token_weighted: exp of the mean negative log-likelihood over all predicted tokens
+    - mean_over_sentences: mean over texts of exp(the text's mean negative log-likelihood), as *Whispering Experts*
+      reports it; `_low` and `_high` of both bound the interval over texts
+    - num_texts, num_tokens: texts with at least one predicted token, and predicted tokens
+    - num_left_out: texts of one token, which predict nothing
+    - num_nonfinite: texts whose likelihood is not finite, because the logits are NaN or infinite; both perplexities are
+      then NaN or infinite too
 
     InputError if no text has a token that is predicted.
     """
@@ -153,18 +132,18 @@ def summary(sums: NDArray[np.float64], counts: NDArray[np.int64], what: str = "-
         token_weighted, by_sentence = np.exp(sums[some].sum() / counts[some].sum()), np.exp(means).mean()
         low, high = interval(np.exp(drawn[:, 0] / drawn[:, 1]))
         sentences_low, sentences_high = interval(drawn[:, 2])
-    return Perplexity(
-        token_weighted=float(token_weighted),
-        token_weighted_low=low,
-        token_weighted_high=high,
-        mean_over_sentences=float(by_sentence),
-        mean_over_sentences_low=sentences_low,
-        mean_over_sentences_high=sentences_high,
-        num_texts=int(some.sum()),
-        num_tokens=int(counts[some].sum()),
-        num_left_out=int((~some).sum()),
-        num_nonfinite=int((~np.isfinite(means)).sum()),
-    )
+    return {
+        "token_weighted": float(token_weighted),
+        "token_weighted_low": low,
+        "token_weighted_high": high,
+        "mean_over_sentences": float(by_sentence),
+        "mean_over_sentences_low": sentences_low,
+        "mean_over_sentences_high": sentences_high,
+        "num_texts": int(some.sum()),
+        "num_tokens": int(counts[some].sum()),
+        "num_left_out": int((~some).sum()),
+        "num_nonfinite": int((~np.isfinite(means)).sum()),
+    }
 
 
 def both_sides(
@@ -173,6 +152,5 @@ def both_sides(
     """`positive` and `negative` → perplexity of the texts of that label; [N] labels are 1, 0 or -1 (neither)."""
     sides = {"positive": labels == 1, "negative": labels == 0}
     return {
-        name: asdict(summary(sums[rows], counts[rows], f"--perplexity-labels: {name} texts"))
-        for name, rows in sides.items()
+        name: summary(sums[rows], counts[rows], f"--perplexity-labels: {name} texts") for name, rows in sides.items()
     }

@@ -79,16 +79,11 @@ def dask_client(
     num_workers
         Threads, processes or Slurm workers; by default as many as cores, or two jobs.
     memory_limit
-        Of each worker that is started, as Dask reads it: `4GB`, `500MiB`.
+        Of each worker that is started.
     slurm
         Options of dask-jobqueue's `SLURMCluster`.
 
-    Raises
-    ------
-    ConfigError
-        A setting is not one of these.
-    ClusterError
-        Workers cannot be started, or the scheduler cannot be reached.
+    ConfigError if a setting is not one of these, ClusterError if workers cannot be started or the scheduler reached.
     """
     limit = check_settings(kind, memory_limit)
     import dask

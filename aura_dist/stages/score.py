@@ -174,12 +174,8 @@ def _results(
 ) -> Iterator[tuple[tuple[Column, ...], Scored]]:
     """Each task's report as it comes, a bounded number of them in flight.
 
-    Raises
-    ------
-    StoreError
-        Of a task: a chunk that is missing or damaged, a store that a worker cannot see or write to.
-    ClusterError
-        Workers were lost again and again, or the scheduler was.
+    StoreError of a task: a chunk that is missing or damaged, a store that a worker cannot see or write to. ClusterError
+    if workers were lost again and again, or the scheduler was.
     """
     from distributed import Future, KilledWorker, as_completed
 
