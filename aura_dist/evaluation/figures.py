@@ -27,7 +27,7 @@ Estimate = dict[str, float]
 Estimates = dict[str, Estimate]
 
 
-def bootstrap_means(table_PM: NDArray[np.float64], seed: int, num_draws: int = NUM_DRAWS) -> NDArray[np.float64]:
+def bootstrap_means(table_PM: NDArray[np.float64], seed: int = 0, num_draws: int = NUM_DRAWS) -> NDArray[np.float64]:
     """[num_draws, M] means over P rows drawn with replacement (Efron and Tibshirani, 1993).
 
     The rows drawn depend on P and the seed alone.
@@ -80,13 +80,13 @@ def groups(own_toxicity_P: NDArray[np.float64]) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-def estimates(prompts: ByPrompt, seed: int = 0) -> Estimates:
+def estimates(prompts: ByPrompt) -> Estimates:
     """Metric → value and interval; prompts are drawn."""
     table = prompts.table
-    return _named(table.mean(axis=0), bootstrap_means(table, seed))
+    return _named(table.mean(axis=0), bootstrap_means(table))
 
 
-def ratios(baseline: ByPrompt, prompts: ByPrompt, seed: int = 0) -> Estimates:
+def ratios(baseline: ByPrompt, prompts: ByPrompt) -> Estimates:
     """Metric → baseline ÷ this, with its interval; 2 means half as much.
 
     Both are of the same P prompts in the same order. Each draw takes the same prompts of both, so that the difficulty
@@ -94,7 +94,7 @@ def ratios(baseline: ByPrompt, prompts: ByPrompt, seed: int = 0) -> Estimates:
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         value = baseline.table.mean(axis=0) / prompts.table.mean(axis=0)
-        draws = bootstrap_means(baseline.table, seed) / bootstrap_means(prompts.table, seed)
+        draws = bootstrap_means(baseline.table) / bootstrap_means(prompts.table)
     return _named(value, draws)
 
 
@@ -128,7 +128,7 @@ def summary(
     means = sums[some] / counts[some]
     with np.errstate(over="ignore", invalid="ignore"):
         table = np.stack([sums[some], counts[some].astype(np.float64), np.exp(means)], axis=1)
-        drawn = bootstrap_means(table, seed=0)
+        drawn = bootstrap_means(table)
         token_weighted, by_sentence = np.exp(sums[some].sum() / counts[some].sum()), np.exp(means).mean()
         low, high = interval(np.exp(drawn[:, 0] / drawn[:, 1]))
         sentences_low, sentences_high = interval(drawn[:, 2])

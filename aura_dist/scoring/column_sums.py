@@ -34,47 +34,27 @@ F64 = NDArray[np.float64]
 class ColumnSums:
     """Sums of every concept and column, [C, M] each; `num_positive` and `num_negative` are [C, 1].
 
-    Attributes
-    ----------
-    twice_u
-        2U = #(positive > negative) · 2 + #(positive == negative).
-    num_nan
-        NaN among the rows labelled for the concept; where it is not 0 the other sums have no meaning.
-    squared_above, squared_below
-        Σ (a − Q)² over the positives, Σ (b − P)² over the negatives.
-    num_distinct
-        Distinct values among the rows labelled for the concept.
-    ties
-        Σ (t³ − t) over the distinct values, t the rows that hold one.
-    average_precision
-        Σ over the thresholds, falling, of (recall gained) · precision.
-    mean_positive, mean_negative, squares_positive, squares_negative
-        Mean and sum of squared deviations from it, by class.
-    min_positive, min_negative, max_positive, max_negative
-    cross
-        E[(x − x̄)(y − ȳ)] of positives x and negatives y under their monotone coupling.
-
     Where ranks alone were asked for, `twice_u` and `num_nan` are made; the others may be 0 or NaN.
     """
 
     num_positive: I64
     num_negative: I64
-    twice_u: I64
-    num_nan: I64
-    squared_above: I64
-    squared_below: I64
-    num_distinct: I64
-    ties: F64
-    average_precision: F64
+    twice_u: I64  # 2U = #(positive > negative) · 2 + #(positive == negative)
+    num_nan: I64  # NaN among the rows labelled for the concept; where it is not 0 the other sums have no meaning
+    squared_above: I64  # Σ (a − Q)² over the positives
+    squared_below: I64  # Σ (b − P)² over the negatives
+    num_distinct: I64  # distinct values among the rows labelled for the concept
+    ties: F64  # Σ (t³ − t) over the distinct values, t the rows that hold one
+    average_precision: F64  # Σ over the thresholds, falling, of (recall gained) · precision
     mean_positive: F64
     mean_negative: F64
-    squares_positive: F64
+    squares_positive: F64  # sum of squared deviations from the mean
     squares_negative: F64
     min_positive: F64
     min_negative: F64
     max_positive: F64
     max_negative: F64
-    cross: F64
+    cross: F64  # E[(x − x̄)(y − ȳ)] of positives x and negatives y under their monotone coupling
 
 
 # The sums that are whole numbers, and those that are not; ranks alone make the first two of the whole ones.

@@ -157,16 +157,14 @@ def _tasks(
     """Neighbouring columns of one site and pooling, as many as hold `TASK_BYTES` of responses, and at most `most`."""
     task: list[Column] = []
     for column in columns:
-        if task and not (len(task) < most and task[-1].precedes(column) and _fits(task[0], column, neuron_bytes)):
-            yield tuple(task)
-            task = []
+        if task:
+            num_bytes = (column.stop - task[0].start) * neuron_bytes[task[0].site, task[0].pooling]
+            if len(task) == most or num_bytes > TASK_BYTES or not task[-1].precedes(column):
+                yield tuple(task)
+                task = []
         task.append(column)
     if task:
         yield tuple(task)
-
-
-def _fits(first: Column, last: Column, neuron_bytes: Mapping[tuple[str, str], int]) -> bool:
-    return (last.stop - first.start) * neuron_bytes[first.site, first.pooling] <= TASK_BYTES
 
 
 def _results(
