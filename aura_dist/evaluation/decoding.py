@@ -27,7 +27,7 @@ class Rows:
 
 
 def only_attention(cache: object) -> bool:
-    """Whether a cache holds keys and values alone: its rows can be chosen, and a text can go on piece by piece."""
+    """Whether a cache holds keys and values alone: its rows can be chosen, and a text can be read piece by piece."""
     return isinstance(cache, Cache) and all(type(layer) in SELECTABLE_LAYERS for layer in cache.layers)
 
 

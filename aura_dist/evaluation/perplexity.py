@@ -155,7 +155,7 @@ class _Reader:
 
     def __post_init__(self) -> None:
         self._lengths = self.texts.num_tokens.tolist()
-        # recurrent layers may begin anew with each piece (Jamba's do); a forward shows what a model caches
+        # a forward shows what the model caches, because recurrent layers may begin again with each piece (Jamba's do)
         self._in_pieces = self._lengths[-1] > self.limit and only_attention(self.read_nothing())
 
     def batches(self) -> list[slice]:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from aura_dist.cli import main
-from tests.distributed.counted import run_counted
+from tests.distributed.counted import run_counted, run_failing
 from tests.distributed.intervened import random_map
 from tests.distributed.launch import Launch, launched, run_ranks
 
@@ -124,6 +124,15 @@ def test_nothing_is_read_or_computed_twice(evaluate, files, tmp_path):
     assert max(piece for _, _, piece in together["rows"]) > 0, "some texts are read in pieces"
     assert sorted(together["requests"]) == [[d, choice] for d in range(NUM_DOCUMENTS) for choice in range(2)]
     assert all(noted["requests"] for noted in both)
+
+
+@pytest.mark.parametrize("part", ["texts", "tasks"])
+def test_rank_that_fails_in_the_middle_ends_the_evaluation(part, evaluate, tmp_path):
+    with launched(Launch(2, [part, *evaluate("llama", tmp_path / "r.json")], run_failing)) as launch:
+        assert launch.wait(200) == [2, 2], launch.text()
+        errors = re.findall(r"^error: .*", launch.text(), re.MULTILINE)
+    assert errors == ["error: this rank has had enough"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_error_in_a_data_file_is_said_once(evaluate, files, tmp_path):
