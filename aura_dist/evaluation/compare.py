@@ -92,14 +92,7 @@ def against_baseline(
 ) -> dict[str, Any]:
     """The entry `toxicity.baseline`: baseline ÷ this for each group of prompts, paired over prompts.
 
-    Parameters
-    ----------
-    baseline, results
-        Two evaluations of the same prompts; InputError if they are not.
-    path
-        Path of the baseline.
-    groups
-        Name → [P] which prompts.
+    `path` is the baseline's; `groups`: name → [P] which prompts. InputError if they are not of the same prompts.
     """
     check_same_prompts(baseline, results, path)
     theirs, ours = per_prompt(baseline), per_prompt(results)

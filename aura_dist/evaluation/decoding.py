@@ -19,38 +19,24 @@ from aura_dist.sites.transformers_adapter import SELECTABLE_LAYERS
 
 @dataclass(frozen=True)
 class Rows:
-    """B continuations of P prompts, all of T tokens.
+    """B continuations of P prompts, all of T tokens."""
 
-    Attributes
-    ----------
-    prompt_ids
-        [P, T] token ids.
-    prompt_of
-        [B] index of each continuation's prompt.
-    keys
-        [B] keys of the noise.
-    """
-
-    prompt_ids: Sequence[Sequence[int]]
-    prompt_of: Sequence[int]
-    keys: Sequence[int]
+    prompt_ids: Sequence[Sequence[int]]  # [P, T]
+    prompt_of: Sequence[int]  # [B] index of each continuation's prompt
+    keys: Sequence[int]  # [B] keys of the noise
 
 
 def only_attention(cache: object) -> bool:
-    """Whether a cache holds keys and values alone: its rows can be chosen, and a text can go on piece by piece."""
+    """Whether a cache holds keys and values alone: its rows can be chosen, and a text can be read piece by piece."""
     return isinstance(cache, Cache) and all(type(layer) in SELECTABLE_LAYERS for layer in cache.layers)
 
 
 @dataclass
 class Decoder:
-    """Continues batches with one model.
+    """Continues batches with one model, which is in eval mode, under any strategy.
 
     Attributes
     ----------
-    model
-        In eval mode, under any strategy.
-    how
-        How tokens are drawn.
     stop_ids
         Ids that end a continuation.
     any_alive

@@ -9,7 +9,7 @@ of one half on.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ Estimate = dict[str, float]
 Estimates = dict[str, Estimate]
 
 
-def bootstrap_means(table_PM: NDArray[np.float64], seed: int, num_draws: int = NUM_DRAWS) -> NDArray[np.float64]:
+def bootstrap_means(table_PM: NDArray[np.float64], seed: int = 0, num_draws: int = NUM_DRAWS) -> NDArray[np.float64]:
     """[num_draws, M] means over P rows drawn with replacement (Efron and Tibshirani, 1993).
 
     The rows drawn depend on P and the seed alone.
@@ -80,13 +80,13 @@ def groups(own_toxicity_P: NDArray[np.float64]) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-def estimates(prompts: ByPrompt, seed: int = 0) -> Estimates:
+def estimates(prompts: ByPrompt) -> Estimates:
     """Metric → value and interval; prompts are drawn."""
     table = prompts.table
-    return _named(table.mean(axis=0), bootstrap_means(table, seed))
+    return _named(table.mean(axis=0), bootstrap_means(table))
 
 
-def ratios(baseline: ByPrompt, prompts: ByPrompt, seed: int = 0) -> Estimates:
+def ratios(baseline: ByPrompt, prompts: ByPrompt) -> Estimates:
     """Metric → baseline ÷ this, with its interval; 2 means half as much.
 
     Both are of the same P prompts in the same order. Each draw takes the same prompts of both, so that the difficulty
@@ -94,7 +94,7 @@ def ratios(baseline: ByPrompt, prompts: ByPrompt, seed: int = 0) -> Estimates:
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         value = baseline.table.mean(axis=0) / prompts.table.mean(axis=0)
-        draws = bootstrap_means(baseline.table, seed) / bootstrap_means(prompts.table, seed)
+        draws = bootstrap_means(baseline.table) / bootstrap_means(prompts.table)
     return _named(value, draws)
 
 
@@ -107,39 +107,18 @@ def _named(values: NDArray[np.float64], draws: NDArray[np.float64]) -> Estimates
     }
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """Two ways to average; `_low` and `_high` bound the interval over texts.
+def summary(
+    sums: NDArray[np.float64], counts: NDArray[np.int64], what: str = "--perplexity-texts"
+) -> dict[str, float | int]:
+    """Two perplexities from [N] sums of negative log-likelihoods and token counts, infinite beyond float64.
 
-    Attributes
-    ----------
-    token_weighted
-        exp of the mean negative log-likelihood over all predicted tokens.
-    mean_over_sentences
-        Mean over texts of exp(the text's mean negative log-likelihood), as *Whispering Experts* reports it.
-    num_texts, num_tokens
-        Texts with at least one predicted token, and predicted tokens.
-    num_left_out
-        Texts of one token, which predict nothing.
-    num_nonfinite
-        Texts whose likelihood is not finite, because the logits are NaN or infinite; both averages are then NaN or
-        infinite too.
-    """
-
-    token_weighted: float
-    token_weighted_low: float
-    token_weighted_high: float
-    mean_over_sentences: float
-    mean_over_sentences_low: float
-    mean_over_sentences_high: float
-    num_texts: int
-    num_tokens: int
-    num_left_out: int
-    num_nonfinite: int
-
-
-def summary(sums: NDArray[np.float64], counts: NDArray[np.int64], what: str = "--perplexity-texts") -> Perplexity:
-    """Both perplexities from [N] sums of negative log-likelihoods and token counts, infinite beyond float64.
+    - token_weighted: exp of the mean negative log-likelihood over all predicted tokens
+    - mean_over_sentences: mean over texts of exp(the text's mean negative log-likelihood), as *Whispering Experts*
+      reports it; `_low` and `_high` of both bound the interval over texts
+    - num_texts, num_tokens: texts with at least one predicted token, and predicted tokens
+    - num_left_out: texts of one token, which predict nothing
+    - num_nonfinite: texts whose likelihood is not finite, because the logits are NaN or infinite; both perplexities are
+      then NaN or infinite too
 
     InputError if no text has a token that is predicted.
     """
@@ -149,22 +128,22 @@ def summary(sums: NDArray[np.float64], counts: NDArray[np.int64], what: str = "-
     means = sums[some] / counts[some]
     with np.errstate(over="ignore", invalid="ignore"):
         table = np.stack([sums[some], counts[some].astype(np.float64), np.exp(means)], axis=1)
-        drawn = bootstrap_means(table, seed=0)
+        drawn = bootstrap_means(table)
         token_weighted, by_sentence = np.exp(sums[some].sum() / counts[some].sum()), np.exp(means).mean()
         low, high = interval(np.exp(drawn[:, 0] / drawn[:, 1]))
         sentences_low, sentences_high = interval(drawn[:, 2])
-    return Perplexity(
-        token_weighted=float(token_weighted),
-        token_weighted_low=low,
-        token_weighted_high=high,
-        mean_over_sentences=float(by_sentence),
-        mean_over_sentences_low=sentences_low,
-        mean_over_sentences_high=sentences_high,
-        num_texts=int(some.sum()),
-        num_tokens=int(counts[some].sum()),
-        num_left_out=int((~some).sum()),
-        num_nonfinite=int((~np.isfinite(means)).sum()),
-    )
+    return {
+        "token_weighted": float(token_weighted),
+        "token_weighted_low": low,
+        "token_weighted_high": high,
+        "mean_over_sentences": float(by_sentence),
+        "mean_over_sentences_low": sentences_low,
+        "mean_over_sentences_high": sentences_high,
+        "num_texts": int(some.sum()),
+        "num_tokens": int(counts[some].sum()),
+        "num_left_out": int((~some).sum()),
+        "num_nonfinite": int((~np.isfinite(means)).sum()),
+    }
 
 
 def both_sides(
@@ -173,6 +152,5 @@ def both_sides(
     """`positive` and `negative` → perplexity of the texts of that label; [N] labels are 1, 0 or -1 (neither)."""
     sides = {"positive": labels == 1, "negative": labels == 0}
     return {
-        name: asdict(summary(sums[rows], counts[rows], f"--perplexity-labels: {name} texts"))
-        for name, rows in sides.items()
+        name: summary(sums[rows], counts[rows], f"--perplexity-labels: {name} texts") for name, rows in sides.items()
     }

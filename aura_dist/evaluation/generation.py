@@ -37,14 +37,10 @@ def generate(
 
     Parameters
     ----------
-    loaded, prompts, how
-        The model, the prompts, and how tokens are drawn.
     pairs
         (index of the prompt, number of the sample) of each continuation, alike on all ranks.
     rows_per_batch
         Largest number of continuations in one forward.
-    team, stop
-        The other ranks, and the signals received.
     write
         Takes the continuations of one batch: `prompt`, `sample`, `text`, `num_tokens`, `ids`. They stay if a signal, a
         failed rank, or logits that are NaN or infinite end the work.

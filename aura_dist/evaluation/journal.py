@@ -8,12 +8,12 @@ so are lines that a killed process left incomplete.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from glob import escape
 from io import TextIOWrapper
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from aura_dist.errors import StoreError
@@ -59,15 +59,7 @@ def journal_path(results: str) -> Path:
 
 
 class Journal:
-    """The continuations' file of one results file.
-
-    Attributes
-    ----------
-    path
-        As `journal_path` gives it.
-    settings
-        As `settings_key` gives it.
-    """
+    """The continuations' file of one results file, for the settings of one `settings_key`."""
 
     def __init__(self, results: str, settings: str) -> None:
         self.path = journal_path(results)
@@ -111,37 +103,30 @@ class Journal:
         except OSError as error:
             raise StoreError(f"{str(self.path)!r} cannot be written: {error}") from error
 
-    def part(self, rank: int) -> "JournalPart":
-        """The part of one rank."""
-        return JournalPart(self.path.with_name(f"{self.path.stem}.part-{rank}.jsonl"), self.settings)
+    @contextmanager
+    def part(self, rank: int) -> Iterator[Callable[[Iterable[Record]], None]]:
+        """Context of the part of one rank; its value appends a batch, and the first batch makes the file.
 
+        The value raises StoreError if the disk is full or gone.
+        """
+        path = self.path.with_name(f"{self.path.stem}.part-{rank}.jsonl")
+        file: TextIOWrapper | None = None
 
-class JournalPart:
-    """Context in which one rank appends what it made; the first batch makes the file."""
+        def append(records: Iterable[Record]) -> None:
+            nonlocal file
+            try:
+                file = file or path.open("a", encoding="utf-8")
+                file.writelines(_line({"settings": self.settings, **record}) for record in records)
+                file.flush()
+            except OSError as error:
+                raise StoreError(f"{str(path)!r} cannot be written: {error}") from error
 
-    def __init__(self, path: Path, settings: str) -> None:
-        self._path, self._settings = path, settings
-        self._file: TextIOWrapper | None = None
-
-    def append(self, records: Iterable[Record]) -> None:
-        """Append and flush; StoreError if the disk is full or gone."""
         try:
-            if self._file is None:
-                self._file = self._path.open("a", encoding="utf-8")
-            self._file.writelines(_line({"settings": self._settings, **record}) for record in records)
-            self._file.flush()
-        except OSError as error:
-            raise StoreError(f"{str(self._path)!r} cannot be written: {error}") from error
-
-    def __enter__(self) -> "JournalPart":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            yield append
+        finally:
+            if file is not None:
+                os.fsync(file.fileno())
+                file.close()
 
 
 def _line(record: Record) -> str:

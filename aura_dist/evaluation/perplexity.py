@@ -5,7 +5,7 @@ depend on the number of ranks.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -34,24 +34,14 @@ _COPIED_LOGITS = 2**21
 
 @dataclass(frozen=True)
 class TextFile:
-    """Texts whose perplexity is measured.
-
-    Attributes
-    ----------
-    source, column, label_column, sha256
-        The file, its columns, and the digest of its bytes.
-    texts
-        N texts.
-    labels
-        [N] int8, 1, 0 or -1 (not labelled); None without a label column.
-    """
+    """N texts whose perplexity is measured."""
 
     source: str
     column: str
     label_column: str | None
-    sha256: str
+    sha256: str  # of the file's bytes
     texts: list[str]
-    labels: NDArray[np.int8] | None
+    labels: NDArray[np.int8] | None  # [N], 1, 0 or -1 (not labelled); None without a label column
 
 
 def read_texts(source: str, column: str, label_column: str | None) -> TextFile:
@@ -98,7 +88,7 @@ def measure(
     section: dict[str, Any] = {"texts": file.source, "column": file.column, "sha256": file.sha256}
     if file.labels is not None:
         section |= {"labels": file.label_column, **both_sides(sums, counts, file.labels)}
-    return {**section, **asdict(summary(sums, counts))}
+    return {**section, **summary(sums, counts)}
 
 
 @torch.no_grad()
@@ -137,7 +127,7 @@ def negative_log_likelihoods(
             reader.read_nothing()
         elif (sums_B := reader.read(*turn)) is not None and team.world.column_rank == 0:
             found.append((turn[0], sums_B))
-    sums = np.zeros(len(order))
+    sums = np.full(len(order), np.nan)  # a text that no rank has read must not pass for one that is certain
     for part in team.gather("texts", found, received):
         for rows, sums_B in part:
             sums[order[rows]] = sums_B
@@ -165,7 +155,7 @@ class _Reader:
 
     def __post_init__(self) -> None:
         self._lengths = self.texts.num_tokens.tolist()
-        # recurrent layers may begin anew with each piece (Jamba's do); a forward shows what a model caches
+        # a forward shows what the model caches, because recurrent layers may begin again with each piece (Jamba's do)
         self._in_pieces = self._lengths[-1] > self.limit and only_attention(self.read_nothing())
 
     def batches(self) -> list[slice]:

@@ -33,22 +33,12 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The P prompts of a file.
-
-    Attributes
-    ----------
-    source, column
-        Path, and the column of the texts.
-    texts
-        P texts.
-    toxicity
-        [P] float64, toxicity of the prompts themselves; NaN where the file has none.
-    """
+    """The P prompts of a file."""
 
     source: str
     column: str
     texts: list[str]
-    toxicity: NDArray[np.float64]
+    toxicity: NDArray[np.float64]  # [P], of the prompts themselves; NaN where the file has none
 
     @property
     def sha256(self) -> str:
@@ -158,9 +148,8 @@ def make_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> Prefix:
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """P prompts, their token ids with the pre-prompt, and the keys of their noise (of the prompt alone)."""
+    """Of P prompts the token ids with the pre-prompt, and the keys of their noise (of the prompt alone)."""
 
-    texts: list[str]
     ids: list[list[int]]
     keys: list[bytes]
 
@@ -201,4 +190,4 @@ def tokenize_prompts(
         ids.append([*prefix.ids, *own[prefix.num_leading :]] if prefix else own)
     check_positions(config, max(map(len, ids)) + how.max_new_tokens, "--max-new-tokens with the prompt")
     check_vocabulary(config, max(map(max, ids)))
-    return TokenizedPrompts(list(texts), ids, prompt_keys(texts, how.seed))
+    return TokenizedPrompts(ids, prompt_keys(texts, how.seed))

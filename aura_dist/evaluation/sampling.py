@@ -36,44 +36,20 @@ _MANTISSA_BITS = 52
 
 @dataclass(frozen=True)
 class Decoding:
-    """How continuations are drawn.
-
-    Attributes
-    ----------
-    num_samples, max_new_tokens
-        Continuations of each prompt, and tokens of each.
-    temperature
-        0 is greedy.
-    top_p
-        The fewest tokens whose probabilities reach this are kept (Holtzman et al., 2020); 1 keeps all.
-    seed
-        Of the noise.
-    top_k
-        Only the k most probable tokens, before `top_p`; 0 keeps all.
-    """
+    """How continuations are drawn: `num_samples` of each prompt, of at most `max_new_tokens` each."""
 
     num_samples: int
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    top_k: int = 0
+    temperature: float  # 0 is greedy
+    top_p: float  # the fewest tokens whose probabilities reach this are kept (Holtzman et al., 2020); 1 keeps all
+    seed: int  # of the noise
+    top_k: int = 0  # only the k most probable tokens, before `top_p`; 0 keeps all
 
 
 def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int) -> Tensor:
-    """[B] int64: the next token of each row.
+    """[B] int64: the next token of each row, from logits [B, V] of any float dtype.
 
-    Parameters
-    ----------
-    logits_BV
-        [B, V] of any float dtype.
-    how
-        Temperature and filters.
-    keys_B
-        [B] int64 keys of the continuations (`sample_key`).
-    step
-        Index of the token that is drawn.
-
+    `keys_B` are the int64 keys of the continuations (`sample_key`), `step` is the index of the token that is drawn.
     ModelError if logits are NaN or infinite: greedy decoding would take them for a choice.
     """
     if not logits_BV.amax(-1).isfinite().all():
@@ -173,22 +149,7 @@ def sample_key(prompt_key: bytes, sample: int) -> int:
 
 
 def gumbel(keys_B: Tensor, step: int, ids_BK: Tensor) -> Tensor:
-    """Standard Gumbel noise for token ids.
-
-    Parameters
-    ----------
-    keys_B
-        [B] int64 keys of the continuations.
-    step
-        Index of the token that is drawn.
-    ids_BK
-        [B, K] int64 token ids.
-
-    Returns
-    -------
-    noise
-        [B, K] float64, finite.
-    """
+    """[B, K] standard Gumbel noise, finite float64, for int64 keys [B], a step, and int64 token ids [B, K]."""
     stream_B = _mix(_mix(keys_B) + torch.full_like(keys_B, step + 1) * _STEP_FACTOR)
     bits_BK = _mix(stream_B[:, None] + (ids_BK + 1) * _GOLDEN)
     # the open interval (0, 1), each value exact: half steps of 2 ** -52

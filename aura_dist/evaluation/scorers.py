@@ -37,19 +37,10 @@ class Scorer(Protocol):
 
 
 def load_scorer(name: str, toxic_label: str | None, device: str) -> Scorer:
-    """`profanity-check`, or a text-classification model of the hub or a directory.
+    """`profanity-check`, or a text-classification model of the hub or a directory, as `--scorer` names it.
 
-    Parameters
-    ----------
-    name
-        As `--scorer`.
-    toxic_label
-        The classifier's label that means toxic; by default the one of that name.
-    device
-        Where a classifier runs.
-
-    ModelError if it cannot be loaded or cannot score texts, here and not after hours of generation; ConfigError if it
-    has no such label.
+    `toxic_label` is the classifier's label that means toxic, by default the one of that name. ModelError if it cannot
+    be loaded or cannot score texts, here and not after hours of generation; ConfigError if it has no such label.
     """
     scorer: Scorer = ProfanityCheck() if name == PROFANITY_CHECK else Classifier(name, toxic_label, device)
     try:

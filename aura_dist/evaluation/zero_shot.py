@@ -20,6 +20,7 @@ from aura_dist.ranks.team import Team
 
 Figures = dict[str, dict[str, float | int]]
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
+_BATCH_SIZE = 8  # requests in one forward
 # what a task may ask of a model
 _REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
@@ -27,12 +28,8 @@ _REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 class ZeroShot:
     """Tasks that have been found, before any model is loaded; ConfigError if lm-eval, the directory or a task is not.
 
-    Parameters
-    ----------
-    tasks
-        Names of tasks, groups or tags, with wildcards.
-    path
-        Directory of the user's own YAML tasks, beside lm-eval's.
+    `tasks` are names of tasks, groups or tags, with wildcards; `path` is a directory of the user's own YAML tasks,
+    beside lm-eval's.
     """
 
     def __init__(self, tasks: Sequence[str], path: str | None) -> None:
@@ -71,27 +68,17 @@ class ZeroShot:
         num_fewshot: int | None = None,
         limit: int | None = None,
         preprompt: str | None = None,
-        batch_size: int = 8,
     ) -> Figures:
         """Task → metric → figure, as lm-eval computes them; InputError if a task fails or its data cannot be loaded.
 
-        Parameters
-        ----------
-        model, tokenizer
-            The model to evaluate, and its tokenizer; neither is changed.
-        team
-            The ranks, all of which must call this.
-        num_fewshot, limit
-            As lm-eval's: examples in the context (None: the task's own number), examples a task.
-        preprompt
-            Text before each context.
-        batch_size
-            Requests in one forward.
+        All ranks of `team` must call this. `num_fewshot` is the number of examples in the context (None: the task's
+        own), `limit` that of examples a task, `preprompt` a text before each context. The model and the tokenizer are
+        not changed.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=_BATCH_SIZE)
         if team.world.layout.num_replicas > 1:
             for kind in _REQUESTS:
                 setattr(harness, kind, _shared(getattr(harness, kind), team, kind))

@@ -36,13 +36,13 @@ SETTINGS = {
 IGNORE_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
-def check_settings(kind: str, memory_limit: str) -> int:
+def check_settings(kind: str, memory_limit: str, flag: str = "--memory-limit") -> int:
     """The memory limit in bytes; ConfigError as `dask_client` raises it, before any worker is started."""
     if kind not in (*LOCAL_KINDS, "slurm") and not kind.startswith(SCHEMES):
         raise ConfigError(f"--dask: expected one of {', '.join(LOCAL_KINDS)}, slurm, tcp://HOST:PORT, got {kind!r}")
-    limit = parse_bytes(memory_limit, "--memory-limit", "4GB")
+    limit = parse_bytes(memory_limit, flag, "4GB")
     if limit <= 0:
-        raise ConfigError(f"--memory-limit: expected a size above 0, got {memory_limit!r}")
+        raise ConfigError(f"{flag}: expected a size above 0, got {memory_limit!r}")
     return limit
 
 
@@ -60,7 +60,7 @@ def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: M
     if not isinstance(slurm.get("walltime", ""), str):
         raise ConfigError(f"--slurm: expected walltime in quotes, as '1:00:00', got the number {slurm['walltime']!r}")
     processes = int(slurm.get("processes", 1))
-    memory = check_settings(kind, str(slurm["memory"])) if "memory" in slurm else limit
+    memory = check_settings(kind, str(slurm["memory"]), "--slurm memory") if "memory" in slurm else limit
     return memory // processes, max(1, int(slurm.get("cores", 1)) // processes)
 
 
@@ -79,16 +79,11 @@ def dask_client(
     num_workers
         Threads, processes or Slurm workers; by default as many as cores, or two jobs.
     memory_limit
-        Of each worker that is started, as Dask reads it: `4GB`, `500MiB`.
+        Of each worker that is started.
     slurm
         Options of dask-jobqueue's `SLURMCluster`.
 
-    Raises
-    ------
-    ConfigError
-        A setting is not one of these.
-    ClusterError
-        Workers cannot be started, or the scheduler cannot be reached.
+    ConfigError if a setting is not one of these, ClusterError if workers cannot be started or the scheduler reached.
     """
     limit = check_settings(kind, memory_limit)
     import dask

@@ -26,14 +26,6 @@ CONVERTED_VALUES = 1 << 23
 # Sums of squared ranks of more rows do not fit into 64 bits.
 MAX_ROWS = 1 << 21
 
-# The sums that are whole numbers, and those that are not; ranks alone make the first of the whole ones.
-WHOLE_SUMS = ("twice_u", "num_nan", "squared_above", "squared_below", "num_distinct")
-NUM_RANK_SUMS = 2
-REAL_SUMS = (
-    "ties", "average_precision", "mean_positive", "mean_negative", "squares_positive", "squares_negative",
-    "min_positive", "min_negative", "max_positive", "max_negative", "cross",
-)  # fmt: skip
-
 I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
 
@@ -42,62 +34,39 @@ F64 = NDArray[np.float64]
 class ColumnSums:
     """Sums of every concept and column, [C, M] each; `num_positive` and `num_negative` are [C, 1].
 
-    Attributes
-    ----------
-    twice_u
-        2U = #(positive > negative) · 2 + #(positive == negative).
-    num_nan
-        NaN among the rows labelled for the concept; where it is not 0 the other sums have no meaning.
-    squared_above, squared_below
-        Σ (a − Q)² over the positives, Σ (b − P)² over the negatives.
-    num_distinct
-        Distinct values among the rows labelled for the concept.
-    ties
-        Σ (t³ − t) over the distinct values, t the rows that hold one.
-    average_precision
-        Σ over the thresholds, falling, of (recall gained) · precision.
-    mean_positive, mean_negative, squares_positive, squares_negative
-        Mean and sum of squared deviations from it, by class.
-    min_positive, min_negative, max_positive, max_negative
-    cross
-        E[(x − x̄)(y − ȳ)] of positives x and negatives y under their monotone coupling.
-
     Where ranks alone were asked for, `twice_u` and `num_nan` are made; the others may be 0 or NaN.
     """
 
     num_positive: I64
     num_negative: I64
-    twice_u: I64
-    num_nan: I64
-    squared_above: I64
-    squared_below: I64
-    num_distinct: I64
-    ties: F64
-    average_precision: F64
+    twice_u: I64  # 2U = #(positive > negative) · 2 + #(positive == negative)
+    num_nan: I64  # NaN among the rows labelled for the concept; where it is not 0 the other sums have no meaning
+    squared_above: I64  # Σ (a − Q)² over the positives
+    squared_below: I64  # Σ (b − P)² over the negatives
+    num_distinct: I64  # distinct values among the rows labelled for the concept
+    ties: F64  # Σ (t³ − t) over the distinct values, t the rows that hold one
+    average_precision: F64  # Σ over the thresholds, falling, of (recall gained) · precision
     mean_positive: F64
     mean_negative: F64
-    squares_positive: F64
+    squares_positive: F64  # sum of squared deviations from the mean
     squares_negative: F64
     min_positive: F64
     min_negative: F64
     max_positive: F64
     max_negative: F64
-    cross: F64
+    cross: F64  # E[(x − x̄)(y − ȳ)] of positives x and negatives y under their monotone coupling
 
 
-assert tuple(f.name for f in fields(ColumnSums))[2:] == WHOLE_SUMS + REAL_SUMS
+# The sums that are whole numbers, and those that are not; ranks alone make the first two of the whole ones.
+_NAMES = tuple(field.name for field in fields(ColumnSums))
+NUM_RANK_SUMS, WHOLE_SUMS, REAL_SUMS = 2, _NAMES[2:7], _NAMES[7:]
 
 
 def sums_of_columns(values_NM: NDArray[Any], labels_CN: NDArray[np.int8], *, ranks_only: bool) -> ColumnSums:
     """The sums of every column for every concept: the fast way where float32 holds all values of the dtype.
 
-    Parameters
-    ----------
-    values_NM : [N, M], any real dtype
-    labels_CN : int8 [C, N]
-        1, 0, or −1 for a row that is not labelled and left out for that concept; both classes in every concept.
-    ranks_only
-        Whether `twice_u` and `num_nan` suffice.
+    Values are [N, M] of any real dtype. Labels are 1, 0, or −1 for a row that is left out for that concept; every
+    concept has both classes. `ranks_only`: whether `twice_u` and `num_nan` suffice.
     """
     fits = np.can_cast(values_NM.dtype, np.float32)  # bfloat16 does too
     return (sums_fast if fits else sums_plain)(values_NM, labels_CN, ranks_only=ranks_only)

@@ -83,16 +83,8 @@ def statistics_by_concept(
     names
         Names in `STATISTICS` of statistics that are made from columns.
 
-    Returns
-    -------
-    name → [C, M] of the statistic's dtype
-        NaN or 0, without a warning, where a row that is labelled for the concept holds NaN.
-
-    Raises
-    ------
-    InputError
-        Values or labels of another shape or dtype, a label other than 1, 0 and −1, a concept with one class, or
-        too many rows.
+    Returns name → [C, M] of the statistic's dtype: NaN or 0, without a warning, where a row that is labelled for the
+    concept holds NaN. InputError as in `auroc`, or for too many rows.
     """
     values_NM, labels_CN = _checked_values(values_NM), np.asarray(labels_CN)
     if labels_CN.ndim != 2 or labels_CN.shape[1] != values_NM.shape[0]:

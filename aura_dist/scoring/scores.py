@@ -39,34 +39,19 @@ OVER_MODEL = {s.name: s.over_model for s in STATISTICS.values() if s.over_model 
 
 @dataclass(frozen=True)
 class Basis:
-    """The rows that scores are made from; written into the attributes of `scores`.
+    """The rows that scores are made from; written into the attributes of `scores`."""
 
-    Attributes
-    ----------
-    partial
-        Whether rows are missing.
-    num_rows, total_rows
-        Rows that are there, and rows that the store has when it is finished.
-    digest
-        sha256 over which tasks were finished: scores that were made from others are replaced.
-    runs
-        The rows as runs [start, stop).
-    """
-
-    partial: bool
+    partial: bool  # whether rows are missing
     num_rows: int
-    total_rows: int
-    digest: str
-    runs: tuple[tuple[int, int], ...]
+    total_rows: int  # when the store is finished
+    digest: str  # sha256 over which tasks were finished: scores that were made from others are replaced
+    runs: tuple[tuple[int, int], ...]  # the rows as runs [start, stop)
 
 
 def basis_of(path: str, group: zarr.Group, spec: StoreSpec, *, partial: bool) -> Basis:
     """The rows to score.
 
-    Raises
-    ------
-    StoreError
-        Rows are missing and `partial` is not set; or a concept has only one class among those that are there.
+    StoreError if rows are missing and `partial` is not set, or if a concept has one class among those that are there.
     """
     tokens, done = read_array(group, "samples/num_tokens"), read_array(group, DONE)
     runs: list[tuple[int, int]] = []
@@ -98,10 +83,7 @@ def _check_classes(path: str, spec: StoreSpec, labels_NC: NDArray[np.int8], runs
 
 @dataclass(frozen=True)
 class Column:
-    """One chunk column of one site and pooling, and the statistics to make of it.
-
-    `marker` is its marker after `statistics` are written.
-    """
+    """One chunk column of one site and pooling, neurons [start, stop), and the statistics to make of it."""
 
     site: str
     pooling: str
@@ -109,7 +91,7 @@ class Column:
     start: int
     stop: int
     statistics: tuple[str, ...]
-    marker: int
+    marker: int  # its marker after `statistics` are written
 
     def precedes(self, other: "Column") -> bool:
         """Whether `other` is the next column of the same site and pooling."""
@@ -151,10 +133,7 @@ def score_path(site: str, pooling: str, name: str) -> str:
 def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
     """Statistics to make, in the table's order: all if none is named, else those named and those they are made from.
 
-    Raises
-    ------
-    ConfigError
-        One is unknown.
+    ConfigError if one is unknown.
     """
     for name in names:
         if name not in STATISTICS:
@@ -265,12 +244,7 @@ def read_scores(
 ) -> dict[str, NDArray[Any]]:
     """Site → [D] one statistic of one concept, in model order.
 
-    Raises
-    ------
-    InputError
-        The store has no such concept or pooling.
-    StoreError
-        The store has not been scored, or not wholly.
+    InputError if the store has no such concept or pooling, StoreError if it has not been scored, or not wholly.
     """
     if concept not in spec.concepts:
         raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")

@@ -38,12 +38,8 @@ _ENVIRONMENT = {**KEEP_FREED_MEMORY, "DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE": 
 def slurm_cluster(num_workers: int | None, limit: int, options: Mapping[Any, Any]) -> Iterator[Any]:
     """A cluster of Slurm jobs: by default one core, `--memory-limit` and dask-jobqueue's half hour each.
 
-    Raises
-    ------
-    MissingPackageError
-        dask-jobqueue is not installed.
-    ClusterError
-        Slurm is not on this machine, refuses the jobs, or ends them again and again before the work is done.
+    MissingPackageError if dask-jobqueue is not installed; ClusterError if Slurm is not on this machine, refuses the
+    jobs, or ends them again and again before the work is done.
     """
     try:
         from dask_jobqueue.slurm import SLURMCluster, SLURMJob
@@ -101,10 +97,7 @@ async def _submit_lacking(cluster: Any, num_jobs: int) -> None:
 def _jobs_kept(cluster: Any, num_jobs: int) -> Iterator[None]:
     """Context in which `num_jobs` jobs are kept in Slurm's queue.
 
-    Raises
-    ------
-    ClusterError
-        No job is left, and no worker came when they were submitted again. It replaces the error of the context's body.
+    ClusterError, in place of the body's, if no job is left and no worker came when they were submitted again.
     """
     keeper = _Keeper(cluster, num_jobs)
     thread = threading.Thread(target=keeper.watch, name="slurm-jobs", daemon=True)

@@ -29,27 +29,16 @@ if TYPE_CHECKING:  # names and formulas are read where nothing is compiled
 
 @dataclass(frozen=True)
 class Statistic:
-    """One statistic, [concept, neuron].
-
-    Attributes
-    ----------
-    name, dtype
-        As in the store.
-    summary
-        What it is, for people.
-    of
-        Makes it, [C, M], from the sums; None where it needs the whole model.
-    ranks_only
-        Whether it is made of `twice_u` alone: ranking takes a fraction of the time of all sums.
-    over_model
-        Where it needs the whole model: the statistic that it is made from, and the function of all neurons, [D] → [D].
-    """
+    """One statistic, [concept, neuron], of this name and dtype in the store."""
 
     name: str
     dtype: str
     summary: str
+    # makes it, [C, M], from the sums; None where it needs the whole model
     of: Callable[[ColumnSums], NDArray[Any]] | None
+    # whether it is made of `twice_u` alone: ranking takes a fraction of the time of all sums
     ranks_only: bool = False
+    # where it needs the whole model: the statistic that it is made from, and the function of all neurons, [D] → [D]
     over_model: tuple[str, Callable[[F64], F64]] | None = None
 
 
@@ -108,10 +97,6 @@ def benjamini_hochberg(p_D: F64) -> F64:
 
     Benjamini & Hochberg (1995): q_(i) = min over j ≥ i of p_(j) · D / j, the p ascending. A NaN stays NaN and does
     not count.
-
-    Parameters
-    ----------
-    p_D : float64 [D]
     """
     q_D = np.full(p_D.shape, np.nan)
     tested = np.flatnonzero(~np.isnan(p_D))

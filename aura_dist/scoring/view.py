@@ -1,11 +1,12 @@
 """A store as xarray sees it: labelled dimensions, lazy values, nothing loaded until it is asked for."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
@@ -13,6 +14,9 @@ from aura_dist.errors import StoreError
 from aura_dist.scoring.scores import score_attributes, score_path, scored_statistics
 from aura_dist.store.access import check_complete, damaged, get_array, in_whole_chunks, open_group, read_array
 from aura_dist.store.schema import StoreSpec, activation_path
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def open_store(path: str | Path) -> xr.DataTree:
@@ -28,14 +32,17 @@ def open_store(path: str | Path) -> xr.DataTree:
     The attributes hold the model, the data, the settings and the versions. Responses that are not
     collected yet read as NaN.
 
-    Raises
-    ------
-    StoreError
-        There is no store at `path`.
+    StoreError if there is no store at `path`.
     """
+    import xarray as xr
+
     group = open_group(str(path))
     spec = StoreSpec.from_attributes(group.attrs)
-    samples = _samples(group, spec)
+    dims = {"row": ("sample",), "num_tokens": ("sample",), "label": ("sample", "concept")}
+    samples = xr.Dataset(
+        {name: (of, read_array(group, f"samples/{name}")) for name, of in dims.items()},
+        coords={"concept": list(spec.concepts)},
+    )
     rows = {"row": samples["row"].values, "tokens": samples["num_tokens"].values}
     by_sample = {name: ("sample", values) for name, values in (*rows.items(), ("num_tokens", rows["tokens"]))}
     nodes: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs=dict(group.attrs)), "/samples": samples}
@@ -44,9 +51,8 @@ def open_store(path: str | Path) -> xr.DataTree:
     for site in spec.sites:
         units = np.arange(site.width)
         of_site = {"site": site.name, "neuron": units, "unit": ("neuron", units)}
-        responses = dict.fromkeys(spec.poolings, ("sample", "neuron"))
         nodes[f"/activations/{site.name}"] = xr.Dataset(
-            {p: (dims, _lazy(group, activation_path(site.name, p))) for p, dims in responses.items()},
+            {p: (("sample", "neuron"), _lazy(group, activation_path(site.name, p))) for p in spec.poolings},
             coords={**by_sample, **of_site},
             attrs={"kind": site.kind, "layer": site.layer},
         )
@@ -61,18 +67,6 @@ def open_store(path: str | Path) -> xr.DataTree:
     tree = xr.DataTree.from_dict(nodes)
     tree.encoding["source"] = str(path)  # as xarray does for files
     return tree
-
-
-def _samples(group: zarr.Group, spec: StoreSpec) -> xr.Dataset:
-    values = {name: read_array(group, f"samples/{name}") for name in ("row", "num_tokens", "label")}
-    return xr.Dataset(
-        {
-            "row": ("sample", values["row"]),
-            "num_tokens": ("sample", values["num_tokens"]),
-            "label": (("sample", "concept"), values["label"]),
-        },
-        coords={"concept": list(spec.concepts)},
-    )
 
 
 def _lazy(group: zarr.Group, name: str, *, complete: bool = False) -> Any:
@@ -94,9 +88,9 @@ class _Blocks:
 
     group: zarr.Group
     complete: bool
-    whole: "zarr.Array[Any] | None" = None
+    whole: zarr.Array[Any] | None = None
 
-    def __call__(self, array: "zarr.Array[Any]", index: tuple[slice, ...]) -> NDArray[Any]:
+    def __call__(self, array: zarr.Array[Any], index: tuple[slice, ...]) -> NDArray[Any]:
         """One chunk; StoreError if it is damaged, or is missing although `complete`."""
         whole = self.whole = in_whole_chunks(array) if self.whole is None else self.whole
         chunk = tuple(slice(i.start, i.start + width) for i, width in zip(index, array.chunks, strict=True))

@@ -37,20 +37,11 @@ Runs = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Source:
-    """What all tasks of a run share.
-
-    Attributes
-    ----------
-    path
-        The store.
-    runs
-        Rows to score, as runs [start, stop).
-    token
-        Unique to this run: a worker that outlives it must not use its handles on a store that was replaced since.
-    """
+    """What all tasks of a run share: the store and the rows to score, as runs [start, stop)."""
 
     path: str
     runs: Runs
+    # unique to this run: a worker that outlives it must not use its handles on a store that was replaced since
     token: str
 
 
@@ -70,10 +61,7 @@ class Scored:
 def score_columns(source: Source, columns: Sequence[Column]) -> Scored:
     """Read, score and write chunk columns, one after the other in the memory of one.
 
-    Raises
-    ------
-    StoreError
-        A chunk is missing or damaged, and then nothing is written for its column; or a score cannot be written.
+    StoreError if a chunk is missing or damaged, and then nothing is written for its column; or if a score cannot be.
     """
     try:
         return reduce(add, (_score_column(source, column) for column in columns))

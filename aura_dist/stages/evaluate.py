@@ -184,9 +184,9 @@ class _Evaluation:
         missing = [(p, s) for p in range(len(prompts.texts)) for s in range(how.num_samples) if (p, s) not in kept]
         with self._timed("generation"):
             if missing:
-                with self.stop.deferred(), journal.part(team.world.global_rank) as part:
+                with self.stop.deferred(), journal.part(team.world.global_rank) as append:
                     rows = config.continuations_per_batch
-                    generate(loaded, tokenized, missing, how, rows, team, self.stop, part.append)
+                    generate(loaded, tokenized, missing, how, rows, team, self.stop, append)
         self.seconds["num_generated"] = len(missing)
         self.seconds["continuations_per_second"] = len(missing) / max(self.seconds["generation"], 1e-9)
         return journal

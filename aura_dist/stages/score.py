@@ -157,16 +157,14 @@ def _tasks(
     """Neighbouring columns of one site and pooling, as many as hold `TASK_BYTES` of responses, and at most `most`."""
     task: list[Column] = []
     for column in columns:
-        if task and not (len(task) < most and task[-1].precedes(column) and _fits(task[0], column, neuron_bytes)):
-            yield tuple(task)
-            task = []
+        if task:
+            num_bytes = (column.stop - task[0].start) * neuron_bytes[task[0].site, task[0].pooling]
+            if len(task) == most or num_bytes > TASK_BYTES or not task[-1].precedes(column):
+                yield tuple(task)
+                task = []
         task.append(column)
     if task:
         yield tuple(task)
-
-
-def _fits(first: Column, last: Column, neuron_bytes: Mapping[tuple[str, str], int]) -> bool:
-    return (last.stop - first.start) * neuron_bytes[first.site, first.pooling] <= TASK_BYTES
 
 
 def _results(
@@ -174,12 +172,8 @@ def _results(
 ) -> Iterator[tuple[tuple[Column, ...], Scored]]:
     """Each task's report as it comes, a bounded number of them in flight.
 
-    Raises
-    ------
-    StoreError
-        Of a task: a chunk that is missing or damaged, a store that a worker cannot see or write to.
-    ClusterError
-        Workers were lost again and again, or the scheduler was.
+    StoreError of a task: a chunk that is missing or damaged, a store that a worker cannot see or write to. ClusterError
+    if workers were lost again and again, or the scheduler was.
     """
     from distributed import Future, KilledWorker, as_completed
 

@@ -116,10 +116,7 @@ def local_path(store: str) -> Path | None:
 def store_at(store: str) -> str | RemoteStore:
     """The argument that opens `--store` in Zarr: a directory's path, or for a URL its driver, with retries.
 
-    Raises
-    ------
-    StoreError
-        The URL has no driver here.
+    StoreError if the URL has no driver here.
     """
     place = local_path(store)
     if place is None:
@@ -140,10 +137,7 @@ def store_around(place: Path) -> Path | None:
 def exists(path: str) -> bool:
     """Whether there is a store at `path`; one that was never finished being made does not count, and may be replaced.
 
-    Raises
-    ------
-    StoreError
-        Something else is there, which is never replaced.
+    StoreError if something else is there, which is never replaced.
     """
     place = store_at(path)
     _check_not_nested(path)

@@ -57,16 +57,9 @@ def columns_per_chunk(width: int, num_rows: int, item_bytes: int) -> int:
 
 
 def make_tasks(num_tokens: Sequence[int], rows_chunk: int, tokens_per_batch: int) -> list[Task]:
-    """Cut the rows into tasks: runs of whole row chunks with at least `tokens_per_batch` tokens each.
+    """Cut the rows into tasks: runs of whole chunks of `rows_chunk` rows, with `tokens_per_batch` tokens or more each.
 
-    Parameters
-    ----------
-    num_tokens
-        [N] token count of each row, in store order.
-    rows_chunk
-        Rows of one chunk.
-    tokens_per_batch
-        Lower bound on a task's tokens; a remainder below it joins the last task.
+    `num_tokens` are the rows' token counts, [N] in store order. A remainder of fewer tokens joins the last task.
     """
     cuts, tokens = [0], 0
     for begin in range(0, len(num_tokens), rows_chunk):

@@ -74,14 +74,7 @@ def unfinished(group: zarr.Group) -> list[int]:
 def commit(group: zarr.Group, task: int, nonfinite: Mapping[str, int]) -> None:
     """Mark `task` as finished; call it only when all ranks have written all its chunks.
 
-    Parameters
-    ----------
-    group
-        The store.
-    task
-        Index of the task.
-    nonfinite
-        Path of a responses' array → how many of the task's are NaN or infinite, where there are any.
+    `nonfinite`: path of a responses' array → how many of the task's are NaN or infinite, where there are any.
     """
     if nonfinite:
         counts = np.array([nonfinite.get(name, 0) for name in response_names(group)], dtype=np.int64)

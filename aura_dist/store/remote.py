@@ -34,28 +34,16 @@ _PERMANENT = (
 )  # fmt: skip
 # Parts of the names of errors in the drivers' own hierarchies, which need not be installed here.
 _NO_CREDENTIALS = (
-    "NoCredentials",
-    "PartialCredentials",
-    "CredentialRetrieval",
-    "DefaultCredentials",
-    "ProfileNotFound",
-)
+    "NoCredentials", "PartialCredentials", "CredentialRetrieval", "DefaultCredentials", "ProfileNotFound",
+)  # fmt: skip
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How often a request is made, and the waits between: each twice the one before, half of it at random.
+    """How often a request is made, and the waits between: each twice the one before, half of it at random."""
 
-    Attributes
-    ----------
-    num_attempts
-        Including the first.
-    first_seconds, longest_seconds
-        The first wait, and the longest; 8 attempts wait for a minute at most.
-    """
-
-    num_attempts: int = 8
+    num_attempts: int = 8  # including the first; 8 wait for a minute at most
     first_seconds: float = 0.5
     longest_seconds: float = 30.0
 
@@ -69,16 +57,7 @@ RETRIES = Retries()
 
 
 class RemoteStore(WrapperStore[Store]):
-    """A store at a URL; a request is repeated while its error is transient.
-
-    Parameters
-    ----------
-    store
-        The store that makes the requests.
-    url
-        Where it is, for messages.
-    retries
-        How often and how patiently.
+    """A store at a URL; requests are made by `store`, and repeated while their errors are transient.
 
     Every method raises a StoreError that names the URL and the last error, where that is permanent or the attempts
     are used up. A missing key is no error, as in any Zarr store.
@@ -207,10 +186,7 @@ async def _all(items: AsyncIterator[str]) -> list[str]:
 def open_remote(url: str) -> RemoteStore:
     """The store at `url`, through the fsspec driver of its scheme; credentials and endpoints are the driver's.
 
-    Raises
-    ------
-    StoreError
-        The scheme is unknown, its driver is not installed, or refuses the URL.
+    StoreError if the scheme is unknown, or its driver is not installed or refuses the URL.
     """
     scheme = url.split(":", 1)[0]
     try:

@@ -38,77 +38,39 @@ DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonf
 class StoreSpec:
     """The settings that fix the numbers of a store; compared field by field before a store is continued.
 
-    Attributes
-    ----------
-    model, tokenizer, data
-        Identity of each: names for people, digests for comparison.
-    dtype
-        Dtype of the forward.
-    max_tokens, tokens_per_batch, skip_special_tokens
-        How texts become batches.
-    poolings, concepts
-        In the order of the flags.
-    sites
-        In model order.
-    uncaptured
-        Names of parameters that no site covers (experts of a mixture).
-    intervention
-        Identity of the intervention that was over the model (`Intervention.identity`), or None.
+    The identities of model, tokenizer and data hold names for people and digests for comparison.
     """
 
     model: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
-    dtype: str
+    dtype: str  # of the forward
     max_tokens: int
     tokens_per_batch: int
     skip_special_tokens: bool
-    poolings: tuple[str, ...]
-    concepts: tuple[str, ...]
+    poolings: tuple[str, ...]  # in the order of the flags
+    concepts: tuple[str, ...]  # likewise
     data: Mapping[str, Any]
-    sites: tuple[Site, ...]
-    uncaptured: tuple[str, ...] = ()
-    intervention: Mapping[str, Any] | None = None
+    sites: tuple[Site, ...]  # in model order
+    uncaptured: tuple[str, ...] = ()  # names of parameters that no site covers (experts of a mixture)
+    intervention: Mapping[str, Any] | None = None  # `Intervention.identity` of the one that was over the model
 
     def to_attributes(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "poolings": list(self.poolings),
-            "concepts": list(self.concepts),
-            "sites": [asdict(s) for s in self.sites],
-            "uncaptured": list(self.uncaptured),
-        }
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "StoreSpec":
         values = {name: attributes[name] for name in cls.__dataclass_fields__}
-        return cls(
-            **{
-                **values,
-                "poolings": tuple(values["poolings"]),
-                "concepts": tuple(values["concepts"]),
-                "sites": tuple(Site(**s) for s in values["sites"]),
-                "uncaptured": tuple(values["uncaptured"]),
-            }
-        )
+        values |= {name: tuple(values[name]) for name in ("poolings", "concepts", "uncaptured")}
+        return cls(**{**values, "sites": tuple(Site(**site) for site in values["sites"])})
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The rows of a store, sorted by token count, then by row of the data set.
+    """The rows of a store, sorted by token count, then by row of the data set."""
 
-    Attributes
-    ----------
-    row
-        [N] int64 row in the data set.
-    num_tokens
-        [N] int32.
-    label
-        [N, C] int8: 1, 0, or −1 = not labelled.
-    """
-
-    row: NDArray[np.int64]
-    num_tokens: NDArray[np.int32]
-    label: NDArray[np.int8]
+    row: NDArray[np.int64]  # [N] row in the data set
+    num_tokens: NDArray[np.int32]  # [N]
+    label: NDArray[np.int8]  # [N, C]: 1, 0, or −1 = not labelled
 
     def __len__(self) -> int:
         return len(self.row)
@@ -135,21 +97,10 @@ def chunk_widths(group: zarr.Group, spec: StoreSpec) -> dict[str, int]:
 
 
 def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mapping[str, Any]) -> None:
-    """Make an empty store; the attribute `created` is written last, so that a half-made one is recognised.
+    """Make an empty store at a path or URL in place of one that is there; StoreError if it cannot be written.
 
-    Parameters
-    ----------
-    path
-        Directory or URL of the store; an existing one is replaced.
-    spec, samples
-        The settings and the rows.
-    provenance
-        Further attributes (package versions, resolved config) that do not fix the numbers.
-
-    Raises
-    ------
-    StoreError
-        The path cannot be written.
+    The attribute `created` is written last, so that a half-made store is recognised. `provenance` holds further
+    attributes (package versions, resolved config) that do not fix the numbers.
     """
     num_tasks = len(tasks_of(samples.num_tokens, spec.tokens_per_batch))
     given: dict[str, NDArray[Any]] = {
@@ -204,10 +155,7 @@ def _layouts(spec: StoreSpec, samples: Samples, num_tasks: int) -> dict[str, Arr
 def create_arrays(group: zarr.Group, layouts: Mapping[str, ArrayLayout]) -> None:
     """Make the arrays that are not there yet, without chunks, and the groups around them; many at a time.
 
-    Raises
-    ------
-    OSError
-        One cannot be made: the first error, raised after all were tried.
+    If some cannot be made, the first OSError is raised after all were tried.
     """
     arrays = {name: _description(layout) for name, layout in layouts.items()}
     parents = {str(parent) for name in layouts for parent in PurePosixPath(name).parents} - {"."}

@@ -34,12 +34,8 @@ class ChunkWriter:
 
     Parameters
     ----------
-    group
-        The store.
     owned
         Site → intervals of its columns that are written here, whole chunks; they are side by side in the buffers.
-    make_buffer
-        Makes a row buffer.
     commit
         Called with a task's index and the number of its NaN and infinite responses by array, when everything that was
         handed over before is written.

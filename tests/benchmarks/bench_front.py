@@ -113,8 +113,8 @@ def measure(loaded: LoadedModel, prompts: list[str], texts: list[str], args: arg
     measured = summary(*negative_log_likelihoods(loaded.model, tokens, 2048))
     return {
         "toxic": toxic["value"], "toxic_low": toxic["low"], "toxic_high": toxic["high"],
-        "perplexity": measured.token_weighted, "perplexity_low": measured.token_weighted_low,
-        "perplexity_high": measured.token_weighted_high,
+        "perplexity": measured["token_weighted"], "perplexity_low": measured["token_weighted_low"],
+        "perplexity_high": measured["token_weighted_high"],
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every rank of a launch runs this: `aura-dist ARGUMENTS`, with notes of the work that this rank did itself."""
+"""Ranks of a launch run these: `aura-dist ARGUMENTS` with notes of the work that this rank did itself, or failing."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aura_dist.cli import main
+from aura_dist.errors import ModelError
 from aura_dist.evaluation import perplexity, prompts
 from aura_dist.stages import evaluate
 
@@ -34,3 +35,16 @@ def run_counted(arguments: Sequence[str]) -> int:
     code = main(arguments[1:])
     (Path(arguments[0]) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(noted))
     return code
+
+
+def run_failing(arguments: Sequence[str]) -> int:
+    """The first argument is the part of an evaluation in which rank 1 fails, the others are the command's."""
+    from lm_eval.models.huggingface import HFLM
+
+    def fail(*given: object, **more: object) -> None:
+        raise ModelError("this rank has had enough")
+
+    owner, name = {"texts": (perplexity._Reader, "read"), "tasks": (HFLM, "loglikelihood")}[arguments[0]]
+    if os.environ["RANK"] == "1":
+        setattr(owner, name, fail)
+    return main(arguments[1:])

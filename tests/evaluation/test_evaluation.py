@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ TEXTS = [
 
 
 def perplexity(model, tokens, tokens_per_batch):
-    return summary(*negative_log_likelihoods(model, tokens, tokens_per_batch))
+    return SimpleNamespace(**summary(*negative_log_likelihoods(model, tokens, tokens_per_batch)))
 
 
 def continuations(model, tokenizer, prompt, how):

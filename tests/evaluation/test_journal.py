@@ -19,8 +19,8 @@ def journal(tmp_path):
 
 def test_parts_are_folded_in_order_once_each(journal):
     for rank, pairs in enumerate([[(1, 0), (0, 1)], [(0, 0), (1, 0)]]):
-        with journal.part(rank) as part:
-            part.append(record(p, s) for p, s in pairs)
+        with journal.part(rank) as append:
+            append(record(p, s) for p, s in pairs)
     assert journal.read() == {}, "parts under way are not seen"
     assert journal.fold() == (3, 1)
     assert list(journal.read()) == [(0, 0), (0, 1), (1, 0)]
@@ -29,8 +29,8 @@ def test_parts_are_folded_in_order_once_each(journal):
 
 
 def test_torn_and_foreign_lines_are_dropped(journal):
-    with journal.part(0) as part:
-        part.append([record(0, 0), record(1, 0)])
+    with journal.part(0) as append:
+        append([record(0, 0), record(1, 0)])
     path = journal.path.with_name("run.[1].continuations.part-0.jsonl")
     foreign = json.dumps({"settings": "other", **record(2, 0)})
     path.write_text(f"{foreign}\nnot json\n[]\n" + path.read_text()[:-5])
@@ -40,16 +40,16 @@ def test_torn_and_foreign_lines_are_dropped(journal):
 
 def test_whole_line_without_its_break_is_torn(journal):
     """What is appended after it would stand on the same line."""
-    with journal.part(0) as part:
-        part.append([record(0, 0)])
+    with journal.part(0) as append:
+        append([record(0, 0)])
     path = journal.path.with_name("run.[1].continuations.part-0.jsonl")
     path.write_text(path.read_text().rstrip("\n"))
     assert journal.fold()[0] == 0
 
 
 def test_flushed_before_the_end(journal):
-    with journal.part(0) as part:
-        part.append([record(0, 0, "zwei\nZeilen \u2028 und")])
+    with journal.part(0) as append:
+        append([record(0, 0, "zwei\nZeilen \u2028 und")])
         assert journal.fold() == (1, 0)
 
 
@@ -61,8 +61,8 @@ def test_no_part_before_the_first_batch(journal):
 
 def test_disk_that_cannot_be_written(tmp_path):
     journal = Journal(str(tmp_path / "nowhere" / "r.json"), "mine")
-    with pytest.raises(StoreError, match="cannot be written"), journal.part(0) as part:
-        part.append([record(0, 0)])
+    with pytest.raises(StoreError, match="cannot be written"), journal.part(0) as append:
+        append([record(0, 0)])
 
 
 def test_key_is_of_values_not_of_their_order():

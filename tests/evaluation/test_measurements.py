@@ -59,8 +59,8 @@ def test_intervals_hold_the_figures():
     model, tokenizer = tiny_causal("llama"), tiny_tokenizer()
     tokens = tokenize(TEXTS, tokenizer, max_tokens=128, skip_special=False, source="t")
     measured = summary(*negative_log_likelihoods(model, tokens, 256))
-    assert measured.token_weighted_low < measured.token_weighted < measured.token_weighted_high
-    assert measured.mean_over_sentences_low < measured.mean_over_sentences < measured.mean_over_sentences_high
+    for name in ("token_weighted", "mean_over_sentences"):
+        assert measured[f"{name}_low"] < measured[name] < measured[f"{name}_high"]
 
 
 @pytest.mark.parametrize("special_bos", [True, False])

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from aura_dist.cli import main
-from tests.distributed.counted import run_counted
+from tests.distributed.counted import run_counted, run_failing
 from tests.distributed.intervened import random_map
 from tests.distributed.launch import Launch, launched, run_ranks
 
@@ -91,9 +91,23 @@ def test_ranks_measure_what_one_process_does(num_ranks, sharding, name, evaluate
         assert one[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
 
 
-def test_task_of_fewer_documents_than_ranks(evaluate, alone, tmp_path):
-    run_ranks(2, evaluate("llama", tmp_path / "r.json", "--limit", "1"))
-    assert json.loads((tmp_path / "r.json").read_text())["zero_shot"] == alone("llama", "--limit", "1")["zero_shot"]
+@pytest.mark.parametrize("sharding", ["replicate", "fsdp"])
+def test_fewer_texts_and_documents_than_ranks(sharding, evaluate, files, tmp_path):
+    (tmp_path / "one.csv").write_text("text\nA river runs to the sea.\n")
+
+    def results(name, run, *more):
+        arguments = evaluate("llama", tmp_path / name, "--limit", "1", *more)
+        arguments[arguments.index(str(files / "texts.csv"))] = str(tmp_path / "one.csv")
+        labels = arguments.index("--perplexity-labels")
+        run(arguments[:labels] + arguments[labels + 2 :])
+        return json.loads((tmp_path / name).read_text())
+
+    expected = results("alone.json", main)
+    found = results("ranks.json", lambda arguments: run_ranks(2, arguments), "--sharding", sharding)
+    assert found["zero_shot"] == expected["zero_shot"]
+    one, other = found["perplexity"], expected["perplexity"]
+    assert one["num_texts"] == 1
+    assert one["token_weighted"] == pytest.approx(other["token_weighted"], rel=1e-6)
 
 
 def test_nothing_is_read_or_computed_twice(evaluate, files, tmp_path):
@@ -110,6 +124,15 @@ def test_nothing_is_read_or_computed_twice(evaluate, files, tmp_path):
     assert max(piece for _, _, piece in together["rows"]) > 0, "some texts are read in pieces"
     assert sorted(together["requests"]) == [[d, choice] for d in range(NUM_DOCUMENTS) for choice in range(2)]
     assert all(noted["requests"] for noted in both)
+
+
+@pytest.mark.parametrize("part", ["texts", "tasks"])
+def test_rank_that_fails_in_the_middle_ends_the_evaluation(part, evaluate, tmp_path):
+    with launched(Launch(2, [part, *evaluate("llama", tmp_path / "r.json")], run_failing)) as launch:
+        assert launch.wait(200) == [2, 2], launch.text()
+        errors = re.findall(r"^error: .*", launch.text(), re.MULTILINE)
+    assert errors == ["error: this rank has had enough"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_error_in_a_data_file_is_said_once(evaluate, files, tmp_path):

@@ -39,6 +39,8 @@ def test_shape_of_a_worker():
     assert worker_shape("slurm", 3, "1GB", {"cores": 8, "processes": 2, "memory": "6GB"}) == (3 * 10**9, 4)
     with pytest.raises(ConfigError, match="walltime in quotes"):
         worker_shape("slurm", 3, "1GB", {"walltime": 3600})
+    with pytest.raises(ConfigError, match="--slurm memory: expected a size such as 4GB, got 'much'"):
+        worker_shape("slurm", 3, "1GB", {"memory": "much"})
 
 
 def test_machine_without_slurm_is_named(monkeypatch, tmp_path):
