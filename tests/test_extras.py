@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-from aura_dist.sweep.slurm_job import make_executor
 
 from aura_dist.cli import main
 from aura_dist.demo import packaged
@@ -12,6 +11,7 @@ from aura_dist.evaluation.scorers import ProfanityCheck
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.report.page import check_extra
 from aura_dist.scoring.slurm_workers import slurm_cluster
+from aura_dist.sweep.slurm_job import make_executor
 from aura_dist.text.table import read_table
 
 
