@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aura_dist.cli import main
-from aura_dist.config.settings import flag, option, resolve
+from aura_dist.config.settings import flag, resolve
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import ConfigError
 from aura_dist.models.strategies import table
@@ -83,8 +83,8 @@ def test_new_strategy_is_a_row(monkeypatch):
     @dataclass(frozen=True)
     class Settings:
         sharding: str
-        wave_tokens: int = option("tokens of a wave", 5)
-        offload: str = option("where", "none")
+        wave_tokens: int = 5
+        offload: str = "none"
 
     monkeypatch.setitem(table.STRATEGIES, "waves", Waves())
     assert sharding_of(Settings("waves", 7)).options == {"wave_tokens": 7}
