@@ -111,18 +111,22 @@ class Capture:
     def _beside_forward(self, pooled_BD: Tensor) -> AbstractContextManager[Any]:
         """On a GPU, the stream of the copies, after all that the forward has queued so far."""
         device = pooled_BD.device
-        if device.type != "cuda":
+        if device.type == "cpu":
             return nullcontext()
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        accelerator = torch.get_device_module(device)
+        if device not in self._streams:
+            self._streams[device] = accelerator.Stream(device)
+        stream = self._streams[device]
+        stream.wait_stream(accelerator.current_stream(device))
         pooled_BD.record_stream(stream)
-        return torch.cuda.stream(stream)
+        beside: AbstractContextManager[Any] = accelerator.stream(stream)
+        return beside
 
     def _copy_out(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
         plan = self._plans[key[0]]
         rows = slice(self._at, self._at + len(pooled_BD))
         first = _needed(plan).start
-        aside = pooled_BD.device.type == "cuda"  # `copied` waits for the streams of these devices alone
+        aside = pooled_BD.device.type != "cpu"
         for move in plan.keeps:
             target = torch.from_numpy(self._buffer[key])[rows, slice(*move.target)]
             target.copy_(pooled_BD[:, move.source[0] - first : move.source[1] - first], non_blocking=aside)

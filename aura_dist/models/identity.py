@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from aura_dist.errors import ModelError
-from aura_dist.models.weights import DTYPES, Source, Stored, as_bytes, open_weights
+from aura_dist.models.weights import STORED_DTYPES, Source, Stored, as_bytes, open_weights
 from aura_dist.sites.transformers_adapter import find_file
 
 END_BYTES = 64 * 1024
@@ -41,7 +41,7 @@ def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> st
         with open_weights(file) as weights:
             for tensor in weights.tensors:
                 # a file in torch's own format counts with torch's names, as it always has
-                dtype = tensor.dtype if file.suffix == ".safetensors" else str(DTYPES[tensor.dtype])
+                dtype = tensor.dtype if file.suffix == ".safetensors" else str(STORED_DTYPES[tensor.dtype])
                 tensors.append((tensor.name, dtype, tensor.shape, _ends(weights, tensor)))
     digest.update(json.dumps(sorted(tensors)).encode())
     return digest.hexdigest()

@@ -18,13 +18,13 @@ from aura_dist.errors import ModelError, brief
 
 # dtypes that a scale can be folded into; the others are integers or quantised values
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# every dtype that safetensors can hold, by its name there
-DTYPES = FLOATS | {
+# what both formats can hold, by its name in safetensors
+STORED_DTYPES = FLOATS | {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A model's configuration and the lengths of texts → what a collection or an evaluation takes; no weights are read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,21 +111,17 @@ def prepare(model: PreTrainedModel, num_layers: int, dtype: str) -> PreTrainedMo
     return model.to(dtype=DTYPES[dtype]).eval().requires_grad_(False)
 
 
-def split_names(plan: Plan) -> Callable[[str], bool]:
-    """Whether tensor parallelism under `plan` splits a weight, by its name; found as transformers finds it."""
-
-    def splits(name: str) -> bool:
-        module, _, kind = generic(name).rpartition(".")
-        style = plan.get(generic(name), plan.get(module, "replicate"))
-        by_rows = style.startswith("rowwise") and kind == "bias"  # added once, after the sum over the ranks
-        return ("wise" in style or "packed" in style) and not by_rows
-
-    return splits
+def is_split(plan: Plan, name: str) -> bool:
+    """Whether tensor parallelism under `plan` splits the weight `name`; found as transformers finds it."""
+    module, _, kind = generic(name).rpartition(".")
+    style = plan.get(generic(name), plan.get(module, "replicate"))
+    by_rows = style.startswith("rowwise") and kind == "bias"  # added once, after the sum over the ranks
+    return ("wise" in style or "packed" in style) and not by_rows
 
 
 def weight_sizes(model: PreTrainedModel, plan: Plan) -> WeightSizes:
     """Bytes of a prepared model's base: weights and buffers, by decoder layer, kept whole or split under `plan`."""
-    layers_name, splits = decoder_layers_name(model), split_names(plan)
+    layers_name = decoder_layers_name(model)
     base = model.base_model
     prefix = f"{model.base_model_prefix}." if base is not model else ""
     layers = [[0, 0] for _ in range(len(model.get_submodule(layers_name)))]
@@ -133,7 +129,7 @@ def weight_sizes(model: PreTrainedModel, plan: Plan) -> WeightSizes:
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         within = (prefix + name).removeprefix(f"{layers_name}.")
         place = layers[int(within.partition(".")[0])] if within != prefix + name else outside
-        place[int(splits(prefix + name))] += tensor.nbytes
+        place[int(is_split(plan, prefix + name))] += tensor.nbytes
     return WeightSizes(tuple((a, b) for a, b in layers), (outside[0], outside[1]))
 
 

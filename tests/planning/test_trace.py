@@ -1,12 +1,14 @@
 """What a traced forward says, against what a real one does, and sizes against real weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from aura_dist.models.load import ModelSource, load_base, skeleton
 from aura_dist.models.strategies.tensor_plan import tensor_plan
-from aura_dist.planning.estimate import is_mapped, prepare, split_names, weight_sizes
+from aura_dist.planning.estimate import is_mapped, is_split, prepare, weight_sizes
 from aura_dist.planning.trace import _Account, forward_cost, trace_forward
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import find_sites
@@ -108,7 +110,7 @@ def test_tensor_parallelism_splits_the_linear_layers_and_embeddings(name):
 
 
 def test_biases_are_split_with_columns_alone():
-    splits = split_names({"h.*.up": "colwise", "h.*.down": "rowwise", "h.*.out": "rowwise_split_input"})
+    splits = partial(is_split, {"h.*.up": "colwise", "h.*.down": "rowwise", "h.*.out": "rowwise_split_input"})
     assert [splits(f"h.3.{n}") for n in ("up.weight", "up.bias", "down.weight", "out.weight")] == [True] * 4
     assert [splits(f"h.3.{n}") for n in ("down.bias", "out.bias", "norm.weight")] == [False] * 3
 

@@ -11,7 +11,16 @@ from aura_dist.models.strategies.strategy import Options, Spread, Strategy
 from aura_dist.models.strategies.zero3 import Zero3
 from aura_dist.ranks.layout import Layout
 
-STRATEGIES: dict[str, Strategy] = {s.name: s for s in (Replicate(), Fsdp(), Tensor(), Zero3(), Dispatch())}
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Replicate(),
+        Fsdp(),
+        Tensor(),
+        Zero3(),
+        Dispatch(),
+    )
+}
 
 
 @dataclass(frozen=True)
