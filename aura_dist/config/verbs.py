@@ -215,7 +215,7 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
     num_samples: PositiveInt = option("decoding", "continuations per prompt", 25)
     continuations_per_batch: PositiveInt = option(EXECUTION, "continuations in one forward; changes no result", 128)
     scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check")] = option(
-        "toxicity", "classification model for toxic texts, or profanity-check", "s-nlp/roberta_toxicity_classifier"
+        "toxicity", "classifier of toxic texts, or profanity-check", "s-nlp/roberta_toxicity_classifier"
     )
     toxic_label: str | None = option(
         "toxicity", "the scorer's label that means toxic", None, unset="the one called toxic", needs="toxicity_prompts"

@@ -66,7 +66,7 @@ def _digest(identity: Mapping[str, Any]) -> str:
 
 def _rows(store: StoreSummary) -> str:
     classes = [f"{yes:,} {concept} and {no:,} not" for concept, (yes, no) in store.classes.items()]
-    missing = store.num_tasks - store.num_done_tasks
+    missing = store.num_missing_tasks
     unfinished = f"; {missing:,} of {store.num_tasks:,} tasks are not collected yet" if missing else ""
     return f"{store.num_rows:,}: {'; '.join(classes)}{unfinished}"
 
