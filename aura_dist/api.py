@@ -140,7 +140,7 @@ def score(store: "str | Path | xr.DataTree", *, top: int = 10, **settings: Any) 
     """
     import pandas as pd
 
-    from aura_dist.scoring.view import best_neurons, score_table
+    from aura_dist.scoring.tables import best_neurons, score_table
     from aura_dist.stages import score as stage
 
     group, spec, names = stage.score(resolve(ScoreConfig, {**settings, "store": _place(store)}))
