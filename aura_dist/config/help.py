@@ -44,7 +44,7 @@ def _setting(spec: "Field[Any]", hint: Any, width: int) -> str:
     says = "required" if default is MISSING else f"default: {shown}"
     lines = [_entry(_written(spec, hint), f"{spec.metadata['help']} ({says})", width)]
     if table := table_of(hint):
-        lines += [_entry(value, text, width, indent=6) for value, text in table.rows().items()]
+        lines += [_entry(value, text.removesuffix("."), width, indent=6) for value, text in table.rows().items()]
     elif get_origin(hint) is dict and (keys := get_args(get_args(hint)[0])):
         lines.append(_entry("", f"KEY: {', '.join(keys)}", width))
     return "\n".join(lines)

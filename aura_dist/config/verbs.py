@@ -72,7 +72,7 @@ class ModelOptions(Settings):
         EXECUTION, "dispatch: largest memory of devices, such as 0=70GiB cpu=200GiB", [], unset="what is free"
     )
     offload_folder: Dir | None = option(EXECUTION, "dispatch: directory for the weights that go to disk", None)
-    tensor_plan: File | None = option(EXECUTION, "tensor: YAML file, module → style", None, unset="the model's")
+    tensor_plan: File | None = option(EXECUTION, "tensor: YAML file of module → style", None, unset="the model's")
     intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
     strength: Strength = option("intervention", STRENGTH, 1.0)
 
@@ -108,10 +108,12 @@ class PlanConfig(CollectConfig):
     """Say what a collection takes, in bytes and seconds, and refuse what cannot fit; reads no weights."""
 
     data: Data = option("data", "labelled text", "", unset="--num-positive + --num-negative texts of --max-tokens each")
-    concepts: list[Column] = option("data", "label columns", [], unset="none; the longest rows of all", distinct=True)
+    concepts: list[Column] = option(
+        "data", "label columns", [], unset="none; plans for the longest rows", distinct=True
+    )
     world_size: PositiveInt = option("machine", "ranks of the launch", 1)
     ranks_per_host: PositiveInt | None = option("machine", "ranks that share a machine", None, unset="all, at most 8")
-    device_memory: Size | None = option("machine", "memory of one GPU, such as 80GB; plans for a GPU anywhere", None)
+    device_memory: Size | None = option("machine", "memory of one GPU, such as 80GB; then the plan is for GPUs", None)
     host_memory: Size | None = option("machine", "memory of one machine, such as 512GB", None)
     tflops: Annotated[float, Meta(gt=0.0)] | None = option(
         "machine", "sustained TFLOP/s of one rank", None, unset="120 on a GPU in 16 bits, 12 in float32; 0.15 on a CPU"
@@ -153,9 +155,7 @@ class FitConfig(Settings):
     method: Method = option("intervention", "how a unit's statistics become its map", "aura")
     alpha: Share = option("intervention", "damp: scale of the selected units", 0.5)
     strength: Strength = option("intervention", STRENGTH, 1.0, again_in=("model", "generate", "evaluate", "export"))
-    onto: Dir | None = option(
-        "intervention", "intervention under which the store was collected; the result does both", None
-    )
+    onto: Dir | None = option("intervention", "intervention that was on while collecting; the result does both", None)
     out: Dir = option("output", "directory to write the intervention to")
 
     def __post_init__(self) -> None:
@@ -215,10 +215,10 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
     num_samples: PositiveInt = option("decoding", "continuations per prompt", 25)
     continuations_per_batch: PositiveInt = option(EXECUTION, "continuations in one forward; changes no result", 128)
     scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check")] = option(
-        "toxicity", "model that classifies texts, or profanity-check", "s-nlp/roberta_toxicity_classifier"
+        "toxicity", "classifier of toxic texts, or profanity-check", "s-nlp/roberta_toxicity_classifier"
     )
     toxic_label: str | None = option(
-        "toxicity", "the scorer's label that means toxic", None, unset="the one called so", needs="toxicity_prompts"
+        "toxicity", "the scorer's label that means toxic", None, unset="the one called toxic", needs="toxicity_prompts"
     )
     baseline: File | None = option(
         "toxicity", "results of another evaluation of the same prompts, to compare with", None, needs="toxicity_prompts"

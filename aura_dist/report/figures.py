@@ -191,8 +191,8 @@ def tradeoff(comparison: Comparison, name: str) -> Picture | None:
     front = any(line.joined for line in drawn)
     with style(name):
         figure, ax = new_figure(*((760, 540) if front or len(points) > MANY else (460, 370)))
-        looks = _looks(drawn)
-        handles = [_series(ax, line, look, front) for line, look in zip(drawn, looks, strict=True)]
+        looked = list(zip(drawn, _looks(drawn), strict=True))
+        handles = [_series(ax, line, look, front) for line, look in looked]
         for p in (p for p in points if p.one.is_plain):
             ax.axvline(p.x.value, color=FAINT, linewidth=0.8, zorder=0.5)
             ax.axhline(100 * p.y.value, color=FAINT, linewidth=0.8, zorder=0.5)
@@ -201,7 +201,7 @@ def tradeoff(comparison: Comparison, name: str) -> Picture | None:
         figure.draw_without_rendering()
         labelled = [
             (p, _mark(line, mark, front), look[0])
-            for line, look in zip(drawn, looks, strict=True)
+            for line, look in looked
             for p, mark in zip(line.points, line.marks, strict=True)
         ]
         if sum(len(text) for _, text, _ in labelled) <= MAX_LABEL_CHARACTERS:

@@ -158,8 +158,8 @@ class StoreSummary:
     spec: StoreSpec
     attributes: Mapping[str, Any]
     num_rows: int
-    num_done_tasks: int
     num_tasks: int
+    num_missing_tasks: int
     mean_tokens: float
     classes: Mapping[str, tuple[int, int]]
     basis: Mapping[str, Any]
@@ -177,17 +177,16 @@ def read_store(path: str) -> tuple[zarr.Group, StoreSummary]:
     group = open_group(path)
     spec = StoreSpec.from_attributes(group.attrs)
     labels_NC, tokens = read_array(group, "samples/label"), read_array(group, "samples/num_tokens")
-    num_tasks = len(read_array(group, DONE))
-    counts = [tuple(int(np.count_nonzero(labels == value)) for value in (1, 0)) for labels in labels_NC.T]
+    counts = [(int(np.count_nonzero(label_N == 1)), int(np.count_nonzero(label_N == 0))) for label_N in labels_NC.T]
     return group, StoreSummary(
         path=path,
         spec=spec,
         attributes=dict(group.attrs),
         num_rows=len(tokens),
-        num_done_tasks=num_tasks - len(unfinished(group)),
-        num_tasks=num_tasks,
+        num_tasks=len(read_array(group, DONE)),
+        num_missing_tasks=len(unfinished(group)),
         mean_tokens=float(tokens.mean()),
-        classes={concept: (yes, no) for concept, (yes, no) in zip(spec.concepts, counts, strict=True)},
+        classes=dict(zip(spec.concepts, counts, strict=True)),
         basis=score_attributes(group),
         collected=read_times(group, COLLECTED),
         scored=read_times(group, SCORED),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aura_dist.interventions.artifact import method_of
+from aura_dist.ranks.progress import clock
 from aura_dist.report.comparison import plain_of, reduction
 from aura_dist.report.evaluations import MEASURES, Estimate, Evaluation, is_number, modules_in_short
 from aura_dist.report.rundir import Fitted
@@ -65,7 +66,7 @@ def _digest(identity: Mapping[str, Any]) -> str:
 
 def _rows(store: StoreSummary) -> str:
     classes = [f"{yes:,} {concept} and {no:,} not" for concept, (yes, no) in store.classes.items()]
-    missing = store.num_tasks - store.num_done_tasks
+    missing = store.num_missing_tasks
     unfinished = f"; {missing:,} of {store.num_tasks:,} tasks are not collected yet" if missing else ""
     return f"{store.num_rows:,}: {'; '.join(classes)}{unfinished}"
 
@@ -121,21 +122,13 @@ def stage_times(stores: Sequence[tuple[str, StoreSummary]]) -> Table:
     rows = []
     for run, store in stores:
         for stage, times, what in (("collect", store.collected, "tokens"), ("score", store.scored, "neurons")):
-            if times.get("seconds"):
-                workers = times.get("ranks", times.get("workers"))
-                amount, speed = f"{int(times[what]):,} {what}", f"{times[what] / times['seconds']:,.0f} {what}/s"
-                took, launches = _duration(times["seconds"]), str(times["launches"])
-                rows.append((run, stage, took, amount, speed, str(workers), launches))
+            if seconds := times.get("seconds"):
+                took = f"{seconds:.1f} s" if seconds < 120 else clock(seconds)
+                amount, speed = f"{int(times[what]):,} {what}", f"{times[what] / seconds:,.0f} {what}/s"
+                workers, launches = times.get("ranks", times.get("workers")), times["launches"]
+                rows.append((run, stage, took, amount, speed, str(workers), str(launches)))
     header = ("run", "stage", "time", "done", "speed", "workers", "launches")
     return _without_single_run(Table(header, tuple(rows), texts=(0, 1)))
-
-
-def _duration(seconds: float) -> str:
-    """A time in the units that a reader would choose."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def evaluation_times(evaluations: Sequence[Evaluation]) -> Table:
