@@ -76,6 +76,11 @@ class ModelOptions(Settings):
     intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
     strength: Strength = option("intervention", STRENGTH, 1.0)
 
+    def __post_init__(self) -> None:
+        """Refuse an option that the strategy would not look at."""
+        super().__post_init__()
+        resolve_name("aura_dist.models.strategies.table:sharding_of")(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig(ModelOptions):
