@@ -81,7 +81,7 @@ class Evaluation:
             return None
         applied = self._intervention.get("strength", self.config.get("strength"))
         both = applied, self._parameters.get("strength")
-        return math.prod(float(strength) for strength in both if is_number(strength))
+        return float(np.prod([strength for strength in both if is_number(strength)]))
 
     @property
     def top_k(self) -> int | None:
