@@ -80,7 +80,7 @@ class Evaluation:
         if not self._intervention:
             return None
         applied = self._intervention.get("strength", self.config.get("strength"))
-        both = applied, self._parameters.get("strength")
+        both: list[Any] = [applied, self._parameters.get("strength")]
         return float(np.prod([strength for strength in both if is_number(strength)]))
 
     @property
