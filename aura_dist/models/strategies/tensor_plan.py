@@ -22,10 +22,9 @@ _GATHER, _SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
 
 
 def _others() -> str:
-    """The strategies that split no columns, for messages; first those that hold a model with more ranks."""
-    others = sorted(STRATEGIES.values(), key=lambda s: s.over_more(2) is None)
-    *names, last = (s.name for s in others if "tensor_plan" not in s.options)
-    return f"--sharding {', '.join(names)} or {last}"
+    """The strategies that split no columns, for messages; last the table's first, which spreads no weights."""
+    whole, *others = (s.name for s in STRATEGIES.values() if "tensor_plan" not in s.options)
+    return f"--sharding {', '.join(others)} or {whole}"
 
 
 def _plan(layers: str, attention_in: str, attention_out: str, mlp_in: str, mlp_out: str, embedding: str) -> Plan:
