@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 def run(config: FitConfig) -> None:
     """Write the intervention of `config.method`; with `config.onto`, that after the earlier one, as one."""
+    if not config.out:  # `fit` would write nothing
+        raise ConfigError("--out: expected the directory to write the intervention to, got ''")
     fit(config)
 
 

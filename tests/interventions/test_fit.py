@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,6 +292,23 @@ def test_trained_method_refuses_a_changed_model_or_text(part, key, message, nudg
     (copy / "zarr.json").write_text(json.dumps(document))
     assert fit(copy, tmp_path / "out", "nudge") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [0, 1, 30])
+def test_trained_method_refuses_a_file_that_has_lost_rows(kept, nudge, store, sentences_csv, tmp_path, capsys):
+    copy, data = shutil.copytree(store, tmp_path / "store.zarr"), tmp_path / "short.csv"
+    data.write_text("".join(Path(sentences_csv).read_text().splitlines(keepends=True)[: 1 + kept]))
+    document = json.loads((copy / "zarr.json").read_text())
+    document["attributes"]["data"]["path"] = str(data)
+    (copy / "zarr.json").write_text(json.dumps(document))
+    assert fit(copy, tmp_path / "out", "nudge") == 2
+    assert f"data {str(data)!r}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_out_is_refused(capsys):
+    assert fit("store.zarr", "", "aura") == 2
+    assert "--out: expected the directory to write the intervention to, got ''" in capsys.readouterr().err
 
 
 def test_trained_method_runs_the_model_under_the_earlier_intervention(nudge, sequential, tmp_path):
