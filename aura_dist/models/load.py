@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from aura_dist.errors import ConfigError, ModelError, brief
+from aura_dist.errors import AuraError, ConfigError, ModelError, brief
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.models.strategies.tensor_plan import seen_columns
@@ -77,6 +77,8 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        except AuraError:  # a signal
+            raise
         except Exception as error:  # a configuration fails in as many ways as it has fields and back ends
             is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
             what = "cannot be made from its config.json" if is_causal else "is not a causal language model"
