@@ -49,7 +49,7 @@ def test_step_is_taken_as_long_as_any_rank_needs_one():
 
 def test_batches_are_of_equal_length_and_even():
     ids = [[0] * n for n in (3, 5, 3, 3, 5, 3)]
-    prompts = TokenizedPrompts([""] * 6, ids, [b""] * 6)
+    prompts = TokenizedPrompts(ids, [b""] * 6)
     pairs = [(p, s) for p in range(6) for s in range(3)]
     batches = prompts.batches(pairs, rows_per_batch=5)
     assert sorted(pair for batch in batches for pair in batch) == pairs
