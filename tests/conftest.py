@@ -23,12 +23,17 @@ hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
 
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Under `-n`, one process runs the tests of a file, and one all of Slurm's, because these share a cluster."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            slurm = "slurm" in item.path.parts
-            item.add_marker(pytest.mark.xdist_group("slurm" if slurm else str(item.path)))
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByShared(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "slurm" if file.startswith("tests/slurm/") else file
+
+    return ByShared(config, log)
 
 
 @pytest.fixture(scope="session")
