@@ -91,7 +91,7 @@ def test_task_in_which_three_launches_died_stops_the_fourth(whole, tiny_dir, sen
             assert "launches died" not in capsys.readouterr().err
         assert attempt(command) == 2
     assert re.search(
-        "error: --store .*: 3 launches died in task [0-9]+ .*go on with --max-attempts 4", capsys.readouterr().err
+        "error: --store .*: 3 launches died in task [0-9]+ .*continue with --max-attempts 4", capsys.readouterr().err
     )
     assert main([*command, "--max-attempts", "4"]) == 0
     assert chunk_files(store) == chunk_files(whole)
