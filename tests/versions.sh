@@ -38,4 +38,5 @@ DS_BUILD_OPS=0 install -e ".[$extras]" pytest pytest-timeout hypothesis ml-dtype
 pandas|pyarrow|pyyaml|safetensors|submitit|torch|transformers|xarray|zarr|zarrs|dask-jobqueue)=="
 # warnings are no errors here: other versions warn of other things
 # shellcheck disable=SC2086
-exec "$python" -m pytest -q -o filterwarnings=default "${@:-$quick}"
+[ $# -gt 0 ] || set -- $quick
+exec "$python" -m pytest -q -o filterwarnings=default "$@"
