@@ -67,15 +67,17 @@ def _check_sections(document: Mapping[str, Any], known: Mapping[str, set[str]]) 
 
 
 def _check_read(document: Mapping[str, Any], cells: Sequence[Cell], known: Mapping[str, set[str]]) -> None:
-    """ConfigError for a stage's setting outside the grid that no cell reads."""
+    """ConfigError for a setting outside the grid that no cell reads, unless plain models need no such stage."""
     read = {(stage, name) for cell in cells for stage, settings in cell.settings.items() for name in settings}
-    given = [(name, [s for s in STAGE_SPECS if name in known[s] and _is_shared(name, s)]) for name in document]
-    given += [(name, [stage]) for stage in {stage for stage, _ in read} for name in document.get(stage) or {}]
+    there = {stage for stage, _ in read}
+    skipped = {stage for stage in STAGE_SPECS if stage not in there and _is_wanted(stage, document)}
+    given = [(name, {s for s in STAGE_SPECS if name in known[s] and _is_shared(name, s)}) for name in document]
+    given += [(name, {stage}) for stage in sorted(there) for name in document.get(stage) or {}]
     for name, stages in given:
-        if stages and read.isdisjoint((stage, name) for stage in stages):
+        if stages and stages.isdisjoint(skipped) and read.isdisjoint((stage, name) for stage in stages):
             raise ConfigError(
                 f"expected settings that some cell of the grid reads, got {name!r}; leave it out, or add a method or "
-                f"the section of a stage ({', '.join(stages)}) that reads it"
+                f"the section of a stage ({', '.join(sorted(stages))}) that reads it"
             )
 
 

@@ -197,6 +197,11 @@ def test_setting_on_top_for_a_stage_that_the_sweep_has_not_is_refused():
     assert read_grid({**document, "evaluate": BASE["evaluate"]})
 
 
+def test_plain_models_alone_need_no_settings_of_a_fit():
+    more = {"alpha": 0.3, "num_positive": 5, "fit": {"max_q": 0.1}}
+    assert count(graph_of({"method": ["none"]}, **more)[1]) == {"collect": 0, "score": 0, "fit": 0, "evaluate": 1}
+
+
 def test_axis_without_a_value_changes_nothing():
     assert graph_of({"method": ["aura"], "top_k": [None]})[1].jobs == graph_of({"method": ["aura"]})[1].jobs
 
