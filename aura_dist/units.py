@@ -1,6 +1,7 @@
 """Sizes as people write them: `80GB`, `24 GiB`, and back."""
 
 import re
+from math import inf
 
 from aura_dist.errors import ConfigError
 
@@ -12,7 +13,7 @@ _SIZE = re.compile(r"\+?((?:\d+\.?\d*|\.\d+)(?:E[+-]?\d{1,2})?)([KMGTP]?)(I?)B?"
 def parse_bytes(text: str, flag: str, example: str = "80GB or 24GiB") -> int:
     """`80GB` → 80 × 10⁹, `24 GiB` → 24 × 2³⁰, `1e6` → 10⁶; ConfigError naming `flag` and `example` for others."""
     found = _SIZE.fullmatch("".join(text.split()))
-    if found is None or (found[3] and not found[2]):
+    if found is None or (found[3] and not found[2]) or float(found[1]) == inf:
         raise ConfigError(f"{flag}: expected a size such as {example}, got {text!r}")
     number, unit, binary = found[1], found[2].upper(), found[3]
     return int(float(number) * (_BINARY if binary else _UNITS)[unit])

@@ -63,7 +63,7 @@ def _written(spec: "Field[Any]", hint: Any) -> str:
 
 
 def _value(hint: Any) -> str:
-    """What stands for a value: its type, or the values that are allowed."""
+    """What help shows for a value: its type, or the values that are allowed."""
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
         return f"{{{','.join(arguments)}}}"

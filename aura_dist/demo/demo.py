@@ -69,7 +69,7 @@ def _check_config(out: Path) -> None:
         raise StoreError(f"--out {str(out)!r} cannot be used: {error}") from error
     if not text.startswith(CONFIG_HEADER):
         raise StoreError(
-            f"--out {str(out)!r}: expected no config.yaml or that of an earlier demo, found another; "
+            f"--out {str(out)!r}: expected no config.yaml, or one that an earlier demo wrote, found another; "
             "choose another directory"
         )
 

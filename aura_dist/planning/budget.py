@@ -114,7 +114,7 @@ def owned_neurons(neurons: Sequence[tuple[int, int]], num_ranks: int) -> int:
 
 
 def _activations(work: Work, layout: Layout) -> int:
-    """Of the largest batch, as if ranks split none of it; where they split columns, with two copies of the widest."""
+    """Bytes for the largest batch, as if no rank split it; if ranks split columns, two copies of the widest more."""
     pooled = work.batch_rows * work.num_neurons * work.pooled_bytes
     exchange = 0
     if layout.tensor > 1:
@@ -177,7 +177,7 @@ def advice(work: Work, wanted: Spread, machine: Machine, others: Sequence[WhatFi
     larger = over_more(work, machine, wanted.layout.world_size)
     if larger is not None:
         return f"what fits is --sharding {title(larger)} on {larger.layout.world_size} ranks"
-    return "no number of ranks fits: the layers are too large for it; use a device with more memory"
+    return "no number of ranks fits, because each alone needs more; use devices or machines with more memory"
 
 
 def over_more(work: Work, machine: Machine, above: int) -> Spread | None:

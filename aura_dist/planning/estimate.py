@@ -37,7 +37,7 @@ class Estimate:
     num_tokens: NDArray[np.int32]  # of the rows, ascending
     table: SiteTable  # all sites of the model
     sites: tuple[Site, ...]  # the captured ones
-    precisions: tuple[str, ...]  # dtypes of pooled values, by pooling: of the layer's own, or float32 of a mean
+    precisions: tuple[str, ...]  # dtype of each pooling's values: the forward's, or float32 where values are averaged
     splits: bool  # whether tensor parallelism can split the decoder layers
     work: Work
 
@@ -64,6 +64,7 @@ def estimate(
     parallelism is wanted and cannot split them, or the forward cannot be traced.
     """
     num_rows, longest = len(num_tokens), int(num_tokens[-1])
+    tokenizer = Path(source.name) / "tokenizer.json"  # of a local model
     check_positions(config, longest, "--max-tokens")
     model = skeleton(config)
     table = find_sites(model)
@@ -83,7 +84,7 @@ def estimate(
         shortest=shortest,
         longest=longest,
         tokens_per_batch=tokens_per_batch,
-        tokenizer_bytes=tokenizer_bytes(source),
+        tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
         data_bytes=data_bytes,
         mapped=not gpu and is_mapped(model, source),
     )
@@ -91,7 +92,7 @@ def estimate(
 
 
 def _tensor_plan(model: PreTrainedModel, sites: Sequence[Site], num_ranks: int, file: str | None) -> Plan:
-    """The plan by which columns are split. For one rank, that of two, to say whether it exists; else an empty one."""
+    """The plan by which columns are split; for one rank, the plan of two ranks, empty where there is none."""
     if num_ranks == 1 and file is None:
         try:
             return tensor_plan(model, 2)
@@ -143,18 +144,12 @@ def is_mapped(model: PreTrainedModel, source: ModelSource) -> bool:
     return saved == DTYPES[source.dtype] and not merged and any(Path(source.name).glob("*.safetensors"))
 
 
-def tokenizer_bytes(source: ModelSource) -> int:
-    """Size of a local model's `tokenizer.json`; 0 where there is none."""
-    file = Path(source.name) / "tokenizer.json"
-    return file.stat().st_size if file.is_file() else 0
-
-
 def collection_report(
     found: Estimate, origin: str, spread: Spread, machine: Machine, tflops: float | None = None
 ) -> Report:
     """All figures of a collection under `spread`, with advice if it does not fit.
 
-    The rows come from `origin`. `tflops` are those of one rank, by default of a usual one.
+    The rows come from `origin`. Each rank computes `tflops` TFLOP/s, by default as many as a usual rank.
     """
     work, num_tokens, world_size = found.work, found.num_tokens, spread.layout.world_size
     wanted = what_fits(work, spread, machine)
@@ -209,8 +204,8 @@ def estimate_evaluation(
 ) -> EvaluationPlan:
     """What an evaluation of `model` (on the meta device) takes: all `steps`, which the ranks share.
 
-    Not counted: the scorer, sampling, loading and communication; what `left_out` names; and what a model computes again
-    at every step because it keeps another state than keys and values, which the plan then names.
+    The scorer, sampling, loading, communication and what `left_out` names are not counted. A model without a cache of
+    keys and values computes earlier tokens again at every step; that is not counted either, and the plan says so.
     """
     longest = max((step.num_new for step in steps), default=1)
     selects = only_attention(DynamicCache(config=model.config))
@@ -225,7 +220,7 @@ def estimate_evaluation(
 
 
 def model_cost(model: PreTrainedModel, dtype: str, longest: int) -> LanguageModelCost:
-    """Of a model on the meta device, whose texts have at most `longest` tokens."""
+    """Cost of a model on the meta device, for texts of at most `longest` tokens."""
     head = model.get_output_embeddings().weight
     prepare(model, model.config.get_text_config(decoder=True).num_hidden_layers, dtype)
     sizes = weight_sizes(model, {})

@@ -44,9 +44,8 @@ class Report:
 
 def render(report: Report) -> str:
     """The plan as text."""
-    return "\n\n".join(
-        "\n".join(block) for block in (_model(report), _store(report), _work(report), _memory(report), _fits(report))
-    )
+    blocks = (_model(report), _store(report), _work(report), _memory(report), _fits(report))
+    return "\n\n".join(map("\n".join, blocks))
 
 
 def _ranks(report: Report) -> str:
@@ -92,15 +91,10 @@ def _memory(report: Report) -> list[str]:
         f"memory   of one rank, {report.sharding} on {_ranks(report)}"
         f" ({replicas} replica{'s' if replicas > 1 else ''}), {report.tokens_per_batch:,} tokens a batch"
     ]
-    for place, parts, total in (
-        ("GPU", memory.device, report.device_bytes),
-        ("host", memory.host, sum(memory.host.values())),
-    ):
+    for place, parts in (("GPU", memory.device), ("host", memory.host)):
         if parts:
-            lines.append(
-                f"  {place:<5} {show_bytes(total):>8}: "
-                + ", ".join(f"{k} {show_bytes(v)}" for k, v in parts.items() if v)
-            )
+            shown = ", ".join(f"{purpose} {show_bytes(size)}" for purpose, size in parts.items() if size)
+            lines.append(f"  {place:<5} {show_bytes(sum(parts.values())):>8}: {shown}")
     peak, before = show_bytes(report.anonymous_bytes), show_bytes(memory.preparing)
     lines.append(f"  peak of anonymous memory {peak} ({before} while texts are read)")
     if memory.mapped:

@@ -230,7 +230,7 @@ def forward_cost(
     """What a forward of any batch costs whose texts have at most `longest` tokens.
 
     The peak of B rows of T tokens is the largest of sums of terms in 1, T, B, B T and B T², so convex in B and in T:
-    the bilinear surface through the corners (two rows or a whole row chunk, one token or the longest text) lies above
+    the bilinear surface through the corners (two rows or a whole row chunk, one token or the longest text) is above
     it; coefficients below 0 are raised to 0. FLOPs of B rows are B (a T + b T²) exactly: products with weights, and
     attention, masked or not.
     """

@@ -98,14 +98,13 @@ def open_run(path: str) -> RunDirectory:
 
 
 def named_apart(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
-    """The same runs; where two have one name, as many directories above it are added as make all names differ."""
-    names = [run.name for run in runs]
-    depth = 2
-    paths = [run.path.resolve() for run in runs]
-    while len(set(names)) < len(set(paths)) and depth <= max(len(p.parts) for p in paths):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
+    """The runs, each directory once; if two have one name, all names get directories above them until they differ."""
+    by_path = {run.path.resolve(): run for run in runs}
+    depth, names = 1, [path.name for path in by_path]
+    while len(set(names)) < len(by_path):
         depth += 1
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+        names = ["/".join(path.parts[-depth:]) for path in by_path]
+    return [replace(run, name=name) for run, name in zip(by_path.values(), names, strict=True)]
 
 
 def _config_store(path: Path) -> str | None:

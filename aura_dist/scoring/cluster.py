@@ -49,6 +49,10 @@ def check_settings(kind: str, memory_limit: str, flag: str = "--memory-limit") -
 def worker_shape(kind: str, num_workers: int | None, memory_limit: str, slurm: Mapping[Any, Any]) -> tuple[int, int]:
     """Memory in bytes and threads of one worker that `dask_client` starts; ConfigError if a setting is wrong."""
     limit = check_settings(kind, memory_limit)
+    if slurm and kind != "slurm":
+        raise ConfigError(f"--slurm: expected it with --dask slurm, got it with --dask {kind}; leave it out")
+    if num_workers is not None and kind.startswith(SCHEMES):
+        raise ConfigError(f"--num-workers: expected none, because the cluster runs already, got {num_workers}")
     if kind == "threads":
         return limit, num_workers or available_cores()
     if kind != "slurm":
@@ -70,18 +74,11 @@ def dask_client(
 ) -> "Iterator[Client]":
     """A client of the cluster; a cluster that was started here ends with the context, one that ran before does not.
 
-    Parameters
-    ----------
-    kind
-        `threads` of this process; `processes` of this machine, one thread each; `slurm`, jobs through
-        dask-jobqueue; or the address of a scheduler that runs, `tcp://HOST:PORT` or `tls://HOST:PORT`. TLS is set
-        up as Dask has it, in its own configuration (`distributed.comm.tls`).
-    num_workers
-        Threads, processes or Slurm workers; by default as many as cores, or two jobs.
-    memory_limit
-        Of each worker that is started.
-    slurm
-        Options of dask-jobqueue's `SLURMCluster`.
+    `kind` is `threads` of this process; `processes` of this machine, one thread each; `slurm`, jobs through
+    dask-jobqueue, with the options `slurm` of its `SLURMCluster`; or the address of a scheduler that runs,
+    `tcp://HOST:PORT` or `tls://HOST:PORT`, with TLS as Dask's configuration says (`distributed.comm.tls`).
+    `num_workers` are threads, processes or jobs, by default as many as cores, or two jobs. `memory_limit` is of each
+    worker that is started.
 
     ConfigError if a setting is not one of these, ClusterError if workers cannot be started or the scheduler reached.
     """

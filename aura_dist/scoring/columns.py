@@ -53,7 +53,7 @@ def auroc(values: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
         Once, with the number of columns that hold NaN and of their NaN values.
     """
     values_NM = _checked_values(values)
-    labels_array = _as_array(labels, "labels")
+    labels_array = as_array(labels, "labels")
     labels_CN = _checked_labels(labels_array, values_NM.shape[0])
     _check_both_classes(labels_CN)
     sums = sums_of_columns(values_NM, labels_CN, ranks_only=True)
@@ -116,7 +116,8 @@ def _check_both_classes(labels_CN: NDArray[np.int8]) -> None:
         )
 
 
-def _as_array(given: ArrayLike, name: str) -> NDArray[Any]:
+def as_array(given: ArrayLike, name: str) -> NDArray[Any]:
+    """What the caller gave, as an array; InputError that names it if NumPy cannot read it."""
     try:
         return np.asarray(given)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot hold or share
@@ -125,7 +126,7 @@ def _as_array(given: ArrayLike, name: str) -> NDArray[Any]:
 
 
 def _checked_values(values: ArrayLike) -> NDArray[Any]:
-    values_NM = _as_array(values, "values")
+    values_NM = as_array(values, "values")
     if values_NM.ndim != 2:
         raise InputError(f"values must be [N, M], got shape {values_NM.shape}; one column is values[:, None]")
     # ml_dtypes' numbers (bfloat16) are of kind V but cast to float32; records do not.

@@ -288,20 +288,17 @@ def _scores_of(group: zarr.Group) -> zarr.Group | None:
     return scores
 
 
-def _adjusted(group: zarr.Group) -> list[str]:
-    return list(score_attributes(group).get(ADJUSTED, []))
-
-
 def adjust(group: zarr.Group, spec: StoreSpec) -> None:
     """Make the statistics that need the whole model, for every pooling that lacks them: the q-values.
 
     Call it when every p-value is written. If it is interrupted, the next call does it again.
     """
     with errors_of_writing(str(group.store_path), "a score"):
-        for pooling in [p for p in spec.poolings if p not in _adjusted(group)]:
+        adjusted = score_attributes(group).get(ADJUSTED, [])
+        for pooling in [p for p in spec.poolings if p not in adjusted]:
             for name in OVER_MODEL:
                 _adjust(group, spec, pooling, name)
-            group["scores"].attrs[ADJUSTED] = [*_adjusted(group), pooling]
+            group["scores"].attrs[ADJUSTED] = adjusted = [*adjusted, pooling]
 
 
 def _adjust(group: zarr.Group, spec: StoreSpec, pooling: str, name: str) -> None:

@@ -62,7 +62,7 @@ def slurm_cluster(num_workers: int | None, limit: int, options: Mapping[Any, Any
 
 
 def _prologue(options: Mapping[Any, Any]) -> list[str]:
-    """Lines of the job script before the worker starts: ours, then the user's, else those of Dask's configuration."""
+    """Lines of the job script before the worker starts: ours, then the user's or, without them, Dask's own."""
     import dask
 
     given = options.get("job_script_prologue")
@@ -168,7 +168,7 @@ class _Keeper:
                 await job.close()
 
     def _names(self, job: str) -> set[str]:
-        """The names that dask-jobqueue gives the workers of a job."""
+        """The names of a job's workers, as dask-jobqueue makes them."""
         return {f"{job}{suffix}" for suffix in self._cluster.worker_spec[job].get("group", [""])}
 
     async def _submit(self, num_lacking: int) -> None:

@@ -10,6 +10,7 @@ import zarr
 
 from aura_dist.errors import InputError
 from aura_dist.scoring.scores import read_scores, read_statistic, score_attributes, scored_statistics
+from aura_dist.scoring.view import place_of
 from aura_dist.store.access import open_group
 from aura_dist.store.schema import StoreSpec
 
@@ -54,33 +55,26 @@ def score_table(group: zarr.Group, spec: StoreSpec, concept: str, pooling: str) 
 
 
 def best_neurons(table: pd.DataFrame, k: int) -> pd.DataFrame:
-    """The `k` neurons of highest AUROC of a `score_table`, best first; equal ones in model order."""
+    """The `k` neurons of highest AUROC of a `score_table`, best first; ties in model order."""
     best = table.sort_values("auroc", ascending=False, kind="stable", ignore_index=True).head(k)
     return best.assign(site=best["site"].astype(str))
 
 
+def check_count(name: str, count: object) -> None:
+    """InputError that names the parameter unless it is a number of neurons that can be shown."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise InputError(f"{name}: expected an integer of at least 1, got {count!r}")
+
+
 def top_neurons(store: str | Path | xr.DataTree, concept: str, k: int, pooling: str | None = None) -> pd.DataFrame:
-    """The `k` neurons of highest AUROC, best first.
+    """The `k` neurons of highest AUROC of a scored store (its path, or what `open_store` returned), best first.
 
-    Parameters
-    ----------
-    store
-        A scored store: its path, or what `open_store` returned.
-    concept
-        One of the store's concepts.
-    k
-        Number of neurons, at least 1.
-    pooling
-        By default the store's first.
-
-    Returns
-    -------
-    Columns `site`, `kind`, `layer`, `unit`, `auroc`, `auroc_se`, `q_value`, `mean_positive`, `mean_negative`; a
-    statistic that has not been computed is NaN. `attrs` hold `num_rows`, `total_rows` and `partial`.
+    `pooling` is by default the store's first. Columns: `site`, `kind`, `layer`, `unit`, `auroc`, `auroc_se`, `q_value`,
+    `mean_positive`, `mean_negative`; a statistic that has not been computed is NaN. `attrs` hold `num_rows`,
+    `total_rows` and `partial`. InputError if k < 1, or the store has no such concept or pooling.
     """
-    if not isinstance(k, int) or k < 1:
-        raise InputError(f"k: expected an integer of at least 1, got {k!r}")
-    group = open_group(str(store if isinstance(store, str | Path) else store.encoding["source"]))
+    check_count("k", k)
+    group = open_group(place_of(store))
     spec = StoreSpec.from_attributes(group.attrs)
     return best_neurons(score_table(group, spec, concept, pooling or spec.poolings[0]), k)
 

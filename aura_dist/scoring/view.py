@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from aura_dist.errors import StoreError
+from aura_dist.errors import InputError, StoreError
 from aura_dist.scoring.scores import score_attributes, score_path, scored_statistics
 from aura_dist.store.access import check_complete, damaged, get_array, in_whole_chunks, open_group, read_array
 from aura_dist.store.schema import StoreSpec, activation_path
@@ -67,6 +67,14 @@ def open_store(path: str | Path) -> xr.DataTree:
     tree = xr.DataTree.from_dict(nodes)
     tree.encoding["source"] = str(path)  # as xarray does for files
     return tree
+
+
+def place_of(store: str | Path | xr.DataTree) -> str:
+    """The path or URL of a store that is named, or that `open_store` returned; InputError for anything else."""
+    source = store if isinstance(store, str | Path) else getattr(store, "encoding", {}).get("source")
+    if source is None:
+        raise InputError(f"store: expected a path, a URL or what `open_store` returns, got {type(store).__name__}")
+    return str(source)
 
 
 def _lazy(group: zarr.Group, name: str, *, complete: bool = False) -> Any:

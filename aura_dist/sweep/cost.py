@@ -25,7 +25,6 @@ from aura_dist.sweep.jobs import reason_of
 from aura_dist.sweep.stage_specs import STAGE_SPECS, Settings
 from aura_dist.sweep.table import render_plan
 
-_SECONDS_AN_HOUR = 3600
 # settings that change no figure
 _IRRELEVANT = frozenset({"store", "seed", "strength", "intervention", "out"})
 # Starting a planner takes seconds and planning a job about one, so each process plans at least four jobs.
@@ -139,6 +138,6 @@ def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subproces
 
 def _cost(answer: Mapping[str, Any]) -> Cost:
     """The cost in an answer of `aura_dist.stages.plan`."""
-    hours = {"gpu_hours" if answer.get("gpu") else "cpu_hours": answer.get("seconds", 0.0) / _SECONDS_AN_HOUR}
+    hours = {"gpu_hours" if answer.get("gpu") else "cpu_hours": answer.get("seconds", 0.0) / 3600}
     size, reason, left_out = answer.get("store_bytes", 0), answer.get("refused", ""), answer.get("left_out", "")
     return Cost(**hours, store_bytes=size, reason=reason, left_out=left_out)

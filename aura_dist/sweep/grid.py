@@ -46,6 +46,7 @@ def make_cells(document: Mapping[str, Any], known: Mapping[str, set[str]]) -> li
             f"grid: expected settings that a stage takes from it, got {unused[0]!r}, which a section fixes or no stage "
             "of these cells reads; leave it out of one of the two"
         )
+    _check_read(document, cells, known)
     names = list(dict.fromkeys(name for cell in cells for name in cell.values))
     return [Cell({name: cell.values.get(name) for name in names}, cell.settings) for cell in cells]
 
@@ -63,6 +64,21 @@ def _check_sections(document: Mapping[str, Any], known: Mapping[str, set[str]]) 
         )
     for where, name in reserved:
         raise ConfigError(f"{where}expected no {name!r} in a grid file: the sweep sets it; leave it out")
+
+
+def _check_read(document: Mapping[str, Any], cells: Sequence[Cell], known: Mapping[str, set[str]]) -> None:
+    """ConfigError for a setting outside the grid that no cell reads, unless plain models need no such stage."""
+    read = {(stage, name) for cell in cells for stage, settings in cell.settings.items() for name in settings}
+    there = {stage for stage, _ in read}
+    skipped = {stage for stage in STAGE_SPECS if stage not in there and _is_wanted(stage, document)}
+    given = [(name, {s for s in STAGE_SPECS if name in known[s] and _is_shared(name, s)}) for name in document]
+    given += [(name, {stage}) for stage in sorted(there) for name in document.get(stage) or {}]
+    for name, stages in given:
+        if stages and stages.isdisjoint(skipped) and read.isdisjoint((stage, name) for stage in stages):
+            raise ConfigError(
+                f"expected settings that some cell of the grid reads, got {name!r}; leave it out, or add a method or "
+                f"the section of a stage ({', '.join(sorted(stages))}) that reads it"
+            )
 
 
 def _set_by_sweep() -> set[str]:

@@ -12,7 +12,6 @@ from aura_dist.sweep.jobs import INTERRUPTED, JobCommand
 from aura_dist.sweep.slurm import scancel_words, still_queued
 
 STOP_SECONDS = 60.0
-_INTERRUPTED = 128 + signal.SIGTERM
 
 
 class LocalLauncher:
@@ -84,7 +83,7 @@ class LocalLauncher:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 code = process.wait()
-            command.end(0 if code == 0 else _INTERRUPTED, asked=True)
+            command.end(0 if code == 0 else 128 + signal.SIGTERM, asked=True)
         self._slots = [None] * len(self._slots)
         return ""
 

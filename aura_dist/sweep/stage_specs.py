@@ -44,8 +44,8 @@ class StageSpec:
     skipped_by: str | None = None
     # settings that have no effect in a job without the jobs that it needs; None if there can be no such job
     alone: frozenset[str] | None = None
-    # Completes the stage's settings from those of all stages; returns the settings that have no effect. The second
-    # argument names the settings that the grid varies for this stage.
+    # Completes the stage's settings from the settings of all stages; returns the names of those without an effect. The
+    # second argument names the settings that the grid varies for this stage.
     settle: Callable[[Mapping[str, dict[str, Any]], Collection[str]], set[str]] = lambda settings, varied: set()
     # whether a job makes a results file as `evaluate` writes it
     has_results: bool = False

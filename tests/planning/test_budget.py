@@ -225,7 +225,7 @@ def test_sizes_are_read(text, size):
     assert parse_bytes(text, "--x") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 iB", "10 giga", "e9", "1 GBB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 iB", "10 giga", "e9", "1 GBB", "9" * 400 + "GB"])
 def test_other_sizes_are_errors(text):
     with pytest.raises(ConfigError, match="--x: expected a size such as 80GB or 24GiB"):
         parse_bytes(text, "--x")

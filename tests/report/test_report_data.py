@@ -19,6 +19,7 @@ from aura_dist.report.evaluations import (
 )
 from aura_dist.report.figures import caption, lines
 from aura_dist.report.pictures import FAINT, INK, SERIES, Picture, inline, tidy
+from aura_dist.report.rundir import named_apart, open_run
 from aura_dist.report.scores import (
     EDGES,
     Bar,
@@ -374,6 +375,16 @@ def test_headline_claims_nothing_that_may_be_chance(swept):
 )
 def test_directories_are_named_by_their_last_part(model, expected):
     assert short_name(model) == expected
+
+
+def test_a_run_that_is_named_twice_is_one(tmp_path):
+    for name in ("a/run", "b/run", "c/other"):
+        (tmp_path / name / "results").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "run")
+    named = ["a/run", "a/run/", "b/../a/run", "link", "b/run", "c/other"]
+    runs = named_apart([open_run(str(tmp_path / name)) for name in named])
+    assert [run.name for run in runs] == ["a/run", "b/run", "c/other"]
+    assert [run.name for run in named_apart([open_run(str(tmp_path / name)) for name in named[:4]])] == ["run"]
 
 
 def test_drawing_takes_the_theme_of_the_page():

@@ -43,6 +43,20 @@ def test_shape_of_a_worker():
         worker_shape("slurm", 3, "1GB", {"memory": "much"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "num_workers", "slurm", "message"),
+    [
+        ("threads", None, {"queue": "main"}, "--slurm: expected it with --dask slurm, got it with --dask threads"),
+        ("processes", 2, {"cores": 4}, "--slurm: expected it with --dask slurm, got it with --dask processes"),
+        ("tcp://host:8786", None, {"cores": 4}, "--slurm: expected it with --dask slurm"),
+        ("tls://host:8786", 2, {}, "--num-workers: expected none, because the cluster runs already, got 2"),
+    ],
+)
+def test_settings_of_another_kind_of_cluster_are_refused(kind, num_workers, slurm, message):
+    with pytest.raises(ConfigError, match=message):
+        worker_shape(kind, num_workers, "1GB", slurm)
+
+
 def test_machine_without_slurm_is_named(monkeypatch, tmp_path):
     pytest.importorskip("dask_jobqueue", reason="the extra `slurm` is not installed")
     monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch

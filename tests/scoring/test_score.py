@@ -17,11 +17,12 @@ import dask
 import numpy as np
 import psutil
 import pytest
+import xarray as xr
 from scipy.stats import false_discovery_control
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.errors import StoreError
+from aura_dist.errors import InputError, StoreError
 from aura_dist.scoring import worker
 from aura_dist.scoring.cluster import dask_client
 from aura_dist.scoring.columns import statistics_by_concept
@@ -110,6 +111,23 @@ def test_top_neurons_is_a_table(scored):
     found = view[best.site]["max"].sel(concept="toxic", neuron=best.unit)
     assert all(float(found[name]) == best[name] for name in columns[3:])
     assert top["auroc"].is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("k", [np.int64(3), np.uint8(3)])
+def test_numbers_of_numpy_count_neurons(scored, k):
+    assert aura_dist.top_neurons(scored, "toxic", k).equals(aura_dist.top_neurons(scored, "toxic", 3))
+
+
+@pytest.mark.parametrize("k", [True, 2.0, "3", np.float64(3)])
+def test_other_numbers_of_neurons_are_refused(scored, k):
+    with pytest.raises(InputError, match="k: expected an integer of at least 1, got"):
+        aura_dist.top_neurons(scored, "toxic", k)
+
+
+@pytest.mark.parametrize("store", [5, None, xr.DataTree(), {"a": 1}])
+def test_what_is_no_store_is_refused(store):
+    with pytest.raises(InputError, match="store: expected a path, a URL or what `open_store` returns, got"):
+        aura_dist.top_neurons(store, "toxic", 3)
 
 
 def test_nothing_is_computed_by_accident(scored):

@@ -216,7 +216,7 @@ def test_demo_keeps_what_it_did_not_write(tiny_dir, sentences_csv, tmp_path, cap
     command = ["demo", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--out", str(out)]
     for more in ([], ["--overwrite"]):
         assert main([*command, *more]) == 2
-        assert "expected no config.yaml or that of an earlier demo, found another" in capsys.readouterr().err
+        assert "expected no config.yaml, or one that an earlier demo wrote, found another" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["config.yaml"]
     assert (out / "config.yaml").read_text() == "precious: 1\n"
 

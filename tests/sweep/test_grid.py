@@ -177,6 +177,31 @@ def test_alpha_of_the_section_is_for_the_methods_that_look_at_it():
         graph_of({"top_k": [1, 2]}, fit={"alpha": 0.3, "method": "aura"})
 
 
+@pytest.mark.parametrize(
+    ("grid", "more", "message"),
+    [
+        ({"method": ["aura"]}, {"fit": {"alpha": 0.3}}, "got 'alpha'; leave it out, or add"),
+        ({"method": ["aura", "det0"]}, {"alpha": 0.3}, "got 'alpha'"),
+        ({"method": ["none"]}, {"evaluate": {**BASE["evaluate"], "strength": 0.5}}, "got 'strength'"),
+    ],
+)
+def test_setting_that_no_cell_reads_is_refused(grid, more, message):
+    with pytest.raises(ConfigError, match=message):
+        graph_of(grid, **more)
+
+
+def test_setting_on_top_for_a_stage_that_the_sweep_has_not_is_refused():
+    document = {"model": "m", "collect": BASE["collect"], "scorer": "profanity-check", "grid": {"method": ["aura"]}}
+    with pytest.raises(ConfigError, match=r"got 'scorer'; .*\(evaluate\)"):
+        read_grid(document)
+    assert read_grid({**document, "evaluate": BASE["evaluate"]})
+
+
+def test_plain_models_alone_need_no_settings_of_a_fit():
+    more = {"alpha": 0.3, "num_positive": 5, "fit": {"max_q": 0.1}}
+    assert count(graph_of({"method": ["none"]}, **more)[1]) == {"collect": 0, "score": 0, "fit": 0, "evaluate": 1}
+
+
 def test_axis_without_a_value_changes_nothing():
     assert graph_of({"method": ["aura"], "top_k": [None]})[1].jobs == graph_of({"method": ["aura"]})[1].jobs
 
