@@ -19,6 +19,7 @@ from aura_dist.config.settings import default_of, resolve
 from aura_dist.config.verbs import CollectConfig, FitConfig, ModelOptions, ScoreConfig
 from aura_dist.errors import AuraError, ConfigError, InputError, ModelError
 from aura_dist.ranks.world import place_from_environment
+from aura_dist.scoring.columns import as_array
 from aura_dist.text.labels import check_texts, parse_labels
 from aura_dist.text.table import Table
 
@@ -50,7 +51,7 @@ def _takes(config: type, *not_taken: str) -> Callable[[FunctionT], FunctionT]:
             for name in settings.keys() - names - taken.keys():
                 raise ConfigError(f"{name}: expected one of {', '.join(taken)}; leave it out")
             try:
-                return function(*args, **{n: str(v) if isinstance(v, Path) else v for n, v in settings.items()})
+                return function(*args, **{n: _plain(v) for n, v in settings.items()})
             except AuraError as error:
                 error.args = (re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), str(error)),)
                 raise
@@ -140,10 +141,12 @@ def score(store: "str | Path | xr.DataTree", *, top: int = 10, **settings: Any) 
     """
     import pandas as pd
 
-    from aura_dist.scoring.tables import best_neurons, score_table
+    from aura_dist.scoring.tables import best_neurons, check_count, score_table
+    from aura_dist.scoring.view import place_of
     from aura_dist.stages import score as stage
 
-    group, spec, names = stage.score(resolve(ScoreConfig, {**settings, "store": _place(store)}))
+    check_count("top", top)
+    group, spec, names = stage.score(resolve(ScoreConfig, {**settings, "store": place_of(store)}))
     tables = {
         (concept, pooling): best_neurons(score_table(group, spec, concept, pooling), top)
         for concept in spec.concepts
@@ -172,23 +175,27 @@ def fit(store: "str | Path | xr.DataTree", concept: str, method: str = "aura", *
     >>> with aura_dist.intervene(model, aura_dist.fit("toxic.zarr", "concept", "damp", top_k=100)):
     ...     model.generate(**prompt)
     """
+    from aura_dist.scoring.view import place_of
     from aura_dist.stages import fit as stage
 
-    given = {"out": "", **settings, "store": _place(store), "concept": concept, "method": method}
+    given = {"out": "", **settings, "store": place_of(store), "concept": concept, "method": method}
     return stage.fit(resolve(FitConfig, given))
 
 
-def _place(store: "str | Path | xr.DataTree") -> str:
-    return str(store if isinstance(store, (str, Path)) else store.encoding["source"])
+def _plain(value: Any) -> Any:
+    """A setting as msgspec takes it: paths as texts, NumPy's numbers as Python's, an array as a list."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value
 
 
 def _table(texts: Sequence[str], labels: "Mapping[str, ArrayLike]", threshold: float | None) -> Table:
     """Texts and labels as the columns of a data file; its digest is over the texts and over what the labels mean."""
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
+    if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable) or hasattr(texts, "columns"):
         raise InputError(f"texts: expected a list of texts, got {type(texts).__name__}")
     columns: dict[str, list[Any]] = {TEXT: list(texts)}
     for concept, values in labels.items():
-        array = np.asarray(values)
+        array = as_array(values, f"labels of {concept!r}")
         if array.shape != (len(columns[TEXT]),) or concept == TEXT:
             raise InputError(
                 f"labels: expected one value for each of {len(columns[TEXT])} texts, got shape {array.shape} for "

@@ -96,6 +96,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     document = read_config_file(config_path) if config_path else {}
     config: Any = resolve(VERBS[name].config, merge(name, document, flags))
     if only_check:
+        print(f"{name}: the settings are valid; nothing was run")
         return
 
     from aura_dist.ranks.process import configure_logging, keep_freed_memory
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped:", error, file=sys.stderr)
         return 128 + error.signal_number
     except PeerError as error:
-        logging.getLogger("aura_dist").info("ended, as another rank failed: %s", error)
+        logging.getLogger("aura_dist").info("ended, because another rank failed: %s", error)
         return EXIT_USER_ERROR
     except AuraError as error:
         if "--debug" in arguments:

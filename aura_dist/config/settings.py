@@ -159,7 +159,9 @@ def _pairs(shown: str, words: list[str]) -> dict[str, Any]:
         key, equals, value = str(word).partition("=")
         if not equals or key in pairs:
             raise ConfigError(f"{shown}: expected KEY=VALUE, each key once, got {word!r}")
-        pairs[key] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
+        pairs[key] = {"true": True, "false": False}.get(
+            value, int(value) if re.fullmatch("[0-9]{1,999}", value) else value
+        )
     return pairs
 
 

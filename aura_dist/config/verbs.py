@@ -137,7 +137,7 @@ class ScoreConfig(Settings):
     dask: Annotated[str, Meta(title="threads|processes|slurm|tcp://HOST:PORT")] = option(
         EXECUTION, "where the work runs; an address is one of a cluster that runs already", "threads"
     )
-    num_workers: PositiveInt | None = option(EXECUTION, "workers", None, unset="one a core; 2 under slurm")
+    num_workers: PositiveInt | None = option(EXECUTION, "number of workers", None, unset="one a core; 2 under slurm")
     memory_limit: Size = option(EXECUTION, "memory per worker", "4GB")
     overwrite: bool = option(EXECUTION, "delete scores that are already there, damaged ones too", False)
     slurm: dict[SlurmOption, Any] = option(
@@ -205,7 +205,7 @@ class GenerateConfig(ModelOptions, DecodingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelOptions, DecodingOptions):
-    """Measure a model, with or without an intervention: toxicity, perplexity, zero-shot tasks."""
+    """Measure a model, with or without an intervention: toxicity, perplexity, zero-shot tasks, or several of these."""
 
     toxicity_prompts: File | None = option(
         "toxicity", "prompts to continue and score: RealToxicityPrompts' .jsonl, or a table of texts", None
@@ -217,11 +217,14 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
         "toxicity", "column of the prompts' own toxicity", None,
         unset="prompt.toxicity or toxicity, where there is one", needs="toxicity_prompts",
     )  # fmt: skip
-    num_samples: PositiveInt = option("decoding", "continuations per prompt", 25)
-    continuations_per_batch: PositiveInt = option(EXECUTION, "continuations in one forward; changes no result", 128)
-    scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check")] = option(
-        "toxicity", "classifier of toxic texts, or profanity-check", "s-nlp/roberta_toxicity_classifier"
+    num_samples: PositiveInt = option("decoding", "continuations per prompt", 25, needs="toxicity_prompts")
+    continuations_per_batch: PositiveInt = option(
+        EXECUTION, "continuations in one forward; changes no result", 128, needs="toxicity_prompts"
     )
+    scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check")] = option(
+        "toxicity", "classifier of toxic texts, or profanity-check", "s-nlp/roberta_toxicity_classifier",
+        needs="toxicity_prompts",
+    )  # fmt: skip
     toxic_label: str | None = option(
         "toxicity", "the scorer's label that means toxic", None, unset="the one called toxic", needs="toxicity_prompts"
     )
@@ -280,7 +283,7 @@ class ReportConfig(Settings):
 
     run_dirs: list[str] = option("data", "run directories", distinct=True, place="RUN_DIR")
     expert_auroc: Annotated[float, Meta(ge=0.5, lt=1.0)] = option("page", "an expert has an AUROC above this", 0.7)
-    expert_q: Share = option("page", "and a q-value of at most this, if the store has q-values", 0.05)
+    expert_q: Share = option("page", "an expert has a q-value of at most this, if the store has q-values", 0.05)
     num_neurons: PositiveInt = option("page", "rows of the tables of best neurons", 25)
     num_prompts: PositiveInt = option("page", "prompts whose continuations are shown", 20)
     out: File = option("output", "HTML file to write; its pictures go into a folder beside it")

@@ -142,7 +142,7 @@ def tokens_at_once(model: PreTrainedModel, tokens_per_batch: int, logits_bytes: 
 
 @dataclass
 class _Reader:
-    """Texts in ascending length, read batch by batch, those of more than `limit` tokens in pieces."""
+    """Texts in ascending length, read batch by batch; texts of more than `limit` tokens in pieces."""
 
     model: PreTrainedModel
     texts: TokenizedTexts

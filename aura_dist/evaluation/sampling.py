@@ -120,7 +120,7 @@ def _at_least(values_BV: Tensor, least_B1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nucleus(log_p_BK: Tensor, top_p: float) -> Tensor:
-    """[B, K] bool: the most probable tokens, as few as reach `top_p`; of equal ones those of smaller id first."""
+    """[B, K] bool: the most probable tokens, as few as reach `top_p`; of equal ones the smaller id first."""
     sorted_BK, order_BK = log_p_BK.sort(dim=-1, descending=True, stable=True)
     p_BK = sorted_BK.exp()
     before_BK = p_BK.cumsum(-1) - p_BK

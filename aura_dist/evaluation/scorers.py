@@ -42,6 +42,8 @@ def load_scorer(name: str, toxic_label: str | None, device: str) -> Scorer:
     `toxic_label` is the classifier's label that means toxic, by default the one of that name. ModelError if it cannot
     be loaded or cannot score texts, here and not after hours of generation; ConfigError if it has no such label.
     """
+    if toxic_label is not None and name == PROFANITY_CHECK:
+        raise ConfigError(f"--toxic-label: expected it with a classifier, got it with {name}, which has no labels")
     scorer: Scorer = ProfanityCheck() if name == PROFANITY_CHECK else Classifier(name, toxic_label, device)
     try:
         checked_scores(scorer, _PROBE)

@@ -72,7 +72,7 @@ class ZeroShot:
         """Task → metric → figure, as lm-eval computes them; InputError if a task fails or its data cannot be loaded.
 
         All ranks of `team` must call this. `num_fewshot` is the number of examples in the context (None: the task's
-        own), `limit` that of examples a task, `preprompt` a text before each context. The model and the tokenizer are
+        own), `limit` the examples of a task, `preprompt` a text before each context. The model and the tokenizer are
         not changed.
         """
         from lm_eval import simple_evaluate

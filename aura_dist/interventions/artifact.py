@@ -35,7 +35,7 @@ class Intervention:
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites: those of `scale` in their order, then those that are only shifted."""
+        """Names of the sites: the scaled ones in their order, then the ones that are only shifted."""
         return list({**self.scale, **self.shift})
 
     @property

@@ -32,7 +32,7 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     model
         A causal language model, or its base model.
     intervention
-        Names and widths must be those of the model's sites.
+        Its names and widths must match the model's sites.
     strength
         s ≥ 0: ω_s = 1 + s (ω − 1), b_s = s b.
 

@@ -85,7 +85,7 @@ def _describe(name: str, weight: Tensor) -> tuple[str, str, list[int], str]:
     try:
         flat = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return name, str(weight.dtype), list(weight.shape), hashlib.sha256(flat.numpy().data).hexdigest()
-    except (RuntimeError, TypeError) as error:  # weights on the meta device, and those of other tensor classes
+    except (RuntimeError, TypeError) as error:  # weights on the meta device, or of other tensor classes
         raise ModelError(f"model: {name!r} cannot be read: {brief(error)}; give the model's name instead") from error
 
 

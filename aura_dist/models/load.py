@@ -97,7 +97,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model (no head); later decoder layers than the first `num_layers` are not even loaded.
 
-    Class and module names are those of the causal language model's base.
+    It has the class and the module names of the causal language model's base.
     """
     whole = skeleton(load_config(source))
     base_class = type(whole.base_model)

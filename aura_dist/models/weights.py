@@ -118,7 +118,7 @@ def _from_header(header: Mapping[str, Any], data: int, size: int) -> Iterable[St
 class _Pickled(Source):
     """torch's own format; offsets count as if its tensors followed one another.
 
-    Files are memory-mapped, but not those of the format's first version, which are no archives.
+    Files are memory-mapped, except in the format's first version, which is no archive.
     """
 
     def __init__(self, path: Path) -> None:

@@ -4,6 +4,7 @@ A *replica* is a group of ranks that together hold one copy of the model; replic
 is a rank, or the ranks of a replica that share the columns (neurons) of the same rows. Pure functions of numbers.
 """
 
+import re
 from dataclasses import dataclass
 from math import prod
 
@@ -35,7 +36,7 @@ class Layout:
 
     @property
     def axes(self) -> str:
-        """The axes as `--sharding` spells them, `fsdp=2,tensor=4`, without those of one rank."""
+        """The axes as `--sharding` spells them, `fsdp=2,tensor=4`; an axis of one rank is left out."""
         return ",".join(f"{axis}={getattr(self, axis)}" for axis in _AXES if getattr(self, axis) > 1)
 
 
@@ -44,7 +45,7 @@ def read_axes(sharding: str) -> dict[str, int | None] | None:
     sizes: dict[str, int | None] = {}
     for part in sharding.split(","):
         axis, equals, number = part.partition("=")
-        if axis not in _AXES or axis in sizes or (equals and not (number.isdecimal() and int(number) > 0)):
+        if axis not in _AXES or axis in sizes or (equals and not re.fullmatch("[1-9][0-9]{0,8}", number)):
             return None
         sizes[axis] = int(number) if equals else None
     return sizes

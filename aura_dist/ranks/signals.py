@@ -18,8 +18,8 @@ FINISHED_ARE_KEPT = "finished tasks are kept: run the same command to go on"
 class StopFlag:
     """Context in which SIGTERM, SIGINT and SIGUSR1 raise RunInterruptedError, or, under `deferred`, set a flag.
 
-    A second SIGINT raises KeyboardInterrupt at once. In another thread than the main one, nothing is handled. `outcome`
-    is what the user is told of the interrupted work.
+    A second SIGINT raises KeyboardInterrupt at once. In another thread than the main one, nothing is handled. The
+    message says `outcome`, what became of the interrupted work.
     """
 
     def __init__(self, outcome: str = FINISHED_ARE_KEPT) -> None:
@@ -56,5 +56,5 @@ class StopFlag:
 
 
 def interruption(number: int, note: str = "", *, outcome: str = FINISHED_ARE_KEPT) -> RunInterruptedError:
-    """The error of a run that signal `number` ended; `outcome` and `note` are what the user is told."""
+    """The error of a run that signal `number` ended; its message says `outcome`, then `note`."""
     return RunInterruptedError(f"{signal.Signals(number).name} received; {outcome}{note}", number)

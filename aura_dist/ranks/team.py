@@ -319,7 +319,7 @@ class Team:
                 os._exit(EXIT_FAILED)
 
     def _watched(self) -> list[int]:
-        """Return the ranks that this one waits for: those of its replica; for rank 0, all."""
+        """Return the ranks that this one waits for: its replica's; for rank 0, all."""
         size, first = self.world.layout.replica_size, self.world.replica * self.world.layout.replica_size
         ranks = range(self.world.layout.world_size) if self.world.is_first else range(first, first + size)
         return [rank for rank in ranks if rank != self.world.global_rank]

@@ -26,7 +26,7 @@ def returns_views(kernel: Any) -> bool:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Identity of a storage, the same for every Python object that stands for it."""
+    """Identity of a storage, the same for every Python object that refers to it."""
     return int(storage._cdata)
 
 

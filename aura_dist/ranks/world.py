@@ -51,7 +51,7 @@ class Place:
 
 
 def place_from_environment(environment: MutableMapping[str, str] | None = None) -> Place:
-    """The place in torchrun's variables, else in those of a Slurm job step, else that of a single process.
+    """The place that torchrun's variables say, else a Slurm job step's variables, else the only process's place.
 
     Under Slurm this also sets the variables that torch reads to meet the other ranks. MASTER_ADDR and MASTER_PORT come
     from the job step unless they are set.

@@ -57,7 +57,7 @@ def find_sites(model: PreTrainedModel) -> SiteTable:
         for name, kind, width in sorted(found, key=lambda f: place_of[f[0].partition(":")[0]]):
             sites.append(Site(f"{prefix}.{name}" if name else prefix, kind, index, width))
         known = {name.partition(":")[0] for name, _, _ in found}
-        # 3-D parameters, those of convolutions left out
+        # a convolution's weights have three dims too, and are no experts
         known |= {name for name, module in layer.named_modules() if isinstance(module, nn.Conv1d)}
         stacked = [name for name, p in layer.named_parameters() if p.ndim == 3]
         experts += [f"{prefix}.{name}" for name in stacked if name.rpartition(".")[0] not in known]
@@ -75,7 +75,7 @@ def decoder_layers_name(model: PreTrainedModel) -> str:
     """Name of the list of decoder layers: the longest `ModuleList` of the classes transformers never splits.
 
     Where a model names no such classes, it is the longest list of modules of one class that hold linear layers.
-    ModelError if there is no such list, or several that cannot be told apart.
+    ModelError if there is no such list, or several that look alike.
     """
     whole = unsplit_classes(model)
     lists: dict[str, nn.ModuleList] = {

@@ -9,7 +9,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
-# layers of a cache whose rows can be selected; those of linear attention keep states, whose rows cannot
+# layers of a cache whose rows can be selected; layers of linear attention keep states, whose rows cannot
 SELECTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 

@@ -140,8 +140,8 @@ def check_attempts(config: CollectConfig, group: zarr.Group, tasks: Sequence[Tas
         task = tasks[index]
         raise StoreError(
             f"--store {config.store!r}: {attempts} launches died in task {index} (rows {task.start} to "
-            f"{task.stop - 1}, {task.num_tokens} tokens): expected fewer than {config.max_attempts}; see their last "
-            f"words, give the ranks more memory, and continue with --max-attempts {attempts + 1}"
+            f"{task.stop - 1}, {task.num_tokens} tokens): expected fewer than {config.max_attempts}; see the end of "
+            f"their logs, give the ranks more memory, and continue with --max-attempts {attempts + 1}"
         )
 
 

@@ -22,7 +22,7 @@ def run(config: GenerateConfig) -> list[dict[str, list[str]]]:
 
 
 def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
-    """On every rank alike, as a sharded forward needs them all; rank 0 prints."""
+    """On every rank alike, because a sharded forward needs them all; rank 0 prints."""
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
     source = ModelSource(config.model, config.revision, config.dtype)
     loaded = load_for_use(source, team.world, config.intervention, sharding_of(config).options)

@@ -8,7 +8,7 @@ weights, a traced forward → `planning/budget.py` → tables, or a refusal that
     python -m aura_dist.stages.plan JOBS.json ANSWERS.jsonl
 
 JOBS.json is a list of [stage, settings]: of `collect` with the settings of `plan`, or of `evaluate` with `tflops`
-(null: those of a usual rank); both with `world_size`. Every job is answered by a line of JSON as soon as it is planned;
+(null: a usual rank's); both with `world_size`. A line of JSON answers each job as soon as it is planned;
 stdout and stderr are left to what libraries print.
 
     seconds        of all ranks together
@@ -132,7 +132,7 @@ def _sampled(config: PlanConfig) -> NDArray[np.int32]:
 
 
 def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:
-    """What `evaluate` would take at `tflops` a rank, by default those of a usual one.
+    """What `evaluate` would take at `tflops` a rank, by default a usual rank's.
 
     AuraError if inputs cannot be read, or the model's forward cannot be traced without its weights.
     """

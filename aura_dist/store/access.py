@@ -200,7 +200,7 @@ def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
 
 
 def missing_chunks(array: "zarr.Array[Any]", chunks: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Those of `chunks` (indices in the chunk grid) that were never written, and so would read as fill values."""
+    """Which of `chunks` (indices in the chunk grid) were never written, and so would read as fill values."""
     wanted = list(chunks)
     if isinstance(array.store, LocalStore):
         return [c for c in wanted if not (array.store.root / chunk_key(array, c)).is_file()]

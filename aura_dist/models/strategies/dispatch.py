@@ -70,7 +70,7 @@ def _limits(entries: Sequence[str]) -> dict[int | str, int]:
 def _tiers(options: Options, room: Room) -> dict[str, float]:
     """Places for layers → bytes that they may hold, in the order in which they are filled.
 
-    They are those of `--max-memory`, or one GPU and the host; the disk is last.
+    `--max-memory` names them; without it they are one GPU and the host. The disk is last.
     """
     limits = options.get("max_memory")
     if not limits:

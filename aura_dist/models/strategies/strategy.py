@@ -82,7 +82,7 @@ class Strategy(ABC):
     name: str  # as in `Layout.strategy`
     spellings: tuple[str, ...]  # of `--sharding`, for people
     summary: str  # what it does, in a few words
-    options: tuple[str, ...] = ()  # settings that it looks at; those of other strategies are refused
+    options: tuple[str, ...] = ()  # settings that it looks at; every verb refuses others
     maps_files: bool = False  # whether a rank on a CPU uses the weights in the checkpoint's files, by the page cache
 
     def takes(self, sharding: str) -> bool:

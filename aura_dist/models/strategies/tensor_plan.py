@@ -67,8 +67,8 @@ def read_plan(file: str) -> Plan:
 def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None) -> Plan:
     """The whole plan for `num_ranks` ranks of a causal language model or its base (on the meta device), with its names.
 
-    It comes from a user's YAML `file`, whose names may be those of the causal language model, else from transformers or
-    from `PLANS`.
+    It comes from a user's YAML `file`, which may use the causal language model's names, else from transformers or from
+    `PLANS`.
 
     ModelError if there is no plan for the architecture, or the plan names a module that is missing or cannot be split.
     """
