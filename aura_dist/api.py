@@ -21,6 +21,7 @@ from aura_dist.errors import AuraError, ConfigError, InputError, ModelError
 from aura_dist.ranks.world import place_from_environment
 from aura_dist.text.labels import check_texts, parse_labels
 from aura_dist.text.table import Table
+from aura_dist.text.tokenizer import check_has_vocabulary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,4 +214,5 @@ def _in_memory(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | N
         raise ConfigError(f"tokenizer: expected the tokenizer of the model in memory, got {type(tokenizer).__name__}")
     if (num_processes := place_from_environment().world_size) > 1:
         raise ConfigError(f"model: expected a name in a launch of {num_processes} processes, got one in memory")
+    check_has_vocabulary(tokenizer, "tokenizer")
     return InMemory(model, tokenizer)

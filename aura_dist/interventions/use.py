@@ -44,7 +44,7 @@ def load_for_use(
     intervention = None
     if intervention_dir is not None:
         intervention = load_intervention(intervention_dir, source, find_sites(skeleton(config)), found)
-    tokenizer = load_tokenizer(source.name, source.revision)
+    tokenizer = load_tokenizer(source.name, source.revision, source.tokenizer)
     return LoadedModel(load_causal(source, world, options), tokenizer, found, intervention)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aura_dist.errors import ConfigError, InputError, brief
+from aura_dist.text.tokenizer import special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +96,7 @@ def tokenize(
         )
     limit = min(max_tokens, np.iinfo(np.int32).max)  # the tokenizer takes no larger integer
     ids = [np.asarray(i, dtype=np.int32) for i in _encode(texts, tokenizer, limit, source)]
-    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+    special = np.array(special_ids(tokenizer), dtype=np.int64)
     for row, row_ids in enumerate(ids):
         counted = row_ids[~np.isin(row_ids, special)] if skip_special else row_ids
         if not len(counted):
