@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
@@ -96,32 +97,34 @@ def load_tokenizer(
     ModelError if it cannot be loaded, has no vocabulary, or its ids are not those of its `tokenizer.json` and no
     setting says which ones count; ConfigError for an option that it does not know.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     ids, options = (None, {}) if settings is None else (settings.ids, settings.options)
     what = f"--model {model!r}"
     own = _ids_of_file(model, revision, what)  # first, so that memory holds one tokenizer at a time
     if ids == "file" and own is None:
         raise ModelError(f"--tokenizer-ids file: expected {what} to have a {JSON_FILE}, found none; leave the flag out")
-    kind: Any = PreTrainedTokenizerFast if ids == "file" else AutoTokenizer
 
-    def load(options: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
-        code = {} if ids == "file" else {"trust_remote_code": trust_remote_code}
+    @cache
+    def load(*names: str) -> "PreTrainedTokenizerBase":
         try:
-            loaded: PreTrainedTokenizerBase = kind.from_pretrained(model, revision=revision, **code, **options)
+            if ids == "file":
+                return _as_in_file(model, revision)
+            from transformers import AutoTokenizer
+
+            more = {"trust_remote_code": trust_remote_code, **{name: options[name] for name in names}}
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, **more)
         except AuraError:  # a signal
             raise
         except Exception as error:  # the library raises many kinds, the tokenizer's backend a bare Exception
             raise ModelError(f"{what}: its tokenizer cannot be loaded: {_why(model, revision, error)}") from error
         return loaded
 
-    tokenizer = load(options)
+    tokenizer = load(*options)
     check_has_vocabulary(tokenizer, what, revision)
     _check_options(tokenizer, options, load)
     if own is not None and ids != "loaded":
         found = _difference(own, tokenizer)
         if found and options:  # a difference that comes from the options is wanted
-            found = _difference(own, load({})) and found
+            found = _difference(own, load()) and found
         if found:
             raise ModelError(
                 f"{what}: expected the ids of its {JSON_FILE}, but transformers' {type(tokenizer).__name__} makes "
@@ -129,6 +132,19 @@ def load_tokenizer(
             )
     _warn_of_ends(tokenizer, revision, options, what)
     return tokenizer
+
+
+def _as_in_file(model: str, revision: str | None) -> "PreTrainedTokenizerBase":
+    """The tokenizer that `tokenizer.json` describes, with the names of special tokens and the template of the rest."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    settings = dict(PreTrainedTokenizerFast.from_pretrained(model, revision=revision).init_kwargs)
+    for name in ("added_tokens_decoder", "tokenizer_file"):  # the first would change tokens of the file
+        settings.pop(name, None)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(_find(model, revision, JSON_FILE))), **settings
+    )
 
 
 def check_has_vocabulary(tokenizer: "PreTrainedTokenizerBase", what: str, revision: str | None = None) -> None:
@@ -228,11 +244,11 @@ def _difference(own: Mapping[str, Ids], tokenizer: "PreTrainedTokenizerBase") ->
 def _check_options(
     tokenizer: "PreTrainedTokenizerBase",
     options: Mapping[str, Any],
-    load: "Callable[[Mapping[str, Any]], PreTrainedTokenizerBase]",
+    load: "Callable[..., PreTrainedTokenizerBase]",
 ) -> None:
     """ConfigError for an option that nothing looks at; what the others change is logged, also if it is nothing."""
     for name, value in options.items():
-        without = load({other: v for other, v in options.items() if other != name})
+        without = load(*(other for other in options if other != name))
         if found := _difference({text: _ids(without, text) for text in PROBES}, tokenizer):
             found = found.replace("the file has", "without it").replace("the loaded tokenizer", "with it")
             logger.info("--tokenizer-option %s=%s: %s", name, value, found)

@@ -83,7 +83,7 @@ def test_half_of_two_files_is_named(missing, tmp_path):
 def test_empty_file_of_merges_is_named(tmp_path):
     directory = save_family("gpt2", tmp_path / "model", "slow")
     (directory / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(ModelError, match="its tokenizer has no merges: merges.txt is missing or empty"):
+    with pytest.raises(ModelError, match=r"its tokenizer has no merges: merges.txt is missing or empty"):
         load_tokenizer(str(directory))
 
 
@@ -103,7 +103,7 @@ def word_level(words):
             [f"<{i}>" for i in range(50)],
             r"maps 'the cat went up' and 'you old fool go' to the same ids, \[0, 0, 0, 0\]",
         ),
-        ("the cat sat on a mat and you old dog ran".split(), None),
+        (["the", "cat", "sat", "on", "a", "mat", "and", "you", "old", "dog", "ran"], None),
         (["GATTACA", *"abcdefgh"], None),
     ],
     ids=["a handful", "none of the words", "a small one", "of another alphabet"],
@@ -192,7 +192,7 @@ def test_ids_of_the_file_are_the_loaded_ones_where_nothing_is_wrong(name, tmp_pa
 def test_ids_of_a_file_that_is_not_there(tmp_path):
     directory = save_family("gpt2", tmp_path / "model", "slow")
     with pytest.raises(
-        ModelError, match="--tokenizer-ids file: expected --model .* to have a tokenizer.json, found none"
+        ModelError, match=r"--tokenizer-ids file: expected --model .* to have a tokenizer.json, found none"
     ):
         load_tokenizer(str(directory), None, TokenizerSettings("file"))
 
@@ -247,7 +247,7 @@ def test_option_that_nothing_knows_is_refused(tmp_path):
     directory = save_family("gpt2", tmp_path / "model")
     with pytest.raises(ConfigError, match="GPT2Tokenizer knows no option 'add_prefix_spaces'"):
         with_options(directory, add_prefix_spaces=True)
-    with pytest.raises(ConfigError, match="--tokenizer-ids file takes tokenizer.json as it is"):
+    with pytest.raises(ConfigError, match=r"--tokenizer-ids file takes tokenizer.json as it is"):
         TokenizerSettings("file", {"add_prefix_space": True})
 
 
@@ -257,7 +257,7 @@ def test_option_that_says_what_is_loaded_is_refused(name):
         TokenizerSettings(None, {name: True})
 
 
-def test_mistral_fix_changes_ids_and_digest(tmp_path):
+def test_mistral_fix_changes_ids(tmp_path):
     """transformers looks at it where the vocabulary is as large as Mistral's and an earlier version saved the model."""
     directory = save_family("gpt2", tmp_path / "model")
     document = json.loads((directory / "tokenizer.json").read_text())
@@ -266,9 +266,7 @@ def test_mistral_fix_changes_ids_and_digest(tmp_path):
     hf.MistralConfig().save_pretrained(directory)
     edit(directory, "config.json", transformers_version="4.57.2")
     edit(directory, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    fixed, plain = with_options(directory, fix_mistral_regex=True), load_tokenizer(str(directory))
-    assert ids(fixed) != ids(plain)
-    assert tokenizer_digest(fixed) != tokenizer_digest(plain)
+    assert ids(with_options(directory, fix_mistral_regex=True)) != of_file(directory, "The cat 12345")
 
 
 def test_configuration_that_is_not_followed_is_said(tmp_path, caplog):
@@ -396,15 +394,15 @@ def test_every_verb_refuses_and_takes_the_flags(rebuilt, tmp_path, refused, caps
     refused(["collect", *verbs["collect"], "--tokenizer-ids", "loaded"], "another tokenizer sha256")
 
 
-def test_store_of_an_earlier_rule_is_taken_with_a_note(scored_by_earlier_rule, caplog):
-    command, store = scored_by_earlier_rule
+def test_store_of_an_earlier_rule_is_taken_with_a_note(collected_by_earlier_rule, capsys):
+    command, store = collected_by_earlier_rule
     assert main(command) == 0
-    assert "the token ids of all texts are compared, not the digest" in caplog.text
+    assert "the token ids of all texts are compared, not the digest" in capsys.readouterr().err
     assert "rule" not in open_group(str(store)).attrs["tokenizer"]
 
 
 @pytest.fixture
-def scored_by_earlier_rule(tiny_dir, sentences_csv, tmp_path):
+def collected_by_earlier_rule(tiny_dir, sentences_csv, tmp_path):
     store = tmp_path / "store.zarr"
     command = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
     command += ["--num-positive", "4", "--num-negative", "4", "--modules", "*.0.mlp.up_proj", "--store", str(store)]
