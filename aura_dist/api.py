@@ -214,5 +214,5 @@ def _in_memory(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | N
         raise ConfigError(f"tokenizer: expected the tokenizer of the model in memory, got {type(tokenizer).__name__}")
     if (num_processes := place_from_environment().world_size) > 1:
         raise ConfigError(f"model: expected a name in a launch of {num_processes} processes, got one in memory")
-    check_has_vocabulary(tokenizer, "tokenizer")
+    check_has_vocabulary(tokenizer, "model")
     return InMemory(model, tokenizer)

@@ -288,7 +288,7 @@ def _find(model: str, revision: str | None, file: str, *, local_files_only: bool
 
 
 def _missing_files(tokenizer: "PreTrainedTokenizerBase", revision: str | None) -> tuple[list[str], str]:
-    """The files that a tokenizer's class looked for in vain, and its file of merges if that is missing or empty."""
+    """The files that a tokenizer's class did not find, and its file of merges if that alone is missing or empty."""
     place, names = tokenizer.name_or_path, type(tokenizer).vocab_files_names
     files = {name: _find(place, revision, name) for name in (*names.values(), JSON_FILE)}
     if files[JSON_FILE] is not None or not place:
@@ -296,7 +296,8 @@ def _missing_files(tokenizer: "PreTrainedTokenizerBase", revision: str | None) -
     merges = names.get("merges_file", "")
     lines = path.read_text(encoding="utf-8").splitlines() if (path := files.get(merges)) else []
     has_merges = any(line and not line.startswith("#version") for line in lines)
-    return [name for name, path in files.items() if path is None], "" if has_merges else merges
+    missing = [name for name, path in files.items() if path is None]
+    return missing, "" if has_merges or len(missing) == len(files) else merges
 
 
 def _why(model: str, revision: str | None, error: Exception) -> str:

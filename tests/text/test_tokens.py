@@ -177,12 +177,16 @@ def test_digest_tells_tokenizers_apart():
 
 
 def test_digest_of_a_tokenizer_without_backend():
-    class Slow:
-        truncation_side = "right"
-        all_special_ids = ()
-
+    class Slow(hf.PreTrainedTokenizer):
         def __init__(self, vocab):
-            self.get_vocab = lambda: vocab
+            self.vocab = vocab
+            super().__init__()
+
+        def get_vocab(self):
+            return self.vocab
+
+        def __len__(self):
+            return len(self.vocab)
 
     assert tokenizer_digest(Slow({"a": 0, "b": 1})) == tokenizer_digest(Slow({"b": 1, "a": 0}))
     assert tokenizer_digest(Slow({"a": 0, "b": 1})) != tokenizer_digest(Slow({"a": 1, "b": 0}))
