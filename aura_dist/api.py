@@ -22,6 +22,7 @@ from aura_dist.ranks.world import place_from_environment
 from aura_dist.scoring.columns import as_array
 from aura_dist.text.labels import check_texts, parse_labels
 from aura_dist.text.table import Table
+from aura_dist.text.tokenizer import check_has_vocabulary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,4 +221,5 @@ def _in_memory(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | N
         raise ConfigError(f"tokenizer: expected the tokenizer of the model in memory, got {type(tokenizer).__name__}")
     if (num_processes := place_from_environment().world_size) > 1:
         raise ConfigError(f"model: expected a name in a launch of {num_processes} processes, got one in memory")
+    check_has_vocabulary(tokenizer, "model")
     return InMemory(model, tokenizer)

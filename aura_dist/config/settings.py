@@ -153,15 +153,13 @@ def table_of(hint: Any) -> OneOf | None:
 
 
 def _pairs(shown: str, words: list[str]) -> dict[str, Any]:
-    """`["queue=main", "cores=2"]` → keys and values; whole numbers and truth values are read as such."""
+    """`["queue=main", "cores=2"]` → keys and values; numbers, truth values and null are read as such."""
     pairs: dict[str, Any] = {}
     for word in words:
         key, equals, value = str(word).partition("=")
         if not equals or key in pairs:
             raise ConfigError(f"{shown}: expected KEY=VALUE, each key once, got {word!r}")
-        pairs[key] = {"true": True, "false": False}.get(
-            value, int(value) if re.fullmatch("[0-9]{1,999}", value) else value
-        )
+        pairs[key] = _SCALARS[value.lower()] if value.lower() in _SCALARS else _number(value, {int, float})
     return pairs
 
 
@@ -182,6 +180,7 @@ def _leaves(hint: Any) -> set[Any]:
     return {hint}
 
 
+_SCALARS = {"true": True, "false": False, "null": None}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,999}")  # Python reads no more than 4,300 digits
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Any: "a value"}

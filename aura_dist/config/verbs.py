@@ -65,6 +65,13 @@ class ModelOptions(Settings):
     model: Model = option("model", "local directory, or Hugging Face hub name")
     revision: Name | None = option("model", "revision of a hub model", None, unset="the hub's main one")
     dtype: Dtype = option("model", "dtype of weights and activations", "float32")
+    tokenizer_ids: Literal["file", "loaded"] | None = option(
+        "model", "whose token ids count where tokenizer.json and the loaded tokenizer differ", None,
+        unset="they must not differ",
+    )  # fmt: skip
+    tokenizer_option: dict[str, Any] = option(
+        "model", "options for loading the tokenizer, such as fix_mistral_regex=true", {}
+    )
     device: Literal["auto", "cpu", "cuda"] = option(EXECUTION, "where the forward runs; auto: a GPU if any", "auto")
     sharding: Sharding = option(EXECUTION, "how the model is spread over processes; K and N count ranks", "replicate")
     offload: Offload = option(EXECUTION, "zero3: where weights are while they are not used", "none")
@@ -77,9 +84,10 @@ class ModelOptions(Settings):
     strength: Strength = option("intervention", STRENGTH, 1.0)
 
     def __post_init__(self) -> None:
-        """Refuse an option that the strategy would not look at."""
+        """Refuse an option that the strategy or the tokenizer would not look at."""
         super().__post_init__()
         resolve_name("aura_dist.models.strategies.table:sharding_of")(self)
+        resolve_name("aura_dist.text.tokenizer:TokenizerSettings.of")(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from aura_dist.evaluation.figures import ByPrompt, by_prompt, estimates, groups
 from aura_dist.evaluation.journal import Journal, Record, sampling_settings
 from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
+from aura_dist.text.tokenizer import check_has_vocabulary
 
 PROFANITY_CHECK = "profanity-check"
 TOXIC_LABELS = ("toxic", "toxicity")
@@ -107,6 +108,7 @@ class Classifier:
                 f"--scorer {name!r}: expected a trained classifier, but the checkpoint lacks "
                 f"{sorted(info['missing_keys'])[0]!r}"
             )
+        check_has_vocabulary(tokenizer, f"--scorer {name!r}")
         self._label = _toxic_index(name, model.config, toxic_label)
         self._tokenizer, self._model = tokenizer, model.eval().to(device)
 

@@ -23,6 +23,7 @@ from aura_dist.sites.site import Site
 from aura_dist.store.access import read_array
 from aura_dist.store.schema import StoreSpec
 from aura_dist.text.table import read_table
+from aura_dist.text.tokenizer import TokenizerSettings
 from aura_dist.text.tokens import TokenizedTexts, tokenize
 
 
@@ -61,7 +62,9 @@ def train_maps(
         raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
     rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, spec.concepts.index(concept)]
     train = resolve_name(method.train)
-    source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype)
+    collected_with: Any = group.attrs.get("config", {})
+    how = TokenizerSettings(collected_with.get("tokenizer_ids"), collected_with.get("tokenizer_option", {}))
+    source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype, tokenizer=how)
     with start_team(parse_sharding("replicate"), pick_device("auto")) as team:
         loaded = replace(load_for_use(source, team.world, None), intervention=earlier)
         if loaded.fingerprint != spec.model["fingerprint"]:

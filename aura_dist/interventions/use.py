@@ -14,7 +14,7 @@ from aura_dist.models.load import ModelSource, load_causal, load_config, skeleto
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, find_sites
-from aura_dist.text.tokens import load_tokenizer
+from aura_dist.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def load_for_use(
     intervention = None
     if intervention_dir is not None:
         intervention = load_intervention(intervention_dir, source, find_sites(skeleton(config)), found)
-    tokenizer = load_tokenizer(source.name, source.revision)
+    tokenizer = load_tokenizer(source.name, source.revision, source.tokenizer)
     return LoadedModel(load_causal(source, world, options), tokenizer, found, intervention)
 
 

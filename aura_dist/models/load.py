@@ -25,6 +25,7 @@ from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.ownership import ColumnPlan, plan_columns
 from aura_dist.sites.site import Site
+from aura_dist.text.tokenizer import TokenizerSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # names of the number of positions in configurations: of most; of GPT-2; of MPT, also with ALiBi; of speech decoders
@@ -33,11 +34,12 @@ POSITIONS_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which weights, and in what dtype: a local directory or hub name, revision, dtype name."""
+    """Which weights, in what dtype, with which tokenizer: a local directory or hub name, revision, dtype name."""
 
     name: str
     revision: str | None
     dtype: str
+    tokenizer: TokenizerSettings = TokenizerSettings()
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:

@@ -60,7 +60,8 @@ from aura_dist.store.record import (
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
 from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import Table, read_table
-from aura_dist.text.tokens import TokenizedTexts, load_tokenizer, tokenizer_digest
+from aura_dist.text.tokenizer import DIGEST_RULE, TokenizerSettings, load_tokenizer, tokenizer_digest
+from aura_dist.text.tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class OnDisk:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         load_config(self.source)  # first, because its error says more about a wrong name
-        return load_tokenizer(self.source.name, self.source.revision)
+        return load_tokenizer(self.source.name, self.source.revision, self.source.tokenizer)
 
     def sites(self) -> SiteTable:
         return find_sites(skeleton(self.config))
@@ -100,7 +101,7 @@ Subject = OnDisk | InMemory  # what is collected from
 
 def run(config: CollectConfig, table: Table | None = None) -> None:
     """Collect from the model that the settings name, and from the data that they name, unless `table` holds it."""
-    source = ModelSource(config.model, config.revision, config.dtype)
+    source = ModelSource(config.model, config.revision, config.dtype, tokenizer=TokenizerSettings.of(config))
     collect(config, OnDisk(source, sharding_of(config).options), pick_device(config.device), table)
 
 
@@ -211,7 +212,7 @@ def load_samples(
     check_vocabulary(subject.config, tokens.largest_id)
     tokenizer = subject.tokenizer
     identity = {
-        "tokenizer": {"name": tokenizer.name_or_path, "sha256": tokenizer_digest(tokenizer)},
+        "tokenizer": {"name": tokenizer.name_or_path, "rule": DIGEST_RULE, "sha256": tokenizer_digest(tokenizer)},
         # token ids last, because a setting that changes them is a better name for what differs
         "data": {"path": table.source, "sha256": table.sha256, **which.identity, "token_ids": tokens.digest()},
     }

@@ -41,6 +41,7 @@ from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
+from aura_dist.text.tokenizer import TokenizerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class _Evaluation:
     def _measure(self, inputs: _Inputs) -> tuple[dict[str, Any], Journal | None]:
         """Measure what needs the model; it is freed on return, before rank 0 scores."""
         config, team, prefix, journal = self.config, self.team, None, None
-        source = ModelSource(config.model, config.revision, config.dtype)
+        source = ModelSource(config.model, config.revision, config.dtype, tokenizer=TokenizerSettings.of(config))
         with self._timed("load"):
             loaded = load_for_use(source, team.world, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:

@@ -48,7 +48,7 @@ from aura_dist.ranks.device import wants_gpu
 from aura_dist.store.grid import make_batches
 from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import read_table
-from aura_dist.text.tokens import load_tokenizer
+from aura_dist.text.tokenizer import TokenizerSettings, load_tokenizer
 from aura_dist.units import parse_bytes
 
 MAX_RANKS_PER_HOST = 8
@@ -125,8 +125,8 @@ def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> tuple[NDArr
 def _sampled(config: PlanConfig) -> NDArray[np.int32]:
     """Token counts, ascending, of the rows that `collect` would run; without concepts, of as many of the longest."""
     which = Selection.of(config)
-    table = read_table(config.data, which.columns, split=config.split)
-    _, _, tokens = select(table, which, lambda: load_tokenizer(config.model, config.revision))
+    table, settings = read_table(config.data, which.columns, split=config.split), TokenizerSettings.of(config)
+    _, _, tokens = select(table, which, lambda: load_tokenizer(config.model, config.revision, settings))
     asked = (config.num_positive or 0) + (config.num_negative or 0)
     return tokens.num_tokens if config.concepts else tokens.num_tokens[-asked:]
 
@@ -136,9 +136,9 @@ def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_s
 
     AuraError if inputs cannot be read, or the model's forward cannot be traced without its weights.
     """
-    source = ModelSource(config.model, config.revision, config.dtype)
+    source = ModelSource(config.model, config.revision, config.dtype, tokenizer=TokenizerSettings.of(config))
     sharding_of(config).layout(world_size)  # refuses what does not fit the ranks
-    tokenizer = load_tokenizer(source.name, source.revision)
+    tokenizer = load_tokenizer(source.name, source.revision, source.tokenizer)
     loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
     prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
     steps = [*_text_steps(config, loaded, prefix), *_prompt_steps(config, loaded, prefix)]

@@ -5,7 +5,6 @@ row, and no model class needs position ids.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from aura_dist.errors import ConfigError, InputError, ModelError, brief
+from aura_dist.errors import ConfigError, InputError, brief
+from aura_dist.text.tokenizer import special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,31 +80,6 @@ class TokenizedTexts:
         return Batch(rows, input_ids, attention_mask, pool_mask)
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local directory or hub name; ModelError if it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
-    except Exception as error:  # the library raises many kinds, the tokenizer's backend a bare Exception
-        raise ModelError(f"--model {model!r}: its tokenizer cannot be loaded: {brief(error)}") from error
-    return tokenizer
-
-
-def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 of what determines a tokenizer's output: backend or vocabulary, special ids, and the side that is cut."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and hasattr(backend, "to_str"):
-        document = json.loads(backend.to_str())
-        for name in ("padding", "truncation"):  # the last call set these
-            document.pop(name, None)
-        text = json.dumps(document, sort_keys=True)
-    else:
-        text = repr(sorted(tokenizer.get_vocab().items()))
-    settings = (sorted(tokenizer.all_special_ids), tokenizer.truncation_side)
-    return hashlib.sha256(f"{text}{settings}".encode()).hexdigest()
-
-
 def tokenize(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int, skip_special: bool, source: str
 ) -> TokenizedTexts:
@@ -121,7 +96,7 @@ def tokenize(
         )
     limit = min(max_tokens, np.iinfo(np.int32).max)  # the tokenizer takes no larger integer
     ids = [np.asarray(i, dtype=np.int32) for i in _encode(texts, tokenizer, limit, source)]
-    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+    special = np.array(special_ids(tokenizer), dtype=np.int64)
     for row, row_ids in enumerate(ids):
         counted = row_ids[~np.isin(row_ids, special)] if skip_special else row_ids
         if not len(counted):

@@ -202,6 +202,18 @@ def test_settings_that_say_how_a_stage_is_run():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("true", True), ("True", True), ("FALSE", False), ("null", None), ("7", 7), ("-7", -7), ("0.5", 0.5),
+        ("[PAD]", "[PAD]"), ("a=b", "a=b"), ("", ""), ("0:10:00", "0:10:00"),
+    ],
+)  # fmt: skip
+def test_values_of_options(word, value):
+    found = collect(tokenizer_option=[f"key={word}"]).tokenizer_option["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
 def test_one_value_serves_as_a_list():
     config = collect(concepts="toxic", modules="all", pooling="mean")
     assert (config.concepts, config.modules, config.pooling) == (["toxic"], ["all"], ["mean"])

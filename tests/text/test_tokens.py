@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from aura_dist.errors import ConfigError, InputError, ModelError
-from aura_dist.text.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
+from aura_dist.text.tokenizer import load_tokenizer, tokenizer_digest
+from aura_dist.text.tokens import TokenizedTexts, tokenize
 from tests.models import VOCAB, tiny_tokenizer
 
 BOS = 0
@@ -176,12 +177,16 @@ def test_digest_tells_tokenizers_apart():
 
 
 def test_digest_of_a_tokenizer_without_backend():
-    class Slow:
-        truncation_side = "right"
-        all_special_ids = ()
-
+    class Slow(hf.PreTrainedTokenizer):
         def __init__(self, vocab):
-            self.get_vocab = lambda: vocab
+            self.vocab = vocab
+            super().__init__()
+
+        def get_vocab(self):
+            return self.vocab
+
+        def __len__(self):
+            return len(self.vocab)
 
     assert tokenizer_digest(Slow({"a": 0, "b": 1})) == tokenizer_digest(Slow({"b": 1, "a": 0}))
     assert tokenizer_digest(Slow({"a": 0, "b": 1})) != tokenizer_digest(Slow({"a": 1, "b": 0}))
