@@ -30,7 +30,7 @@ def make_harness(
     added = added_tokens(tokenizer)
     prefix = None if preprompt is None else make_prefix(preprompt, tokenizer)
     if chat is not None and not _takes_system(tokenizer):
-        logger.warning("the model's chat template takes no system's turn, so descriptions of tasks are left out")
+        logger.warning("the model's chat template takes no system's turn: lm-eval leaves out the descriptions of tasks")
 
     class Harness(HFLM):  # type: ignore[misc]
         def tok_encode(

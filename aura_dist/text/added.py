@@ -58,4 +58,6 @@ def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> AddedTokens:
         if len(starts) == 1:
             first = whole[: starts[0]]
             return AddedTokens(tuple(first), tuple(whole[starts[0] + len(bare) :]), str(tokenizer.decode(first)))
+    if tokenizer.num_special_tokens_to_add():
+        logger.warning("the special tokens that the tokenizer adds cannot be told from those of a text")
     return AddedTokens()

@@ -11,7 +11,9 @@ import transformers as hf
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.errors import ConfigError, InputError, ModelError
-from aura_dist.store.access import open_group
+from aura_dist.interventions.training import _tokens
+from aura_dist.store.access import open_group, read_array
+from aura_dist.store.schema import StoreSpec
 from aura_dist.text.added import added_tokens
 from aura_dist.text.chat import make_chat
 from aura_dist.text.tokens import tokenize
@@ -81,7 +83,7 @@ def test_last_tokens_are_left_out_where_a_text_goes_on():
 def test_chats_have_the_ids_of_the_template_and_one_first_token(template, role, system):
     tokenizer = tokenizer_of("both", template)
     if template == GEMMA and (role, system) != ("user", None):
-        with pytest.raises((ModelError, ConfigError), match="chat template refuses .*alternate|.*not supported"):
+        with pytest.raises((ModelError, ConfigError), match=r"chat template refuses .*(alternate|not supported)"):
             make_chat(tokenizer, role, system)
         return
     turns = [{"role": "system", "content": system}] * (system is not None)
@@ -177,6 +179,9 @@ def test_stores_of_chats(chat_model, tmp_path, refused, caplog):
         np.testing.assert_array_equal(left, right)
     stored = open_group(str(tmp_path / "a.zarr")).attrs["tokenizer"]["chat"]
     assert stored == make_chat(tokenizer, "user", "Be kind.").identity
+    group = open_group(str(tmp_path / "a.zarr"))
+    spec, rows = StoreSpec.from_attributes(group.attrs), read_array(group, "samples/row")
+    assert _tokens(group, spec, rows, tokenizer).digest() == spec.data["token_ids"], "for methods that are trained"
     assert main([*chats, *how]) == 0
     refused(chats, "another tokenizer chat: expected .*user.*, got None")
     refused([*chats, "--chat", "assistant", "--system", "Be kind."], "another tokenizer chat role: expected user")
