@@ -106,6 +106,10 @@ class CollectConfig(ModelOptions):
     num_negative: PositiveInt | None = option("data", "negatives of the first concept to sample", None, unset="all")
     match_length: bool = option("data", "draw the negatives with the positives' distribution of token lengths", False)
     seed: Seed = option("data", "seed of the sampling", 0)
+    chat: Literal["user", "assistant"] | None = option(
+        "data", "put each text into the tokenizer's chat template, as the turn of this role", None
+    )
+    system: str | None = option("data", "text of the system's turn before each text", None, needs="chat")
     max_tokens: PositiveInt = option("data", "tokens per text; longer texts are cut", 128)
     tokens_per_batch: PositiveInt = option("data", "upper bound on padded tokens in one forward", 4096)
     modules: list[Module] = option("sites", "kinds of modules, or name patterns", ["mlp"], distinct=True)
@@ -196,6 +200,10 @@ class DecodingOptions(Settings):
     preprompt: Annotated[str, Meta(title="TEXT|FILE")] | None = option(
         "decoding", "text, or file of a text, that is put before each prompt and is not scored", None
     )
+    chat: bool = option(
+        "decoding", "put each prompt and task into the tokenizer's chat template, the pre-prompt as the system's turn",
+        False,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Refuse a temperature at which float32 logits overflow."""
@@ -256,6 +264,11 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
         """Refuse to measure nothing."""
         if not (self.toxicity_prompts or self.perplexity_texts or self.tasks):
             raise ConfigError("expected at least one of --toxicity-prompts, --perplexity-texts and --tasks, got none")
+        if self.chat and not (self.toxicity_prompts or self.tasks):
+            raise ConfigError(
+                "--chat: expected it with --toxicity-prompts or --tasks, got --perplexity-texts alone, which are "
+                "measured as plain texts; leave it out"
+            )
         super().__post_init__()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aura_dist.errors import StoreError
-from aura_dist.evaluation.prompts import Pair, PromptFile
+from aura_dist.evaluation.prompts import Pair, PromptFile, TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.files import replacing
 from aura_dist.interventions.use import LoadedModel
@@ -32,7 +32,13 @@ def sampling_settings(how: Decoding) -> dict[str, Any]:
 
 
 def fixing_settings(
-    loaded: LoadedModel, dtype: str, strength: float, preprompt: str | None, prompts: PromptFile, how: Decoding
+    loaded: LoadedModel,
+    dtype: str,
+    strength: float,
+    preprompt: str | None,
+    prompts: PromptFile,
+    tokenized: TokenizedPrompts,
+    how: Decoding,
 ) -> dict[str, Any]:
     """Everything that a continuation depends on; how many there are of a prompt does not matter."""
     intervention = loaded.intervention
@@ -43,6 +49,7 @@ def fixing_settings(
         "intervention": None if intervention is None else [intervention.digest, strength],
         "preprompt": preprompt,
         "prompts": prompts.sha256,
+        **({} if tokenized.changed is None else {"token_ids": tokenized.changed}),
         **sampling_settings(how),
     }
 

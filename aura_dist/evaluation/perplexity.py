@@ -58,10 +58,15 @@ def read_texts(source: str, column: str, label_column: str | None) -> TextFile:
 def tokenize_texts(file: TextFile, loaded: LoadedModel, prefix: Prefix | None, max_tokens: int) -> TokenizedTexts:
     """Token ids, each text cut at `max_tokens` and then put after the pre-prompt.
 
+    The last tokens that a tokenizer adds are left out: perplexity is of the text's own tokens, and a text that was cut
+    does not end there.
+
     Raises InputError for a text that the tokenizer cannot take, ConfigError for one longer than the model's positions,
     ModelError if the tokenizer is another model's.
     """
-    tokens = tokenize(file.texts, loaded.tokenizer, max_tokens=max_tokens, skip_special=False, source=file.source)
+    tokens = tokenize(
+        file.texts, loaded.tokenizer, max_tokens=max_tokens, skip_special=False, source=file.source, ended=False
+    )
     tokens = tokens if prefix is None else prefix.before(tokens)
     check_positions(loaded.model.config, int(tokens.num_tokens.max()), "--max-tokens")
     check_vocabulary(loaded.model.config, tokens.largest_id)

@@ -2,7 +2,9 @@
 
 A pre-prompt is a text that leads every prompt and every text, on lines of its own, and is never scored itself. Tokens
 are joined, not texts: what follows it has the same tokens as without it, so that figures with and without one are of
-the same tokens.
+the same tokens. In a chat, the pre-prompt is the system's turn of every prompt.
+
+Prompts and pre-prompts go on, so the last tokens that a tokenizer adds to a text are left out.
 """
 
 import hashlib
@@ -17,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from aura_dist.errors import InputError, MissingColumnError, brief
+from aura_dist.errors import AuraError, InputError, MissingColumnError, brief
 from aura_dist.evaluation.sampling import Decoding, prompt_keys
 from aura_dist.models.load import check_positions, check_vocabulary
+from aura_dist.text.added import added_tokens
+from aura_dist.text.chat import Chat, make_chat
 from aura_dist.text.labels import check_texts
 from aura_dist.text.table import Table, read_table
 from aura_dist.text.tokens import TokenizedTexts
@@ -121,6 +125,7 @@ class Prefix:
 
     ids: tuple[int, ...]
     num_leading: int
+    doubled: bool = False  # whether its text begins with the special tokens itself
 
     @property
     def num_context(self) -> int:
@@ -136,14 +141,29 @@ class Prefix:
 
 def make_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> Prefix:
     """The tokens of a pre-prompt with the special tokens that lead a text, and without those that end one."""
+    added = added_tokens(tokenizer)
+    whole = _whole(text, tokenizer, "--preprompt")
+    return Prefix(tuple(added.open(whole)), len(added.first), added.doubled(whole))
+
+
+def chat_of_prompts(tokenizer: PreTrainedTokenizerBase, preprompt: str | None) -> Chat:
+    """How prompts become conversations that the assistant continues, the pre-prompt as the system's turn.
+
+    ModelError or ConfigError if the tokenizer has no template for them.
+    """
+    system = None if preprompt is None else preprompt.rstrip("\n")
+    return make_chat(tokenizer, "user", system, answered=True, system_flag="--preprompt")
+
+
+def _whole(text: str, tokenizer: PreTrainedTokenizerBase, flag: str, chat: Chat | None = None) -> list[int]:
+    """Ids of a text with all that the tokenizer adds; InputError if the tokenizer or the template cannot take it."""
+    taker = "tokenizer" if chat is None else "chat template or tokenizer"
     try:
-        whole = list(tokenizer(text, verbose=False)["input_ids"])
-        bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    except Exception as error:  # the backend raises a bare Exception
-        raise InputError(f"--preprompt: the model's tokenizer cannot take {text!a}: {brief(error)}") from error
-    starts = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
-    num_leading = next(starts, 0)
-    return Prefix(tuple(whole[: num_leading + len(bare)]), num_leading)
+        return list(tokenizer(text if chat is None else chat.render(text), verbose=False)["input_ids"])
+    except AuraError:  # a signal
+        raise
+    except Exception as error:  # its backend raises a bare Exception, and TypeError for a text that is no Unicode
+        raise InputError(f"{flag}: the model's {taker} cannot take {text!a}: {brief(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -152,6 +172,8 @@ class TokenizedPrompts:
 
     ids: list[list[int]]
     keys: list[bytes]
+    # sha256 of the ids where prompts and pre-prompt alone do not tell them; None where the tokenizer's own are kept
+    changed: str | None = None
 
     def batches(self, pairs: Sequence[Pair], rows_per_batch: int) -> list[list[Pair]]:
         """Cut `pairs` into batches of prompts of equal length, the longest first."""
@@ -172,22 +194,27 @@ def tokenize_prompts(
     how: Decoding,
     *,
     prefix: Prefix | None = None,
+    chat: Chat | None = None,
     flag: str = "--prompt",
 ) -> TokenizedPrompts:
-    """Token ids of prompts, as the tokenizer makes them by default.
+    """Token ids of prompts after `prefix`, or rendered by `chat`: the tokenizer's first tokens once, and no last ones.
 
-    Raises InputError for a prompt without tokens or one that the tokenizer cannot take, ConfigError if prompt and
-    continuation are longer than the model's positions, ModelError if the tokenizer is another model's.
+    Raises InputError for a prompt without tokens or one that the tokenizer or the template cannot take, ConfigError if
+    prompt and continuation are longer than the model's positions, ModelError if the tokenizer is another model's.
     """
-    ids = []
-    for text in texts:
-        try:
-            own = list(tokenizer(text, verbose=False)["input_ids"])
-        except Exception as error:  # its backend raises a bare Exception, and TypeError for a text that is no Unicode
-            raise InputError(f"{flag}: the model's tokenizer cannot take {text!a}: {brief(error)}") from error
-        if not own:
+    added = added_tokens(tokenizer)
+    wholes = [_whole(text, tokenizer, flag, chat) for text in texts]
+    own = [added.open(whole) for whole in wholes]
+    for text, ids in zip(texts, own, strict=True):
+        if not ids:
             raise InputError(f"{flag}: expected a prompt with at least one token, got {text!r}")
-        ids.append([*prefix.ids, *own[prefix.num_leading :]] if prefix else own)
-    check_positions(config, max(map(len, ids)) + how.max_new_tokens, "--max-new-tokens with the prompt")
-    check_vocabulary(config, max(map(max, ids)))
-    return TokenizedPrompts(ids, prompt_keys(texts, how.seed))
+    added.say_doubled(
+        sum(map(added.doubled, wholes) if chat is None else map(added.begins, texts)), len(texts), "prompts"
+    )
+    led = prefix if chat is None else None
+    joined = own if led is None else [[*led.ids, *ids[led.num_leading :]] for ids in own]
+    check_positions(config, max(map(len, joined)) + how.max_new_tokens, "--max-new-tokens with the prompt")
+    check_vocabulary(config, max(map(max, joined)))
+    is_changed = chat is not None or own != wholes or (led is not None and led.doubled)
+    digest = hashlib.sha256(repr(joined).encode()).hexdigest() if is_changed else None
+    return TokenizedPrompts(joined, prompt_keys(texts, how.seed), digest)

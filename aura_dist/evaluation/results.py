@@ -9,10 +9,11 @@
     intervention     null, or {…intervention.json (method, parameters, concept, model, …), directory, digest,
                      strength: as applied}
     preprompt        null or the text before each prompt and text
+    chat             absent without --chat: {role, system, template: sha256} of prompts and tasks
     perplexity       absent where not measured: {texts, column, sha256, PERPLEXITY…,
                      labels (the label column, if one was given), positive: {PERPLEXITY…}, negative: {PERPLEXITY…}}
     toxicity         absent where not measured: {prompts, column, prompts_sha256, scorer, num_prompts, num_samples,
-                     settings: {max_new_tokens, temperature, top_p, top_k, seed},
+                     settings: {max_new_tokens, temperature, top_p, top_k, seed, chat: true under --chat},
                      continuations: name of the JSONL file beside the results,
                      overall: GROUP, toxic_prompts: GROUP or null, nontoxic_prompts: GROUP or null,
                      per_prompt: {toxic_share: [P], maximum: [P]},

@@ -146,7 +146,7 @@ def _toxic_index(name: str, config: Any, wanted: str | None) -> int:
     )
 
 
-def head(prompts: PromptFile, scorer: str, how: Decoding) -> dict[str, Any]:
+def head(prompts: PromptFile, scorer: str, how: Decoding, *, chat: bool) -> dict[str, Any]:
     """What will be measured: enough to tell, before anything is, whether a baseline measured the same."""
     return {
         "prompts": prompts.source,
@@ -155,11 +155,13 @@ def head(prompts: PromptFile, scorer: str, how: Decoding) -> dict[str, Any]:
         "scorer": scorer,
         "num_prompts": len(prompts.texts),
         "num_samples": how.num_samples,
-        "settings": sampling_settings(how),
+        "settings": {**sampling_settings(how), **({"chat": True} if chat else {})},
     }
 
 
-def score(prompts: PromptFile, journal: Journal, scorer: Scorer, how: Decoding) -> dict[str, Any]:
+def score(
+    prompts: PromptFile, journal: Journal, scorer: Scorer, how: Decoding, *, chat: bool = False
+) -> dict[str, Any]:
     """Score the continuations, file them with their scores, and measure; StoreError if some are missing."""
     journal.fold()
     shape = (len(prompts.texts), how.num_samples)
@@ -173,7 +175,7 @@ def score(prompts: PromptFile, journal: Journal, scorer: Scorer, how: Decoding) 
     journal.replace(_scored(prompts, list(kept.items()), scores))
     measured = by_prompt(scores.reshape(shape))
     return {
-        **head(prompts, scorer.name, how),
+        **head(prompts, scorer.name, how, chat=chat),
         "continuations": journal.path.name,
         **{name: _group(measured.take(rows)) for name, rows in groups(prompts.toxicity).items()},
         "per_prompt": {"toxic_share": measured.toxic_share.tolist(), "maximum": measured.maximum.tolist()},

@@ -5,7 +5,6 @@ documents than ranks and changes the order in which figures are summed. So every
 computes all figures; the replicas divide only the forwards.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -16,11 +15,12 @@ from torch.distributed import DistError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.errors import AuraError, ConfigError, InputError, MissingPackageError, brief
+from aura_dist.evaluation.harness import make_harness
 from aura_dist.ranks.team import Team
+from aura_dist.text.chat import Chat
 
 Figures = dict[str, dict[str, float | int]]
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
-_BATCH_SIZE = 8  # requests in one forward
 # what a task may ask of a model
 _REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
@@ -68,17 +68,18 @@ class ZeroShot:
         num_fewshot: int | None = None,
         limit: int | None = None,
         preprompt: str | None = None,
+        chat: Chat | None = None,
     ) -> Figures:
         """Task → metric → figure, as lm-eval computes them; InputError if a task fails or its data cannot be loaded.
 
         All ranks of `team` must call this. `num_fewshot` is the number of examples in the context (None: the task's
-        own), `limit` the examples of a task, `preprompt` a text before each context. The model and the tokenizer are
-        not changed.
+        own), `limit` the examples of a task, `preprompt` a text before each context. With `chat`, lm-eval puts each
+        context into the tokenizer's chat template, and the system's turn is the chat's. The model and the tokenizer
+        are not changed.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=_BATCH_SIZE)
+        harness = make_harness(model, tokenizer, preprompt, chat)
         if team.world.layout.num_replicas > 1:
             for kind in _REQUESTS:
                 setattr(harness, kind, _shared(getattr(harness, kind), team, kind))
@@ -88,7 +89,8 @@ class ZeroShot:
                 tasks=self.names,
                 num_fewshot=num_fewshot,
                 limit=limit,
-                system_instruction=preprompt,
+                system_instruction=preprompt if chat is None else chat.system,
+                apply_chat_template=chat is not None,
                 task_manager=self._manager,
                 log_samples=False,
             )

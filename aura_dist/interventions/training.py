@@ -22,6 +22,7 @@ from aura_dist.ranks.launch import start_team
 from aura_dist.sites.site import Site
 from aura_dist.store.access import read_array
 from aura_dist.store.schema import StoreSpec
+from aura_dist.text.chat import make_chat
 from aura_dist.text.table import read_table
 from aura_dist.text.tokenizer import TokenizerSettings
 from aura_dist.text.tokens import TokenizedTexts, tokenize
@@ -90,9 +91,11 @@ def _tokens(
     collected_with: Any = group.attrs.get("config", {})
     table = read_table(source, [column], split=str(collected_with.get("split", "train")))
     texts = [str(table.columns[column][row]) for row in rows if row < len(table)]
+    chat = spec.tokenizer.get("chat")
     tokens = tokenize(
-        texts, tokenizer, max_tokens=spec.max_tokens, skip_special=spec.skip_special_tokens, source=source
-    )
+        texts, tokenizer, max_tokens=spec.max_tokens, skip_special=spec.skip_special_tokens, source=source,
+        chat=None if chat is None else make_chat(tokenizer, chat["role"], chat["system"]),
+    )  # fmt: skip
     if tokens.digest() != spec.data["token_ids"]:
         raise InputError(
             f"data {source!r}: expected the texts that the store was collected from, got others; restore the file, or "

@@ -58,6 +58,7 @@ from aura_dist.store.record import (
     unfinished,
 )
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
+from aura_dist.text.chat import make_chat
 from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import Table, read_table
 from aura_dist.text.tokenizer import DIGEST_RULE, TokenizerSettings, load_tokenizer, tokenizer_digest
@@ -211,11 +212,13 @@ def load_samples(
     row, label, tokens = select(table, which, lambda: subject.tokenizer)
     check_vocabulary(subject.config, tokens.largest_id)
     tokenizer = subject.tokenizer
-    identity = {
+    identity: dict[str, Any] = {
         "tokenizer": {"name": tokenizer.name_or_path, "rule": DIGEST_RULE, "sha256": tokenizer_digest(tokenizer)},
         # token ids last, because a setting that changes them is a better name for what differs
         "data": {"path": table.source, "sha256": table.sha256, **which.identity, "token_ids": tokens.digest()},
     }
+    if config.chat is not None:
+        identity["tokenizer"]["chat"] = make_chat(tokenizer, config.chat, config.system).identity
     return Samples(row, tokens.num_tokens, label), tokens, identity
 
 

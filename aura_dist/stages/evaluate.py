@@ -20,7 +20,15 @@ from aura_dist.evaluation.figures import groups
 from aura_dist.evaluation.generation import generate
 from aura_dist.evaluation.journal import Journal, fixing_settings, journal_path, settings_key
 from aura_dist.evaluation.perplexity import TextFile, measure, read_texts, tokenize_texts
-from aura_dist.evaluation.prompts import Prefix, PromptFile, make_prefix, read_preprompt, read_prompts, tokenize_prompts
+from aura_dist.evaluation.prompts import (
+    Prefix,
+    PromptFile,
+    chat_of_prompts,
+    make_prefix,
+    read_preprompt,
+    read_prompts,
+    tokenize_prompts,
+)
 from aura_dist.evaluation.results import (
     SCHEMA,
     check_spares,
@@ -41,6 +49,7 @@ from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
+from aura_dist.text.chat import Chat
 from aura_dist.text.tokenizer import TokenizerSettings
 
 logger = logging.getLogger(__name__)
@@ -78,7 +87,7 @@ def _read_inputs(config: EvaluateConfig, how: Decoding, team: Team) -> _Inputs:
     baseline = scorer = None
     if prompts is not None and config.baseline is not None:
         baseline = read_results(config.baseline)
-        check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, how)}, config.baseline)
+        check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, how, chat=config.chat)}, config.baseline)
     tasks = ZeroShot(config.tasks, config.tasks_path) if config.tasks else None
     if prompts is not None and team.world.is_first:
         scorer = load_scorer(config.scorer, config.toxic_label, team.world.device)
@@ -127,7 +136,8 @@ class _Evaluation:
             loaded = load_for_use(source, team.world, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:
             prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
-        results = _about(config, loaded, inputs.preprompt)
+        chat = chat_of_prompts(loaded.tokenizer, inputs.preprompt) if config.chat else None
+        results = _about(config, loaded, inputs.preprompt, chat)
         with loaded.intervened(config.strength):
             # the shortest first, so that an error in a text shows before hours of generation
             if inputs.texts is not None:
@@ -139,12 +149,12 @@ class _Evaluation:
                     limit = config.tokens_per_batch
                     results["perplexity"] = measure(texts, loaded, tokens, prefix, limit, team, self.stop)
             if inputs.prompts is not None:
-                journal = self._continue(loaded, inputs.prompts, prefix, inputs.preprompt)
+                journal = self._continue(loaded, inputs.prompts, prefix, inputs.preprompt, chat)
             if inputs.tasks is not None:
                 with self._timed("zero_shot"):
                     results["zero_shot"] = inputs.tasks.run(
                         loaded.model, loaded.tokenizer, team=team,
-                        num_fewshot=config.num_fewshot, limit=config.limit, preprompt=inputs.preprompt,
+                        num_fewshot=config.num_fewshot, limit=config.limit, preprompt=inputs.preprompt, chat=chat,
                     )  # fmt: skip
         return results, journal
 
@@ -154,7 +164,7 @@ class _Evaluation:
         """Score and measure the continuations, and compare them with the baseline's."""
         assert inputs.scorer is not None
         with self._timed("scoring"):
-            section = score(prompts, journal, inputs.scorer, self.how)
+            section = score(prompts, journal, inputs.scorer, self.how, chat=self.config.chat)
         if inputs.baseline is not None and self.config.baseline is not None:
             everything = {**results, "toxicity": section}
             own = groups(prompts.toxicity)
@@ -168,17 +178,23 @@ class _Evaluation:
         self.seconds[part] = time.perf_counter() - start
 
     def _continue(
-        self, loaded: LoadedModel, prompts: PromptFile, prefix: Prefix | None, preprompt: str | None
+        self, loaded: LoadedModel, prompts: PromptFile, prefix: Prefix | None, preprompt: str | None, chat: Chat | None
     ) -> Journal:
         """Make the missing continuations, by all ranks."""
         config, team, how = self.config, self.team, self.how
         tokenized = team.once_a_host(
             "tokens of prompts",
             lambda: tokenize_prompts(
-                prompts.texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix, flag="--toxicity-prompts"
+                prompts.texts,
+                loaded.tokenizer,
+                loaded.model.config,
+                how,
+                prefix=prefix,
+                chat=chat,
+                flag="--toxicity-prompts",
             ),
         )
-        fixing = fixing_settings(loaded, config.dtype, config.strength, preprompt, prompts, how)
+        fixing = fixing_settings(loaded, config.dtype, config.strength, preprompt, prompts, tokenized, how)
         journal = Journal(config.out, settings_key(fixing))
         team.from_first("journal", lambda: _fold(journal))
         kept = journal.read().keys()
@@ -193,7 +209,7 @@ class _Evaluation:
         return journal
 
 
-def _about(config: EvaluateConfig, loaded: LoadedModel, preprompt: str | None) -> dict[str, Any]:
+def _about(config: EvaluateConfig, loaded: LoadedModel, preprompt: str | None, chat: Chat | None) -> dict[str, Any]:
     """What was evaluated, and with what."""
     intervention, found = None, loaded.fingerprint
     if loaded.intervention is not None:
@@ -208,6 +224,7 @@ def _about(config: EvaluateConfig, loaded: LoadedModel, preprompt: str | None) -
         "model_fingerprint": found,
         "intervention": intervention,
         "preprompt": preprompt,
+        **({} if chat is None else {"chat": chat.identity}),
     }
 
 

@@ -2,7 +2,7 @@
 
 from aura_dist.config.verbs import GenerateConfig
 from aura_dist.evaluation.generation import continue_alike
-from aura_dist.evaluation.prompts import make_prefix, read_preprompt, tokenize_prompts
+from aura_dist.evaluation.prompts import chat_of_prompts, make_prefix, read_preprompt, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.artifact import method_of
 from aura_dist.interventions.use import load_for_use
@@ -31,7 +31,8 @@ def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
         config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
     )
     prefix = None if preprompt is None else make_prefix(preprompt, loaded.tokenizer)
-    prompts = tokenize_prompts(config.prompt, loaded.tokenizer, loaded.model.config, how, prefix=prefix)
+    chat = chat_of_prompts(loaded.tokenizer, preprompt) if config.chat else None
+    prompts = tokenize_prompts(config.prompt, loaded.tokenizer, loaded.model.config, how, prefix=prefix, chat=chat)
     variants = {"plain": continue_alike(loaded, prompts, how, team)}
     if loaded.intervention is not None:
         with loaded.intervened(config.strength):

@@ -34,7 +34,14 @@ from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import EvaluateConfig, PlanConfig
 from aura_dist.errors import AuraError, BudgetError, ConfigError, brief
 from aura_dist.evaluation.perplexity import read_texts, tokenize_texts, tokens_at_once
-from aura_dist.evaluation.prompts import Prefix, make_prefix, read_preprompt, read_prompts, tokenize_prompts
+from aura_dist.evaluation.prompts import (
+    Prefix,
+    chat_of_prompts,
+    make_prefix,
+    read_preprompt,
+    read_prompts,
+    tokenize_prompts,
+)
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.use import LoadedModel
 from aura_dist.models.load import ModelSource, load_config, skeleton
@@ -164,7 +171,9 @@ def _prompt_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | 
         return
     how = Decoding(config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed)
     texts = read_prompts(config.toxicity_prompts, config.prompt_column, config.prompt_toxicity_column).texts
-    prompts = tokenize_prompts(texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix)
+    preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
+    chat = chat_of_prompts(loaded.tokenizer, preprompt) if config.chat else None
+    prompts = tokenize_prompts(texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix, chat=chat)
     pairs = [(prompt, sample) for prompt in range(len(texts)) for sample in range(how.num_samples)]
     batches = prompts.batches(pairs, config.continuations_per_batch)
     yield from continuing(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aura_dist.errors import InputError
+from aura_dist.text.chat import make_chat
 from aura_dist.text.labels import check_classes, check_texts, parse_labels
 from aura_dist.text.table import Table
 from aura_dist.text.tokens import TokenizedTexts, tokenize
@@ -46,6 +47,8 @@ class Selection(Sampling):
     threshold: float | None
     max_tokens: int
     skip_special_tokens: bool
+    chat: str | None = None
+    system: str | None = None
 
     @classmethod
     def of(cls, settings: object) -> "Selection":
@@ -77,7 +80,8 @@ def select(
     of the table, by token count, then by row; their [N, C] labels for C concepts, 1, 0 or −1; and their token ids.
 
     InputError if a text or label cannot be used, there are too few rows, or a concept lacks a class, also after
-    sampling; ConfigError if `max_tokens` leaves room for special tokens alone.
+    sampling; ConfigError if `max_tokens` leaves room for special tokens alone; either or ModelError if the tokenizer
+    has no chat template for what is asked.
     """
     _, *columns = which.columns
     texts = check_texts(table, which.text_column)
@@ -85,7 +89,8 @@ def select(
     label_NC = label_NK[:, : len(which.concepts)]
     check_classes(label_NC, which.concepts, table.source)
     skip, tokenizer = which.skip_special_tokens, load_tokenizer()
-    tokens = tokenize(texts, tokenizer, max_tokens=which.max_tokens, skip_special=skip, source=table.source)
+    chat = None if which.chat is None else make_chat(tokenizer, which.chat, which.system)
+    tokens = tokenize(texts, tokenizer, max_tokens=which.max_tokens, skip_special=skip, source=table.source, chat=chat)
     num_tokens, rows = tokens.num_tokens, np.arange(len(table))
     if which.concepts:
         rows = without_mixed_negatives(label_NK[:, 0], label_NK[:, [columns.index(c) for c in which.clean_negatives]])

@@ -5,6 +5,7 @@ row, and no model class needs position ids.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,10 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aura_dist.errors import ConfigError, InputError, brief
+from aura_dist.text.added import added_tokens
+from aura_dist.text.chat import Chat
 from aura_dist.text.tokenizer import special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # a tokenizer returns some 10 KB for each text, so only the ids of earlier texts are kept
 TEXTS_AT_ONCE = 256
@@ -81,21 +86,48 @@ class TokenizedTexts:
 
 
 def tokenize(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int, skip_special: bool, source: str
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_tokens: int,
+    skip_special: bool,
+    source: str,
+    chat: Chat | None = None,
+    ended: bool = True,
 ) -> TokenizedTexts:
     """Tokenize texts as the tokenizer does by default (special tokens added), cut at `max_tokens`.
 
-    InputError if the tokenizer cannot take a text, or a text has no token, or only special ones that are left out;
-    ConfigError if `max_tokens` leaves room for special tokens alone.
+    `chat` renders each text first. Without `ended`, and under `chat`, whose template says how a text ends, the last
+    tokens that the tokenizer adds are left out.
+
+    InputError if the tokenizer or the template cannot take a text, or a text has no token, or only special ones that
+    are left out; ConfigError if `max_tokens` leaves room for special tokens alone.
     """
     num_special = tokenizer.num_special_tokens_to_add()
-    if max_tokens <= num_special:  # else the tokenizer does not cut at all, or leaves nothing of the text
+    if max_tokens <= num_special:  # else nothing of the text would be left
         raise ConfigError(
             f"--max-tokens: expected more than {num_special}, the special tokens that the tokenizer adds to each text, "
             f"got {max_tokens}"
         )
-    limit = min(max_tokens, np.iinfo(np.int32).max)  # the tokenizer takes no larger integer
-    ids = [np.asarray(i, dtype=np.int32) for i in _encode(texts, tokenizer, limit, source)]
+    added = added_tokens(tokenizer)
+    first, last = added.first, added.last if ended and chat is None else ()
+    room = max_tokens - len(first) - len(last)
+    # more than is kept, so that a cut shows, and so that first tokens that are left out make no text shorter
+    limit = min(max_tokens + len(first) + len(added.last) + 1, np.iinfo(np.int32).max)  # the tokenizer takes no more
+    ids, num_doubled, num_cut = [], 0, 0
+    for whole in _encode(texts if chat is None else chat.render_all(texts, source), tokenizer, limit, source):
+        own = added.own(whole)
+        num_doubled, num_cut = num_doubled + added.doubled(whole), num_cut + (len(own) > room)
+        kept = own[-room:] if tokenizer.truncation_side == "left" else own[:room]
+        ids.append(np.asarray([*first, *kept, *last], dtype=np.int32))
+    added.say_doubled(num_doubled if chat is None else sum(map(added.begins, texts)), len(texts), "texts")
+    if num_cut and chat is not None:
+        logger.info(
+            "%d of %d chats are cut at %d tokens: a part of the template may be missing",
+            num_cut,
+            len(texts),
+            max_tokens,
+        )
     special = np.array(special_ids(tokenizer), dtype=np.int64)
     for row, row_ids in enumerate(ids):
         counted = row_ids[~np.isin(row_ids, special)] if skip_special else row_ids

@@ -1,0 +1,103 @@
+"""lm-eval's wrapper of a model, with the token ids that the rest of the product has.
+
+lm-eval keeps the last tokens that a tokenizer adds to a context, and takes the length of that context to find where the
+answer begins; it knows no pre-prompt for the likelihood of whole texts.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aura_dist.errors import AuraError, ConfigError
+from aura_dist.evaluation.prompts import make_prefix
+from aura_dist.text.added import added_tokens
+from aura_dist.text.chat import Chat, make_chat
+
+logger = logging.getLogger(__name__)
+
+_BATCH_SIZE = 8  # requests in one forward
+
+
+def make_harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, preprompt: str | None, chat: Chat | None
+) -> Any:
+    """An `HFLM` of lm-eval on a model that is loaded; the model and the tokenizer are not changed."""
+    from lm_eval.models.huggingface import HFLM
+
+    added = added_tokens(tokenizer)
+    prefix = None if preprompt is None else make_prefix(preprompt, tokenizer)
+    if chat is not None and not _takes_system(tokenizer):
+        logger.warning("the model's chat template takes no system's turn: lm-eval leaves out the descriptions of tasks")
+
+    class Harness(HFLM):  # type: ignore[misc]
+        def tok_encode(
+            self,
+            string: str,
+            add_special_tokens: bool | None = None,
+            left_truncate_len: int | None = None,
+            **_: Any,
+        ) -> list[int]:
+            if add_special_tokens is False:
+                ids = list(self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
+            else:
+                ids = added.open(self.tokenizer(string, verbose=False)["input_ids"])
+            return ids[-(left_truncate_len or 0) :]
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> tuple[Any, Any]:
+            rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+            padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+            return padded["input_ids"], padded["attention_mask"]
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            if chat is not None:
+                raise ConfigError(
+                    "--chat: expected tasks that ask for an answer, got one that takes the likelihood of whole texts, "
+                    "which lm-eval puts into no chat template; leave the task or --chat out"
+                )
+            if prefix is None:
+                return list(super().loglikelihood_rolling(requests, disable_tqdm))
+            owners, windows = [], []
+            for i, request in enumerate(requests):
+                text = self.tok_encode(request.args[0])[prefix.num_leading :]
+                own = list(windows_after(prefix.ids, text, self.max_length))
+                owners += [i] * len(own)
+                windows += [(None, *window) for window in own]
+            sums = [0.0] * len(requests)
+            for i, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+                sums[i] += likelihood
+            return sums
+
+    return Harness(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=_BATCH_SIZE)
+
+
+def windows_after(context: Sequence[int], text: Sequence[int], longest: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut a text into windows that a model of `longest` positions can read: what is read first, and what is scored.
+
+    Each token of the text is scored once. Each window begins with `context`, then has as much of the text before it as
+    there is room for. ConfigError if the context leaves no room.
+    """
+    room = longest - len(context)  # the last scored token is not read, so there is room for one more before it
+    if room < 1:
+        raise ConfigError(
+            f"--preprompt: expected fewer tokens than the model's {longest} positions, got {len(context)}; shorten it"
+        )
+    for start in range(0, len(text), room):
+        stop = min(start + room, len(text))
+        yield [*context, *text[max(0, stop - room - 1) : start]], list(text[start:stop])
+
+
+def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        make_chat(tokenizer, "user", "Be brief.", answered=True)
+    except AuraError:
+        return False
+    return True
