@@ -21,7 +21,7 @@ from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.files import replacing
 from aura_dist.interventions.use import LoadedModel
-from aura_dist.text.tokens import tokenizer_digest
+from aura_dist.text.tokenizer import tokenizer_digest
 
 Record = dict[str, Any]
 

@@ -14,7 +14,7 @@ from aura_dist.models.load import ModelSource, load_causal, load_config, skeleto
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, find_sites
-from aura_dist.text.tokens import load_tokenizer
+from aura_dist.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

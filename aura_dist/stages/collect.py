@@ -60,7 +60,8 @@ from aura_dist.store.record import (
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
 from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import Table, read_table
-from aura_dist.text.tokens import TokenizedTexts, load_tokenizer, tokenizer_digest
+from aura_dist.text.tokenizer import load_tokenizer, tokenizer_digest
+from aura_dist.text.tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
 

@@ -48,7 +48,7 @@ from aura_dist.ranks.device import wants_gpu
 from aura_dist.store.grid import make_batches
 from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import read_table
-from aura_dist.text.tokens import load_tokenizer
+from aura_dist.text.tokenizer import load_tokenizer
 from aura_dist.units import parse_bytes
 
 MAX_RANKS_PER_HOST = 8

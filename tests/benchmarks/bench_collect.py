@@ -27,7 +27,8 @@ from aura_dist.stages.collect import OnDisk, load_samples, make_spec
 from aura_dist.store.access import open_group
 from aura_dist.store.grid import make_batches, row_chunks, rows_per_chunk
 from aura_dist.store.schema import StoreSpec, chunk_widths, create_store, tasks_of
-from aura_dist.text.tokens import TokenizedTexts, load_tokenizer
+from aura_dist.text.tokenizer import load_tokenizer
+from aura_dist.text.tokens import TokenizedTexts
 
 NAIVE_BATCH = 16
 

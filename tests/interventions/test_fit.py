@@ -151,7 +151,7 @@ def sequential(tiny_dir, sentences_csv, store, tmp_path_factory):
 
 def test_collected_under_an_intervention_is_what_hooks_give(sequential, tiny_dir, sentences_csv):
     from aura_dist.text.table import read_table
-    from aura_dist.text.tokens import load_tokenizer
+    from aura_dist.text.tokenizer import load_tokenizer
 
     store = aura_dist.open_store(sequential / "store.zarr")
     texts = read_table(sentences_csv, ["text"]).columns["text"]
@@ -247,7 +247,7 @@ def nudge(monkeypatch):
 
 def test_trained_method_is_a_module_and_a_row(nudge, store, tiny_dir, sentences_csv, tmp_path):
     from aura_dist.text.table import read_table
-    from aura_dist.text.tokens import load_tokenizer
+    from aura_dist.text.tokenizer import load_tokenizer
 
     assert fit(store, tmp_path / "out", "nudge", "--modules", "mlp", "--strength", 2) == 0
     assert fit(store, tmp_path / "aura", "aura") == 0

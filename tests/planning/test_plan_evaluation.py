@@ -18,7 +18,7 @@ from aura_dist.planning.seconds import LanguageModelCost, Step, continuing
 from aura_dist.planning.work import ForwardCost
 from aura_dist.ranks.world import World
 from aura_dist.stages.plan import answer, plan_evaluation
-from aura_dist.text.tokens import load_tokenizer
+from aura_dist.text.tokenizer import load_tokenizer
 
 PREPROMPT = "Be kind."
 

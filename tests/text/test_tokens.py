@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from aura_dist.errors import ConfigError, InputError, ModelError
-from aura_dist.text.tokens import TokenizedTexts, load_tokenizer, tokenize, tokenizer_digest
+from aura_dist.text.tokenizer import load_tokenizer, tokenizer_digest
+from aura_dist.text.tokens import TokenizedTexts, tokenize
 from tests.models import VOCAB, tiny_tokenizer
 
 BOS = 0
