@@ -4,7 +4,7 @@
     created          ISO 8601, UTC
     config           the resolved settings of `evaluate`
     versions         package → version
-    model            {name, revision, dtype, fingerprint}
+    model            {name, revision, dtype, fingerprint}; adapter {name, sha256} and own_code {file: sha256} if any
     model_fingerprint  the same fingerprint
     intervention     null, or {…intervention.json (method, parameters, concept, model, …), directory, digest,
                      strength: as applied}

@@ -61,7 +61,8 @@ def train_maps(
         raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
     rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, spec.concepts.index(concept)]
     train = resolve_name(method.train)
-    source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype)
+    adapter = (spec.model.get("adapter") or {}).get("name")
+    source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype, adapter)
     with start_team(parse_sharding("replicate"), pick_device("auto")) as team:
         loaded = replace(load_for_use(source, team.world, None), intervention=earlier)
         if loaded.fingerprint != spec.model["fingerprint"]:

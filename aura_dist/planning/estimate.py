@@ -65,7 +65,7 @@ def estimate(
     """
     num_rows, longest = len(num_tokens), int(num_tokens[-1])
     check_positions(config, longest, "--max-tokens")
-    model = skeleton(config)
+    model = skeleton(config, source)
     table = find_sites(model)
     sites = table.select(modules)
     split = _tensor_plan(model, sites, tensor_ranks, plan_file)

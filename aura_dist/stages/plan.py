@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from aura_dist.config.file import merge
 from aura_dist.config.settings import resolve
@@ -37,7 +37,7 @@ from aura_dist.evaluation.perplexity import read_texts, tokenize_texts, tokens_a
 from aura_dist.evaluation.prompts import Prefix, make_prefix, read_preprompt, read_prompts, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.use import LoadedModel
-from aura_dist.models.load import ModelSource, load_config, skeleton
+from aura_dist.models.load import load_config, skeleton, source_of
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
@@ -67,7 +67,7 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
     """All figures, and why they do not fit: one line, empty if they do."""
     sharding, machine = sharding_of(config), make_machine(config)
     spread = Spread(sharding.layout(config.world_size), sharding.options)
-    source = ModelSource(config.model, config.revision, config.dtype)
+    source = source_of(config)
     model_config = load_config(source)
     num_tokens, shortest, origin = find_rows(config, model_config)
     found = estimate(
@@ -126,9 +126,13 @@ def _sampled(config: PlanConfig) -> NDArray[np.int32]:
     """Token counts, ascending, of the rows that `collect` would run; without concepts, of as many of the longest."""
     which = Selection.of(config)
     table = read_table(config.data, which.columns, split=config.split)
-    _, _, tokens = select(table, which, lambda: load_tokenizer(config.model, config.revision))
+    _, _, tokens = select(table, which, lambda: _tokenizer(config))
     asked = (config.num_positive or 0) + (config.num_negative or 0)
     return tokens.num_tokens if config.concepts else tokens.num_tokens[-asked:]
+
+
+def _tokenizer(config: PlanConfig | EvaluateConfig) -> PreTrainedTokenizerBase:
+    return load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
 
 
 def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_size: int = 1) -> EvaluationPlan:
@@ -136,10 +140,10 @@ def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_s
 
     AuraError if inputs cannot be read, or the model's forward cannot be traced without its weights.
     """
-    source = ModelSource(config.model, config.revision, config.dtype)
+    source = source_of(config)
     sharding_of(config).layout(world_size)  # refuses what does not fit the ranks
-    tokenizer = load_tokenizer(source.name, source.revision)
-    loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
+    tokenizer = _tokenizer(config)
+    loaded = LoadedModel(skeleton(load_config(source), source), tokenizer, "", None)
     prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
     steps = [*_text_steps(config, loaded, prefix), *_prompt_steps(config, loaded, prefix)]
     left_out = ["zero-shot tasks"] if config.tasks else []

@@ -2,20 +2,32 @@
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aura_dist.errors import ModelError, brief
+from aura_dist.errors import AuraError, ModelError, brief
+from aura_dist.text.own_code import load_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local directory or hub name; ModelError if it cannot be loaded."""
+def load_tokenizer(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a local directory or hub name; ModelError if it cannot be loaded.
+
+    OwnCodeError if it needs code that comes with it, unless `trust_remote_code`.
+    """
     from transformers import AutoTokenizer
 
+    def load(trust: bool) -> Any:
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust)
+
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
+        what = f"the tokenizer of --model {model!r}"
+        tokenizer: PreTrainedTokenizerBase = load_with(load, what, trusted=trust_remote_code)
+    except AuraError:
+        raise
     except Exception as error:  # the library raises many kinds, the tokenizer's backend a bare Exception
         raise ModelError(f"--model {model!r}: its tokenizer cannot be loaded: {brief(error)}") from error
     return tokenizer
