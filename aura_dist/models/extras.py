@@ -15,21 +15,19 @@ from aura_dist.models.load import ModelSource
 
 
 def find_extras(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:
-    """What is recorded of them, where there is any: `adapter` {name, sha256}, `own_code` file → sha256.
+    """What is recorded of them: `adapter` {name, sha256} and `own_code` {file: sha256}, each None where there is none.
 
     `model` may be on the meta device.
     """
     adapter = {"name": source.adapter, "sha256": adapter_digest(source.adapter)} if source.adapter else None
-    found = {"adapter": adapter, "own_code": own_code(model)}
-    return {name: value for name, value in found.items() if value}
+    return {"adapter": adapter, "own_code": own_code(model) or None}
 
 
 def with_extras(fingerprint: str, extras: Mapping[str, Any]) -> str:
-    """The fingerprint of a checkpoint as it is used: its own where there are no `extras`."""
-    if not extras:
+    """The fingerprint of a checkpoint as it is used: its own where there are no extras."""
+    if not any(extras.values()):
         return fingerprint
-    adapter = extras.get("adapter") or {}
-    parts = [fingerprint, adapter.get("sha256"), extras.get("own_code")]
+    parts = [fingerprint, (extras["adapter"] or {}).get("sha256"), extras["own_code"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -53,9 +53,8 @@ class InMemory:
         return find_sites(skeleton(self.config, self.source) if is_base else self.model)
 
     def extras(self) -> dict[str, Any]:
-        """The record of code that came with the model."""
-        code = own_code(self.model)
-        return {"own_code": code} if code else {}
+        """The record of code that came with the model, as of one on disk."""
+        return {"adapter": None, "own_code": own_code(self.model) or None}
 
     def fingerprint(self) -> str:
         """sha256 over the configuration and each weight's name, dtype, shape and sha256 of all bytes.

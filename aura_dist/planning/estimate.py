@@ -136,10 +136,12 @@ def weight_sizes(model: PreTrainedModel, plan: Plan) -> WeightSizes:
 def is_mapped(model: PreTrainedModel, source: ModelSource) -> bool:
     """Whether a CPU can use the weights in their files: in a local safetensors checkpoint of the same dtype.
 
-    Not where there is a mixture of experts, because transformers copies their weights into one tensor at load.
+    Not where there is a mixture of experts, because transformers copies their weights into one tensor at load, nor
+    with an adapter.
     """
     saved = getattr(model.config.get_text_config(decoder=True), "dtype", None)
     merged = any(p.ndim == 3 for p in model.parameters())
+    merged = merged or source.adapter is not None
     return saved == DTYPES[source.dtype] and not merged and any(Path(source.name).glob("*.safetensors"))
 
 
