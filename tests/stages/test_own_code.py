@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import BertConfig, BertForSequenceClassification
 
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.store.access import open_group
-from tests.models import LLAMA_LIKE, save_tiny
+from tests.models import save_tiny
 
 REFUSED = "comes with code of its own, which would run on this machine"
 
@@ -33,9 +33,9 @@ def texts(tmp_path):
 
 
 def own_model(directory, kind, factor=1.0):
-    """A Llama whose classes come in files beside its weights; it writes a line to `directory.ran` when they are run."""
+    """A Llama whose classes come in files beside its weights; the file `directory.ran` shows that they were run."""
     save_tiny("llama", directory)
-    ran = f"open({str(directory) + '.ran'!r}, 'a').write('ran\\n')\n"
+    ran = f"import pathlib; pathlib.Path({str(directory) + '.ran'!r}).touch()\n"
     change(
         directory / "config.json",
         model_type=kind,
@@ -77,7 +77,7 @@ def test_model_with_code_of_its_own_is_refused_by_every_verb(texts, tmp_path, ca
     assert not has_run(model)
 
 
-def test_trusted_model_is_measured_and_its_code_is_recorded_and_part_of_what_it_is(texts, tmp_path, capsys, caplog):
+def test_trusted_model_is_measured_and_its_code_is_recorded_and_part_of_what_it_is(texts, tmp_path, capsys):
     model, same = own_model(tmp_path / "M", "own_b"), save_tiny("llama", tmp_path / "plain")
     data = ["--data", str(texts), "--concepts", "toxic", "--modules", "*.gate_proj"]
     for directory, store, flags in ((model, "S", ["--trust-remote-code"]), (same, "P", [])):
@@ -97,20 +97,19 @@ def test_trusted_model_is_measured_and_its_code_is_recorded_and_part_of_what_it_
     assert results["model"]["own_code"] == recorded
     assert results["model_fingerprint"] == groups[0].attrs["model"]["fingerprint"]
     assert main(["plan", *data, "--model", str(model), "--trust-remote-code"]) == 0
-    (model / "helper_own.py").write_text("FACTOR = 2.0\n")
-    capsys.readouterr()
-    verb = ["collect", *data, "--model", str(model), "--store", str(tmp_path / "S.zarr"), "--trust-remote-code"]
+    other = own_model(tmp_path / "other", "own_b", factor=2.0)
+    assert "sets trust_remote_code" not in capsys.readouterr().err
+    verb = ["collect", *data, "--model", str(other), "--store", str(tmp_path / "S.zarr"), "--trust-remote-code"]
     assert main(verb) == 2
     assert "another model own_code" in capsys.readouterr().err
-    assert "trust_remote_code" not in caplog.text
 
 
-def test_trust_that_a_file_gives_is_said(texts, tmp_path, caplog):
+def test_trust_that_a_file_gives_is_said(tmp_path, capsys):
     model = own_model(tmp_path / "M", "own_c")
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {model}\ntrust_remote_code: true\ngenerate:\n  prompt: [the]\n")
     assert main(["generate", "--config", str(file), "--max-new-tokens", "1"]) == 0
-    assert f"{file} sets trust_remote_code" in caplog.text
+    assert f"{file} sets trust_remote_code" in capsys.readouterr().err
     assert main(["generate", "--config", str(file), "--no-trust-remote-code"]) == 2
 
 
@@ -150,20 +149,19 @@ def test_tokenizer_with_code_of_its_own(tmp_path, capsys):
 
 def test_scorer_with_code_of_its_own(tmp_path, capsys):
     scorer = own_model(tmp_path / "scorer", "own_e")
-    classifier = AutoModelForSequenceClassification.from_config(
-        LlamaConfig(**LLAMA_LIKE, id2label={0: "fine", 1: "toxic"})
+    config = BertConfig(
+        vocab_size=384, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        id2label={0: "fine", 1: "toxic"},
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(scorer)
+    kinds = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForSequenceClassification": "modeling_own.OwnBert"}
+    change(scorer / "config.json", model_type="own_e", auto_map=kinds)
+    code = (scorer / "configuration_own.py").read_text()
+    (scorer / "configuration_own.py").write_text(code.replace("LlamaConfig", "BertConfig"))
+    (scorer / "modeling_own.py").write_text(
+        "from transformers import BertForSequenceClassification\nfrom .configuration_own import OwnConfig\n"
+        "class OwnBert(BertForSequenceClassification):\n    config_class = OwnConfig\n"
     )
-    classifier.save_pretrained(scorer)
-    change(
-        scorer / "config.json",
-        model_type="own_e",
-        auto_map={
-            "AutoConfig": "configuration_own.OwnConfig",
-            "AutoModelForSequenceClassification": "modeling_own.OwnForSequenceClassification",
-        },
-    )
-    code = (scorer / "modeling_own.py").read_text()
-    (scorer / "modeling_own.py").write_text(code.replace("ForCausalLM", "ForSequenceClassification"))
     (tmp_path / "p.csv").write_text("text\nthe cat\nthe dog\n")
     verb = [
         "evaluate", "--model", str(save_tiny("llama", tmp_path / "M")), "--toxicity-prompts", str(tmp_path / "p.csv"),
@@ -191,7 +189,7 @@ def test_tasks_that_name_functions(place, tmp_path, capsys):
     )
     for directory in (tasks, tmp_path):
         (directory / "own.py").write_text(
-            f"open({str(tmp_path / 'ran')!r}, 'w')\ndef choices(doc): return ['a', 'b']\n"
+            f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef choices(doc): return ['a', 'b']\n"
         )
     verb = [
         "evaluate", "--model", str(save_tiny("llama", tmp_path / "M")), "--tasks", "tiny", "--tasks-path", str(tasks),
@@ -209,7 +207,7 @@ def test_data_set_with_a_script(texts, tmp_path, capsys, tiny_dir):
     directory = tmp_path / "data"
     directory.mkdir()
     shutil.copy(texts, directory / "t.csv")
-    (directory / "data.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (directory / "data.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
     data = ["--data", str(directory), "--concepts", "toxic", "--store", str(tmp_path / "S.zarr")]
     assert main(["collect", "--model", str(tiny_dir("llama")), *data]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: data {str(directory)!r}")
