@@ -104,7 +104,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     from aura_dist.ranks.process import configure_logging, keep_freed_memory
 
     configure_logging(debug=debug)
-    if getattr(config, "trust_remote_code", False) and "trust_remote_code" not in flags:
+    sections = [s for s in (document, *document.values()) if isinstance(s, dict) and VERBS[name].takes_file]
+    trusts = getattr(config, "trust_remote_code", any(s.get("trust_remote_code") for s in sections))
+    if trusts and "trust_remote_code" not in flags:
         logger.warning("%s sets trust_remote_code: code that comes with the model may run on this machine", config_path)
     keep_freed_memory()
     gc.disable()  # what imports make stays, and to look for garbage in between takes an eighth of the time

@@ -100,6 +100,11 @@ class ZeroShot:
         except (AuraError, DistError):  # another rank failed
             raise
         except Exception as error:  # tasks run code of their own
+            if "confirm_run_unsafe_code" in str(error):
+                raise InputError(
+                    f"--tasks {' '.join(self.names)}: one of them would run the code that the model writes, which "
+                    "`evaluate` never does; leave it out"
+                ) from error
             raise InputError(f"--tasks {' '.join(self.names)}: lm-eval failed: {brief(error)}") from error
         return {} if found is None else _figures(found)
 

@@ -45,7 +45,7 @@ def check_adapter(name: str, revision: str | None, adapter: str | None, flag: st
     try:
         beside = find_file(name, revision, CONFIG_FILE)
         has_model = beside is None or find_file(name, revision, "config.json") is not None
-    except OSError:  # whoever loads the model says more
+    except Exception:  # whoever loads the model says more
         beside, has_model = None, True
     if beside is not None and not has_model:
         base = _read_config(beside).get("base_model_name_or_path")
@@ -128,7 +128,7 @@ def adapter_files(name: str) -> tuple[Path, Path]:
     try:
         config = find_file(name, None, CONFIG_FILE)
         weights = next(filter(None, (find_file(name, None, file) for file in _WEIGHT_FILES)), None)
-    except OSError as error:
+    except Exception as error:  # the hub's client raises a dozen errors of its own
         raise ModelError(f"--adapter {name!r}: {brief(error)}") from error
     if config is None or weights is None:
         missing = CONFIG_FILE if config is None else _WEIGHT_FILES[0]

@@ -14,10 +14,11 @@ import aura_dist
 from aura_dist.cli import main
 from aura_dist.errors import ModelError
 from aura_dist.models.adapter import adapter_digest
-from aura_dist.models.load import ModelSource, load_base, load_causal, load_config
+from aura_dist.models.load import ModelSource, load_base, load_causal
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.world import World
 from aura_dist.store.access import open_group
+from tests.distributed.launch import run_ranks
 from tests.models import save_tiny
 
 TARGETS = {
@@ -193,5 +194,19 @@ def test_adapter_is_part_of_a_stores_identity(tmp_path):
     assert not np.allclose(*values)
 
 
-def test_a_plain_model_asks_for_no_adapter(tiny_dir):
-    assert load_config(ModelSource(str(tiny_dir("llama")), None, "float32")).model_type == "llama"
+@pytest.mark.parametrize("sharding", ["fsdp", "tensor", "zero3"])
+def test_merged_on_sharded_models(sharding, tmp_path):
+    """The same responses as of one rank, up to the order in which two ranks sum."""
+    directory, adapter = save_tiny("llama", tmp_path / "M"), save_adapter(tmp_path / "A")
+    (tmp_path / "t.csv").write_text("text,toxic\n" + "".join(f"a text number {i},{i % 2}\n" for i in range(8)))
+    verb = [
+        "collect", "--model", str(directory), "--adapter", str(adapter), "--data", str(tmp_path / "t.csv"),
+        "--concepts", "toxic", "--modules", "all", "--device", "cpu",
+    ]  # fmt: skip
+    assert main([*verb, "--store", str(tmp_path / "one.zarr")]) == 0
+    run_ranks(2, [*verb, "--store", str(tmp_path / "two.zarr"), "--sharding", sharding])
+    one, two = (open_group(str(tmp_path / f"{name}.zarr")) for name in ("one", "two"))
+    for layer in range(3):
+        for module in ("mlp.gate_proj", "self_attn.q_proj", "mlp.down_proj"):
+            path = f"activations/model.layers.{layer}.{module}/max"
+            np.testing.assert_allclose(np.asarray(two[path]), np.asarray(one[path]), rtol=1e-4, atol=1e-4)
