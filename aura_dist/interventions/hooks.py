@@ -5,7 +5,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,9 +53,8 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
         not call all.
     """
     with without_compiled_parts(model) as whole:
-        assert isinstance(whole, PreTrainedModel)
         maps = _maps(whole, intervention, strength)
-        check = _EveryForward(_groups(whole, [tap for tap, _, _ in maps]))
+        check = _EveryForward(*_groups(whole, [tap for tap, _, _ in maps]))
     if not maps:
         yield model
         return
@@ -82,18 +80,11 @@ def _maps(
     return maps
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Site → the name of its group, and the groups of which every forward calls a site."""
+def _groups(model: PreTrainedModel, taps: Sequence[Tap]) -> tuple[dict[str, str], frozenset[str]]:
+    """Site → its group, and the groups of which every forward must call a site.
 
-    of: Mapping[str, str]
-    needed: frozenset[str]
-
-
-def _groups(model: PreTrainedModel, taps: Sequence[Tap]) -> _Groups:
-    """Each site is a group. The sites that a layer holds in a list are one: a router chooses experts from it.
-
-    A forward need not call a list of which only some sites change, because it may choose the others.
+    Each site is a group. The sites that a layer holds in a list are one, because a router chooses experts from it. A
+    forward need not call a list of which only some sites change, because it may choose the others.
     """
     groups, sizes = {}, {}
     depth = decoder_layers_name(model).count(".") + 2
@@ -105,7 +96,7 @@ def _groups(model: PreTrainedModel, taps: Sequence[Tap]) -> _Groups:
             sizes[".".join(parts)] = len(list(listed.children()))
         groups[tap.site] = tap.site if at is None else ".".join(parts)
     changed = Counter(groups.values())
-    return _Groups(groups, frozenset(g for g, number in changed.items() if number >= sizes.get(g, 1)))
+    return groups, frozenset(g for g, number in changed.items() if number >= sizes.get(g, 1))
 
 
 class _Called(threading.local):
@@ -118,15 +109,16 @@ class _Called(threading.local):
 class _EveryForward:
     """Hooks of a whole model that check that each of its forwards calls a site of each group that it must call."""
 
-    def __init__(self, groups: _Groups) -> None:
+    def __init__(self, groups: Mapping[str, str], needed: frozenset[str]) -> None:
         self._groups = groups
+        self._needed = needed
         self._now = _Called()
         self._ever: set[str] = set()
         self._num_forwards = 0
 
     def note(self, site: str) -> None:
         """Note that `site` was called."""
-        self._now.groups.add(self._groups.of[site])
+        self._now.groups.add(self._groups[site])
         self._ever.add(site)
 
     def begin(self, module: nn.Module, args: Any) -> None:
@@ -136,19 +128,18 @@ class _EveryForward:
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook; ModelError if the forward has left out what it must call."""
         self._num_forwards += 1
-        if self._groups.needed <= self._now.groups:
+        if self._needed <= self._now.groups:
             return
-        missing = min(self._groups.needed - self._now.groups)
+        missing = min(self._needed - self._now.groups)
         raise ModelError(
             f"module {missing!r} was not called in the forward pass, so that no hook can change its output: the model "
             "does without it, or a compiled or recorded forward (torch.compile, CUDA graphs) runs in its place; use "
-            "the model as it was before, leave the module out by `fit --modules`, or fold the intervention with "
-            "`export`"
+            "the model uncompiled, leave the module out by `fit --modules`, or fold the intervention with `export`"
         )
 
     def warn_of_uncalled(self) -> None:
         """Name an expert that no token was sent to, if there is one."""
-        left = [site for site in self._groups.of if site not in self._ever]
+        left = [site for site in self._groups if site not in self._ever]
         if left and self._num_forwards:
             logger.warning("%d modules, %s among them, were called in no forward: nothing changed", len(left), left[0])
 

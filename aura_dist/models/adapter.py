@@ -38,7 +38,7 @@ _MERGE = "merge the adapter with peft (`merge_and_unload`) and save the whole mo
 
 
 def check_adapter(name: str, revision: str | None, adapter: str | None, flag: str = "--model") -> None:
-    """ModelError if an adapter comes with the model `name` and `adapter` does not name it, or `adapter` cannot be used.
+    """ModelError if an adapter comes with the model `name` and is not `adapter`, or if `adapter` is no plain LoRA.
 
     Loaders differ in what they do with such an adapter: some leave it out, some add it, some load its base model.
     """
@@ -59,7 +59,7 @@ def check_adapter(name: str, revision: str | None, adapter: str | None, flag: st
             f"--adapter {name}, where the verb takes it; or {_MERGE}; or move the adapter away to use the weights alone"
         )
     if adapter is not None:
-        Adapter.load(adapter)
+        _check_config(adapter, _read_config(adapter_files(adapter)[0]))
 
 
 def _same(adapter: str, model: str) -> bool:
@@ -101,12 +101,12 @@ class Adapter:
         `model` is the causal language model on the meta device, `tensors` are the names in its checkpoint. ModelError
         if the adapter does not fit them.
         """
-        loaded = loaded_names(model)
+        loaded, parameters = loaded_names(model), dict(model.named_parameters())
         stored = {renamed: name for name in tensors for renamed, joined in [loaded(name)] if not joined}
         found: dict[str, Callable[[], Tensor]] = {}
         for module, (a, b, scaling) in self.parts.items():
             weight = f"{module}.weight"
-            layer = model.get_submodule(module) if weight in dict(model.named_parameters()) else None
+            layer = model.get_submodule(module) if weight in parameters else None
             transposed = isinstance(layer, Conv1D)
             shape = (b.shape[0], a.shape[1])
             if not isinstance(layer, (nn.Linear, Conv1D)) or weight not in stored or tied_to(model, weight):

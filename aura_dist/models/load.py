@@ -161,7 +161,9 @@ def _load(
     model_class: type[PreTrainedModel], source: ModelSource, world: World, options: Options | None
 ) -> PreTrainedModel:
     """The model in eval mode, no gradients; float32 products in float32, because TF32 changes the fourth digit."""
-    model = STRATEGIES[world.layout.strategy].load(Checkpoint(model_class, source), world, options or {})
+    # made here, because under ZeRO 3 a model that is made on the meta device is split at once
+    whole = None if source.adapter is None else skeleton(load_config(source), source)
+    model = STRATEGIES[world.layout.strategy].load(Checkpoint(model_class, source, whole), world, options or {})
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     return model.eval().requires_grad_(False)
@@ -173,6 +175,7 @@ class Checkpoint:
 
     model_class: type[PreTrainedModel]
     source: ModelSource
+    whole: PreTrainedModel | None = None  # the causal language model on the meta device, if an adapter is merged
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,9 +183,12 @@ class Checkpoint:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, on the meta device."""
-        config, own = load_config(self.source), self.model_class.config_class
         with torch.device("meta"):
-            return self.model_class(config if isinstance(config, own) else config.get_text_config(decoder=True))
+            return self.model_class(self._config())
+
+    def _config(self) -> PretrainedConfig:
+        config, own = load_config(self.source), self.model_class.config_class
+        return config if isinstance(config, own) else config.get_text_config(decoder=True)
 
     def read(self, **placement: Any) -> PreTrainedModel:
         """The model with weights; `placement` goes to `from_pretrained`. ModelError if a weight is missing."""
@@ -219,12 +225,12 @@ class Checkpoint:
         """What `from_pretrained` takes in place of a name, so that it loads the weights with the adapter merged."""
         source = self.source
         assert source.adapter is not None
-        config = load_config(source)
-        files = checkpoint_files(source.name, source.revision, config)
+        assert self.whole is not None
+        files = checkpoint_files(source.name, source.revision, load_config(source))
         weights = [opened.enter_context(open_weights(file)) for file in files]
-        merged = merged_weights(Adapter.load(source.adapter), skeleton(config, source), weights, self.dtype)
+        merged = merged_weights(Adapter.load(source.adapter), self.whole, weights, self.dtype)
         state = {name: weight[...] for name, weight in merged.items()} if is_deepspeed_zero3_enabled() else merged
-        return {"config": self.skeleton().config, "state_dict": state, "generation_config": _generation(source)}
+        return {"config": self._config(), "state_dict": state, "generation_config": _generation(source)}
 
 
 def _generation(source: ModelSource) -> GenerationConfig | None:

@@ -43,7 +43,7 @@ def num_forward_hooks(module: nn.Module) -> int:
 
 
 @contextmanager
-def without_compiled_parts(model: nn.Module) -> Iterator[nn.Module]:
+def without_compiled_parts(model: nn.Module) -> Iterator[Any]:
     """`model` without the wrapper of `torch.compile`; within the context, its parts have none either.
 
     A wrapper changes the names of all that is in it.
