@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from importlib import import_module
 from typing import Any, NoReturn, get_origin
@@ -18,6 +19,8 @@ from aura_dist.config.file import merge, read_config_file
 from aura_dist.config.settings import flag, hints, resolve
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError
+
+logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -102,6 +105,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     from aura_dist.ranks.process import configure_logging, keep_freed_memory
 
     configure_logging(debug=debug)
+    sections = [s for s in (document, *document.values()) if isinstance(s, dict) and VERBS[name].takes_file]
+    trusts = getattr(config, "trust_remote_code", any(s.get("trust_remote_code") for s in sections))
+    if trusts and "trust_remote_code" not in flags:
+        logger.warning("%s sets trust_remote_code: code that comes with the model may run on this machine", config_path)
     keep_freed_memory()
     gc.disable()  # what imports make stays, and to look for garbage in between takes an eighth of the time
     try:
@@ -109,6 +116,17 @@ def run(argv: Sequence[str] | None = None) -> None:
     finally:
         gc.enable()
     stage.run(config, *([document] if VERBS[name].takes_file else []))
+
+
+@contextmanager
+def _without_questions() -> Iterator[None]:
+    """Within the context standard input is empty, so that no library can ask something there and wait."""
+    given = sys.stdin
+    with open(os.devnull, encoding="utf-8") as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # results are shown in any encoding, once they are there
     try:
-        run(arguments)
+        with _without_questions():
+            run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has left, as `head` does; nor shall the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -53,6 +53,7 @@ Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Strength = Annotated[float, Meta(ge=0.0, le=1000.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
+TRUST = "run code that comes with the model, its tokenizer, the scorer or the tasks; read it first"
 STRENGTH = "strength s: each scale becomes 1 + s (scale - 1), each shift s times itself"
 # below it float32 logits overflow
 MIN_TEMPERATURE = 1e-3
@@ -72,6 +73,8 @@ class ModelOptions(Settings):
     tokenizer_option: dict[str, Any] = option(
         "model", "options for loading the tokenizer, such as fix_mistral_regex=true", {}
     )
+    adapter: Artifact | None = option("model", "LoRA adapter (peft) that is merged into the weights as they load", None)
+    trust_remote_code: bool = option("model", TRUST, False)
     device: Literal["auto", "cpu", "cuda"] = option(EXECUTION, "where the forward runs; auto: a GPU if any", "auto")
     sharding: Sharding = option(EXECUTION, "how the model is spread over processes; K and N count ranks", "replicate")
     offload: Offload = option(EXECUTION, "zero3: where weights are while they are not used", "none")
@@ -278,6 +281,7 @@ class ExportConfig(Settings):
 
     model: Model = option("model", "local directory, or Hugging Face hub name")
     revision: Name | None = option("model", "revision of a hub model", None, unset="the hub's main one")
+    trust_remote_code: bool = option("model", TRUST, False)
     intervention: Artifact = option("intervention", "intervention directory written by `fit`")
     strength: Strength = option("intervention", STRENGTH, 1.0)
     dtype: Literal["keep", "float32"] = option("output", "dtype of the written weights", "keep")

@@ -4,7 +4,8 @@
     created          ISO 8601, UTC
     config           the resolved settings of `evaluate`
     versions         package → version
-    model            {name, revision, dtype, fingerprint}
+    model            {name, revision, dtype, adapter: null or {name, sha256}, own_code: null or {file: sha256},
+                     fingerprint}
     model_fingerprint  the same fingerprint
     intervention     null, or {…intervention.json (method, parameters, concept, model, …), directory, digest,
                      strength: as applied}

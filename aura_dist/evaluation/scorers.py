@@ -16,6 +16,8 @@ from aura_dist.evaluation.figures import ByPrompt, by_prompt, estimates, groups
 from aura_dist.evaluation.journal import Journal, Record, sampling_settings
 from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
+from aura_dist.models.adapter import check_adapter
+from aura_dist.text.own_code import load_with
 from aura_dist.text.tokenizer import check_has_vocabulary
 
 PROFANITY_CHECK = "profanity-check"
@@ -37,15 +39,17 @@ class Scorer(Protocol):
         ...
 
 
-def load_scorer(name: str, toxic_label: str | None, device: str) -> Scorer:
+def load_scorer(name: str, toxic_label: str | None, device: str, *, trust_code: bool = False) -> Scorer:
     """`profanity-check`, or a text-classification model of the hub or a directory, as `--scorer` names it.
 
     `toxic_label` is the classifier's label that means toxic, by default the one of that name. ModelError if it cannot
-    be loaded or cannot score texts, here and not after hours of generation; ConfigError if it has no such label.
+    be loaded or cannot score texts, here and not after hours of generation; ConfigError if it has no such label, or
+    code of its own without `trust_code`.
     """
-    if toxic_label is not None and name == PROFANITY_CHECK:
+    own = name == PROFANITY_CHECK
+    if toxic_label is not None and own:
         raise ConfigError(f"--toxic-label: expected it with a classifier, got it with {name}, which has no labels")
-    scorer: Scorer = ProfanityCheck() if name == PROFANITY_CHECK else Classifier(name, toxic_label, device)
+    scorer: Scorer = ProfanityCheck() if own else Classifier(name, toxic_label, device, trust_code=trust_code)
     try:
         checked_scores(scorer, _PROBE)
     except AuraError:
@@ -87,16 +91,22 @@ class ProfanityCheck:
 class Classifier:
     """A sequence classifier: softmax over its labels, or a sigmoid for each if several may be true."""
 
-    def __init__(self, name: str, toxic_label: str | None, device: str) -> None:
+    def __init__(self, name: str, toxic_label: str | None, device: str, *, trust_code: bool = False) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.name = name
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, output_loading_info=True, dtype=torch.float32
+        check_adapter(name, None, None, "--scorer")
+
+        def load(trust: bool) -> Any:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust), (
+                AutoModelForSequenceClassification.from_pretrained(
+                    name, output_loading_info=True, dtype=torch.float32, trust_remote_code=trust
+                )
             )
-        except AuraError:  # a signal
+
+        try:
+            tokenizer, (model, info) = load_with(load, f"--scorer {name!r}", trusted=trust_code)
+        except AuraError:  # a signal, or code of its own
             raise
         except Exception as error:  # the library raises many kinds
             raise ModelError(

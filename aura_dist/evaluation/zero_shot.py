@@ -18,6 +18,7 @@ from aura_dist.errors import AuraError, ConfigError, InputError, MissingPackageE
 from aura_dist.evaluation.harness import make_harness
 from aura_dist.ranks.team import Team
 from aura_dist.text.chat import Chat
+from aura_dist.text.own_code import OwnCodeError, file_with_code
 
 Figures = dict[str, dict[str, float | int]]
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
@@ -28,11 +29,13 @@ _REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 class ZeroShot:
     """Tasks that have been found, before any model is loaded; ConfigError if lm-eval, the directory or a task is not.
 
+    OwnCodeError if the directory's tasks name Python functions, unless `trust_code`.
+
     `tasks` are names of tasks, groups or tags, with wildcards; `path` is a directory of the user's own YAML tasks,
     beside lm-eval's.
     """
 
-    def __init__(self, tasks: Sequence[str], path: str | None) -> None:
+    def __init__(self, tasks: Sequence[str], path: str | None, *, trust_code: bool = False) -> None:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -40,6 +43,8 @@ class ZeroShot:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if path is not None and not Path(path).is_dir():
             raise ConfigError(f"--tasks-path {path!r}: expected a directory of YAML tasks, found none")
+        if path is not None and not trust_code and (file := file_with_code(Path(path))) is not None:
+            raise OwnCodeError(f"--tasks-path: {str(file)!r} (!function)")
         self.names = list(tasks)
         try:
             # lm-eval's own thousands of tasks take seconds to list: only if they are asked for
@@ -97,6 +102,11 @@ class ZeroShot:
         except (AuraError, DistError):  # another rank failed
             raise
         except Exception as error:  # tasks run code of their own
+            if "confirm_run_unsafe_code" in str(error):
+                raise InputError(
+                    f"--tasks {' '.join(self.names)}: one of them would run the code that the model writes, which "
+                    "`evaluate` never does; leave it out"
+                ) from error
             raise InputError(f"--tasks {' '.join(self.names)}: lm-eval failed: {brief(error)}") from error
         return {} if found is None else _figures(found)
 

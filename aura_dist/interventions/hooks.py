@@ -1,6 +1,9 @@
 """Apply an intervention to a model in memory through its taps, and remove it without a trace."""
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -14,10 +17,13 @@ from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import with_strength
 from aura_dist.models.strategies.tensor_plan import seen_columns
-from aura_dist.sites.find import SiteTable, find_sites, own_names, tap_of
+from aura_dist.ranks.torch_adapter import without_compiled_parts
+from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, own_names, tap_of
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.sites.transformers_adapter import tensor_place
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -27,10 +33,13 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     Values of bfloat16 and float16 models are changed in float32 and rounded once. Weights are not touched: leaving
     the context restores the model bit for bit, and `strength=0` changes nothing.
 
+    What `torch.compile` made calls no hook that came later, so within the context nothing of it runs: neither a model
+    that is compiled, wholly or in parts, nor the steps that `generate` compiles by itself for a static cache.
+
     Parameters
     ----------
     model
-        A causal language model, or its base model.
+        A causal language model, or its base model; compiled or not.
     intervention
         Its names and widths must match the model's sites.
     strength
@@ -39,37 +48,100 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     Raises
     ------
     ModelError
-        The model lacks a site, or the site has another width. The first forward raises it too, if it does not call a
-        site, because nothing would be changed there.
+        The model lacks a site, or the site has another width. A forward raises it too, if it does not call a site,
+        because nothing would be changed there. Of modules that a layer holds in a list, as a mixture's experts, it need
+        not call all.
     """
-    taps = _taps(model, intervention)
-    called: dict[str, bool] = {}
-    callbacks = []
-    for site, tap in taps.items():
-        scale, shift = with_strength(*intervention.map_of(site), strength)
-        if (scale == 1).all() and (shift is None or not shift.any()):
-            continue
-        columns = _seen(model, tap)
-        called[site] = False
-        callbacks.append((tap, affine(tap, scale[columns], None if shift is None else shift[columns], called)))
-    with attached(model, callbacks), ExitStack() as hooks:
-        for whole in {model, model.base_model}:  # some models call parts of their base model, never the whole
-            hooks.callback(whole.register_forward_hook(_all_called(called)).remove)
+    with without_compiled_parts(model) as whole:
+        maps = _maps(whole, intervention, strength)
+        check = _EveryForward(*_groups(whole, [tap for tap, _, _ in maps]))
+    if not maps:
         yield model
+        return
+    callbacks = [(tap, affine(tap, scale, shift, check.note)) for tap, scale, shift in maps]
+    with without_compiled_parts(model), attached(whole, callbacks), ExitStack() as hooks:
+        for part in {whole, whole.base_model}:  # some models call parts of their base model, never the whole
+            hooks.callback(part.register_forward_pre_hook(check.begin).remove)
+            hooks.callback(part.register_forward_hook(check.end).remove)
+        yield model
+    check.warn_of_uncalled()
 
 
-def _all_called(called: Mapping[str, bool]) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook of a whole model that raises ModelError if the forward has left a site out."""
+def _maps(
+    model: PreTrainedModel, intervention: Intervention, strength: float
+) -> list[tuple[Tap, NDArray[np.float32], NDArray[np.float32] | None]]:
+    """The taps of the sites that change, each with the scale and the shift of the columns that it passes."""
+    maps = []
+    for site, tap in _taps(model, intervention).items():
+        scale, shift = with_strength(*intervention.map_of(site), strength)
+        if (scale != 1).any() or (shift is not None and shift.any()):
+            columns = _seen(model, tap)
+            maps.append((tap, scale[columns], None if shift is None else shift[columns]))
+    return maps
 
-    def check(module: nn.Module, args: Any, output: Any) -> None:
-        missing = next((site for site, was_called in called.items() if not was_called), None)
-        if missing is not None:
-            raise ModelError(
-                f"module {missing!r} was not called in the forward pass, so that no hook can change its output; "
-                "leave it out by `fit --modules`, or fold the intervention with `export`"
-            )
 
-    return check
+def _groups(model: PreTrainedModel, taps: Sequence[Tap]) -> tuple[dict[str, str], frozenset[str]]:
+    """Site → its group, and the groups of which every forward must call a site.
+
+    Each site is a group. The sites that a layer holds in a list are one, because a router chooses experts from it. A
+    forward need not call a list of which only some sites change, because it may choose the others.
+    """
+    groups, sizes = {}, {}
+    depth = decoder_layers_name(model).count(".") + 2
+    for tap in taps:
+        parts = tap.place.split(".")
+        at = next((i for i in range(depth, len(parts)) if parts[i].isdecimal()), None)
+        if at is not None:
+            parts[at], listed = "*", model.get_submodule(".".join(parts[:at]))
+            sizes[".".join(parts)] = len(list(listed.children()))
+        groups[tap.site] = tap.site if at is None else ".".join(parts)
+    changed = Counter(groups.values())
+    return groups, frozenset(g for g, number in changed.items() if number >= sizes.get(g, 1))
+
+
+class _Called(threading.local):
+    """Groups that the forward which a thread runs has called so far."""
+
+    def __init__(self) -> None:
+        self.groups: set[str] = set()
+
+
+class _EveryForward:
+    """Hooks of a whole model that check that each of its forwards calls a site of each group that it must call."""
+
+    def __init__(self, groups: Mapping[str, str], needed: frozenset[str]) -> None:
+        self._groups = groups
+        self._needed = needed
+        self._now = _Called()
+        self._ever: set[str] = set()
+        self._num_forwards = 0
+
+    def note(self, site: str) -> None:
+        """Note that `site` was called."""
+        self._now.groups.add(self._groups[site])
+        self._ever.add(site)
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """A forward pre-hook."""
+        self._now.groups.clear()
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook; ModelError if the forward has left out what it must call."""
+        self._num_forwards += 1
+        if self._needed <= self._now.groups:
+            return
+        missing = min(self._needed - self._now.groups)
+        raise ModelError(
+            f"module {missing!r} was not called in the forward pass, so that no hook can change its output: the model "
+            "does without it, or a compiled or recorded forward (torch.compile, CUDA graphs) runs in its place; use "
+            "the model uncompiled, leave the module out by `fit --modules`, or fold the intervention with `export`"
+        )
+
+    def warn_of_uncalled(self) -> None:
+        """Name an expert that no token was sent to, if there is one."""
+        left = [site for site in self._groups if site not in self._ever]
+        if left and self._num_forwards:
+            logger.warning("%d modules, %s among them, were called in no forward: nothing changed", len(left), left[0])
 
 
 def laid_over(
@@ -143,11 +215,11 @@ def _check_width(intervention: Intervention, site: str, width: int, model_class:
 
 
 def affine(
-    tap: Tap, scale: NDArray[np.float32], shift: NDArray[np.float32] | None, called: dict[str, bool]
+    tap: Tap, scale: NDArray[np.float32], shift: NDArray[np.float32] | None, note: Callable[[str], None]
 ) -> Callback:
     """A callback that makes values scale ⊙ values + shift, in float32 at least, rounded once to their dtype.
 
-    `scale` and `shift` are [D] for the columns that the tap passes. The callback notes in `called` that it was called.
+    `scale` and `shift` are [D] for the columns that the tap passes. The callback tells `note` that the site was called.
     """
     constants: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
@@ -159,7 +231,7 @@ def affine(
         return constants[device]
 
     def apply(raw: object, alone: bool) -> Any:
-        called[tap.site] = True
+        note(tap.site)
 
         def change(values: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
             scale_D, shift_D = on(values.device)

@@ -65,7 +65,8 @@ def train_maps(
     train = resolve_name(method.train)
     collected_with: Any = group.attrs.get("config", {})
     how = TokenizerSettings(collected_with.get("tokenizer_ids"), collected_with.get("tokenizer_option", {}))
-    source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype, tokenizer=how)
+    adapter = (spec.model.get("adapter") or {}).get("name")
+    source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype, adapter, tokenizer=how)
     with start_team(parse_sharding("replicate"), pick_device("auto")) as team:
         loaded = replace(load_for_use(source, team.world, None), intervention=earlier)
         if loaded.fingerprint != spec.model["fingerprint"]:

@@ -1,7 +1,8 @@
 """A model ready for use: causal language model, tokenizer, and the intervention to apply to it."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,22 +10,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.hooks import check_fits, intervene
+from aura_dist.models.extras import find_extras, with_extras
 from aura_dist.models.identity import fingerprint
-from aura_dist.models.load import ModelSource, load_causal, load_config, skeleton
+from aura_dist.models.load import ModelSource, load_causal, load_config, skeleton, tokenizer_of
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, find_sites
-from aura_dist.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model, its tokenizer, the fingerprint of its weights on disk, and maybe an intervention."""
+    """A causal language model, its tokenizer, the fingerprint of its weights on disk, and maybe an intervention.
+
+    `extras` is the record of an adapter and of code that came with the model.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     intervention: Intervention | None
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     def intervened(self, strength: float) -> AbstractContextManager[Any]:
         """Context in which the intervention, if there is one, changes the model."""
@@ -40,12 +45,13 @@ def load_for_use(
     intervention at `intervention_dir`.
     """
     config = load_config(source)
-    found = fingerprint(source.name, source.revision, config)
+    whole = skeleton(config, source)
+    extras = find_extras(source, whole)
+    found = with_extras(fingerprint(source.name, source.revision, config), extras)
     intervention = None
     if intervention_dir is not None:
-        intervention = load_intervention(intervention_dir, source, find_sites(skeleton(config)), found)
-    tokenizer = load_tokenizer(source.name, source.revision, source.tokenizer)
-    return LoadedModel(load_causal(source, world, options), tokenizer, found, intervention)
+        intervention = load_intervention(intervention_dir, source, find_sites(whole), found)
+    return LoadedModel(load_causal(source, world, options), tokenizer_of(source), found, intervention, extras)
 
 
 def load_intervention(directory: str, source: ModelSource, table: SiteTable, found: str) -> Intervention:

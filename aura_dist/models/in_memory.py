@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.errors import ModelError, brief
+from aura_dist.models.extras import own_code
 from aura_dist.models.load import DTYPES, ModelSource, skeleton
 from aura_dist.ranks.torch_adapter import own_hooks
 from aura_dist.ranks.world import World
@@ -41,13 +43,18 @@ class InMemory:
         """A name for people, and the dtype; ModelError if we have no name for that."""
         for name, dtype in DTYPES.items():
             if dtype == self.model.dtype:
-                return ModelSource(self.model.name_or_path or type(self.model).__name__, None, name)
+                name_or_path = self.model.name_or_path or type(self.model).__name__
+                return ModelSource(name_or_path, None, name, trust_remote_code=bool(own_code(self.model)))
         raise ModelError(f"model: expected weights in {', '.join(DTYPES)}, got {self.model.dtype}; convert it")
 
     def sites(self) -> SiteTable:
         """Its sites, under the names that the causal language model has for them."""
         is_base = self.model.base_model is self.model
-        return find_sites(skeleton(self.config) if is_base else self.model)
+        return find_sites(skeleton(self.config, self.source) if is_base else self.model)
+
+    def extras(self) -> dict[str, Any]:
+        """The record of code that came with the model, as of one on disk."""
+        return {"adapter": None, "own_code": own_code(self.model) or None}
 
     def fingerprint(self) -> str:
         """sha256 over the configuration and each weight's name, dtype, shape and sha256 of all bytes.

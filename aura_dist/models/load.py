@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +13,27 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging as hf_logging
 
 from aura_dist.errors import AuraError, ConfigError, ModelError, brief
+from aura_dist.models.adapter import Adapter, check_adapter, merged_weights
+from aura_dist.models.identity import checkpoint_files
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.models.strategies.tensor_plan import seen_columns
+from aura_dist.models.weights import open_weights
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.ownership import ColumnPlan, plan_columns
 from aura_dist.sites.site import Site
-from aura_dist.text.tokenizer import TokenizerSettings
+from aura_dist.text.own_code import load_with
+from aura_dist.text.tokenizer import TokenizerSettings, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # names of the number of positions in configurations: of most; of GPT-2; of MPT, also with ALiBi; of speech decoders
@@ -39,13 +47,35 @@ class ModelSource:
     name: str
     revision: str | None
     dtype: str
+    adapter: str | None = None  # a directory or hub name; it is merged into the weights
+    trust_remote_code: bool = False  # whether code that comes with the model may run
     tokenizer: TokenizerSettings = TokenizerSettings()
 
 
+def source_of(config: Any) -> ModelSource:
+    """The model that the settings of a verb name."""
+    return ModelSource(
+        config.model, config.revision, config.dtype, config.adapter, config.trust_remote_code,
+        TokenizerSettings.of(config),
+    )  # fmt: skip
+
+
+def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, checked; errors as `load_tokenizer` raises them."""
+    return load_tokenizer(source.name, source.revision, source.tokenizer, trust_remote_code=source.trust_remote_code)
+
+
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's configuration; ModelError if it cannot be found or read."""
+    """The model's configuration; ModelError if it cannot be found or read, or an adapter lies beside the weights."""
+    check_adapter(source.name, source.revision, source.adapter)
+
+    def load(trust: bool) -> Any:
+        return AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trust)
+
     try:
-        config = AutoConfig.from_pretrained(source.name, revision=source.revision)
+        config = load_with(load, f"--model {source.name!r}", trusted=source.trust_remote_code)
+    except AuraError:
+        raise
     except Exception as error:  # a broken config.json fails in as many ways as it has fields
         raise ModelError(
             f"--model {source.name!r}: expected a local directory or a hub name with a config.json: {brief(error)}"
@@ -74,11 +104,20 @@ def check_vocabulary(config: PretrainedConfig, largest_id: int) -> None:
         )
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of `config` on the meta device: all modules, no weights."""
+def skeleton(config: PretrainedConfig, source: ModelSource | None = None) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device: all modules, no weights.
+
+    Its class may come with the model at `source`, where that is trusted.
+    """
+    revision = {"code_revision": source.revision} if source is not None and source.revision else {}
+
+    def make(trust: bool) -> Any:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust, **revision)
+
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            what = f"--model {source.name if source else config.name_or_path!r}"
+            model = load_with(make, what, trusted=source is not None and source.trust_remote_code)
         except AuraError:  # a signal
             raise
         except Exception as error:  # a configuration fails in as many ways as it has fields and back ends
@@ -91,7 +130,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 def load_causal(source: ModelSource, world: World, options: Options | None = None) -> PreTrainedModel:
     """The causal language model with its head, in eval mode, as the world's strategy spreads it under `options`."""
-    return _load(type(skeleton(load_config(source))), source, world, options)
+    return _load(type(skeleton(load_config(source), source)), source, world, options)
 
 
 def load_base(
@@ -101,7 +140,7 @@ def load_base(
 
     It has the class and the module names of the causal language model's base.
     """
-    whole = skeleton(load_config(source))
+    whole = skeleton(load_config(source), source)
     base_class = type(whole.base_model)
     if num_layers is None:
         return _load(base_class, source, world, options)
@@ -133,7 +172,9 @@ def _load(
     model_class: type[PreTrainedModel], source: ModelSource, world: World, options: Options | None
 ) -> PreTrainedModel:
     """The model in eval mode, no gradients; float32 products in float32, because TF32 changes the fourth digit."""
-    model = STRATEGIES[world.layout.strategy].load(Checkpoint(model_class, source), world, options or {})
+    # made here, because under ZeRO 3 a model that is made on the meta device is split at once
+    whole = None if source.adapter is None else skeleton(load_config(source), source)
+    model = STRATEGIES[world.layout.strategy].load(Checkpoint(model_class, source, whole), world, options or {})
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     return model.eval().requires_grad_(False)
@@ -145,6 +186,7 @@ class Checkpoint:
 
     model_class: type[PreTrainedModel]
     source: ModelSource
+    whole: PreTrainedModel | None = None  # the causal language model on the meta device, if an adapter is merged
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,19 +194,23 @@ class Checkpoint:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, on the meta device."""
-        config, own = load_config(self.source), self.model_class.config_class
         with torch.device("meta"):
-            return self.model_class(config if isinstance(config, own) else config.get_text_config(decoder=True))
+            return self.model_class(self._config())
+
+    def _config(self) -> PretrainedConfig:
+        config, own = load_config(self.source), self.model_class.config_class
+        return config if isinstance(config, own) else config.get_text_config(decoder=True)
 
     def read(self, **placement: Any) -> PreTrainedModel:
         """The model with weights; `placement` goes to `from_pretrained`. ModelError if a weight is missing."""
-        name = self.source.name
+        name, opened = self.source.name, ExitStack()
         verbosity = hf_logging.get_verbosity()
         hf_logging.set_verbosity_error()  # a cut model leaves weights unused; missing ones are checked below
         hf_logging.disable_progress_bar()
         try:
+            placement = placement | ({} if self.source.adapter is None else self._merged(opened))
             model, info = self.model_class.from_pretrained(
-                name,
+                None if "state_dict" in placement else name,
                 revision=self.source.revision,
                 dtype=self.dtype,
                 output_loading_info=True,
@@ -174,6 +220,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"--model {name!r} cannot be loaded: {brief(error)}") from error
         finally:
+            opened.close()
             hf_logging.set_verbosity(verbosity)
             hf_logging.enable_progress_bar()
         broken = [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]
@@ -184,6 +231,25 @@ class Checkpoint:
             )
         assert isinstance(model, PreTrainedModel)
         return model
+
+    def _merged(self, opened: ExitStack) -> dict[str, Any]:
+        """What `from_pretrained` takes in place of a name, so that it loads the weights with the adapter merged."""
+        source = self.source
+        assert source.adapter is not None
+        assert self.whole is not None
+        files = checkpoint_files(source.name, source.revision, load_config(source))
+        weights = [opened.enter_context(open_weights(file)) for file in files]
+        merged = merged_weights(Adapter.load(source.adapter), self.whole, weights, self.dtype)
+        state = {name: weight[...] for name, weight in merged.items()} if is_deepspeed_zero3_enabled() else merged
+        return {"config": self._config(), "state_dict": state, "generation_config": _generation(source)}
+
+
+def _generation(source: ModelSource) -> GenerationConfig | None:
+    """How the checkpoint generates, where a file says it; the model's configuration has it otherwise."""
+    try:
+        return GenerationConfig.from_pretrained(source.name, revision=source.revision)
+    except OSError:
+        return None
 
 
 def column_plans(

@@ -66,7 +66,7 @@ def estimate(
     num_rows, longest = len(num_tokens), int(num_tokens[-1])
     tokenizer = Path(source.name) / "tokenizer.json"  # of a local model
     check_positions(config, longest, "--max-tokens")
-    model = skeleton(config)
+    model = skeleton(config, source)
     table = find_sites(model)
     sites = table.select(modules)
     split = _tensor_plan(model, sites, tensor_ranks, plan_file)
@@ -137,10 +137,12 @@ def weight_sizes(model: PreTrainedModel, plan: Plan) -> WeightSizes:
 def is_mapped(model: PreTrainedModel, source: ModelSource) -> bool:
     """Whether a CPU can use the weights in their files: in a local safetensors checkpoint of the same dtype.
 
-    Not where there is a mixture of experts, because transformers copies their weights into one tensor at load.
+    Not where there is a mixture of experts, because transformers copies their weights into one tensor at load, nor
+    with an adapter.
     """
     saved = getattr(model.config.get_text_config(decoder=True), "dtype", None)
     merged = any(p.ndim == 3 for p in model.parameters())
+    merged = merged or source.adapter is not None
     return saved == DTYPES[source.dtype] and not merged and any(Path(source.name).glob("*.safetensors"))
 
 

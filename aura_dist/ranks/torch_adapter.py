@@ -1,5 +1,7 @@
 """The one module that uses private names of torch; seen with 2.13."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -38,3 +40,27 @@ def own_hooks(module: nn.Module) -> list[Any]:
 def num_forward_hooks(module: nn.Module) -> int:
     """Forward hooks that see the output of `module`, torch's global ones among them."""
     return len(module._forward_hooks) + len(torch.nn.modules.module._global_forward_hooks)
+
+
+@contextmanager
+def without_compiled_parts(model: nn.Module) -> Iterator[Any]:
+    """`model` without the wrapper of `torch.compile`; within the context, its parts have none either.
+
+    A wrapper changes the names of all that is in it.
+    """
+    whole = _within(model)
+    wrapped = [(m, name, child) for m in whole.modules() for name, child in m._modules.items() if child is not None]
+    wrapped = [(parent, name, child) for parent, name, child in wrapped if _within(child) is not child]
+    for parent, name, child in wrapped:
+        parent._modules[name] = _within(child)
+    try:
+        yield whole
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
+
+
+def _within(module: nn.Module) -> nn.Module:
+    """What `torch.compile` has wrapped in `module`; `module` itself where it is no wrapper."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module

@@ -139,8 +139,12 @@ def generic(name: str) -> str:
 
 @contextmanager
 def attached(model: nn.Module, callbacks: Iterable[tuple[Tap, Callback]]) -> Iterator[None]:
-    """Within the context, each tap of `model` has its callback."""
-    with ExitStack() as handles:
+    """Within the context, each tap of `model` has its callback.
+
+    Nothing that `torch.compile` made runs meanwhile, because it calls no hook that came later. What it makes meanwhile
+    would keep the hook for good.
+    """
+    with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
         for tap, callback in callbacks:
             handles.callback(tap.attach(model, callback).remove)
         yield

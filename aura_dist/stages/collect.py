@@ -26,6 +26,7 @@ from aura_dist.errors import RunInterruptedError, StoreError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.hooks import laid_over
 from aura_dist.interventions.use import load_intervention
+from aura_dist.models.extras import find_extras, with_extras
 from aura_dist.models.identity import fingerprint
 from aura_dist.models.in_memory import InMemory
 from aura_dist.models.load import (
@@ -36,6 +37,8 @@ from aura_dist.models.load import (
     load_base,
     load_config,
     skeleton,
+    source_of,
+    tokenizer_of,
 )
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import sharding_of
@@ -61,7 +64,7 @@ from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_stor
 from aura_dist.text.chat import make_chat
 from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import Table, read_table
-from aura_dist.text.tokenizer import DIGEST_RULE, TokenizerSettings, load_tokenizer, tokenizer_digest
+from aura_dist.text.tokenizer import DIGEST_RULE, tokenizer_digest
 from aura_dist.text.tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
@@ -83,13 +86,21 @@ class OnDisk:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         load_config(self.source)  # first, because its error says more about a wrong name
-        return load_tokenizer(self.source.name, self.source.revision, self.source.tokenizer)
+        return tokenizer_of(self.source)
 
     def sites(self) -> SiteTable:
-        return find_sites(skeleton(self.config))
+        return find_sites(self.whole)
+
+    @cached_property
+    def whole(self) -> PreTrainedModel:
+        """All modules, without weights."""
+        return skeleton(self.config, self.source)
+
+    def extras(self) -> dict[str, Any]:
+        return find_extras(self.source, self.whole)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.source.name, self.source.revision, self.config)
+        return with_extras(fingerprint(self.source.name, self.source.revision, self.config), self.extras())
 
     @contextmanager
     def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:
@@ -102,7 +113,7 @@ Subject = OnDisk | InMemory  # what is collected from
 
 def run(config: CollectConfig, table: Table | None = None) -> None:
     """Collect from the model that the settings name, and from the data that they name, unless `table` holds it."""
-    source = ModelSource(config.model, config.revision, config.dtype, tokenizer=TokenizerSettings.of(config))
+    source = source_of(config)
     collect(config, OnDisk(source, sharding_of(config).options), pick_device(config.device), table)
 
 
@@ -249,6 +260,7 @@ def make_spec(config: CollectConfig, subject: Subject, identity: dict[str, Any],
             "name": str(directory.resolve()) if directory.is_dir() else source.name,  # where it is read from later
             "revision": source.revision,
             "class": table.model_class,
+            **subject.extras(),
             "fingerprint": found,
         },
         dtype=source.dtype,

@@ -42,7 +42,7 @@ from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, head, load_scorer, score
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.interventions.use import LoadedModel, load_for_use
-from aura_dist.models.load import ModelSource
+from aura_dist.models.load import source_of
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
@@ -50,7 +50,6 @@ from aura_dist.ranks.process import configure_rank
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.text.chat import Chat
-from aura_dist.text.tokenizer import TokenizerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +87,10 @@ def _read_inputs(config: EvaluateConfig, how: Decoding, team: Team) -> _Inputs:
     if prompts is not None and config.baseline is not None:
         baseline = read_results(config.baseline)
         check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, how, chat=config.chat)}, config.baseline)
-    tasks = ZeroShot(config.tasks, config.tasks_path) if config.tasks else None
+    trusted = config.trust_remote_code
+    tasks = ZeroShot(config.tasks, config.tasks_path, trust_code=trusted) if config.tasks else None
     if prompts is not None and team.world.is_first:
-        scorer = load_scorer(config.scorer, config.toxic_label, team.world.device)
+        scorer = load_scorer(config.scorer, config.toxic_label, team.world.device, trust_code=trusted)
     return _Inputs(preprompt, prompts, texts, tasks, baseline, scorer)
 
 
@@ -131,9 +131,8 @@ class _Evaluation:
     def _measure(self, inputs: _Inputs) -> tuple[dict[str, Any], Journal | None]:
         """Measure what needs the model; it is freed on return, before rank 0 scores."""
         config, team, prefix, journal = self.config, self.team, None, None
-        source = ModelSource(config.model, config.revision, config.dtype, tokenizer=TokenizerSettings.of(config))
         with self._timed("load"):
-            loaded = load_for_use(source, team.world, config.intervention, sharding_of(config).options)
+            loaded = load_for_use(source_of(config), team.world, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:
             prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
         chat = chat_of_prompts(loaded.tokenizer, inputs.preprompt) if config.chat else None
@@ -220,7 +219,13 @@ def _about(config: EvaluateConfig, loaded: LoadedModel, preprompt: str | None, c
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": asdict(config),
         "versions": versions(),
-        "model": {"name": config.model, "revision": config.revision, "dtype": config.dtype, "fingerprint": found},
+        "model": {
+            "name": config.model,
+            "revision": config.revision,
+            "dtype": config.dtype,
+            **loaded.extras,
+            "fingerprint": found,
+        },
         "model_fingerprint": found,
         "intervention": intervention,
         "preprompt": preprompt,

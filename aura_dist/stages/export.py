@@ -9,6 +9,7 @@ from aura_dist.interventions.export.directory import warn_of_left_overs, write_c
 from aura_dist.interventions.export.fold import plan_folds
 from aura_dist.interventions.hub import public_name, without_paths
 from aura_dist.interventions.use import load_intervention
+from aura_dist.models.extras import find_extras, with_extras
 from aura_dist.models.identity import checkpoint_files, fingerprint
 from aura_dist.models.load import ModelSource, load_config, skeleton
 from aura_dist.models.weights import Stored, open_weights
@@ -34,10 +35,10 @@ def run(config: ExportConfig) -> None:
     if out.exists() or out.is_symlink():
         raise StoreError(f"--out: expected a directory that does not exist yet, {config.out!r} does")
     warn_of_left_overs(out)
-    source = ModelSource(config.model, config.revision, "float32")
+    source = ModelSource(config.model, config.revision, "float32", trust_remote_code=config.trust_remote_code)
     model_config = load_config(source)
-    found = fingerprint(config.model, config.revision, model_config)
-    model = skeleton(model_config)
+    model = skeleton(model_config, source)
+    found = with_extras(fingerprint(config.model, config.revision, model_config), find_extras(source, model))
     intervention = load_intervention(config.intervention, source, find_sites(model), found)
     stored = {file: _tensors(file) for file in checkpoint_files(config.model, config.revision, model_config)}
     everything = [t for tensors in stored.values() for t in tensors]

@@ -44,7 +44,7 @@ from aura_dist.evaluation.prompts import (
 )
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.use import LoadedModel
-from aura_dist.models.load import ModelSource, load_config, skeleton
+from aura_dist.models.load import load_config, skeleton, source_of, tokenizer_of
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
@@ -55,7 +55,6 @@ from aura_dist.ranks.device import wants_gpu
 from aura_dist.store.grid import make_batches
 from aura_dist.text.selection import Selection, select
 from aura_dist.text.table import read_table
-from aura_dist.text.tokenizer import TokenizerSettings, load_tokenizer
 from aura_dist.units import parse_bytes
 
 MAX_RANKS_PER_HOST = 8
@@ -74,7 +73,7 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
     """All figures, and why they do not fit: one line, empty if they do."""
     sharding, machine = sharding_of(config), make_machine(config)
     spread = Spread(sharding.layout(config.world_size), sharding.options)
-    source = ModelSource(config.model, config.revision, config.dtype)
+    source = source_of(config)
     model_config = load_config(source)
     num_tokens, shortest, origin = find_rows(config, model_config)
     found = estimate(
@@ -132,8 +131,8 @@ def find_rows(config: PlanConfig, model_config: PretrainedConfig) -> tuple[NDArr
 def _sampled(config: PlanConfig) -> NDArray[np.int32]:
     """Token counts, ascending, of the rows that `collect` would run; without concepts, of as many of the longest."""
     which = Selection.of(config)
-    table, settings = read_table(config.data, which.columns, split=config.split), TokenizerSettings.of(config)
-    _, _, tokens = select(table, which, lambda: load_tokenizer(config.model, config.revision, settings))
+    table = read_table(config.data, which.columns, split=config.split)
+    _, _, tokens = select(table, which, lambda: tokenizer_of(source_of(config)))
     asked = (config.num_positive or 0) + (config.num_negative or 0)
     return tokens.num_tokens if config.concepts else tokens.num_tokens[-asked:]
 
@@ -143,10 +142,10 @@ def plan_evaluation(config: EvaluateConfig, tflops: float | None = None, world_s
 
     AuraError if inputs cannot be read, or the model's forward cannot be traced without its weights.
     """
-    source = ModelSource(config.model, config.revision, config.dtype, tokenizer=TokenizerSettings.of(config))
+    source = source_of(config)
     sharding_of(config).layout(world_size)  # refuses what does not fit the ranks
-    tokenizer = load_tokenizer(source.name, source.revision, source.tokenizer)
-    loaded = LoadedModel(skeleton(load_config(source)), tokenizer, "", None)
+    tokenizer = tokenizer_of(source)
+    loaded = LoadedModel(skeleton(load_config(source), source), tokenizer, "", None)
     prefix = None if config.preprompt is None else make_prefix(read_preprompt(config.preprompt), tokenizer)
     steps = [*_text_steps(config, loaded, prefix), *_prompt_steps(config, loaded, prefix)]
     left_out = ["zero-shot tasks"] if config.tasks else []

@@ -29,7 +29,8 @@ TIMES = "times"
 COLLECTED, SCORED = "progress", "scores"
 # Names for people: a moved file or a renamed directory is still the same data and model. An intervention has a digest.
 _NOT_COMPARED = {
-    "model name", "model revision", "tokenizer name", "data path", "intervention method", "intervention parameters",
+    "model name", "model revision", "model adapter name", "tokenizer name", "data path", "intervention method",
+    "intervention parameters",
 }  # fmt: skip
 
 

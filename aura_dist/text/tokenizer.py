@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import AuraError, ConfigError, ModelError, brief
+from aura_dist.text.own_code import load_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +96,8 @@ def load_tokenizer(
     """The tokenizer of a local directory or hub name, checked.
 
     ModelError if it cannot be loaded, has no vocabulary, or its ids are not those of its `tokenizer.json` and no
-    setting says which ones count; ConfigError for an option that it does not know.
+    setting says which ones count; ConfigError for an option that it does not know; OwnCodeError if it needs code that
+    comes with it, unless `trust_remote_code`.
     """
     ids, options = (None, {}) if settings is None else (settings.ids, settings.options)
     what = f"--model {model!r}"
@@ -110,9 +112,13 @@ def load_tokenizer(
                 return _as_in_file(model, revision)
             from transformers import AutoTokenizer
 
-            more = {"trust_remote_code": trust_remote_code, **{name: options[name] for name in names}}
-            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, **more)
-        except AuraError:  # a signal
+            more = {name: options[name] for name in names}
+            loaded: PreTrainedTokenizerBase = load_with(
+                lambda trust: AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust, **more),
+                f"the tokenizer of {what}",
+                trusted=trust_remote_code,
+            )
+        except AuraError:  # a signal, or code of its own
             raise
         except Exception as error:  # the library raises many kinds, the tokenizer's backend a bare Exception
             raise ModelError(f"{what}: its tokenizer cannot be loaded: {_why(model, revision, error)}") from error

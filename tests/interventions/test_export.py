@@ -555,3 +555,33 @@ def test_gemma_270m_exported_is_hooked(spread, gemma_dir, tmp_path):
 
 def test_all_tiny_models_are_covered():
     assert set(ARCHITECTURES) == set(TINY_CONFIGS)
+
+
+def test_what_describes_weights_in_another_format_stays_behind_and_is_named(tmp_path, capsys):
+    directory = save_tiny("llama", tmp_path / "model", max_shard_size="60KB")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    others = [
+        "params.json", "consolidated.00.pth", "consolidated.safetensors.index.json", "model.gguf", "tf_model.h5",
+        "flax_model.msgpack", "pytorch_model.bin", "pytorch_model.bin.index.json", "onnx/config.json",
+        "original/params.json", "adapter_model.safetensors", "openvino_config.json", "genai_config.json",
+    ]  # fmt: skip
+    kept = ["LICENSE", "tekken.json", "special_tokens_map.json", "chat_template.jinja", "modeling_own.py"]
+    for name in [*others, *kept]:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("{}")
+    intervention = random_intervention(directory)
+    assert export(directory, intervention, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    line = next(line for line in said.splitlines() if "left out" in line)
+    names = sorted({name.partition("/")[0] + "/" * ("/" in name) for name in others})
+    assert line.endswith(": " + ", ".join(names))
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    assert not made & {name.rstrip("/") for name in names}
+    assert made > {*kept, "additional_chat_templates", "model.safetensors.index.json", "tokenizer.json"}
+    assert_close(logits(load(tmp_path / "out")), hooked(directory, intervention))
+    assert export(directory, intervention, tmp_path / "again", "--strength", "0.5") == 0
+    plain = save_tiny("llama", tmp_path / "plain")
+    capsys.readouterr()
+    assert export(plain, intervention, tmp_path / "third") == 0
+    assert "left out" not in capsys.readouterr().err

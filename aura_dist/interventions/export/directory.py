@@ -9,17 +9,18 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from aura_dist.errors import ModelError, StoreError, brief
 from aura_dist.interventions.export.fold import FoldPlan
 from aura_dist.interventions.export.rewrite import Target, layout, write
-from aura_dist.models.load import ModelSource
+from aura_dist.models.load import ModelSource, load_config
 from aura_dist.models.weights import Stored, open_weights
 from aura_dist.ranks.progress import Progress
 from aura_dist.ranks.signals import StopFlag
@@ -32,9 +33,15 @@ CARRIED = (
     "additional_chat_templates/*",
 )  # fmt: skip
 PROVENANCE_FILE = "aura_dist.json"
-LEFT_BEHIND = ("*.index.json", PROVENANCE_FILE)
+# describe weights in a format that is not written: of Meta and Mistral, adapters, ONNX, OpenVINO, MLC
+OTHER_FORMATS = (
+    "params.json", "adapter_*", "ort_config.json", "genai_config.json", "openvino_*", "mlc-chat-config.json",
+    "ndarray-cache*.json", "tensor-cache*.json",
+)  # fmt: skip
+LEFT_BEHIND = ("*.index.json", PROVENANCE_FILE, *OTHER_FORMATS)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 def warn_of_left_overs(out: Path) -> None:
@@ -80,8 +87,8 @@ def write_checkpoint(
         ):
             made = Path(scratch) / out.name
             made.mkdir()
-            _carry_files(source.name, source.revision, made)
-            _write_config(made, config, plan.switches, as_float32=as_float32)
+            _carry_files(source.name, source.revision, made, written={file.name for file in targets})
+            _write_config(made, source, config, plan.switches, as_float32=as_float32)
             written = _write_weights(made, plan, targets, provenance)
             _write_index(made, written, next(iter(targets)).parent)
             (made / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
@@ -91,17 +98,23 @@ def write_checkpoint(
         raise StoreError(f"--out {str(out)!r} cannot be written: {error}") from error
 
 
-def _carry_files(model: str, revision: str | None, target: Path) -> None:
-    """Copy the files beside the weights; ModelError if the model is an adapter, or the hub cannot be reached."""
+def _carry_files(model: str, revision: str | None, target: Path, *, written: Set[str]) -> None:
+    """Copy the files beside the weights, and name those that stay behind; ModelError if the hub cannot be reached.
+
+    `written` are the weight files that are written again.
+    """
     directory = _directory(model, revision)
-    if (directory / "adapter_config.json").is_file():
-        raise ModelError(f"--model {model!r} has an adapter: expected plain weights; merge the adapter into them first")
     left = {path for pattern in LEFT_BEHIND for path in directory.glob(pattern)}
-    for path in sorted({p for pattern in CARRIED for p in directory.glob(pattern)} - left):
-        if path.is_file():
-            place = target / path.relative_to(directory)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+    carried = {p for pattern in CARRIED for p in directory.glob(pattern) if p.is_file()} - left
+    for path in sorted(carried):
+        place = target / path.relative_to(directory)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
+    known = {*written, PROVENANCE_FILE, INDEX_FILE if "safetensors" in "".join(written) else PICKLED_INDEX}
+    known |= {path.relative_to(directory).parts[0] for path in carried}
+    others = [p.name + "/" * p.is_dir() for p in sorted(directory.iterdir()) if p.name not in known | {".git"}]
+    if others:
+        logger.info("left out, because it is no part of the new weights: %s", ", ".join(others))
 
 
 def _directory(model: str, revision: str | None) -> Path:
@@ -117,7 +130,9 @@ def _directory(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _write_config(directory: Path, config: PretrainedConfig, switches: Mapping[str, bool], *, as_float32: bool) -> None:
+def _write_config(
+    directory: Path, source: ModelSource, config: PretrainedConfig, switches: Mapping[str, bool], *, as_float32: bool
+) -> None:
     """Change settings of the text part, and the dtype, in the carried `config.json`; ModelError if that fails."""
     path = directory / "config.json"
     if not switches and not as_float32:
@@ -131,7 +146,7 @@ def _write_config(directory: Path, config: PretrainedConfig, switches: Mapping[s
         if not {"dtype", "torch_dtype"} & set(raw):
             raw["dtype"] = "float32"
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    read = AutoConfig.from_pretrained(directory).get_text_config(decoder=True)
+    read = load_config(replace(source, name=str(directory), revision=None)).get_text_config(decoder=True)
     wrong = [name for name, value in switches.items() if getattr(read, name, None) != value]
     if wrong:
         raise ModelError(f"config.json: expected {wrong[0]} = {switches[wrong[0]]} to be read back, but it is not")
@@ -150,7 +165,7 @@ def _write_index(directory: Path, written: Mapping[str, Sequence[Target]], sourc
     if list(written) == [SINGLE_FILE]:
         return
     metadata: dict[str, Any] = {}
-    for name in (INDEX_FILE, "pytorch_model.bin.index.json"):
+    for name in (INDEX_FILE, PICKLED_INDEX):
         if (source / name).is_file():
             metadata = dict(json.loads((source / name).read_text(encoding="utf-8")).get("metadata") or {})
             break
