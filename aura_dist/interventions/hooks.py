@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.folded import check_not_folded
 from aura_dist.interventions.methods import with_strength
 from aura_dist.models.strategies.tensor_plan import seen_columns
 from aura_dist.sites.find import SiteTable, find_sites, own_names, tap_of
@@ -39,9 +40,11 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     Raises
     ------
     ModelError
-        The model lacks a site, or the site has another width. The first forward raises it too, if it does not call a
-        site, because nothing would be changed there.
+        The model lacks a site, or the site has another width, or its weights carry the intervention, because `export`
+        folded it in. The first forward raises it too, if it does not call a site, because nothing would be changed
+        there.
     """
+    check_not_folded(model.config, intervention)
     taps = _taps(model, intervention)
     called: dict[str, bool] = {}
     callbacks = []

@@ -123,7 +123,7 @@ class _Evaluation:
         config, team, prefix, journal = self.config, self.team, None, None
         source = ModelSource(config.model, config.revision, config.dtype)
         with self._timed("load"):
-            loaded = load_for_use(source, team.world, config.intervention, sharding_of(config).options)
+            loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:
             prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
         results = _about(config, loaded, inputs.preprompt)
@@ -215,7 +215,10 @@ def _fold(journal: Journal) -> int:
     if kept:
         logger.info("%s: %d continuations are kept", journal.path.name, kept)
     if dropped:
-        logger.info("%s: %d lines of other settings, or incomplete, are dropped", journal.path.name, dropped)
+        logger.warning(
+            "%s: %d lines of other settings, of an earlier version, or incomplete, are made again",
+            journal.path.name, dropped,
+        )  # fmt: skip
     return kept
 
 

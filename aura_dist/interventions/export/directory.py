@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from aura_dist.errors import ModelError, StoreError, brief
 from aura_dist.interventions.export.fold import FoldPlan
 from aura_dist.interventions.export.rewrite import Target, layout, write
+from aura_dist.interventions.folded import PROVENANCE_FILE
 from aura_dist.models.load import ModelSource
 from aura_dist.models.weights import Stored, open_weights
 from aura_dist.ranks.progress import Progress
@@ -31,7 +32,6 @@ CARRIED = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.vocab", "*.spm", "*.bpe", "LICENSE*", "NOTICE*",
     "additional_chat_templates/*",
 )  # fmt: skip
-PROVENANCE_FILE = "aura_dist.json"
 LEFT_BEHIND = ("*.index.json", PROVENANCE_FILE)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -117,7 +117,7 @@ def _directory(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _write_config(directory: Path, config: PretrainedConfig, switches: Mapping[str, bool], *, as_float32: bool) -> None:
+def _write_config(directory: Path, config: PretrainedConfig, switches: Mapping[str, Any], *, as_float32: bool) -> None:
     """Change settings of the text part, and the dtype, in the carried `config.json`; ModelError if that fails."""
     path = directory / "config.json"
     if not switches and not as_float32:
