@@ -27,8 +27,8 @@ NOT_COUNTED = frozenset(
         "dtype", "torch_dtype",
         # in which file and at which commit of the hub the weights and the model's code are; `_code` reads the code
         "transformers_weights", "_commit_hash", "auto_map", "custom_pipelines",
-        # what a forward returns, and whether it may keep keys and values
-        "return_dict", "output_hidden_states", "use_cache",
+        # what else a forward returns, and whether it may keep keys and values
+        "output_hidden_states", "use_cache",
         # training: initial values, losses, memory; dropout is off in eval mode, see `_is_dropout`
         "initializer_range", "initializer_factor", "init_std", "gradient_checkpointing", "output_router_logits",
         "router_aux_loss_coef", "router_z_loss_coef",
