@@ -38,6 +38,15 @@ def pytest_xdist_make_scheduler(config, log):
     return ByShared(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_digests(tmp_path_factory):
+    """Digests of the tests' weights are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("cache")
+        patch.setattr("aura_dist.models.digests.cache_dir", lambda: place)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory):
     """`tiny_dir(name)`: directory of a tiny random model of that architecture, made at first use."""

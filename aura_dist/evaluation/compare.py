@@ -1,5 +1,6 @@
 """Several results side by side: as a table of plain text or Markdown, and against a baseline."""
 
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from aura_dist.errors import AuraError, InputError
 from aura_dist.evaluation.figures import ByPrompt, Estimates, ratios
 from aura_dist.evaluation.results import read_results
+from aura_dist.models.fingerprints import is_earlier
+
+logger = logging.getLogger(__name__)
 
 MISSING = "–"
 # section of the results → keys that its figures depend on beside the model, and what they are
@@ -108,7 +112,12 @@ def against_plain(plain: Results, results: Results) -> dict[str, float]:
     `times_less_toxic.value`, `.low`, `.high`: share of toxic continuations, plain ÷ this, with its 95 % interval,
     paired over prompts. `perplexity_increase`: token-weighted perplexity, this − plain.
     """
-    if plain.get("model_fingerprint") != results.get("model_fingerprint"):  # another checkpoint has replaced it
+    prints = [one.get("model_fingerprint") for one in (plain, results)]
+    if prints[0] != prints[1]:  # another checkpoint has replaced it
+        if is_earlier(prints[0]) != is_earlier(prints[1]):
+            logger.warning(
+                "the plain model or a cell was evaluated by an earlier version: evaluate both to compare them"
+            )
         return {}
     found = {f"times_less_toxic.{name}": value for name, value in (_ratio(results, plain) or {}).items()}
     theirs, ours = (r.get("perplexity") or {} for r in (plain, results))

@@ -83,10 +83,10 @@ def _decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: De
     def any_alive(alive: bool) -> bool:
         return any(team.share(int(alive)))
 
-    return Decoder(model, how, _stop_ids(model, tokenizer), any_alive, team.agreed)
+    return Decoder(model, how, stop_ids(model, tokenizer), any_alive, team.agreed)
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a text, as the checkpoint says, else as the tokenizer does."""
     given = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = given if isinstance(given, list) else [tokenizer.eos_token_id if given is None else given]

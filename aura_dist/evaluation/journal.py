@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aura_dist.errors import StoreError
+from aura_dist.evaluation.generation import stop_ids
 from aura_dist.evaluation.prompts import Pair, PromptFile, TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.files import replacing
@@ -46,6 +47,7 @@ def fixing_settings(
         "model": loaded.fingerprint,
         "dtype": dtype,
         "tokenizer": tokenizer_digest(loaded.tokenizer),
+        "stop_ids": sorted(stop_ids(loaded.model, loaded.tokenizer)),  # generation_config.json may name them
         "intervention": None if intervention is None else [intervention.digest, strength],
         "preprompt": preprompt,
         "prompts": prompts.sha256,

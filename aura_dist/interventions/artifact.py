@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,9 @@ from safetensors.numpy import load_file, save_file
 from aura_dist.errors import InputError, StoreError
 from aura_dist.files import replacing
 from aura_dist.interventions.methods import Map, compose, with_strength
+from aura_dist.models.fingerprints import is_earlier
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "intervention.safetensors"
 META_FILE = "intervention.json"
@@ -111,9 +115,12 @@ class Intervention:
 
     def __matmul__(self, inner: "Intervention") -> "Intervention":
         models = [m for m in (inner.meta.get("model"), self.meta.get("model")) if m]
-        if len({m["fingerprint"] for m in models if m.get("fingerprint")}) > 1:
+        prints = {m["fingerprint"] for m in models if m.get("fingerprint")}
+        if len(prints) > 1:
             names = " and ".join(repr(m.get("name")) for m in models)
-            raise InputError(f"expected two interventions of one model, got interventions of {names}")
+            if len({is_earlier(one) for one in prints}) == 1:
+                raise InputError(f"expected two interventions of one model, got interventions of {names}")
+            logger.warning("an earlier version made one of the interventions of %s: one model is not checked", names)
         scale: dict[str, NDArray[np.float32]] = {}
         shift: dict[str, NDArray[np.float32]] = {}
         for site in dict.fromkeys([*inner.sites, *self.sites]):
@@ -130,7 +137,9 @@ class Intervention:
         meta: dict[str, Any] = {"composed": [dict(self.meta), dict(inner.meta)]}
         if models:
             # so that a model which refuses a part refuses the whole
-            meta["model"] = max(models, key=lambda model: bool(model.get("fingerprint")))
+            meta["model"] = max(
+                models, key=lambda m: (bool(m.get("fingerprint")), not is_earlier(m.get("fingerprint")))
+            )
         return Intervention(scale, shift, meta)
 
     def save(self, directory: str | Path) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.folded import check_not_folded
 from aura_dist.interventions.methods import with_strength
 from aura_dist.models.strategies.tensor_plan import seen_columns
 from aura_dist.ranks.torch_adapter import without_compiled_parts
@@ -48,11 +49,13 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     Raises
     ------
     ModelError
-        The model lacks a site, or the site has another width. A forward raises it too, if it does not call a site,
+        The model lacks a site, or the site has another width, or its weights carry the intervention, because `export`
+        folded it in. A forward raises it too, if it does not call a site,
         because nothing would be changed there. Of modules that a layer holds in a list, as a mixture's experts, it need
         not call all.
     """
     with without_compiled_parts(model) as whole:
+        check_not_folded(whole.config, intervention)
         maps = _maps(whole, intervention, strength)
         check = _EveryForward(*_groups(whole, [tap for tap, _, _ in maps]))
     if not maps:

@@ -15,7 +15,9 @@ from aura_dist.errors import InputError, ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import FromModel, Scales, Shifts
 from aura_dist.interventions.use import load_for_use
-from aura_dist.models.load import ModelSource
+from aura_dist.models.fingerprints import comparable
+from aura_dist.models.identity import earlier_fingerprint
+from aura_dist.models.load import ModelSource, load_config
 from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
@@ -68,12 +70,15 @@ def train_maps(
     adapter = (spec.model.get("adapter") or {}).get("name")
     source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype, adapter, tokenizer=how)
     with start_team(parse_sharding("replicate"), pick_device("auto")) as team:
-        loaded = replace(load_for_use(source, team.world, None), intervention=earlier)
-        if loaded.fingerprint != spec.model["fingerprint"]:
+        loaded = replace(load_for_use(source, team, None), intervention=earlier)
+        recorded = spec.model["fingerprint"]
+        here = comparable(
+            recorded, loaded.fingerprint, lambda: earlier_fingerprint(source, load_config(source)), "the store"
+        )
+        if here != recorded:
             raise ModelError(
                 f"{source.name!r}: expected the weights that the store was collected from (fingerprint "
-                f"{spec.model['fingerprint'][:12]}), got others ({loaded.fingerprint[:12]}); restore them, or collect "
-                "again"
+                f"{recorded[:12]}), got others ({here[:12]}); restore them, or collect again"
             )
         tokens = _tokens(group, spec, rows, loaded.tokenizer)
         labelled = np.flatnonzero(labels >= 0)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from aura_dist.models.adapter import adapter_digest
+from aura_dist.models.fingerprints import marked
 from aura_dist.models.load import ModelSource
 
 
@@ -28,7 +29,7 @@ def with_extras(fingerprint: str, extras: Mapping[str, Any]) -> str:
     if not any(extras.values()):
         return fingerprint
     parts = [fingerprint, (extras["adapter"] or {}).get("sha256"), extras["own_code"]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return marked(json.dumps(parts, sort_keys=True))
 
 
 def own_code(model: PreTrainedModel) -> dict[str, str]:

@@ -1,18 +1,55 @@
-"""Which model this is, wherever its files are: a digest of its shape and of the ends of its weights."""
+"""Which model this is, wherever its files are: a digest of all its weights and of what its configuration computes."""
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from aura_dist.errors import ModelError
+from aura_dist.models.digests import tensor_digests
+from aura_dist.models.fingerprints import marked
+from aura_dist.models.load import ModelSource
 from aura_dist.models.weights import STORED_DTYPES, Source, Stored, as_bytes, open_weights
-from aura_dist.sites.transformers_adapter import find_file
+from aura_dist.sites.transformers_adapter import find_file, implementations
+
+# the field of config.json in which `export` records the interventions that a checkpoint carries; its weights show them
+FOLDED = "aura_dist_folded"
+# fields of a configuration that cannot change a number; all others are part of a model's identity
+NOT_COUNTED = frozenset(
+    {
+        # names and versions
+        "_name_or_path", "architectures", "transformers_version", FOLDED,
+        # --dtype decides, and the weights show their own
+        "dtype", "torch_dtype",
+        # in which file and at which commit of the hub weights and code are; `extras.own_code` reads the code
+        "transformers_weights", "_commit_hash", "auto_map", "custom_pipelines",
+        # what else a forward returns, and whether it may keep keys and values
+        "output_hidden_states", "use_cache",
+        # training: initial values, losses, memory; dropout is off in eval mode, see `_is_dropout`
+        "initializer_range", "initializer_factor", "init_std", "gradient_checkpointing", "output_router_logits",
+        "router_aux_loss_coef", "router_z_loss_coef",
+        # heads of other tasks
+        "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
+        "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+        # where texts begin and end: the tokenizer and the key of continuations decide
+        "bos_token_id", "eos_token_id", "pad_token_id",
+    }
+)  # fmt: skip
+# models whose positions depend on the id of padding
+PAD_MOVES_POSITIONS = frozenset(
+    {
+        "camembert", "data2vec-text", "prophetnet", "roberta", "roberta-prelayernorm", "trocr", "xglm", "xlm-roberta",
+        "xlm-roberta-xl", "xmod",
+    }
+)  # fmt: skip
 
 END_BYTES = 64 * 1024
-ARCHITECTURE_FIELDS = (
+# the fields that fingerprints of earlier versions cover
+EARLIER_FIELDS = (
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -26,21 +63,71 @@ ARCHITECTURE_FIELDS = (
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def fingerprint(name: str, revision: str | None, config: PretrainedConfig) -> str:
-    """sha256 over the config's architecture fields and, sorted by tensor name, (name, dtype, shape, ends).
+def fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
+    """The identity of a checkpoint: all bytes of its weights, and what its resolved configuration computes.
 
-    `ends` is the sha256 of the first and last 64 KiB of a tensor's bytes. A fine-tuned model differs from its base; a
-    copy, or the same weights split into other files, does not. 40B parameters take a second.
+    A copy, other file names and another split into files do not change it, nor does saving it again. The dtype of the
+    weights counts. The first call reads all weights at the disk's speed; the next ones find the digests in the cache.
 
     ModelError if there is no weight file, or one is damaged.
     """
+    files = checkpoint_files(source.name, source.revision, config)
+    tensors = sorted(tensor for file in files for tensor in tensor_digests(file))
+    return digest_of(config, tensors)
+
+
+def digest_of(config: PretrainedConfig, tensors: Sequence[Any], *more: Any) -> str:
+    """The fingerprint of a configuration, the descriptions of all weights, and what else counts."""
+    return marked(json.dumps([counted_fields(config), tensors, *more], sort_keys=True, default=str))
+
+
+def counted_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Field → value of a configuration and of its parts, of all fields that can change a number.
+
+    Defaults are filled in, so a field that a config.json leaves out equals one that it writes. A field that is None
+    counts as missing, because later versions of transformers add such fields.
+    """
+    fields: dict[str, Any] = config.to_dict()
+    fields |= {
+        name: part for name in config.sub_configs if isinstance(part := getattr(config, name, None), PretrainedConfig)
+    }
+    fields["implementations"] = implementations(config)
+    keep_pad = {"pad_token_id"} if config.model_type in PAD_MOVES_POSITIONS else set()
+    left_out = NOT_COUNTED - keep_pad
+    return {
+        name: _plain(value)
+        for name, value in fields.items()
+        if name not in left_out and not _is_dropout(name) and value is not None
+    }
+
+
+def _is_dropout(field: str) -> bool:
+    return "dropout" in field or field.endswith(("pdrop", "layerdrop"))
+
+
+def _plain(value: Any) -> Any:
+    """A value in one spelling: 1.0 as 1, a part of a configuration as its counted fields."""
+    if isinstance(value, PretrainedConfig):
+        return counted_fields(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def earlier_fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
+    """The fingerprint that versions before `RULE` gave a checkpoint, to compare with what they wrote.
+
+    sha256 over `EARLIER_FIELDS` and, sorted by tensor name, (name, dtype, shape, sha256 of the first and last 64 KiB).
+    """
     text = config.get_text_config(decoder=True)
-    digest = hashlib.sha256(json.dumps([getattr(text, f, None) for f in ARCHITECTURE_FIELDS], default=str).encode())
+    digest = hashlib.sha256(json.dumps([getattr(text, f, None) for f in EARLIER_FIELDS], default=str).encode())
     tensors: list[tuple[str, str, tuple[int, ...], str]] = []
-    for file in checkpoint_files(name, revision, config):
+    for file in checkpoint_files(source.name, source.revision, config):
         with open_weights(file) as weights:
             for tensor in weights.tensors:
-                # a file in torch's own format counts with torch's names, as it always has
+                # a file in torch's own format counted with torch's names
                 dtype = tensor.dtype if file.suffix == ".safetensors" else str(STORED_DTYPES[tensor.dtype])
                 tensors.append((tensor.name, dtype, tensor.shape, _ends(weights, tensor)))
     digest.update(json.dumps(sorted(tensors)).encode())

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.errors import ModelError, brief
-from aura_dist.models.extras import own_code
+from aura_dist.models.extras import own_code, with_extras
+from aura_dist.models.identity import digest_of
 from aura_dist.models.load import DTYPES, ModelSource, skeleton
 from aura_dist.ranks.torch_adapter import own_hooks
 from aura_dist.ranks.world import World
@@ -23,8 +24,8 @@ from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites
 logger = logging.getLogger(__name__)
 
 HASHING_THREADS = 8
-# fields of a configuration that change no number, or that the weights show
-_NOT_HASHED = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+# fields that fingerprints of earlier versions leave out
+_EARLIER_NOT_HASHED = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,22 @@ class InMemory:
         return {"adapter": None, "own_code": own_code(self.model) or None}
 
     def fingerprint(self) -> str:
-        """sha256 over the configuration and each weight's name, dtype, shape and sha256 of all bytes.
+        """The identity of the model: its configuration, and each weight's name, dtype, shape and sha256 of all bytes.
 
         Threads hash the weights side by side, at 0.5 to 2 GB/s each. No checkpoint on disk has this fingerprint,
         because nothing tells whether weights were changed since they were loaded. ModelError if one is not in memory.
         """
+        return with_extras(digest_of(self.config, self._weights(), "in memory"), self.extras())
+
+    def earlier_fingerprint(self) -> str:
+        """The fingerprint that earlier versions gave the model, to compare with what they wrote."""
+        config = {f: value for f, value in self.config.to_dict().items() if f not in _EARLIER_NOT_HASHED}
+        return hashlib.sha256(json.dumps([config, self._weights()], sort_keys=True, default=str).encode()).hexdigest()
+
+    def _weights(self) -> list[tuple[str, str, list[int], str]]:
         weights = {name: w for name, w in sorted(self.model.state_dict().items()) if isinstance(w, Tensor)}
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            tensors = list(pool.map(_describe, weights, weights.values()))
-        config = {field: value for field, value in self.config.to_dict().items() if field not in _NOT_HASHED}
-        return hashlib.sha256(json.dumps([config, tensors], sort_keys=True, default=str).encode()).hexdigest()
+            return list(pool.map(_describe, weights, weights.values()))
 
     @contextmanager
     def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:

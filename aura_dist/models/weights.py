@@ -145,7 +145,9 @@ class _Pickled(Source):
         stored = self.tensors[which]
         assert start + buffer.numel() <= stored.stop, "a read stays within a tensor"
         at = start - stored.start
-        flat = self._values[which].contiguous().reshape(-1).view(torch.uint8)
+        if not self._values[which].is_contiguous():
+            self._values[which] = self._values[which].contiguous()  # kept, because a tensor is read in many parts
+        flat = self._values[which].reshape(-1).view(torch.uint8)
         buffer.copy_(flat[at : at + buffer.numel()])
 
 

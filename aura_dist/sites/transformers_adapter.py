@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import DynamicLayer, PreTrainedModel
+from transformers import DynamicLayer, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -44,6 +44,11 @@ def loaded_names(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
         return renamed, pattern is not None
 
     return loaded
+
+
+def implementations(config: PretrainedConfig) -> list[str | None]:
+    """Which code computes attention and experts, as a configuration sets it; `to_dict` leaves both out."""
+    return [config._attn_implementation, config._experts_implementation]
 
 
 def find_file(name: str, revision: str | None, file: str) -> Path | None:

@@ -9,9 +9,9 @@ committed.
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,10 @@ from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import RunInterruptedError, StoreError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.hooks import laid_over
-from aura_dist.interventions.use import load_intervention
+from aura_dist.interventions.use import check_made_for, load_intervention
 from aura_dist.models.extras import find_extras, with_extras
-from aura_dist.models.identity import fingerprint
+from aura_dist.models.fingerprints import comparable
+from aura_dist.models.identity import earlier_fingerprint, fingerprint
 from aura_dist.models.in_memory import InMemory
 from aura_dist.models.load import (
     ModelSource,
@@ -100,7 +101,10 @@ class OnDisk:
         return find_extras(self.source, self.whole)
 
     def fingerprint(self) -> str:
-        return with_extras(fingerprint(self.source.name, self.source.revision, self.config), self.extras())
+        return with_extras(fingerprint(self.source, self.config), self.extras())
+
+    def earlier_fingerprint(self) -> str:
+        return with_extras(earlier_fingerprint(self.source, self.config), self.extras())
 
     @contextmanager
     def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:
@@ -123,8 +127,11 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         samples, tokens, identity = team.once_a_host("samples", lambda: load_samples(config, subject, table))
         _log_lengths(samples, config.concepts[0])
-        spec = make_spec(config, subject, identity, int(samples.num_tokens.max()))
-        left = set(team.from_first("left", lambda: prepare_store(config, spec, samples)))
+        longest = int(samples.num_tokens.max())
+        spec = make_spec(
+            config, subject, identity, longest, lambda: team.once_a_host("fingerprint", subject.fingerprint)
+        )
+        left = set(team.from_first("left", lambda: prepare_store(config, subject, spec, samples)))
         tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
         if not tasks:
             logger.info("%s is finished: %d rows; --overwrite collects again", config.store, len(samples))
@@ -134,16 +141,25 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
         report(config.store, samples, spec)
 
 
-def prepare_store(config: CollectConfig, spec: StoreSpec, samples: Samples) -> list[int]:
+def prepare_store(config: CollectConfig, subject: Subject, spec: StoreSpec, samples: Samples) -> list[int]:
     """Make the store, or check one that was begun; returns the tasks that are left. One process of a launch runs it."""
     begun = exists(config.store)  # refuses what is not a store, also under --overwrite
     if config.overwrite or not begun:
         versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
         create_store(config.store, spec, samples, {"config": asdict(config), "versions": versions})
     group = open_group(config.store)
-    check_same(config.store, group, spec, samples)
+    check_same(config.store, group, _as_recorded(config, subject, spec, group), samples)
     check_attempts(config, group, tasks_of(samples.num_tokens, spec.tokens_per_batch))
     return unfinished(group)
+
+
+def _as_recorded(config: CollectConfig, subject: Subject, spec: StoreSpec, group: zarr.Group) -> StoreSpec:
+    """`spec` with the model's fingerprint by the rule under which the store was begun."""
+    begun_with: Any = group.attrs.get("model")
+    recorded = begun_with.get("fingerprint") if isinstance(begun_with, dict) else None
+    found = spec.model["fingerprint"]
+    here = comparable(recorded, found, subject.earlier_fingerprint, f"--store {config.store}")
+    return replace(spec, model={**spec.model, "fingerprint": here})
 
 
 def check_attempts(config: CollectConfig, group: zarr.Group, tasks: Sequence[Task]) -> None:
@@ -241,8 +257,14 @@ def _log_lengths(samples: Samples, concept: str) -> None:
     )  # fmt: skip
 
 
-def make_spec(config: CollectConfig, subject: Subject, identity: dict[str, Any], longest: int) -> StoreSpec:
-    """What the store will hold. Of a checkpoint's weights, it reads no more than the fingerprint needs."""
+def make_spec(
+    config: CollectConfig,
+    subject: Subject,
+    identity: dict[str, Any],
+    longest: int,
+    fingerprint_once: Callable[[], str] | None = None,
+) -> StoreSpec:
+    """What the store will hold. The weights are hashed last, by `fingerprint_once` where several ranks share that."""
     check_positions(subject.config, longest, "--max-tokens")
     source, table = subject.source, subject.sites()
     sites = table.select(config.modules)
@@ -251,9 +273,13 @@ def make_spec(config: CollectConfig, subject: Subject, identity: dict[str, Any],
             "%s keeps %d expert parameters as 3-D tensors (%s, ...): they are not captured",
             table.model_class, len(table.experts), table.experts[0],
         )  # fmt: skip
-    found, under = subject.fingerprint(), None
+    intervention, under = None, None
     if config.intervention is not None:
-        under = load_intervention(config.intervention, source, table, found).identity(config.strength)
+        intervention = load_intervention(config.intervention, source, subject.config, table)
+        under = intervention.identity(config.strength)
+    found = (fingerprint_once or subject.fingerprint)()
+    if intervention is not None and config.intervention is not None:
+        check_made_for(intervention, config.intervention, source, found, subject.earlier_fingerprint)
     directory = Path(source.name)
     return StoreSpec(
         model={

@@ -132,7 +132,7 @@ class _Evaluation:
         """Measure what needs the model; it is freed on return, before rank 0 scores."""
         config, team, prefix, journal = self.config, self.team, None, None
         with self._timed("load"):
-            loaded = load_for_use(source_of(config), team.world, config.intervention, sharding_of(config).options)
+            loaded = load_for_use(source_of(config), team, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:
             prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
         chat = chat_of_prompts(loaded.tokenizer, inputs.preprompt) if config.chat else None
@@ -238,7 +238,10 @@ def _fold(journal: Journal) -> int:
     if kept:
         logger.info("%s: %d continuations are kept", journal.path.name, kept)
     if dropped:
-        logger.info("%s: %d lines of other settings, or incomplete, are dropped", journal.path.name, dropped)
+        logger.warning(
+            "%s: %d lines of other settings, of an earlier version, or incomplete, are made again",
+            journal.path.name, dropped,
+        )  # fmt: skip
     return kept
 
 

@@ -1,5 +1,6 @@
 """export: a copy of a checkpoint with an intervention folded into its weights, for any loader."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from aura_dist import __version__
@@ -7,10 +8,11 @@ from aura_dist.config.verbs import ExportConfig
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.interventions.export.directory import warn_of_left_overs, write_checkpoint
 from aura_dist.interventions.export.fold import plan_folds
+from aura_dist.interventions.folded import folded_into, record_of
 from aura_dist.interventions.hub import public_name, without_paths
-from aura_dist.interventions.use import load_intervention
+from aura_dist.interventions.use import check_made_for, load_intervention
 from aura_dist.models.extras import find_extras, with_extras
-from aura_dist.models.identity import checkpoint_files, fingerprint
+from aura_dist.models.identity import FOLDED, checkpoint_files, earlier_fingerprint, fingerprint
 from aura_dist.models.load import ModelSource, load_config, skeleton
 from aura_dist.models.weights import Stored, open_weights
 from aura_dist.sites.find import find_sites
@@ -38,11 +40,15 @@ def run(config: ExportConfig) -> None:
     source = ModelSource(config.model, config.revision, "float32", trust_remote_code=config.trust_remote_code)
     model_config = load_config(source)
     model = skeleton(model_config, source)
-    found = with_extras(fingerprint(config.model, config.revision, model_config), find_extras(source, model))
-    intervention = load_intervention(config.intervention, source, find_sites(model), found)
+    intervention = load_intervention(config.intervention, source, model_config, find_sites(model))
     stored = {file: _tensors(file) for file in checkpoint_files(config.model, config.revision, model_config)}
     everything = [t for tensors in stored.values() for t in tensors]
     plan = plan_folds(model_config, model, intervention.at_strength(config.strength), everything)
+    found = with_extras(fingerprint(source, model_config), find_extras(source, model))
+    check_made_for(intervention, config.intervention, source, found, lambda: earlier_fingerprint(source, model_config))
+    folded = folded_into(model_config, config.model)
+    if plan.sites:
+        folded.append(record_of(intervention, config.strength))
     provenance = {
         "aura_dist": __version__,
         "model": {"name": public_name(config.model), "revision": config.revision, "fingerprint": found},
@@ -52,7 +58,9 @@ def run(config: ExportConfig) -> None:
         "dtype": config.dtype,
         "modules": list(plan.sites),
         "switches": dict(plan.switches),
+        FOLDED: folded,
     }
+    plan = replace(plan, switches={**plan.switches, FOLDED: folded}) if folded else plan
     as_float32 = config.dtype == "float32"
     write_checkpoint(out, source, model_config, plan, stored, provenance, as_float32=as_float32)
     num_left = len(intervention.sites) - len(plan.sites)

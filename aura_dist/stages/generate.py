@@ -24,7 +24,7 @@ def run(config: GenerateConfig) -> list[dict[str, list[str]]]:
 def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
     """On every rank alike, because a sharded forward needs them all; rank 0 prints."""
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
-    loaded = load_for_use(source_of(config), team.world, config.intervention, sharding_of(config).options)
+    loaded = load_for_use(source_of(config), team, config.intervention, sharding_of(config).options)
     how = Decoding(
         config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
     )

@@ -31,7 +31,7 @@ from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.use import LoadedModel, load_for_use
 from aura_dist.models.load import ModelSource
 from aura_dist.ranks.process import keep_freed_memory
-from aura_dist.ranks.world import World
+from aura_dist.ranks.team import Team
 from aura_dist.text.tokens import tokenize
 
 AFTER_NORMS = ["*.post_attention_layernorm", "*.post_feedforward_layernorm"]
@@ -167,7 +167,7 @@ def main() -> None:
     prompts = held_out_prompts(args, seen)
     with open(args.neutral, newline="", encoding="utf-8") as file:
         texts = [row["text"] for row in csv.DictReader(file)]
-    loaded = load_for_use(ModelSource(args.model, None, "float32"), World(), None)
+    loaded = load_for_use(ModelSource(args.model, None, "float32"), Team.alone(), None)
     kept = args.run_dir / "front.json"
     points = json.loads(kept.read_text()) if kept.is_file() else {}
     wanted = [("none", None, 0.0)] + [

@@ -10,11 +10,12 @@ from transformers import AutoConfig
 
 from aura_dist.errors import ModelError
 from aura_dist.models.identity import checkpoint_files, fingerprint
+from aura_dist.models.load import ModelSource
 from tests.models import save_tiny, tiny_causal
 
 
 def of(directory):
-    return fingerprint(str(directory), None, AutoConfig.from_pretrained(directory))
+    return fingerprint(ModelSource(str(directory), None, "float32"), AutoConfig.from_pretrained(directory))
 
 
 @pytest.fixture(scope="module")

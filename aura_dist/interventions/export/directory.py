@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from aura_dist.errors import ModelError, StoreError, brief
 from aura_dist.interventions.export.fold import FoldPlan
 from aura_dist.interventions.export.rewrite import Target, layout, write
+from aura_dist.interventions.folded import PROVENANCE_FILE
 from aura_dist.models.load import ModelSource, load_config
 from aura_dist.models.weights import Stored, open_weights
 from aura_dist.ranks.progress import Progress
@@ -32,7 +33,6 @@ CARRIED = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.vocab", "*.spm", "*.bpe", "LICENSE*", "NOTICE*",
     "additional_chat_templates/*",
 )  # fmt: skip
-PROVENANCE_FILE = "aura_dist.json"
 # describe weights in a format that is not written: of Meta and Mistral, adapters, ONNX, OpenVINO, MLC
 OTHER_FORMATS = (
     "params.json", "adapter_*", "ort_config.json", "genai_config.json", "openvino_*", "mlc-chat-config.json",
@@ -131,7 +131,7 @@ def _directory(model: str, revision: str | None) -> Path:
 
 
 def _write_config(
-    directory: Path, source: ModelSource, config: PretrainedConfig, switches: Mapping[str, bool], *, as_float32: bool
+    directory: Path, source: ModelSource, config: PretrainedConfig, switches: Mapping[str, Any], *, as_float32: bool
 ) -> None:
     """Change settings of the text part, and the dtype, in the carried `config.json`; ModelError if that fails."""
     path = directory / "config.json"

@@ -8,6 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,8 @@ class FoldPlan:
     folds: Mapping[str, Fold]  # name of a tensor in the checkpoint → what becomes of it
     # name of a weight in the checkpoint → (name, values [D]) of the bias that it gets
     added: Mapping[str, tuple[str, NDArray[np.float32]]]
-    switches: Mapping[str, bool]  # settings of the configuration's text part that turn these biases on
+    # settings of the configuration's text part: those that turn these biases on, and what it says of the folding
+    switches: Mapping[str, Any]
     sites: tuple[str, ...]  # names of the folded sites, without those that the intervention does not change
 
 
