@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from aura_dist.collecting.exchange import ColumnExchange
 from aura_dist.errors import ModelError
 from aura_dist.sites.find import tap_of
+from aura_dist.sites.kinds import except_for
 from aura_dist.sites.ownership import ColumnPlan
 from aura_dist.sites.pooling import POOLINGS, TokenMask
 from aura_dist.sites.site import Site
@@ -34,6 +35,9 @@ class Capture:
         Where the forward takes its input.
     exchange
         Takes the pooled values that other ranks write; None where every rank writes what it sees.
+    count_row
+        Row of the buffers that takes, for poolings with `of_token`, how many rows of the row chunk so far have their
+        value at the first token; None where it is not counted.
     """
 
     def __init__(
@@ -44,10 +48,13 @@ class Capture:
         poolings: Sequence[str],
         device: str,
         exchange: ColumnExchange | None = None,
+        count_row: int | None = None,
     ) -> None:
         self._model = model
         self._plans = plans
-        self._poolings = {name: POOLINGS[name].pool for name in poolings}
+        self._poolings = {name: POOLINGS[name] for name in poolings}
+        self._count_row = count_row
+        self._counts: dict[tuple[str, str], Tensor] = {}
         self._exchange = exchange
         self._device = torch.device(device)
         self._batch: Batch | None = None
@@ -55,7 +62,7 @@ class Capture:
         self._at = 0
         self._masks: dict[torch.device, TokenMask] = {}
         self._called: set[str] = set()
-        self._pooled: dict[tuple[str, str], Tensor] = {}
+        self._pooled: list[tuple[tuple[str, str], Tensor, int]] = []
         self._taps = [tap_of(model, site) for site in sites]
         self._streams: dict[torch.device, Any] = {}
 
@@ -64,7 +71,7 @@ class Capture:
         return attached(self._model, [(tap, self._callback(tap)) for tap in self._taps])
 
     def run(self, batch: Batch, buffer: RowBuffer, at: int) -> None:
-        """Forward `batch`; put its pooled outputs into rows [at, at + B) of `buffer`.
+        """Forward `batch`; put its pooled outputs into rows [at, at + B) of `buffer`; a row chunk begins at row 0.
 
         On a GPU the copies are asynchronous: see `copied`.
 
@@ -78,12 +85,15 @@ class Capture:
         self._pooled.clear()
         self._called.clear()
         self._forward(batch)
-        missing = next((name for name in self._plans if name not in self._called), None)
-        if missing is not None:
-            raise ModelError(f"module {missing!r} was not called in the forward pass; leave it out of --modules")
-        for key, pooled_BD in self._pooled.items():
-            with self._beside_forward(pooled_BD):
-                self._copy_out(key, pooled_BD)
+        missing = [name for name in self._plans if name not in self._called]
+        if missing:
+            raise ModelError(
+                f"{len(missing)} modules were not called in the forward pass ({missing[0]}, …); leave them out: "
+                f"--modules … {except_for(missing)}"
+            )
+        for key, values_BD, row in self._pooled:
+            with self._beside_forward(values_BD):
+                self._copy_out(key, values_BD, row)
 
     def skip(self, batch: Batch) -> None:
         """Forward `batch` and drop the result: keeps step with ranks that still have rows."""
@@ -122,9 +132,16 @@ class Capture:
         beside: AbstractContextManager[Any] = accelerator.stream(stream)
         return beside
 
-    def _copy_out(self, key: tuple[str, str], pooled_BD: Tensor) -> None:
+    def _keep(self, key: tuple[str, str], values_BD: Tensor, row: int) -> None:
+        """Take values to rows of the buffer from `row` on: at once on a CPU, else after the forward."""
+        if values_BD.device.type == "cpu":  # kept until the forward ends, they would fragment the heap
+            self._copy_out(key, values_BD, row)
+        else:
+            self._pooled.append((key, values_BD, row))
+
+    def _copy_out(self, key: tuple[str, str], pooled_BD: Tensor, row: int) -> None:
         plan = self._plans[key[0]]
-        rows = slice(self._at, self._at + len(pooled_BD))
+        rows = slice(row, row + len(pooled_BD))
         first = _needed(plan).start
         aside = pooled_BD.device.type != "cpu"
         for move in plan.keeps:
@@ -149,16 +166,19 @@ class Capture:
                 return
             acts_BTD = tap.read(raw, plan.num_seen, self._batch.input_ids.shape)
             if name in self._called:
-                raise ModelError(f"module {name!r} is called twice in a forward pass; leave it out of --modules")
+                raise ModelError(
+                    f"module {name!r} is called twice in a forward pass; leave it out: --modules … {except_for([name])}"
+                )
             self._called.add(name)
             if needed.stop > needed.start:
                 mask = self._mask_on(acts_BTD.device)
-                for pooling, reduce in self._poolings.items():
-                    key, pooled_BD = (name, pooling), reduce(mask, acts_BTD[..., needed])
-                    if pooled_BD.device.type == "cpu":  # kept until the forward ends, they would fragment the heap
-                        self._copy_out(key, pooled_BD)
-                    else:
-                        self._pooled[key] = pooled_BD
+                for pooling, how in self._poolings.items():
+                    key, pooled_BD = (name, pooling), how.pool(mask, acts_BTD[..., needed])
+                    self._keep(key, pooled_BD, self._at)
+                    if self._count_row is not None and how.of_token:
+                        count_1D = mask.count_first(pooled_BD, acts_BTD[..., needed], how.of_token)
+                        self._counts[key] = count_1D + self._counts[key] if self._at else count_1D
+                        self._keep(key, self._counts[key], self._count_row)
 
         return pool
 

@@ -20,9 +20,11 @@ from aura_dist.ranks.progress import Progress
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.sites.ownership import ColumnPlan
+from aura_dist.store.access import is_there
+from aura_dist.store.first_token import FirstTokenCounts
 from aura_dist.store.grid import Task, make_batches, row_chunks, rows_per_chunk
 from aura_dist.store.record import commit
-from aura_dist.store.schema import StoreSpec, stored_dtype
+from aura_dist.store.schema import FIRST_TOKEN, MAX_TENSOR_RANKS, StoreSpec, stored_dtype
 from aura_dist.store.writer import ChunkWriter, RowBuffer
 from aura_dist.text.tokens import TokenizedTexts
 
@@ -68,13 +70,16 @@ class Run:
     def writer(self, group: zarr.Group) -> ChunkWriter:
         """The writer of this rank's columns."""
         owned = {name: plan.owned for name, plan in self.plans.items()}
-        return ChunkWriter(group, owned, self._buffer, lambda task, bad: self._commit(group, task, bad))
+        counts = None
+        if is_there(group, FIRST_TOKEN) and self.team.world.layout.tensor <= MAX_TENSOR_RANKS:
+            counts = FirstTokenCounts(group, self.spec, owned, self.team.world.column_rank)
+        return ChunkWriter(group, owned, self._buffer, lambda task, bad: self._commit(group, task, bad), counts)
 
     def _buffer(self) -> RowBuffer:
-        """An empty buffer of one row chunk: every array's columns that are written here."""
+        """An empty buffer of one row chunk: every array's columns that are written here, and a row for counts."""
         pinned = self.team.world.device != "cpu"  # so that a GPU copies into it on its own
         return {
-            key: torch.empty((self.rows, self.plans[key[0]].num_owned), dtype=dtype, pin_memory=pinned).numpy()
+            key: torch.empty((self.rows + 1, self.plans[key[0]].num_owned), dtype=dtype, pin_memory=pinned).numpy()
             for key, dtype in self.dtypes.items()
             if self.plans[key[0]].num_owned
         }
@@ -115,8 +120,9 @@ def stream(
     leads = team.world.column_rank == 0
     queue = sorted(tasks, key=lambda t: (-t.num_tokens, t.index))
     progress = Progress("collect", sum(t.stop - t.start for t in tasks), sum(t.num_tokens for t in tasks))
-    exchange = ColumnExchange(run.plans, run.dtypes, run.rows, team) if team.world.layout.tensor > 1 else None
-    capture = Capture(model, run.spec.sites, run.plans, run.spec.poolings, team.world.device, exchange)
+    exchange = ColumnExchange(run.plans, run.dtypes, run.rows + 1, team) if team.world.layout.tensor > 1 else None
+    count_row = None if writer.counts is None else run.rows
+    capture = Capture(model, run.spec.sites, run.plans, run.spec.poolings, team.world.device, exchange, count_row)
     steps: list[Step] = []
     buffer: RowBuffer = {}
 

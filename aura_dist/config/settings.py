@@ -45,6 +45,7 @@ def option(
     place: str | None = None,
     file_only: bool = False,
     again_in: tuple[str, ...] = (),
+    empty_text: bool = False,
 ) -> Any:
     """Declare one setting: its heading in `--help`, its help text and, unless it is required, its default.
 
@@ -54,10 +55,12 @@ def option(
     - `place` is the name of a positional argument; the setting has no flag
     - `file_only` settings have no flag, because they are too large for a command line
     - `again_in` are keys of a file that use what the verb writes: above them, the setting would act twice
+    - `empty_text` says that a text may be empty; elsewhere it would silently mean that nothing was given
     """
     metadata = {
         "group": group, "help": help_text, "unset": unset, "needs": needs, "distinct": distinct, "place": place,
         "file_only": file_only, "again_in": again_in, "may_be_empty": default == [],
+        "empty_text": empty_text or default == "",
     }  # fmt: skip
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -137,6 +140,8 @@ def _convert(spec: "Field[Any]", value: Any, hint: Any) -> Any:
     listed = converted if isinstance(converted, list) else [] if converted is None else [converted]
     if table is not None and not table.also and not set(listed) <= table.rows().keys():
         raise ConfigError(f"{shown}: expected {describe(hint)}, got {value!r}")
+    if "" in listed and not spec.metadata["empty_text"]:
+        raise ConfigError(f"{shown}: expected {describe(hint)} that is not empty, got {value!r}")
     if get_origin(hint) is list:
         if not converted and not spec.metadata["may_be_empty"]:
             raise ConfigError(f"{shown}: expected at least one value, got none")

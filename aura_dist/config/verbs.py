@@ -25,7 +25,7 @@ Pooling = Annotated[str, OneOf("aura_dist.sites.pooling.POOLINGS")]
 Method = Annotated[str, OneOf("aura_dist.interventions.methods.METHODS")]
 Launcher = Annotated[str, OneOf("aura_dist.sweep.launchers.LAUNCHERS")]
 Statistic = Annotated[str, OneOf("aura_dist.scoring.statistics.STATISTICS"), Meta(title="STATISTIC")]
-Module = Annotated[str, OneOf("aura_dist.sites.kinds.kind_words", also="GLOB")]
+Module = Annotated[str, OneOf("aura_dist.sites.kinds.kind_words", also="GLOB|!GLOB")]
 Sharding = Annotated[str, OneOf("aura_dist.models.strategies.table.STRATEGIES", also="K, N"), Meta(title="STRATEGY")]
 # dask-jobqueue's SLURMCluster takes these; see its documentation
 SlurmOption = Literal[
@@ -115,9 +115,14 @@ class CollectConfig(ModelOptions):
     system: str | None = option("data", "text of the system's turn before each text", None, needs="chat")
     max_tokens: PositiveInt = option("data", "tokens per text; longer texts are cut", 128)
     tokens_per_batch: PositiveInt = option("data", "upper bound on padded tokens in one forward", 4096)
-    modules: list[Module] = option("sites", "kinds of modules, or name patterns", ["mlp"], distinct=True)
+    modules: list[Module] = option(
+        "sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"], distinct=True
+    )
     pooling: list[Pooling] = option("sites", "how a text's tokens become a neuron's value", ["max"], distinct=True)
     skip_special_tokens: bool = option("sites", "leave special tokens (BOS, EOS, ...) out of the pooling", False)
+    skip_first_tokens: Count = option(
+        "sites", "leave the first N tokens of every text out of the pooling; special tokens count among them", 0
+    )
     overwrite: bool = option(EXECUTION, "delete a store that is already there", False)
     max_attempts: Count = option(EXECUTION, "stop once this many launches in all died in the same task; 0: never", 3)
     store: Store = option("output", "the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
@@ -159,6 +164,12 @@ class ScoreConfig(Settings):
         EXECUTION, "options of dask-jobqueue's SLURMCluster, such as queue=main cores=2; in a file, keys and values", {}
     )
 
+    def __post_init__(self) -> None:
+        """Refuse Slurm's options elsewhere."""
+        super().__post_init__()
+        if self.slurm and self.dask != "slurm":
+            raise ConfigError(f"--slurm: expected with --dask slurm, got --dask {self.dask}; leave it out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig(Settings):
@@ -167,7 +178,7 @@ class FitConfig(Settings):
     store: Store = option("data", "a store that has been scored")
     concept: Column = option("data", "concept to whisper down")
     pooling: Pooling | None = option("neurons", "pooling whose scores are used", None, unset="the method's own")
-    modules: list[Module] = option("neurons", "modules of the store: kinds, or name patterns", [], unset="all")
+    modules: list[Module] = option("neurons", "modules of the store, as for `collect --modules`", [], unset="all")
     top_k: PositiveInt | None = option(
         "neurons", "only the k units of highest AUROC", None, unset="all, or all above 1/2, as the method does"
     )
@@ -176,7 +187,7 @@ class FitConfig(Settings):
     alpha: Share = option("intervention", "damp: scale of the selected units", 0.5)
     strength: Strength = option("intervention", STRENGTH, 1.0, again_in=("model", "generate", "evaluate", "export"))
     onto: Dir | None = option("intervention", "intervention that was on while collecting; the result does both", None)
-    out: Dir = option("output", "directory to write the intervention to")
+    out: Dir = option("output", "directory to write the intervention to", empty_text=True)
 
     def __post_init__(self) -> None:
         """Refuse an option that the method does not read."""
@@ -219,7 +230,7 @@ class DecodingOptions(Settings):
 class GenerateConfig(ModelOptions, DecodingOptions):
     """Continue prompts, with and without an intervention side by side."""
 
-    prompt: list[str] = option("data", "one or more prompts")
+    prompt: list[str] = option("data", "one or more prompts", empty_text=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +308,7 @@ class DemoConfig(Settings):
     data: Data | None = option("data", "labelled text of your own", None, unset="the bundled sentences")
     text_column: Column = option("data", "column that holds the text", "text")
     concept: Column = option("data", "label column", "toxic")
-    modules: list[Module] = option("sites", "kinds of modules, or name patterns", ["mlp"])
+    modules: list[Module] = option("sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"])
     overwrite: bool = option(EXECUTION, "delete the store of an earlier run that is already there", False)
     out: Dir = option("output", "run directory to write", "runs/demo")
 

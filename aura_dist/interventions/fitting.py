@@ -74,6 +74,7 @@ def fit_intervention(
             values = read(fit.concept, options["pooling"], name)
             statistics[name] = {site.name: values[site.name] for site in sites}
         maps = fit_maps(method, statistics, options)
+        _warn_of_unscored(sites, statistics)
         evidence = [values for scores in statistics.values() for values in scores.values()]
     meta = {
         "method": fit.method,
@@ -92,6 +93,17 @@ def _unmatched(sites: Sequence[Site], word: str) -> InputError:
         f"--modules {word!r} matches none of the {len(sites)} modules of the store ({sites[0].name}, …); "
         "collect them, or name others"
     )
+
+
+def _warn_of_unscored(sites: Sequence[Site], statistics: Mapping[str, Scores]) -> None:
+    """Say how many modules and units have no finite statistics; `fit_maps` leaves them as they are."""
+    scored = {s.name: np.logical_and.reduce([np.isfinite(of[s.name]) for of in statistics.values()]) for s in sites}
+    if unscored := sum(int((~units).sum()) for units in scored.values()):
+        logger.warning(
+            "%d of %d modules and %d of %d units have no finite scores (NaN or infinite responses): they are left "
+            "as they are",
+            sum(not units.any() for units in scored.values()), len(sites), unscored, sum(s.width for s in sites),
+        )  # fmt: skip
 
 
 def _parameters(fit: Fit, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def _tokens(
     texts = [str(table.columns[column][row]) for row in rows if row < len(table)]
     chat = spec.tokenizer.get("chat")
     tokens = tokenize(
-        texts, tokenizer, max_tokens=spec.max_tokens, skip_special=spec.skip_special_tokens, source=source,
+        texts, tokenizer, max_tokens=spec.max_tokens, skip_special=spec.skip_special_tokens,
+        skip_first=spec.skip_first_tokens, source=source,
         chat=None if chat is None else make_chat(tokenizer, chat["role"], chat["system"]),
     )  # fmt: skip
     if tokens.digest() != spec.data["token_ids"]:

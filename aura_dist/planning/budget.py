@@ -17,7 +17,7 @@ from aura_dist.models.strategies.strategy import Room, Spread
 from aura_dist.models.strategies.table import STRATEGIES, title
 from aura_dist.planning.work import Machine, Work
 from aura_dist.ranks.layout import Layout
-from aura_dist.sites.ownership import plan_columns, split_columns
+from aura_dist.sites.ownership import owned_columns, split_columns, width_of
 
 NUM_BUFFERS = 3
 MAX_RANKS = 1024
@@ -74,7 +74,8 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     """Memory of the rank that holds most."""
     strategy = STRATEGIES[spread.layout.strategy]
     activations = ceil((CUDA_SLACK if machine.gpu else CPU_SLACK) * _activations(work, spread.layout))
-    queue = (NUM_BUFFERS + 1) * work.rows_chunk * owned_neurons(work.neurons, spread.layout.tensor) * work.stored_bytes
+    owned_bytes = owned_neurons(work.neurons, spread.layout.tensor) * work.stored_bytes
+    queue = (NUM_BUFFERS + 1) * (work.rows_chunk + 1) * owned_bytes  # 1: a row of counts
     runtime = RUNTIME_BYTES + (CUDA_HOST_BYTES if machine.gpu else 0)
     texts = TABLE_BYTES_PER_FILE_BYTE * work.data_bytes
     preparing = runtime + TOKENIZER_BYTES_PER_FILE_BYTE * work.tokenizer_bytes + texts
@@ -108,8 +109,8 @@ def owned_neurons(neurons: Sequence[tuple[int, int]], num_ranks: int) -> int:
             known[width, chunk] = width
             continue
         whole: list[tuple[tuple[int, int], ...]] = [((0, width),)] * num_ranks
-        plans = [*plan_columns(width, chunk, split_columns(width, num_ranks)), *plan_columns(width, chunk, whole)]
-        known[width, chunk] = max(plan.num_owned for plan in plans)
+        owned = [*owned_columns(width, chunk, split_columns(width, num_ranks)), *owned_columns(width, chunk, whole)]
+        known[width, chunk] = max(map(width_of, owned))
     return sum(known[site] for site in neurons)
 
 

@@ -175,7 +175,7 @@ class StoreSummary:
 def read_store(path: str) -> tuple[zarr.Group, StoreSummary]:
     """The store at `path`, opened, and its summary; StoreError if there is none."""
     group = open_group(path)
-    spec = StoreSpec.from_attributes(group.attrs)
+    spec = StoreSpec.of(group)
     labels_NC, tokens = read_array(group, "samples/label"), read_array(group, "samples/num_tokens")
     counts = [(int(np.count_nonzero(label_N == 1)), int(np.count_nonzero(label_N == 0))) for label_N in labels_NC.T]
     return group, StoreSummary(

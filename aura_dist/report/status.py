@@ -100,7 +100,7 @@ def _jobs(run: RunDirectory) -> Iterator[Job]:
 def _store_parts(store: str) -> list[Part]:
     try:
         group = open_group(store)
-        spec = StoreSpec.from_attributes(group.attrs)
+        spec = StoreSpec.of(group)
         return [_collection(group, spec), _scores(group, spec)]
     except AuraError as error:
         there = (local_path(store) or Path()).exists()
@@ -187,7 +187,7 @@ def _changes(run: RunDirectory) -> Iterator[float]:
 def _store_places(store: Path) -> list[Path]:
     try:
         spec = StoreSpec.from_attributes(json.loads((store / "zarr.json").read_text(encoding="utf-8"))["attributes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AuraError):
         return [store]
     names = [(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
     chunks = [DONE, activation_path(*names[0]), *(score_path(*name, MARKER) for name in names)]

@@ -186,6 +186,8 @@ def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str], *, overwri
     for site in spec.sites:
         for pooling in spec.poolings:
             responses = get_array(group, activation_path(site.name, pooling))
+            if responses.shape[1] != site.width:
+                raise damaged(group, responses.path, f"it has {responses.shape[1]} columns, not {site.width}")
             chunk, marker = responses.chunks[1], score_path(site.name, pooling, MARKER)
             counts = not overwrite and is_there(group, marker)
             markers = read_array(group, marker) if counts else np.zeros(ceil(site.width / chunk), np.uint32)

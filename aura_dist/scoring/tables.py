@@ -75,7 +75,7 @@ def top_neurons(store: str | Path | xr.DataTree, concept: str, k: int, pooling: 
     """
     check_count("k", k)
     group = open_group(place_of(store))
-    spec = StoreSpec.from_attributes(group.attrs)
+    spec = StoreSpec.of(group)
     return best_neurons(score_table(group, spec, concept, pooling or spec.poolings[0]), k)
 
 

@@ -37,7 +37,7 @@ def open_store(path: str | Path) -> xr.DataTree:
     import xarray as xr
 
     group = open_group(str(path))
-    spec = StoreSpec.from_attributes(group.attrs)
+    spec = StoreSpec.of(group)
     dims = {"row": ("sample",), "num_tokens": ("sample",), "label": ("sample", "concept")}
     samples = xr.Dataset(
         {name: (of, read_array(group, f"samples/{name}")) for name, of in dims.items()},

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ModelError
-from aura_dist.sites.kinds import KINDS, choose
+from aura_dist.sites.kinds import DEFAULT, KINDS, choose
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import OutputTap, Tap
 from aura_dist.sites.transformers_adapter import unsplit_classes
@@ -25,12 +25,13 @@ class SiteTable:
     def select(self, modules: Sequence[str]) -> tuple[Site, ...]:
         """The sites that words of `--modules` choose, in model order.
 
-        ModelError if a word matches nothing; the message lists what there is.
+        ModelError if a word matches nothing; the message lists what there is. ConfigError as of `choose`.
         """
         return choose(
             self.sites,
             modules,
             lambda word: ModelError(f"--modules {word!r} matches nothing in {self.model_class}; {self._found()}"),
+            default=DEFAULT,
         )
 
     def _found(self) -> str:

@@ -4,12 +4,13 @@ Rows name their finder and tap, which are loaded once there is a model, because 
 """
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from aura_dist.errors import AuraError
+from aura_dist.errors import AuraError, ConfigError
 from aura_dist.sites.site import Site
 
 
@@ -28,6 +29,9 @@ class Kind:
         found: dict[str, int] = resolve_name(self.finder)(layer)
         return found
 
+
+DEFAULT = "mlp"  # what is collected where `--modules` chooses nothing
+EXCEPT = "!"  # before a word of `--modules`: what it matches is left out
 
 # in the order in which sites of one module come
 KINDS: dict[str, Kind] = {
@@ -66,12 +70,40 @@ def matching(sites: Iterable[Site], wanted: str) -> set[str]:
     return {s.name for s in sites if (s.kind in chosen if chosen else fnmatch.fnmatchcase(s.name, wanted))}
 
 
-def choose(sites: Sequence[Site], modules: Iterable[str], unmatched: Callable[[str], AuraError]) -> tuple[Site, ...]:
-    """The sites that words of `--modules` choose, in their order; raises `unmatched(word)` if a word chooses none."""
+def choose(
+    sites: Sequence[Site], modules: Sequence[str], unmatched: Callable[[str], AuraError], default: str = "*"
+) -> tuple[Site, ...]:
+    """The sites that words of `--modules` choose, in their order.
+
+    Words with `!` in front leave out sites that the others chose; where there are no others, those of `default`.
+    Raises `unmatched(word)` if a word matches no site; ConfigError if nothing is left, or a word leaves out nothing.
+    """
+    left_out = [word for word in modules if word.startswith(EXCEPT)]
     chosen: set[str] = set()
-    for wanted in modules:
+    for wanted in [word for word in modules if word not in left_out] or [default]:
         names = matching(sites, wanted)
         if not names:
             raise unmatched(wanted)
         chosen |= names
-    return tuple(s for s in sites if s.name in chosen)
+    kept = set(chosen)
+    for word in left_out:
+        names = matching(sites, word.removeprefix(EXCEPT))
+        if not names:
+            raise unmatched(word)
+        if not names & chosen:
+            raise ConfigError(
+                f"--modules {word!r}: expected a pattern of chosen modules, got one of others; leave it out"
+            )
+        kept -= names
+    if not kept:
+        words = " ".join(map(repr, left_out))
+        raise ConfigError(
+            f"--modules {words}: expected a module to be left, got none of {len(chosen)}; leave out fewer"
+        )
+    return tuple(s for s in sites if s.name in kept)
+
+
+def except_for(names: Iterable[str]) -> str:
+    """Words of `--modules` that leave out sites, those of all layers together, as one writes them in a shell."""
+    patterns = dict.fromkeys(re.sub(r"\.[0-9]+(?=\.|$)", ".*", name) for name in names)
+    return " ".join(f"'{EXCEPT}{pattern}'" for pattern in patterns)

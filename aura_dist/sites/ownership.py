@@ -56,21 +56,32 @@ def split_columns(width: int, num_ranks: int, num_blocks: int = 1) -> list[tuple
     ]
 
 
-def plan_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> list[ColumnPlan]:
-    """The column plan of every rank, for a site of `width` columns in chunks of `chunk`.
-
-    `seen` holds for each rank the columns that it sees, in the order of its tap: disjoint and together all of the
-    site's, or all of them on every rank.
-    """
-    num_ranks = len(seen)
-    replicated = all(tuple(s) == ((0, width),) for s in seen)
+def owned_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> list[tuple[Interval, ...]]:
+    """What every rank writes, for the arguments of `plan_columns`; fast for thousands of ranks too."""
+    num_ranks, replicated = len(seen), _is_replicated(width, seen)
     assert replicated or sum(map(width_of, seen)) == width, "every column is seen once, or by all"
     chunks = [(first, min(first + chunk, width)) for first in range(0, width, chunk)]
     if replicated:  # runs of chunks whose lengths differ by one at most
         owners = [chunk * num_ranks // len(chunks) for chunk in range(len(chunks))]
     else:
         owners = [next(r for r, mine in enumerate(seen) if _holds(mine, first)) for first, _ in chunks]
-    owned = [_joined([c for c, owner in zip(chunks, owners, strict=True) if owner == r]) for r in range(num_ranks)]
+    of_rank: dict[int, list[Interval]] = {}
+    for one, owner in zip(chunks, owners, strict=True):
+        of_rank.setdefault(owner, []).append(one)
+    return [_joined(of_rank.get(rank, [])) for rank in range(num_ranks)]
+
+
+def _is_replicated(width: int, seen: Sequence[Sequence[Interval]]) -> bool:
+    return all(tuple(s) == ((0, width),) for s in seen)
+
+
+def plan_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> list[ColumnPlan]:
+    """The column plan of every rank, for a site of `width` columns in chunks of `chunk`.
+
+    `seen` holds for each rank the columns that it sees, in the order of its tap: disjoint and together all of the
+    site's, or all of them on every rank.
+    """
+    num_ranks, owned, replicated = len(seen), owned_columns(width, chunk, seen), _is_replicated(width, seen)
     plans = [
         ColumnPlan(width_of(seen[r]), owned[r], tuple(_moves(seen[r], owned[r])), {}, {}) for r in range(num_ranks)
     ]

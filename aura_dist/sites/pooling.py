@@ -35,11 +35,14 @@ class TokenMask:
         Position of each row's last counted token.
     count_B1
         Counted tokens of each row, float32.
+    first_B1
+        Whether the first token counts, and others too.
     """
 
     runs: tuple[tuple[slice, tuple[slice, ...]], ...]
     last_B: Tensor
     count_B1: Tensor
+    first_B1: Tensor
 
     @classmethod
     def build(cls, mask_BT: NDArray[np.bool_], device: str | torch.device) -> TokenMask:
@@ -53,6 +56,7 @@ class TokenMask:
             tuple((slice(a, b), _runs(mask_BT[a])) for a, b in pairwise([0, *starts.tolist(), len(mask_BT)])),
             torch.from_numpy(last_B).to(device),
             torch.from_numpy(mask_BT.sum(axis=1, dtype=np.float32)[:, None]).to(device),
+            torch.from_numpy((mask_BT[:, 0] & (last_B > 0))[:, None]).to(device),
         )
 
     def reduce(
@@ -63,6 +67,12 @@ class TokenMask:
 
         pooled = (functools.reduce(combine, [reduce(acts_BTD[rows, t]) for t in runs]) for rows, runs in self.runs)
         return torch.cat(list(pooled))
+
+    def count_first(self, pooled_BD: Tensor, acts_BTD: Tensor, of_token: Callable[[Tensor], Tensor]) -> Tensor:
+        """[1, D] int32 number of rows whose pooled value is their first token's, which is not their only one."""
+        import torch
+
+        return ((pooled_BD == of_token(acts_BTD[:, 0])) & self.first_B1).sum(dim=0, keepdim=True, dtype=torch.int32)
 
 
 def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
@@ -99,18 +109,20 @@ def _last(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
 class Pooling:
     """One pooling; `selects` says that each result is one of the site's values, up to its sign.
 
-    The site's dtype then holds it exactly; results of the others are float32 at least.
+    The site's dtype then holds it exactly; results of the others are float32 at least. A pooling that may select any
+    token has `of_token`, which maps values of single tokens to what the pooling makes of them.
     """
 
     summary: str  # for `--help`
     pool: Callable[[TokenMask, Tensor], Tensor]  # acts_BTD → pooled_BD
     selects: bool
+    of_token: Callable[[Tensor], Tensor] | None = None
 
 
 POOLINGS = {
-    "max": Pooling("the largest value", _max, selects=True),
+    "max": Pooling("the largest value", _max, selects=True, of_token=lambda acts: acts),
     "mean": Pooling("the mean", _mean, selects=False),
-    "min": Pooling("the smallest value", _min, selects=True),
+    "min": Pooling("the smallest value", _min, selects=True, of_token=lambda acts: acts),
     "last": Pooling("the last counted token's value", _last, selects=True),
-    "absmax": Pooling("the largest absolute value", _absmax, selects=True),
+    "absmax": Pooling("the largest absolute value", _absmax, selects=True, of_token=lambda acts: acts.abs()),
 }

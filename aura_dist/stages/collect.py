@@ -60,6 +60,7 @@ from aura_dist.store.record import (
     most_attempted,
     nonfinite_responses,
     unfinished,
+    units_without_numbers,
 )
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
 from aura_dist.text.chat import make_chat
@@ -133,12 +134,14 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
         )
         left = set(team.from_first("left", lambda: prepare_store(config, subject, spec, samples)))
         tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
-        if not tasks:
+        if tasks:
+            collect_tasks(config, subject, spec, tokens, tasks, team, stop)
+        else:
             logger.info("%s is finished: %d rows; --overwrite collects again", config.store, len(samples))
-            return
-        collect_tasks(config, subject, spec, tokens, tasks, team, stop)
     if team.world.is_first:
-        report(config.store, samples, spec)
+        if tasks:
+            report(config.store, samples, spec)
+        check_numbers(config.store, spec)
 
 
 def prepare_store(config: CollectConfig, subject: Subject, spec: StoreSpec, samples: Samples) -> list[int]:
@@ -229,6 +232,24 @@ def report(store: str, samples: Samples, spec: StoreSpec) -> None:
     logger.info("wrote %s: %d rows, %d modules", store, len(samples), len(spec.sites))
 
 
+def check_numbers(store: str, spec: StoreSpec) -> None:
+    """Say how many modules and units of a finished store are never finite; StoreError if more than half are not."""
+    without = units_without_numbers(open_group(store))
+    if not without:
+        return
+    num_modules, num_units = sum(without.get(s.name) == s.width for s in spec.sites), sum(without.values())
+    total = sum(site.width for site in spec.sites)
+    text = (
+        f"{num_modules} of {len(spec.sites)} modules and {num_units} of {total} units have no finite value in any text"
+    )
+    if 2 * num_units > total or 2 * num_modules > len(spec.sites):
+        raise StoreError(
+            f"--store {store!r}: {text}: expected at most half; check the weights, or collect again with --overwrite "
+            "and a --dtype of a larger range (bfloat16, float32); the store is kept"
+        )
+    logger.warning("%s; they get no scores", text)
+
+
 def load_samples(
     config: CollectConfig, subject: Subject, table: Table | None = None
 ) -> tuple[Samples, TokenizedTexts, dict[str, Any]]:
@@ -293,6 +314,7 @@ def make_spec(
         max_tokens=config.max_tokens,
         tokens_per_batch=config.tokens_per_batch,
         skip_special_tokens=config.skip_special_tokens,
+        skip_first_tokens=config.skip_first_tokens,
         poolings=tuple(config.pooling),
         concepts=tuple(config.concepts),
         sites=sites,

@@ -27,7 +27,7 @@ def fit(config: FitConfig) -> Intervention:
     group = open_group(config.store)
     if config.out:
         _check_out(config)
-    spec = StoreSpec.from_attributes(group.attrs)
+    spec = StoreSpec.of(group)
     earlier = earlier_intervention(config.store, spec, config.onto)
     wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options)
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)

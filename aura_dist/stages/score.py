@@ -39,6 +39,7 @@ from aura_dist.scoring.scores import (
 from aura_dist.scoring.tables import best_neurons, by_layer, confounding_warning, score_table, top_table
 from aura_dist.scoring.worker import Scored, Source, compile_kernels, score_columns
 from aura_dist.store.access import errors_of_writing, open_group
+from aura_dist.store.first_token import first_token_warnings
 from aura_dist.store.record import SCORED, add_times
 from aura_dist.store.schema import StoreSpec
 
@@ -72,7 +73,7 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
     shape = worker_shape(config.dask, config.num_workers, config.memory_limit, config.slurm)
     store = config.store if "://" in config.store else str(Path(config.store).resolve())
     group = open_group(store)
-    spec = StoreSpec.from_attributes(group.attrs)
+    spec = StoreSpec.of(group)
     basis = basis_of(store, group, spec, partial=config.partial)
     if basis.partial:
         logger.warning("%d of %d rows are there: these scores are of them alone", basis.num_rows, basis.total_rows)
@@ -97,6 +98,8 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
                 raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
     if not OVER_MODEL.keys().isdisjoint(names):
         adjust(group, spec)
+    for warning in first_token_warnings(group, spec):
+        logger.warning(warning)
     return group, spec, names
 
 

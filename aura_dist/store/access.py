@@ -182,7 +182,7 @@ def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
             # a URL does not tell beforehand whether it can be written
             writable = isinstance(place, RemoteStore) or os.access(place, os.W_OK)
             group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # zarr.json may hold any JSON
         raise StoreError(f"--store {path!r}: expected a store that `collect` wrote, found none: {error}") from error
     if not must_be_created:
         return group

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from aura_dist.errors import AuraError, StoreError, brief
-from aura_dist.store.access import FIX, get_array, read_array
-from aura_dist.store.schema import ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
+from aura_dist.store.access import FIX, damaged, get_array, in_whole_chunks, read_array
+from aura_dist.store.schema import ADDED, ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _NOT_COMPARED = {
 
 def check_same(path: str, group: zarr.Group, spec: StoreSpec, samples: Samples) -> None:
     """StoreError that names the difference, if the store at `path` was begun under other settings."""
-    stored = dict(group.attrs)
+    stored, wanted = dict(group.attrs), spec.to_attributes()
     there: Any = stored.get("tokenizer") or {}
     if there.get("rule") != spec.tokenizer.get("rule"):
         logger.warning(
@@ -44,8 +44,9 @@ def check_same(path: str, group: zarr.Group, spec: StoreSpec, samples: Samples) 
             path,
         )
         stored["tokenizer"] = spec.tokenizer
-    for field, wanted in spec.to_attributes().items():
-        difference = _first_difference(field, stored.get(field), wanted)
+    for field, about in StoreSpec.__dataclass_fields__.items():
+        absent = about.default if field in ADDED else None
+        difference = _first_difference(field, stored.get(field, absent), wanted.get(field, absent))
         if difference:
             name, there, here = difference
             raise StoreError(
@@ -167,9 +168,41 @@ def nonfinite_responses(group: zarr.Group) -> dict[str, int]:
     return {name: int(n) for name, n in zip(response_names(group), totals, strict=True) if n}
 
 
+def units_without_numbers(group: zarr.Group) -> dict[str, int]:
+    """Site → how many of its units are never finite under one of the poolings, where there are any.
+
+    Reads the responses only where so many are NaN or infinite that a unit may have no others.
+    """
+    num_rows = len(read_array(group, "samples/num_tokens"))
+    counts, found = nonfinite_responses(group), {}
+    spec = StoreSpec.of(group)
+    for site in spec.sites:
+        bad_D = np.zeros(site.width, np.bool_)
+        for name in (activation_path(site.name, pooling) for pooling in spec.poolings):
+            if counts.get(name, 0) >= num_rows:
+                bad_D |= counts[name] == num_rows * site.width or _never_finite(group, name, site.width)
+        if bad_D.any():
+            found[site.name] = int(np.count_nonzero(bad_D))
+    return found
+
+
+def _never_finite(group: zarr.Group, name: str, width: int) -> NDArray[np.bool_]:
+    """[D] whether a unit's responses are all NaN or infinite; reads a chunk column at a time."""
+    array = get_array(group, name)
+    whole, step = in_whole_chunks(array), array.chunks[1]
+    try:
+        blocks = (np.asarray(whole[:, i : i + step])[: array.shape[0]] for i in range(0, width, step))
+        parts = [~np.isfinite(block).any(axis=0) for block in blocks]
+    except StoreError:  # the store could not be reached
+        raise
+    except Exception as error:  # the codec pipeline raises its own kinds
+        raise damaged(group, name, error) from error
+    return np.concatenate(parts)[:width]
+
+
 def response_names(group: zarr.Group) -> list[str]:
     """Paths of the responses' arrays, in model order, within a site in the order of the poolings."""
-    spec = StoreSpec.from_attributes(group.attrs)
+    spec = StoreSpec.of(group)
     return [activation_path(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
 
 

@@ -7,6 +7,7 @@ STORE.zarr                             attributes: see `StoreSpec`; `created`, w
   progress/done                        [task] uint8, one chunk each
   progress/attempts                    [task] uint8, one chunk each: launches that died in it (see `record.py`)
   progress/nonfinite                   [task, response array] int64, one chunk a task: NaN and infinite responses
+  progress/first_token                 [task, rank, unit] uint32, where the first token counts (see `first_token.py`)
   scores/<site>/<pooling>/<statistic>  [concept, neuron]   (see `scores.py`)
 ```
 """
@@ -18,6 +19,7 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
+import msgspec
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from aura_dist.errors import StoreError, brief
 from aura_dist.sites.pooling import POOLINGS
 from aura_dist.sites.site import Site
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, errors_of_writing, get_array, store_at
@@ -32,6 +35,10 @@ from aura_dist.store.grid import Task, columns_per_chunk, make_tasks, rows_per_c
 from aura_dist.store.zarr_adapter import description, fast_codecs, run_in_zarr
 
 DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"
+FIRST_TOKEN = "progress/first_token"
+# Fields of a store's identity that earlier stores lack: written only where they differ from their default.
+ADDED = ("skip_first_tokens",)
+MAX_TENSOR_RANKS = 64  # of larger splits, the first tokens are not counted
 
 
 @dataclass(frozen=True)
@@ -53,15 +60,33 @@ class StoreSpec:
     sites: tuple[Site, ...]  # in model order
     uncaptured: tuple[str, ...] = ()  # names of parameters that no site covers (experts of a mixture)
     intervention: Mapping[str, Any] | None = None  # `Intervention.identity` of the one that was over the model
+    skip_first_tokens: int = 0
 
     def to_attributes(self) -> dict[str, Any]:
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        left_out = [name for name in ADDED if getattr(self, name) == self.__dataclass_fields__[name].default]
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items() if n not in left_out}
 
     @classmethod
-    def from_attributes(cls, attributes: Mapping[str, Any]) -> "StoreSpec":
-        values = {name: attributes[name] for name in cls.__dataclass_fields__}
-        values |= {name: tuple(values[name]) for name in ("poolings", "concepts", "uncaptured")}
-        return cls(**{**values, "sites": tuple(Site(**site) for site in values["sites"])})
+    def of(cls, group: zarr.Group) -> "StoreSpec":
+        """The spec of an open store; StoreError if its attributes are damaged."""
+        return cls.from_attributes(group.attrs, str(group.store_path))
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any], store: str = "") -> "StoreSpec":
+        """The spec of a store that has these attributes; StoreError if they cannot be one's."""
+        try:
+            spec = msgspec.convert(dict(attributes), cls)
+        except msgspec.ValidationError as error:
+            raise _unusable(store, brief(error)) from error
+        if not (spec.sites and spec.poolings and spec.concepts and set(spec.poolings) <= POOLINGS.keys()):
+            raise _unusable(store, f"{len(spec.sites)} sites, poolings {spec.poolings}, concepts {spec.concepts}")
+        return spec
+
+
+def _unusable(store: str, why: str) -> StoreError:
+    return StoreError(
+        f"--store {store!r}: expected attributes that `collect` wrote, found {why}; collect again with --overwrite"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,16 @@ def stored_dtype(pooling: str, forward_dtype: str) -> str:
 
 def activation_path(site: str, pooling: str) -> str:
     return f"activations/{site}/{pooling}"
+
+
+def first_token_columns(spec: StoreSpec) -> dict[tuple[str, str], slice]:
+    """(site, pooling) → its units in `progress/first_token`: of the poolings that may select any token."""
+    columns, start = {}, 0
+    for site in spec.sites:
+        for pooling in spec.poolings:
+            if POOLINGS[pooling].of_token:
+                columns[site.name, pooling] = slice(start, start := start + site.width)
+    return columns
 
 
 def chunk_widths(group: zarr.Group, spec: StoreSpec) -> dict[str, int]:
@@ -141,6 +176,10 @@ def _layouts(spec: StoreSpec, samples: Samples, num_tasks: int) -> dict[str, Arr
         ATTEMPTS: ArrayLayout((num_tasks,), (1,), "uint8", ("task",), 0),
         NONFINITE: ArrayLayout((num_tasks, num_arrays), (1, num_arrays), "int64", ("task", "array"), 0),
     }
+    num_units = max((columns.stop for columns in first_token_columns(spec).values()), default=0)
+    if num_units and not spec.skip_first_tokens:
+        shape, dims = (num_tasks, MAX_TENSOR_RANKS, num_units), ("task", "rank", "unit")
+        found[FIRST_TOKEN] = ArrayLayout(shape, (1, 1, num_units), "uint32", dims, 0)
     dtypes = {pooling: stored_dtype(pooling, spec.dtype) for pooling in spec.poolings}
     largest = max(np.dtype(dtype).itemsize for dtype in dtypes.values())
     for site in spec.sites:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from aura_dist.sites.ownership import Interval
 from aura_dist.store.access import Write, get_array, prepare_write
+from aura_dist.store.first_token import FirstTokenCounts
 from aura_dist.store.record import writing_failed
 from aura_dist.store.schema import activation_path
 
@@ -39,6 +40,8 @@ class ChunkWriter:
     commit
         Called with a task's index and the number of its NaN and infinite responses by array, when everything that was
         handed over before is written.
+    counts
+        Takes the last row of each buffer: how many rows have their value at the first token. None: no such row.
 
     Use as a context manager: leaving it waits until all is written. The first failure stops the writer
     and is raised, as a StoreError, from the next call.
@@ -50,10 +53,12 @@ class ChunkWriter:
         owned: Mapping[str, Sequence[Interval]],
         make_buffer: Callable[[], RowBuffer],
         commit: Commit,
+        counts: FirstTokenCounts | None = None,
     ) -> None:
         self._group = group
         self._owned = owned
         self._commit = commit
+        self.counts = counts
         self._free: queue.Queue[RowBuffer] = queue.Queue()
         for _ in range(NUM_BUFFERS):
             self._free.put(buffer := make_buffer())
@@ -102,6 +107,8 @@ class ChunkWriter:
 
     def _do(self, runner: asyncio.Runner, item: tuple[Any, ...]) -> None:
         if len(item) == 1:
+            if self.counts is not None:
+                self.counts.write(item[0])
             self._commit(item[0], dict(self._nonfinite))
             self._nonfinite.clear()
             return
@@ -112,6 +119,8 @@ class ChunkWriter:
             bad = rows.size - int(np.count_nonzero(np.isfinite(rows)))
             if bad:
                 self._nonfinite[activation_path(*key)] += bad
+            if self.counts is not None:
+                self.counts.add(key, values[-1])
         runner.run(_together(self._writes(slice(start, stop), buffer)))
         self._free.put(buffer)
 

@@ -117,7 +117,7 @@ def _scored_columns(store: Path) -> int:
     from aura_dist.store.schema import StoreSpec
 
     group = open_group(str(store))
-    return count_columns(group, StoreSpec.from_attributes(group.attrs))[0]
+    return count_columns(group, StoreSpec.of(group))[0]
 
 
 def _written_bytes(results: Path) -> int:

@@ -49,6 +49,7 @@ class Selection(Sampling):
     skip_special_tokens: bool
     chat: str | None = None
     system: str | None = None
+    skip_first_tokens: int = 0
 
     @classmethod
     def of(cls, settings: object) -> "Selection":
@@ -80,17 +81,20 @@ def select(
     of the table, by token count, then by row; their [N, C] labels for C concepts, 1, 0 or −1; and their token ids.
 
     InputError if a text or label cannot be used, there are too few rows, or a concept lacks a class, also after
-    sampling; ConfigError if `max_tokens` leaves room for special tokens alone; either or ModelError if the tokenizer
-    has no chat template for what is asked.
+    sampling; ConfigError if `max_tokens` or `skip_first_tokens` leave no token of any text; either or ModelError if the
+    tokenizer has no chat template for what is asked.
     """
     _, *columns = which.columns
     texts = check_texts(table, which.text_column)
     label_NK = parse_labels(table, columns, which.threshold)
     label_NC = label_NK[:, : len(which.concepts)]
     check_classes(label_NC, which.concepts, table.source)
-    skip, tokenizer = which.skip_special_tokens, load_tokenizer()
-    chat = None if which.chat is None else make_chat(tokenizer, which.chat, which.system)
-    tokens = tokenize(texts, tokenizer, max_tokens=which.max_tokens, skip_special=skip, source=table.source, chat=chat)
+    tokenizer = load_tokenizer()
+    tokens = tokenize(
+        texts, tokenizer, max_tokens=which.max_tokens, skip_special=which.skip_special_tokens,
+        skip_first=which.skip_first_tokens, source=table.source,
+        chat=None if which.chat is None else make_chat(tokenizer, which.chat, which.system),
+    )  # fmt: skip
     num_tokens, rows = tokens.num_tokens, np.arange(len(table))
     if which.concepts:
         rows = without_mixed_negatives(label_NK[:, 0], label_NK[:, [columns.index(c) for c in which.clean_negatives]])

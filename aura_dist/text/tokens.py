@@ -7,7 +7,7 @@ row, and no model class needs position ids.
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +34,7 @@ class Batch:
     rows: slice  # of the store's
     input_ids: NDArray[np.int64]  # [B, T]
     attention_mask: NDArray[np.bool_]  # [B, T]: True at real tokens
-    pool_mask: NDArray[np.bool_]  # [B, T]: the same, without special tokens if these are left out of pooling
+    pool_mask: NDArray[np.bool_]  # [B, T]: the same, without the tokens that are left out of pooling
 
     @property
     def num_tokens(self) -> int:
@@ -43,11 +43,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of N texts, [T] each, and which ids are special and left out of pooling."""
+    """Token ids of N texts, [T] each, and which of them are left out of pooling."""
 
     ids: list[NDArray[np.int32]]
     special_ids: NDArray[np.int64]
-    skip_special: bool
+    skip_special: bool  # leave out tokens with a special id
+    skip_first: int = 0  # leave out so many tokens at the start of each text, special ones among them
 
     @property
     def num_tokens(self) -> NDArray[np.int32]:
@@ -70,7 +71,7 @@ class TokenizedTexts:
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "TokenizedTexts":
         """The texts of `rows`, in that order."""
-        return TokenizedTexts([self.ids[r] for r in rows], self.special_ids, self.skip_special)
+        return replace(self, ids=[self.ids[r] for r in rows])
 
     def batch(self, rows: slice) -> Batch:
         """The texts of `rows`, padded with id 0, because a tokenizer's own padding id may be beyond the vocabulary."""
@@ -82,6 +83,8 @@ class TokenizedTexts:
             input_ids[b, : len(ids)] = ids
             attention_mask[b, : len(ids)] = True
         pool_mask = attention_mask & ~np.isin(input_ids, self.special_ids) if self.skip_special else attention_mask
+        if self.skip_first:
+            pool_mask = pool_mask & (np.arange(shape[1]) >= self.skip_first)
         return Batch(rows, input_ids, attention_mask, pool_mask)
 
 
@@ -92,6 +95,7 @@ def tokenize(
     max_tokens: int,
     skip_special: bool,
     source: str,
+    skip_first: int = 0,
     chat: Chat | None = None,
     ended: bool = True,
 ) -> TokenizedTexts:
@@ -100,9 +104,12 @@ def tokenize(
     `chat` renders each text first. Without `ended`, and under `chat`, whose template says how a text ends, the last
     tokens that the tokenizer adds are left out.
 
-    InputError if the tokenizer or the template cannot take a text, or a text has no token, or only special ones that
-    are left out; ConfigError if `max_tokens` leaves room for special tokens alone.
+    InputError if the tokenizer or the template cannot take a text, or a text has no token, or only tokens that are
+    left out; ConfigError if `max_tokens` leaves room for special tokens alone, or `skip_first` leaves no token of any
+    text.
     """
+    if skip_first >= max_tokens:
+        raise ConfigError(f"--skip-first-tokens: expected fewer than --max-tokens {max_tokens}, got {skip_first}")
     num_special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= num_special:  # else nothing of the text would be left
         raise ConfigError(
@@ -130,11 +137,13 @@ def tokenize(
         )
     special = np.array(special_ids(tokenizer), dtype=np.int64)
     for row, row_ids in enumerate(ids):
-        counted = row_ids[~np.isin(row_ids, special)] if skip_special else row_ids
+        counted = row_ids[skip_first:]
+        if skip_special:
+            counted = counted[~np.isin(counted, special)]
         if not len(counted):
-            what = "token that is not special" if skip_special else "token"
+            what = f"token{' that is not special' * skip_special}{f' after the first {skip_first}' * bool(skip_first)}"
             raise InputError(f"data {source!r}: row {row}: expected at least one {what}, got none")
-    return TokenizedTexts(ids, special, skip_special)
+    return TokenizedTexts(ids, special, skip_special, skip_first)
 
 
 def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", limit: int, source: str) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ from aura_dist.models.load import skeleton
 from aura_dist.sites.find import decoder_layers_name
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.record import response_names
+from aura_dist.store.schema import FIRST_TOKEN
 from tests.distributed.launch import REPOSITORY, run_ranks
 from tests.distributed.loop import OPTIONS, run_in_memory, run_plan
 from tests.models import TINY_CONFIGS
@@ -55,6 +56,8 @@ def assert_same(ours: Path, plain: Path, name: str) -> None:
         theirs = read_array(expected, path)
         difference = np.abs(read_array(store, path) - theirs).max() / np.abs(theirs).max()
         assert difference < TOLERANCE, f"{name}: {path}: {difference:.1e}"
+    counts, plainly = (read_array(group, FIRST_TOKEN).max(axis=1).astype(int) for group in (store, expected))
+    assert np.abs(counts - plainly).sum() <= 1e-3 * plainly.sum(), f"{name}: maxima at the first token"
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.title)

@@ -198,6 +198,7 @@ def test_directory_of_something_else_is_not_touched(refused, tiny_dir, sentences
         (["--seed", 1], "another data sampling seed: expected 0, got 1"),
         (["--num-positive", 19], "another data sampling num_positive: expected 20, got 19"),
         (["--skip-special-tokens"], "another skip_special_tokens: expected False, got True"),
+        (["--skip-first-tokens", 1], "another skip_first_tokens: expected 0, got 1"),
         (["--num-negative", 19], "another data sampling num_negative: expected 20, got 19"),
         (["--tokens-per-batch", 64], "another tokens_per_batch: expected 4096, got 64"),
     ],

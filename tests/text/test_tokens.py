@@ -24,8 +24,10 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def tokens_of(texts, tokenizer, max_tokens=128, *, skip_special=False):
-    return tokenize(texts, tokenizer, max_tokens=max_tokens, skip_special=skip_special, source="d.csv")
+def tokens_of(texts, tokenizer, max_tokens=128, *, skip_special=False, skip_first=0):
+    return tokenize(
+        texts, tokenizer, max_tokens=max_tokens, skip_special=skip_special, skip_first=skip_first, source="d.csv"
+    )
 
 
 def test_ids_are_those_of_the_tokenizer_with_special_tokens(tokenizer):
@@ -53,13 +55,17 @@ def test_batches_are_padded_on_the_right_whatever_the_tokenizer_does(side):
 
 
 @settings(deadline=None)
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=8), st.booleans())
-def test_masks_mark_every_real_token_once(rows, skip_special):
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=8),
+    st.booleans(),
+    st.integers(0, 13),
+)
+def test_masks_mark_every_real_token_once(rows, skip_special, skip_first):
     # the padding id is an ordinary token here, as where a model has none of its own
-    tokens = TokenizedTexts([np.array(r, dtype=np.int32) for r in rows], np.array([1, 4]), skip_special)
+    tokens = TokenizedTexts([np.array(r, dtype=np.int32) for r in rows], np.array([1, 4]), skip_special, skip_first)
     batch = tokens.batch(slice(0, len(rows)))
     assert [list(r[m]) for r, m in zip(batch.input_ids, batch.attention_mask, strict=True)] == rows
-    counted = [[i for i in row if not (skip_special and i in (1, 4))] for row in rows]
+    counted = [[i for i in row[skip_first:] if not (skip_special and i in (1, 4))] for row in rows]
     assert [list(r[m]) for r, m in zip(batch.input_ids, batch.pool_mask, strict=True)] == counted
 
 
@@ -93,6 +99,23 @@ def test_take_reorders(tokenizer):
     taken = tokens.take([2, 0])
     assert [i.tolist() for i in taken.ids] == [tokens.ids[2].tolist(), tokens.ids[0].tolist()]
     assert taken.skip_special
+    assert tokens_of(TEXTS, tokenizer, skip_first=1).take([0]).skip_first == 1
+
+
+def test_text_with_no_token_after_the_first_ones_is_named(tokenizer):
+    """The first tokens are those of the text as it is, the special one among them."""
+    masks = [tokens_of(["ab", "abcdef"], tokenizer, skip_first=n).batch(slice(0, 2)).pool_mask for n in range(3)]
+    assert [mask.sum() for mask in masks] == [masks[0].sum(), masks[0].sum() - 2, masks[0].sum() - 4]
+    length = len(tokenizer("ab")["input_ids"])
+    with pytest.raises(InputError, match=f"row 1: expected at least one token after the first {length}, got none"):
+        tokens_of(["abcdef" * 9, "ab"], tokenizer, skip_first=length)
+    with pytest.raises(
+        InputError, match="row 0: expected at least one token that is not special after the first 1, got"
+    ):
+        tokens_of(["<eos>"], tokenizer, skip_first=1, skip_special=True)
+    assert tokens_of(["<eos>"], tokenizer, skip_first=1).batch(slice(0, 1)).pool_mask.tolist() == [[False, True]]
+    with pytest.raises(ConfigError, match="--skip-first-tokens: expected fewer than --max-tokens 8, got 8"):
+        tokens_of(["abcdef" * 9], tokenizer, 8, skip_first=8)
 
 
 def test_text_without_a_token_that_counts_is_named(tokenizer):

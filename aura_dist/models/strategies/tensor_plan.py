@@ -13,6 +13,7 @@ from transformers import Conv1D, PreTrainedModel
 from aura_dist.errors import ConfigError, ModelError
 from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.sites.find import own_names
+from aura_dist.sites.kinds import except_for
 from aura_dist.sites.ownership import Interval
 from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
 
@@ -123,6 +124,6 @@ def seen_columns(plan: Mapping[str, str], tap: Tap, num_ranks: int) -> list[tupl
     if seen is None:
         raise ModelError(
             f"--sharding tensor: module {tap.site!r} is split as {plan.get(generic(tap.place))!r}, which is not by "
-            f"columns; leave it out of --modules, or use {_others()}"
+            f"columns; leave it out by --modules … {except_for([tap.site])}, or use {_others()}"
         )
     return seen
