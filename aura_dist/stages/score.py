@@ -38,7 +38,8 @@ from aura_dist.scoring.scores import (
 )
 from aura_dist.scoring.tables import best_neurons, by_layer, confounding_warning, score_table, top_table
 from aura_dist.scoring.worker import Scored, Source, compile_kernels, score_columns
-from aura_dist.store.access import errors_of_writing, open_group
+from aura_dist.store.access import errors_of_writing, open_group, zarr_store
+from aura_dist.store.launches import at_work
 from aura_dist.store.record import SCORED, add_times
 from aura_dist.store.schema import StoreSpec
 
@@ -71,6 +72,14 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
     names = resolve_statistics(config.statistics)
     shape = worker_shape(config.dask, config.num_workers, config.memory_limit, config.slurm)
     store = config.store if "://" in config.store else str(Path(config.store).resolve())
+    open_group(store)  # before a mark is written, because there may be no store
+    with at_work(store, zarr_store(store), "score", against=("score",), wait=not config.overwrite):
+        return *_score_store(config, store, names, shape), names
+
+
+def _score_store(
+    config: ScoreConfig, store: str, names: Sequence[str], shape: tuple[int, int]
+) -> tuple[zarr.Group, StoreSpec]:
     group = open_group(store)
     spec = StoreSpec.from_attributes(group.attrs)
     basis = basis_of(store, group, spec, partial=config.partial)
@@ -97,7 +106,7 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
                 raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
     if not OVER_MODEL.keys().isdisjoint(names):
         adjust(group, spec)
-    return group, spec, names
+    return group, spec
 
 
 def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, overwrite: bool = False) -> None:
