@@ -104,16 +104,17 @@ class _Meeting:
         return store
 
     def _listen(self) -> socket.socket:
-        """A socket at the first port that is free."""
-        family, both = (socket.AF_INET6, True) if socket.has_dualstack_ipv6() else (socket.AF_INET, False)
+        """A socket at the first port that is free, for both kinds of addresses where the machine has both."""
+        kinds = [{"family": socket.AF_INET6, "dualstack_ipv6": True}] if socket.has_dualstack_ipv6() else []
         for port in self.ports:
-            try:
-                listener = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
-            except OSError as error:
-                reason = error
-                continue
-            listener.settimeout(POLL_SECONDS)
-            return listener
+            for kind in (*kinds, {"family": socket.AF_INET}):
+                try:
+                    listener = socket.create_server(("", port), **kind, backlog=4096)
+                except OSError as error:
+                    reason = error
+                    continue
+                listener.settimeout(POLL_SECONDS)
+                return listener
         raise ConfigError(f"{self}, cannot listen there: {brief(reason)}; set MASTER_PORT to a free port of its host")
 
     def _greet(self, connection: socket.socket, came: dict[int, tuple[str, socket.socket]]) -> None:

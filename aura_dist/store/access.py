@@ -36,6 +36,8 @@ Write = Callable[[], Coroutine[Any, Any, None]]
 def clear(path: str) -> None:
     """Remove the store at `path`, which must be one of ours or nothing; its own attributes go last.
 
+    Marks of launches stay.
+
     If this is interrupted, the store that is left counts as never finished: the same command replaces it.
     """
     place = store_at(path)

@@ -62,8 +62,8 @@ def at_work(path: str, store: Store, verb: str, *, against: Collection[str], wai
     leaving = threading.Event()
     beating = threading.Thread(target=_beat, args=(store, mark, leaving), name="at-work", daemon=True)
     try:
-        _enter(path, store, mark, against, time.monotonic() + (WAIT_SECONDS if wait else 0))
-        beating.start()
+        if _enter(path, store, mark, against, time.monotonic() + (WAIT_SECONDS if wait else 0)):
+            beating.start()
         yield
     finally:
         leaving.set()
@@ -82,7 +82,8 @@ def others_at_work(store: Store, verb: str) -> str:
     return ""
 
 
-def _enter(path: str, store: Store, mark: Mark, against: Collection[str], deadline: float) -> None:
+def _enter(path: str, store: Store, mark: Mark, against: Collection[str], deadline: float) -> bool:
+    """Write the mark once no other stands against it; whether that was possible."""
     seen: dict[str, tuple[int, float]] = {}  # name of a mark → its beat when it was first seen, and when that was
     while _write(store, mark):
         others = [m for m in _marks(store) if m.name != mark.name and m.verb in against]
@@ -92,7 +93,7 @@ def _enter(path: str, store: Store, mark: Mark, against: Collection[str], deadli
             _remove(store, dead)
             others.remove(dead)
         if not others:
-            return
+            return True
         _remove(store, mark)
         if True in states and time.monotonic() >= deadline:
             raise StoreError(
@@ -103,6 +104,7 @@ def _enter(path: str, store: Store, mark: Mark, against: Collection[str], deadli
             mark = replace(mark, beat=1)
             logger.warning("%s: waiting for %s, to end or to give a sign of life", path, others[0])
         time.sleep(random.uniform(0.5, 1.5))  # two launches that saw each other come again one after the other
+    return False
 
 
 def _lives(mark: Mark, seen: dict[str, tuple[int, float]]) -> bool | None:

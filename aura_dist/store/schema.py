@@ -2,6 +2,7 @@
 
 ```
 STORE.zarr                             attributes: see `StoreSpec`; `created`, written last
+  at_work-ID                           a launch that is at work (see `launches.py`)
   samples/{row, num_tokens, label}     [sample], [sample], [sample, concept]
   activations/<site>/<pooling>         [sample, neuron]
   progress/done                        [task] uint8, one chunk each

@@ -15,15 +15,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tiny_dir):
-    """(Address, asked): a hub with one model, `some/model`, and what it was asked, by agent and file."""
-    asked: list[tuple[str, str]] = []
+    """(Address, asked): a hub with one model, `some/model`, and the paths that it was asked for."""
+    asked: list[str] = []
     directory = tiny_dir("llama")
 
     class Hub(SimpleHTTPRequestHandler):
         def send_head(self):
-            found = re.fullmatch(r"/some/model/resolve/[^/]+/([^?]+)", self.path)
+            found = re.fullmatch(r"/rank-./some/model/resolve/[^/]+/([^?]+)", self.path)
             file = directory / found[1] if found else None
-            asked.append((self.headers.get("User-Agent", ""), self.path))
+            asked.append(self.path)
             there = file is not None and file.is_file()
             self.send_response(200 if there else 404)
             self.send_header("X-Repo-Commit", COMMIT)
@@ -44,34 +44,24 @@ def hub(tiny_dir):
     server.server_close()
 
 
-def ranks_that_asked(asked):
-    return {agent.partition(";")[0] for agent, _ in asked if agent.startswith("rank ")}
-
-
-@pytest.mark.parametrize("verb", ["collect", "generate", "evaluate"])
+@pytest.mark.parametrize("verb", ["collect", "evaluate"])
 def test_one_rank_of_a_host_asks_the_hub(verb, hub, sentences_csv, tmp_path):
     address, asked = hub
     words = {
         "collect": ["--data", sentences_csv, "--concepts", "toxic", "--num-positive", "20", "--num-negative", "20",
                     "--store", str(tmp_path / "store")],
-        "generate": ["--prompt", "the cat", "--max-new-tokens", "2"],
         "evaluate": ["--perplexity-texts", sentences_csv, "--max-tokens", "8", "--out", str(tmp_path / "out.json")],
     }[verb]  # fmt: skip
-    command = [address, str(tmp_path / "cache"), verb, "--model", "some/model", *words]
-    (tmp_path / "cache").mkdir()
-    run_ranks(3, command, run_from_hub)
-    alone = len(asked)
-    assert len(ranks_that_asked(asked)) == 1, asked
-    weights = [path for _, path in asked if path.endswith("model.safetensors")]
-    assert weights, "it was the hub's model"
-    asked.clear()
-    run_ranks(1, command if verb != "collect" else [*command, "--overwrite"], run_from_hub)
-    assert alone <= 2 * len(asked) + 10, "as one process asks"
+    run_ranks(3, [address, str(tmp_path / "cache"), verb, "--model", "some/model", *words], run_from_hub)
+    of_ranks = [path for path in asked if path.startswith("/rank-")]
+    assert any(path.endswith("model.safetensors") for path in of_ranks), "the weights are the hub's"
+    assert len({path.split("/")[1] for path in of_ranks}) <= (2 if verb == "collect" else 1), of_ranks
+    asking = {path.split("/")[1] for path in of_ranks if path.endswith("model.safetensors")}
+    assert len(asking) == 1, "of each file one rank"
 
 
 def test_model_that_the_hub_does_not_have_ends_all_ranks_with_one_error(hub, tmp_path):
     address, _ = hub
-    (tmp_path / "cache").mkdir()
     command = [address, str(tmp_path / "cache"), "generate", "--model", "some/other", "--prompt", "the cat"]
     with launched(Launch(3, command, run_from_hub)) as launch:
         assert launch.wait(60) == [2, 2, 2], launch.text()
