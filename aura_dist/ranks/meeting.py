@@ -38,12 +38,14 @@ _LINE_BYTES = 2**16
 
 def meet(place: Place) -> Store:
     """The launch's key-value store, once all its ranks are there; ConfigError that names those that did not come."""
-    seconds = os.environ.get(LONGER, str(MEETING_SECONDS))
+    given = os.environ.get(LONGER, str(MEETING_SECONDS))
     try:
-        deadline = time.monotonic() + float(seconds)
+        seconds = float(given)
     except ValueError:
-        raise ConfigError(f"environment variable {LONGER}: expected a number of seconds, got {seconds!r}") from None
-    meeting = _Meeting(place, *meeting_place(os.environ), float(seconds), deadline)
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ConfigError(f"environment variable {LONGER}: expected a number of seconds above 0, got {given!r}")
+    meeting = _Meeting(place, *meeting_place(os.environ), seconds, time.monotonic() + seconds)
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = meeting.at_agent(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -202,7 +202,8 @@ def test_place_that_is_none(variables, launcher):
     assert "expected MASTER_ADDR and MASTER_PORT to be a host and a free port of rank 0" in str(error)
 
 
-def test_patience_that_is_no_number(launcher):
-    launcher(2, 1, **{meeting.LONGER: "a while"})
+@pytest.mark.parametrize("seconds", ["a while", "0", "-5", "nan", "inf", ""])
+def test_patience_that_is_no_number(seconds, launcher):
+    launcher(2, 1, **{meeting.LONGER: seconds})
     (error,) = meet([0], 2)
-    assert f"{meeting.LONGER}: expected a number of seconds, got 'a while'" in str(error)
+    assert f"{meeting.LONGER}: expected a number of seconds above 0, got {seconds!r}" in str(error)
