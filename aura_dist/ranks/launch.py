@@ -47,10 +47,8 @@ def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
     store = HashStore() if alone else PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
     team = Team(world, store)
     try:
-        if sharding.collective(
-            layout
-        ):  # within, because a rank that fails while the groups are made would be waited for
-            # over a connection of its own, because one that waits would keep the team's watcher from the store
+        if sharding.collective(layout):
+            # by a connection of its own, because a wait for a rank that fails now would block the watcher's
             team.join(*_join_replica(world, store.clone()))
         yield team
         team.finish()
