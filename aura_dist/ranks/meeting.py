@@ -5,9 +5,9 @@ launcher's. They exchange a few lines there before torch uses the port, because 
 program that listens and never answers:
 
     rank N → rank 0    aura_dist LAUNCH N ID SECONDS    which launch, rank and process, and how long it still waits
-    rank 0 → rank N    here                             this is that launch
-                       taken                            another process has come as rank N
-                       go | missing 3, 5                all have come, or these did not come in time
+    rank 0 → rank N    here | taken                     this is that launch; or another process is its rank N
+    rank N → rank 0    ready                            it heard that, and waits for the next
+    rank 0 → rank N    go | missing 3, 5                all have come, or these did not come in time
 """
 
 import os
@@ -31,7 +31,7 @@ LONGER = "AURA_MEETING_SECONDS"
 TIMEOUT = timedelta(minutes=30)
 POLL_SECONDS = 0.1
 # how long a program at the port may take to answer, and torch to connect to a store that is there
-ANSWER_SECONDS = 3.0
+ANSWER_SECONDS = 5.0
 _CONNECT = timedelta(seconds=30)
 _LINE_BYTES = 2**16
 
@@ -121,15 +121,14 @@ class _Meeting:
 
     def _greet(self, connection: socket.socket, came: dict[int, tuple[str, socket.socket]]) -> None:
         """Note a rank of this launch that has come; anything else is sent away."""
-        with suppress(OSError, ValueError, IndexError):
+        with suppress(OSError, ValueError, IndexError), connection.makefile("rb") as said:
             connection.settimeout(ANSWER_SECONDS)
-            with connection.makefile("rb") as said:
-                words = said.readline(_LINE_BYTES).decode(errors="replace").split()
+            words = said.readline(_LINE_BYTES).decode(errors="replace").split()
             if words[:2] == ["aura_dist", self.launch]:
                 rank, process, left = int(words[2]), words[3], float(words[4])
                 ours = came.get(rank, (process,))[0] == process
                 connection.sendall(b"here\n" if ours else b"taken\n")
-                if ours:
+                if ours and said.readline(_LINE_BYTES) == b"ready\n":
                     # so that every rank hears from this one before its own time is up
                     self.deadline = min(self.deadline, time.monotonic() + left - 1)
                     came[rank] = process, connection
@@ -164,9 +163,10 @@ class _Meeting:
             answer = answers.readline(_LINE_BYTES).strip()
             if answer == b"taken":
                 raise self._taken()
-            if answer not in (b"here", b"go"):
+            if answer != b"here":
                 return False
-            if answer == b"here":
+            with suppress(OSError):  # rank 0 has ended
+                connection.sendall(b"ready\n")
                 connection.settimeout(max(left, ANSWER_SECONDS))
                 answer = answers.readline(_LINE_BYTES).strip()
         word, _, missing = answer.decode().partition(" ")

@@ -80,6 +80,8 @@ def stranger() -> Iterator:
                     if answer is not None:
                         with suppress(OSError):
                             connection.sendall(answer)
+                            connection.shutdown(socket.SHUT_WR)
+                            connection.recv(1000)
                         connection.close()
 
         threading.Thread(target=serve, daemon=True).start()
@@ -174,6 +176,24 @@ def test_second_process_of_a_rank_is_refused(launcher):
     first, *others = meet([0, 1, 1], 3)
     assert "for rank 2;" in str(first)
     assert sum("expected one process of that rank, got another" in str(e) for e in others) == 1
+
+
+def test_slow_rank_0_counts_no_rank_that_has_hung_up(launcher, monkeypatch):
+    """Else that rank would come again when the port is torch's already."""
+    launcher(2, free_port(), **{meeting.LONGER: "6"})
+    monkeypatch.setattr(meeting, "ANSWER_SECONDS", 1.0)
+    greet, calls = meeting._Meeting._greet, []
+
+    def slow(self, connection, came):
+        calls.append(connection)
+        time.sleep(1.5 if len(calls) == 1 else 0)
+        greet(self, connection, came)
+
+    monkeypatch.setattr(meeting._Meeting, "_greet", slow)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda rank: meeting.meet(Place(rank, 2)), range(2)))
+    assert_met(found)
+    assert len(calls) == 2
 
 
 def test_rank_0_that_ends_while_others_wait_is_named(launcher, stranger):

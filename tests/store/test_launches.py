@@ -28,7 +28,7 @@ ALL = ("collect", "score")
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    for name, seconds in {"BEAT_SECONDS": 0.1, "DEAD_SECONDS": 1.5, "WAIT_SECONDS": 1.0}.items():
+    for name, seconds in {"BEAT_SECONDS": 0.3, "DEAD_SECONDS": 1.5, "WAIT_SECONDS": 1.0}.items():
         monkeypatch.setattr(launches, name, seconds)
 
 
@@ -144,7 +144,9 @@ def test_launch_whose_store_was_taken_over_stops_in_an_orderly_way(place, caplog
     with StopFlag() as stop, stop.deferred(), entered(place):
         (mark,) = _marks(store)
         launches._remove(store, mark)
-        time.sleep(0.5)
+        end = time.monotonic() + 20
+        while stop.received is None and time.monotonic() < end:
+            time.sleep(0.05)
         assert stop.received == signal.SIGTERM
     assert "another launch has taken over the store" in caplog.text
 
