@@ -44,7 +44,7 @@ def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
     layout = sharding.layout(place.world_size)
     world = World(layout, place.global_rank, place.local_rank, _device_of(place, device))
     alone = place.world_size == 1
-    store = HashStore() if alone else PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
+    store: Any = HashStore() if alone else PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
     team = Team(world, store)
     try:
         if sharding.collective(layout):

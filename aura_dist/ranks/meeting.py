@@ -107,11 +107,11 @@ class _Meeting:
 
     def _listen(self) -> socket.socket:
         """A socket at the first port that is free, for both kinds of addresses where the machine has both."""
-        kinds = [{"family": socket.AF_INET6, "dualstack_ipv6": True}] if socket.has_dualstack_ipv6() else []
+        kinds = [(socket.AF_INET6, True)] if socket.has_dualstack_ipv6() else []
         for port in self.ports:
-            for kind in (*kinds, {"family": socket.AF_INET}):
+            for family, both in (*kinds, (socket.AF_INET, False)):
                 try:
-                    listener = socket.create_server(("", port), **kind, backlog=4096)
+                    listener = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
                 except OSError as error:
                     reason = error
                     continue
