@@ -182,8 +182,8 @@ def commands(tiny_dir, sentences_csv, tmp_path):
     collect = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
     return (
         store,
-        [*collect, "--num-positive", "20", "--num-negative", "20", "--store", store],
-        ["score", "--store", store],
+        [*collect, "--num-positive", "20", "--num-negative", "20", "--modules", "*.0.mlp.down_proj", "--store", store],
+        ["score", "--store", store, "--statistics", "auroc"],
     )
 
 
