@@ -145,6 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except RunInterruptedError as error:
+        from aura_dist.ranks.signals import ignore_another
+
+        ignore_another()
         print("stopped:", error, file=sys.stderr)
         return 128 + error.signal_number
     except PeerError as error:

@@ -1,24 +1,24 @@
 """Start and end of a launch as one rank sees it: meet the others, join a replica, leave together."""
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
-from aura_dist.errors import ConfigError, brief
 from aura_dist.ranks.device import backend_of
 from aura_dist.ranks.layout import Layout
+from aura_dist.ranks.meeting import TIMEOUT, meet
+from aura_dist.ranks.process import available_cores
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import Place, World, place_from_environment
 
-TIMEOUT = timedelta(minutes=30)
 _TEAMS = itertools.count()
 
 
@@ -38,13 +38,18 @@ def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
     ConfigError if the sharding does not fit the launch, or the other ranks cannot be met; PeerError if another rank
     failed, and says why.
     """
+    if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's cores, whatever share a container has
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     place = place_from_environment()
     layout = sharding.layout(place.world_size)
     world = World(layout, place.global_rank, place.local_rank, _device_of(place, device))
     alone = place.world_size == 1
-    store = HashStore() if alone else PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
-    team = Team(world, store, *(_join_replica(world, store) if sharding.collective(layout) else ()))
+    store: Any = HashStore() if alone else PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
+    team = Team(world, store)
     try:
+        if sharding.collective(layout):
+            # by a connection of its own, because a wait for a rank that fails now would block the watcher's
+            team.join(*_join_replica(world, store.clone()))
         yield team
         team.finish()
     except BaseException as error:
@@ -70,14 +75,7 @@ def _device_of(place: Place, device: str) -> str:
 @cache
 def _launch_store(place: Place) -> Store:
     """The launch's key-value store. All teams of this process share it, because rank 0 can host only one."""
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"rank {place.global_rank} cannot meet the other {place.world_size - 1}: {brief(error)}; start with "
-            "torchrun or srun, or set MASTER_ADDR and MASTER_PORT to a host and a free port of rank 0"
-        ) from error
-    return cast(Store, store)
+    return meet(place)
 
 
 def _join_replica(world: World, store: Store) -> tuple[Any, Any]:

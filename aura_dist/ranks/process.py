@@ -3,8 +3,13 @@
 import ctypes
 import logging
 import os
+import platform
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 # glibc's mallopt(3)
 _M_TRIM_THRESHOLD = -1
@@ -12,6 +17,8 @@ _M_MMAP_THRESHOLD = -3
 _MAPPED_BYTES = 2**26
 # `keep_freed_memory` for a process that is yet to start: Dask's own settings have workers return all memory at once
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_MMAP_THRESHOLD_": str(_MAPPED_BYTES)}
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def configure_logging(*, debug: bool = False) -> None:
@@ -59,8 +66,65 @@ def keep_freed_memory() -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: by its affinity, and by the CPU time that its control groups give it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *map(ceil, _cpu_quotas())]))
+
+
+def _cpu_quotas(root: Path = CGROUPS, groups: Path = OWN_CGROUPS) -> Iterator[float]:
+    """CPUs that this process's control groups, and those around them, limit it to; versions 1 and 2 (`man 7 cgroups`).
+
+    Within a container the paths may be those of the host; then the container's own group is at the root.
+    """
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
+        own = Path(path.lstrip("/"))
+        for group in (own, *own.parents):
+            with suppress(OSError, ValueError, ZeroDivisionError):
+                if not controllers:
+                    quota, period = (root / group / "cpu.max").read_text().split()
+                elif "cpu" in controllers.split(","):
+                    place = root / controllers if (root / controllers).is_dir() else root / "cpu"
+                    quota, period = ((place / group / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+                else:
+                    break
+                if int(quota) > 0:  # ValueError for `max`
+                    yield int(quota) / int(period)
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other, for another process or a person, on any machine.
+
+    `space` names the machine's start and the table of process numbers, which a container may have of its own; it is
+    empty where neither can be told. All ranks of a launch have the same `launch`.
+    """
+    host, pid = platform.node(), os.getpid()
+    ranks = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    launch = ranks if os.environ.get("WORLD_SIZE", "1") != "1" else f"{host} {pid}"
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return {"host": host, "pid": pid, "began": _began(pid), "space": _process_space(), "job": job, "launch": launch}
+
+
+def is_running(process: Mapping[str, Any]) -> bool | None:
+    """Whether the process that `this_process` described still runs; None where that cannot be told from here."""
+    if not process["space"] or process["space"] != _process_space():
+        return None
+    return bool(_began(process["pid"]) == process["began"])
+
+
+def _began(pid: int) -> str:
+    """When a process began, in ticks since the machine's start (`man 5 proc`); empty if it has ended."""
+    with suppress(OSError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if state in "ZX" else fields[18]
+    return ""
+
+
+def _process_space() -> str:
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return ""
 
 
 def cache_dir() -> Path:

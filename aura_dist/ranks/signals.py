@@ -55,6 +55,16 @@ class StopFlag:
             signal.signal(number, handler)
 
 
+def ignore_another() -> None:
+    """Let no further SIGTERM or SIGUSR1 change the exit code of a command that a signal has ended.
+
+    Slurm ends a step at its first rank that exits with a code, and only the code of the first signal requeues a job.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that are started later would inherit
+
+
 def interruption(number: int, note: str = "", *, outcome: str = FINISHED_ARE_KEPT) -> RunInterruptedError:
     """The error of a run that signal `number` ended; its message says `outcome`, then `note`."""
     return RunInterruptedError(f"{signal.Signals(number).name} received; {outcome}{note}", number)

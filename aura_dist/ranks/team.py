@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 BEAT_SECONDS = 1.0
 # a rank that has not beaten for so long is taken for dead
-DEAD_SECONDS = 60.0
+DEAD_SECONDS = 45.0
 # after another rank has failed, a rank that hangs in a collective ends itself
 GRACE_SECONDS = 12.0
 EXIT_FAILED = 2
@@ -45,12 +45,12 @@ Value = TypeVar("Value")
 class Team:
     """The processes of a launch, as one of them sees them."""
 
-    def __init__(self, world: World, store: Store, control: Any = None, columns: Any = None) -> None:
+    def __init__(self, world: World, store: Store) -> None:
         self.world = world
         self.stop_signal: int | None = None  # number of a signal that another rank was stopped by
         self._store = store
-        self._control = control
-        self._columns = columns
+        self._control: Any = None
+        self._columns: Any = None
         self._failure: AuraError | None = None
         self._shown: list[int] = []
         self._leaving = threading.Event()
@@ -62,6 +62,10 @@ class Team:
     def alone(cls) -> "Team":
         """The team of a process that belongs to no launch."""
         return cls(World(), HashStore())
+
+    def join(self, control: Any, columns: Any) -> None:
+        """Take the process groups for host tensors of the replica and of the row worker, None where one rank is all."""
+        self._control, self._columns = control, columns
 
     # what all ranks share through the store
 
@@ -250,6 +254,8 @@ class Team:
             return error if isinstance(error, (PeerError, LostRankError)) else self._tell(error)
         except RuntimeError:
             logger.debug("the launch's store is gone")
+            return error
+        except RunInterruptedError:  # a launcher ends the others at the first that fails; the reason must not be lost
             return error
 
     def _leave_stopped(self) -> None:

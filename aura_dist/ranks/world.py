@@ -9,6 +9,8 @@ from aura_dist.errors import ConfigError
 from aura_dist.ranks.layout import Layout
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 20_000
+# ports that the ranks of a Slurm step try one after another, so far apart that two jobs rarely try the same
+_TRIES, _STRIDE = 8, 1009
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,60 @@ def place_from_environment(environment: MutableMapping[str, str] | None = None) 
     Under Slurm this also sets the variables that torch reads to meet the other ranks. MASTER_ADDR and MASTER_PORT come
     from the job step unless they are set.
 
-    ConfigError if a variable is missing or not a number.
+    ConfigError if a variable is missing or not a number, or if this is a command in the shell of an interactive step
+    of several tasks, because it is the only process there.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
         return Place(_number(env, "RANK"), _number(env, "WORLD_SIZE"), _number(env, "LOCAL_RANK", "0"))
     if _number(env, "SLURM_STEP_NUM_TASKS", "1") > 1:
+        if _is_typed(env):
+            raise ConfigError(
+                f"expected a process for each of the {env['SLURM_STEP_NUM_TASKS']} tasks of the Slurm step, got one in "
+                "the shell of `srun --pty`: the others would never come; put `RANK=0 WORLD_SIZE=1` in front of the "
+                "command to run it alone, or start it with `srun` (in this shell `srun --overlap`) to run it on all"
+            )
         place = Place(
             _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_LOCALID", "0")
         )
         env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "localhost")))
-        step = _number(env, "SLURM_JOB_ID") * 31 + _number(env, "SLURM_STEP_ID", "0")
-        env.setdefault("MASTER_PORT", str(_FIRST_PORT + step % _NUM_PORTS))
+        env.setdefault("MASTER_PORT", str(_step_ports(env)[0]))
         ranks = {"RANK": place.global_rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": place.local_rank}
         env.update({name: str(value) for name, value in ranks.items()})
         return place
     return Place()
+
+
+def _is_typed(env: Mapping[str, str]) -> bool:
+    """Whether a person typed this command in a step's terminal: a shell runs each command in a group of its own."""
+    if "SLURM_PTY_PORT" not in env:
+        return False
+    try:
+        return os.getpgid(_number(env, "SLURM_TASK_PID")) != os.getpgrp()
+    except (ConfigError, OSError):
+        return True
+
+
+def meeting_place(env: Mapping[str, str]) -> tuple[str, str, tuple[int, ...]]:
+    """Where the ranks of a launch meet: a name of the launch, rank 0's host, and the ports that it tries in turn.
+
+    There are several ports where they follow from a Slurm step. ConfigError if the launcher names no place.
+    """
+    if not env.get("MASTER_ADDR") or not 0 < _number(env, "MASTER_PORT", "0") < 2**16:
+        raise ConfigError(
+            "expected MASTER_ADDR and MASTER_PORT to be a host and a free port of rank 0, got "
+            f"{env.get('MASTER_ADDR')!r} and {env.get('MASTER_PORT')!r}; set them, or start with torchrun or srun"
+        )
+    port, ranks = _number(env, "MASTER_PORT"), env.get("WORLD_SIZE", "1")
+    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env and "TORCHELASTIC_RUN_ID" not in env:
+        ports, step = _step_ports(env), f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}"
+        return f"{step}/{ranks}", env["MASTER_ADDR"], ports if port == ports[0] else (port,)
+    return f"ranks/{ranks}", env["MASTER_ADDR"], (port,)
+
+
+def _step_ports(env: Mapping[str, str]) -> tuple[int, ...]:
+    step = _number(env, "SLURM_JOB_ID") * 31 + _number(env, "SLURM_STEP_ID", "0")
+    return tuple(_FIRST_PORT + (step + i * _STRIDE) % _NUM_PORTS for i in range(_TRIES))
 
 
 def first_host(nodes: str) -> str:

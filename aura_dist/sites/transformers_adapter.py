@@ -1,8 +1,10 @@
 """The one module that uses private or undocumented names of transformers; seen with 5.23."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants
 from transformers import DynamicLayer, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -61,3 +63,13 @@ def find_file(name: str, revision: str | None, file: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if path is None else Path(path)
+
+
+@contextmanager
+def hub_offline() -> Iterator[None]:
+    """Context in which files of the hub come from the cache alone, as if HF_HUB_OFFLINE had been set at the start."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

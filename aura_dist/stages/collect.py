@@ -28,6 +28,7 @@ from aura_dist.interventions.hooks import laid_over
 from aura_dist.interventions.use import check_made_for, load_intervention
 from aura_dist.models.extras import find_extras, with_extras
 from aura_dist.models.fingerprints import comparable
+from aura_dist.models.hub import downloaded
 from aura_dist.models.identity import earlier_fingerprint, fingerprint
 from aura_dist.models.in_memory import InMemory
 from aura_dist.models.load import (
@@ -50,8 +51,9 @@ from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, find_sites
-from aura_dist.store.access import exists, open_group
+from aura_dist.store.access import exists, open_group, zarr_store
 from aura_dist.store.grid import Task
+from aura_dist.store.launches import at_work
 from aura_dist.store.record import (
     COLLECTED,
     add_times,
@@ -124,24 +126,33 @@ def run(config: CollectConfig, table: Table | None = None) -> None:
 
 def collect(config: CollectConfig, subject: Subject, device: str, table: Table | None = None) -> None:
     """Collect from `subject` on `device`, or continue a store that was begun; a finished store is left as it is."""
-    with start_team(sharding_of(config), device) as team, StopFlag() as stop:
+    with StopFlag() as stop, start_team(sharding_of(config), device) as team:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         samples, tokens, identity = team.once_a_host("samples", lambda: load_samples(config, subject, table))
         _log_lengths(samples, config.concepts[0])
         longest = int(samples.num_tokens.max())
-        spec = make_spec(
-            config, subject, identity, longest, lambda: team.once_a_host("fingerprint", subject.fingerprint)
-        )
-        left = set(team.from_first("left", lambda: prepare_store(config, subject, spec, samples)))
-        tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
-        if tasks:
-            collect_tasks(config, subject, spec, tokens, tasks, team, stop)
-        else:
-            logger.info("%s is finished: %d rows; --overwrite collects again", config.store, len(samples))
+        with downloaded(team, subject.source):
+            spec = make_spec(
+                config, subject, identity, longest, lambda: team.once_a_host("fingerprint", subject.fingerprint)
+            )
+            with _marked(config) if team.world.is_first else nullcontext():
+                left = set(team.from_first("left", lambda: prepare_store(config, subject, spec, samples)))
+                tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
+                if tasks:
+                    collect_tasks(config, subject, spec, tokens, tasks, team, stop)
+                else:
+                    logger.info("%s is finished: %d rows; --overwrite collects again", config.store, len(samples))
     if team.world.is_first:
         if tasks:
             report(config.store, samples, spec)
         check_numbers(config.store, spec)
+
+
+def _marked(config: CollectConfig) -> AbstractContextManager[None]:
+    """Context in which the store is this launch's: to make it or continue it, or to replace it, which none may read."""
+    exists(config.store)  # refuses what is not a store, before anything is written there
+    against = ("collect", "score") if config.overwrite else ("collect",)
+    return at_work(config.store, zarr_store(config.store), "collect", against=against, wait=not config.overwrite)
 
 
 def prepare_store(config: CollectConfig, subject: Subject, spec: StoreSpec, samples: Samples) -> list[int]:

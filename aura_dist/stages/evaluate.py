@@ -42,6 +42,7 @@ from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, head, load_scorer, score
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.interventions.use import LoadedModel, load_for_use
+from aura_dist.models.hub import downloaded
 from aura_dist.models.load import source_of
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.ranks.device import pick_device
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, write `config.out`, and return what was written; other ranks than the first return nothing."""
-    with start_team(sharding_of(config), pick_device(config.device)) as team, StopFlag() as stop:
+    with StopFlag() as stop, start_team(sharding_of(config), pick_device(config.device)) as team:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         how = Decoding(
             config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
@@ -131,8 +132,9 @@ class _Evaluation:
     def _measure(self, inputs: _Inputs) -> tuple[dict[str, Any], Journal | None]:
         """Measure what needs the model; it is freed on return, before rank 0 scores."""
         config, team, prefix, journal = self.config, self.team, None, None
-        with self._timed("load"):
-            loaded = load_for_use(source_of(config), team, config.intervention, sharding_of(config).options)
+        source = source_of(config)
+        with self._timed("load"), downloaded(team, source):
+            loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:
             prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
         chat = chat_of_prompts(loaded.tokenizer, inputs.preprompt) if config.chat else None

@@ -6,6 +6,7 @@ from aura_dist.evaluation.prompts import chat_of_prompts, make_prefix, read_prep
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.artifact import method_of
 from aura_dist.interventions.use import load_for_use
+from aura_dist.models.hub import downloaded
 from aura_dist.models.load import source_of
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.ranks.device import pick_device
@@ -24,7 +25,9 @@ def run(config: GenerateConfig) -> list[dict[str, list[str]]]:
 def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
     """On every rank alike, because a sharded forward needs them all; rank 0 prints."""
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
-    loaded = load_for_use(source_of(config), team, config.intervention, sharding_of(config).options)
+    source = source_of(config)
+    with downloaded(team, source):
+        loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)
     how = Decoding(
         config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
     )

@@ -38,8 +38,9 @@ from aura_dist.scoring.scores import (
 )
 from aura_dist.scoring.tables import best_neurons, by_layer, confounding_warning, score_table, top_table
 from aura_dist.scoring.worker import Scored, Source, compile_kernels, score_columns
-from aura_dist.store.access import errors_of_writing, open_group
+from aura_dist.store.access import errors_of_writing, open_group, zarr_store
 from aura_dist.store.first_token import first_token_warnings
+from aura_dist.store.launches import at_work
 from aura_dist.store.record import SCORED, add_times
 from aura_dist.store.schema import StoreSpec
 
@@ -72,6 +73,14 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
     names = resolve_statistics(config.statistics)
     shape = worker_shape(config.dask, config.num_workers, config.memory_limit, config.slurm)
     store = config.store if "://" in config.store else str(Path(config.store).resolve())
+    open_group(store)  # before a mark is written, because there may be no store
+    with at_work(store, zarr_store(store), "score", against=("score",), wait=not config.overwrite):
+        return *_score_store(config, store, names, shape), names
+
+
+def _score_store(
+    config: ScoreConfig, store: str, names: Sequence[str], shape: tuple[int, int]
+) -> tuple[zarr.Group, StoreSpec]:
     group = open_group(store)
     spec = StoreSpec.of(group)
     basis = basis_of(store, group, spec, partial=config.partial)
@@ -100,7 +109,7 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
         adjust(group, spec)
     for warning in first_token_warnings(group, spec):
         logger.warning(warning)
-    return group, spec, names
+    return group, spec
 
 
 def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, overwrite: bool = False) -> None:

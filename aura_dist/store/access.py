@@ -12,11 +12,13 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from aura_dist.errors import AuraError, StoreError, brief
+from aura_dist.store.launches import MARK, others_at_work
 from aura_dist.store.remote import RemoteStore, open_remote
-from aura_dist.store.zarr_adapter import chunk_key, fast_codecs, same_chunks, set_values
+from aura_dist.store.zarr_adapter import chunk_key, fast_codecs, run_in_zarr, same_chunks, set_values
 
 # Written with the group itself: a group that has it, even half-made, may be replaced; nothing else may.
 FORMAT = "aura_dist"
@@ -34,6 +36,8 @@ Write = Callable[[], Coroutine[Any, Any, None]]
 def clear(path: str) -> None:
     """Remove the store at `path`, which must be one of ours or nothing; its own attributes go last.
 
+    Marks of launches stay.
+
     If this is interrupted, the store that is left counts as never finished: the same command replaces it.
     """
     place = store_at(path)
@@ -44,6 +48,7 @@ def clear(path: str) -> None:
     group.attrs["created"] = False
     for name in MEMBERS:
         del group[name]
+    run_in_zarr(group.store.delete("zarr.json"))
 
 
 def get_array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
@@ -101,7 +106,7 @@ def damaged(group: zarr.Group, name: str, why: BaseException | str) -> StoreErro
     verb = "score" if name.partition("/")[0] == "scores" else "collect"
     return StoreError(
         f"--store {str(group.store_path)!r}: expected an array {name!r}, found it missing or damaged: {brief(why)}; "
-        f"{verb} again with --overwrite"
+        f"{others_at_work(group.store, verb) or f'{verb} again with --overwrite'}"
     )
 
 
@@ -124,6 +129,12 @@ def store_at(store: str) -> str | RemoteStore:
     return str(place.resolve() if place.is_symlink() else place)
 
 
+def zarr_store(store: str) -> Store:
+    """The Zarr store at a path or a URL; nothing is made or read yet."""
+    place = store_at(store)
+    return place if isinstance(place, RemoteStore) else LocalStore(place)
+
+
 def store_around(place: Path) -> Path | None:
     """The store that a local path is or is within; None if there is none."""
     place = place.resolve()
@@ -142,9 +153,9 @@ def exists(path: str) -> bool:
     place = store_at(path)
     _check_not_nested(path)
     try:
-        if _is_empty(place):
-            return False
         has_root = _has_root(place)
+        if not has_root and _is_empty(place):
+            return False
     except OSError as error:
         raise StoreError(f"--store {path!r} cannot be used: {error}") from error
     attributes = open_group(path, must_be_created=False).attrs if has_root else {}
@@ -162,10 +173,13 @@ def _check_not_nested(path: str) -> None:
 
 
 def _is_empty(place: str | RemoteStore) -> bool:
+    """Whether nothing is there but marks of launches."""
     if isinstance(place, RemoteStore):
-        return place.is_vacant()
+        return place.is_vacant(MARK)
     directory = Path(place)
-    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+    return not directory.exists() or (
+        directory.is_dir() and all(entry.name.startswith(MARK) for entry in directory.iterdir())
+    )
 
 
 def _has_root(place: str | RemoteStore) -> bool:
@@ -189,7 +203,8 @@ def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
     if group.attrs.get("format") != FORMAT:
         raise StoreError(f"--store {path!r}: expected a store that `collect` wrote, found another Zarr group")
     if group.attrs.get("created") is not True:
-        raise StoreError(f"--store {path!r} was never finished being made; run `collect` again")
+        what_to_do = others_at_work(group.store, "collect") or "run `collect` again"
+        raise StoreError(f"--store {path!r} was never finished being made; {what_to_do}")
     version = group.attrs.get("schema_version")
     if version != SCHEMA_VERSION:
         raise StoreError(

@@ -166,9 +166,13 @@ class RemoteStore(WrapperStore[Store]):
         for key in await self._request(prefix, lambda: _all(self._store.list_dir(prefix))):
             yield key
 
-    def is_vacant(self) -> bool:
-        """Whether nothing is there; asked from a thread without a running loop."""
-        return asyncio.run_coroutine_threadsafe(self.is_empty(""), get_loop()).result()
+    def is_vacant(self, but: str) -> bool:
+        """Whether nothing is there but names that begin with `but`; asked from a thread without a running loop."""
+
+        async def ask() -> bool:
+            return all([name.startswith(but) async for name in self.list_dir("")])
+
+        return asyncio.run_coroutine_threadsafe(ask(), get_loop()).result()
 
     def existing(self, keys: Sequence[str]) -> Sequence[bool]:
         """Whether each key has a value, all asked at once; call it from a thread without a running loop."""

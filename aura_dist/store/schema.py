@@ -2,6 +2,7 @@
 
 ```
 STORE.zarr                             attributes: see `StoreSpec`; `created`, written last
+  at_work-ID                           a launch that is at work (see `launches.py`)
   samples/{row, num_tokens, label}     [sample], [sample], [sample, concept]
   activations/<site>/<pooling>         [sample, neuron]
   progress/done                        [task] uint8, one chunk each
@@ -147,7 +148,8 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
     with errors_of_writing(path), fast_codecs():
         attributes = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **spec.to_attributes(), **provenance}
         clear(path)
-        root = zarr.open_group(store_at(path), mode="w", zarr_format=3, attributes=attributes)
+        # not in mode "w", which would also remove the marks of launches
+        root = zarr.open_group(store_at(path), mode="a", zarr_format=3, attributes=attributes)
         create_arrays(root, _layouts(spec, samples, num_tasks))
         for name, values in given.items():
             get_array(root, name)[...] = values

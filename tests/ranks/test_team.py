@@ -1,6 +1,8 @@
 """Ranks claim work and share values; those that wait for others leave when these have been stopped."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from torch.distributed import HashStore
 
-from aura_dist.errors import RunInterruptedError
+from aura_dist.errors import RunInterruptedError, StoreError
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.signals import interruption
 from aura_dist.ranks.team import Team
@@ -96,3 +98,35 @@ def test_rank_that_cannot_open_what_was_made_makes_it_itself(teams):
     assert first.once_a_host("data", lambda: 1) == 1
     first.close()
     assert second.once_a_host("data", lambda: 2) == 2
+
+
+def test_reason_of_a_failure_is_not_lost_to_a_signal_that_follows_it(teams, monkeypatch):
+    def struck(seconds):
+        raise interruption(signal.SIGTERM)
+
+    failure = StoreError("the disk is full")
+    with monkeypatch.context() as patch:
+        patch.setattr("aura_dist.ranks.team.time.sleep", struck)
+        assert teams[0].ended_by(failure) is failure
+    assert "the disk is full" in str(teams[1].ended_by(RuntimeError("gloo")))
+
+
+STOPPED = """
+import os, signal, time
+from aura_dist import cli
+from aura_dist.ranks.signals import interruption
+def run(arguments):
+    raise interruption(signal.SIGUSR1)
+cli.run = run
+code = cli.main([])
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGUSR1)
+raise SystemExit(code)
+"""
+
+
+def test_signals_that_come_while_a_stopped_command_ends_do_not_change_its_exit_code():
+    """Slurm ends a step's other ranks when one exits, and requeues a job for the code of the first signal alone."""
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGUSR1, done
+    assert done.stderr.startswith("stopped: SIGUSR1 received")

@@ -50,3 +50,28 @@ def test_first_host_of_a_node_list(nodes, host):
 def test_number_that_is_none():
     with pytest.raises(ConfigError, match="RANK: expected a number, as the launcher sets it, got 'x'"):
         place_from_environment({"RANK": "x", "WORLD_SIZE": "2"})
+
+
+TYPED = {**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "40000"}
+
+
+@pytest.mark.parametrize("task", [None, "1", "not a number", "999999999"])
+def test_command_typed_in_the_shell_of_a_step_of_several_tasks_is_refused(task):
+    with pytest.raises(ConfigError, match=r"each of the 8 tasks of the Slurm step.*RANK=0 WORLD_SIZE=1"):
+        place_from_environment({**TYPED, **({"SLURM_TASK_PID": task} if task else {})})
+
+
+def test_what_srun_starts_itself_in_a_terminal_is_a_rank():
+    import os
+
+    for pid in {os.getpid(), os.getpgrp()}:
+        assert place_from_environment({**TYPED, "SLURM_TASK_PID": str(pid)}) == Place(0, 8, 0)
+
+
+def test_typed_command_runs_alone_as_the_error_says():
+    assert place_from_environment({**TYPED, "RANK": "0", "WORLD_SIZE": "1"}) == Place(0, 1, 0)
+
+
+def test_step_of_one_task_and_shell_of_an_allocation_are_single_processes():
+    assert place_from_environment({**TYPED, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}) == Place(0, 1, 0)
+    assert place_from_environment({"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}) == Place(0, 1, 0)

@@ -145,6 +145,17 @@ def test_job_that_fails_is_not_queued_again(slurm, doomed):
     assert "requeued" not in log.read_text()
 
 
+def test_rank_that_fails_before_the_meeting_ends_the_others(slurm, settings, tmp_path):
+    config, log, rank = write_config(settings, tmp_path), tmp_path / "log", tmp_path / "rank.sh"
+    rank.write_text('[ "$SLURM_PROCID" = 0 ] || exit 7\nexec "$@"\n')
+    job = slurm.submit(
+        *NODES, "--output", log, "launch/ranks.sbatch", "collect", "--config", config, CONTAINER=f"bash {rank}", **HERE
+    )
+    assert slurm.wait(job, 30, log) == "FAILED"
+    assert "waited" not in log.read_text()
+    assert not (tmp_path / "store.zarr").exists()
+
+
 def num_done(store: Path) -> int:
     """Finished tasks of a store; 0 while it is being made."""
     try:

@@ -46,7 +46,7 @@ def collect(model, data, store, *more):
 
 def read(store):
     group = open_group(str(store))
-    spec = StoreSpec.from_attributes(group.attrs)
+    spec = StoreSpec.of(group)
     return group, spec
 
 

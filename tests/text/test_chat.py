@@ -180,7 +180,7 @@ def test_stores_of_chats(chat_model, tmp_path, refused, caplog):
     stored = open_group(str(tmp_path / "a.zarr")).attrs["tokenizer"]["chat"]
     assert stored == make_chat(tokenizer, "user", "Be kind.").identity
     group = open_group(str(tmp_path / "a.zarr"))
-    spec, rows = StoreSpec.from_attributes(group.attrs), read_array(group, "samples/row")
+    spec, rows = StoreSpec.of(group), read_array(group, "samples/row")
     assert _tokens(group, spec, rows, tokenizer).digest() == spec.data["token_ids"], "for methods that are trained"
     assert main([*chats, *how]) == 0
     refused(chats, "another tokenizer chat: expected .*user.*, got None")
