@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig
@@ -12,9 +12,11 @@ from transformers import PretrainedConfig
 from aura_dist.errors import ModelError
 from aura_dist.models.digests import tensor_digests
 from aura_dist.models.fingerprints import marked
-from aura_dist.models.load import ModelSource
 from aura_dist.models.weights import STORED_DTYPES, Source, Stored, as_bytes, open_weights
 from aura_dist.sites.transformers_adapter import find_file, implementations
+
+if TYPE_CHECKING:
+    from aura_dist.models.load import ModelSource
 
 # the field of config.json in which `export` records the interventions that a checkpoint carries; its weights show them
 FOLDED = "aura_dist_folded"
@@ -63,7 +65,7 @@ EARLIER_FIELDS = (
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
+def fingerprint(source: "ModelSource", config: PretrainedConfig) -> str:
     """The identity of a checkpoint: all bytes of its weights, and what its resolved configuration computes.
 
     A copy, other file names and another split into files do not change it, nor does saving it again. The dtype of the
@@ -116,7 +118,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def earlier_fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
+def earlier_fingerprint(source: "ModelSource", config: PretrainedConfig) -> str:
     """The fingerprint that versions before `RULE` gave a checkpoint, to compare with what they wrote.
 
     sha256 over `EARLIER_FIELDS` and, sorted by tensor name, (name, dtype, shape, sha256 of the first and last 64 KiB).
