@@ -247,14 +247,11 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
         "toxicity", "column of the prompts' own toxicity", None,
         unset="prompt.toxicity or toxicity, where there is one", needs="toxicity_prompts",
     )  # fmt: skip
-    num_samples: PositiveInt = option("decoding", "continuations per prompt", 25, needs="toxicity_prompts")
-    continuations_per_batch: PositiveInt = option(
-        EXECUTION, "continuations in one forward; changes no result", 128, needs="toxicity_prompts"
-    )
+    num_samples: PositiveInt = option("decoding", "continuations per prompt", 25)
+    continuations_per_batch: PositiveInt = option(EXECUTION, "continuations in one forward; changes no result", 128)
     scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check")] = option(
-        "toxicity", "classifier of toxic texts, or profanity-check", "s-nlp/roberta_toxicity_classifier",
-        needs="toxicity_prompts",
-    )  # fmt: skip
+        "toxicity", "classifier of toxic texts, or profanity-check", "s-nlp/roberta_toxicity_classifier"
+    )
     toxic_label: str | None = option(
         "toxicity", "the scorer's label that means toxic", None, unset="the one called toxic", needs="toxicity_prompts"
     )

@@ -1,5 +1,6 @@
 """Signals that ask for an orderly end."""
 
+import atexit
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from aura_dist.errors import RunInterruptedError
 
 # SIGUSR1 is what Slurm jobs ask for as the warning before their time is up (`--signal=USR1@120`)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# what Slurm may send to a rank that a signal has ended already
+_REPEATED = (signal.SIGTERM, signal.SIGUSR1)
 
 FINISHED_ARE_KEPT = "finished tasks are kept: run the same command to go on"
 
@@ -61,8 +65,10 @@ def ignore_another() -> None:
     Slurm ends a step at its first rank that exits with a code, and only the code of the first signal requeues a job.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in _REPEATED:
             signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that are started later would inherit
+        # as the interpreter ends, it gives signals back to the system, but for those that are ignored
+        atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in _REPEATED])
 
 
 def interruption(number: int, note: str = "", *, outcome: str = FINISHED_ARE_KEPT) -> RunInterruptedError:

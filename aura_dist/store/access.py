@@ -153,9 +153,9 @@ def exists(path: str) -> bool:
     place = store_at(path)
     _check_not_nested(path)
     try:
-        has_root = _has_root(place)
-        if not has_root and _is_empty(place):
+        if _is_empty(place):  # first, because the root is what another launch makes first
             return False
+        has_root = _has_root(place)
     except OSError as error:
         raise StoreError(f"--store {path!r} cannot be used: {error}") from error
     attributes = open_group(path, must_be_created=False).attrs if has_root else {}

@@ -10,6 +10,7 @@ from aura_dist.cli import main
 from aura_dist.config.file import merge, read_config_file
 from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import VERBS
+from tests.models import tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPES = Path(__file__).parents[1] / "shapes"
@@ -65,6 +66,7 @@ def test_config_of_single_steps_is_known(name):
 def test_plan_of_the_true_shape(name, tmp_path, capsys):
     shape, neurons = PLANNED[name]
     model = str(shape_dir(shape, tmp_path / shape))
+    tiny_tokenizer().save_pretrained(model)  # the demo's texts are there, and `plan` tokenizes them
     command = ["plan", "--config", str(CONFIGS / f"{name}.yaml"), "--model", model, "--json"]
     assert main([*command, "--world-size", "8", "--device-memory", "80GB"]) == 0, capsys.readouterr().err
     plan = json.loads(capsys.readouterr().out)

@@ -304,7 +304,10 @@ def test_files_beside_the_weights_and_provenance(tmp_path):
     (directory / "README.md").write_text("of the plain model")
     intervention = random_intervention(directory)
     assert export(directory, intervention, tmp_path / "out", "--strength", "0.5") == 0
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
+    made, given = (json.loads((place / "config.json").read_text()) for place in (tmp_path / "out", directory))
+    assert made.pop("aura_dist_folded")
+    assert made == given
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
         assert (tmp_path / "out" / name).read_bytes() == (directory / name).read_bytes(), name
     assert not (tmp_path / "out" / "pytorch_model.h5").exists()
     assert not (tmp_path / "out" / "README.md").exists()

@@ -17,7 +17,7 @@ from aura_dist.cli import main
 from aura_dist.errors import InputError, StoreError
 from aura_dist.evaluation.compare import against_plain
 from aura_dist.evaluation.journal import fixing_settings
-from aura_dist.evaluation.prompts import PromptFile
+from aura_dist.evaluation.prompts import PromptFile, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.use import load_for_use
@@ -144,7 +144,8 @@ def test_continuations_depend_on_where_texts_end(tmp_path):
     for ends in (1, [1, 7]):
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         loaded = load_for_use(ModelSource(str(directory), None, "float32"), Team.alone(), None)
-        keys.append(fixing_settings(loaded, "float32", 1.0, None, prompts, how))
+        tokenized = tokenize_prompts(["a"], loaded.tokenizer, loaded.model.config, how)
+        keys.append(fixing_settings(loaded, "float32", 1.0, None, prompts, tokenized, how))
     assert keys[0]["model"] == keys[1]["model"]
     assert (keys[0]["stop_ids"], keys[1]["stop_ids"]) == ([1], [1, 7])
 
