@@ -99,7 +99,6 @@ def run(argv: Sequence[str] | None = None) -> None:
     document = read_config_file(config_path) if config_path else {}
     config: Any = resolve(VERBS[name].config, merge(name, document, flags))
     if only_check:
-        print(f"{name}: the settings are valid; nothing was run", file=sys.stderr)
         return
 
     from aura_dist.ranks.process import configure_logging, keep_freed_memory
