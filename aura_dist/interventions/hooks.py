@@ -50,9 +50,8 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     ------
     ModelError
         The model lacks a site, or the site has another width, or its weights carry the intervention, because `export`
-        folded it in. A forward raises it too, if it does not call a site,
-        because nothing would be changed there. Of modules that a layer holds in a list, as a mixture's experts, it need
-        not call all.
+        folded it in. A forward raises it too, if it does not call a site, because nothing would be changed there. Of
+        modules that a layer holds in a list, such as a mixture's experts, it need not call all.
     """
     with without_compiled_parts(model) as whole:
         check_not_folded(whole.config, intervention)

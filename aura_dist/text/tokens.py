@@ -129,12 +129,8 @@ def tokenize(
         ids.append(np.asarray([*first, *kept, *last], dtype=np.int32))
     added.say_doubled(num_doubled if chat is None else sum(map(added.begins, texts)), len(texts), "texts")
     if num_cut and chat is not None:
-        logger.info(
-            "%d of %d chats are cut at %d tokens: a part of the template may be missing",
-            num_cut,
-            len(texts),
-            max_tokens,
-        )
+        what = "%d of %d chats are cut at %d tokens: a part of the template may be missing"
+        logger.info(what, num_cut, len(texts), max_tokens)
     special = np.array(special_ids(tokenizer), dtype=np.int64)
     for row, row_ids in enumerate(ids):
         counted = row_ids[skip_first:]
