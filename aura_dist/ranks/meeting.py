@@ -66,6 +66,7 @@ class _Meeting:
     seconds: float
     deadline: float
     process: str = field(default_factory=lambda: uuid4().hex)
+    claims: dict[int, str] = field(default_factory=dict)  # as rank 0: rank → the process that came as it
 
     def __str__(self) -> str:
         where = f"{self.host}:{', '.join(map(str, self.ports))}"
@@ -86,7 +87,7 @@ class _Meeting:
 
     def lead(self) -> Store:
         """As rank 0: listen, wait for the others, and hand the port to torch."""
-        came: dict[int, tuple[str, socket.socket]] = {}
+        came: dict[int, socket.socket] = {}
         with self._listen() as listener:
             while len(came) < self.place.world_size - 1 and time.monotonic() < self.deadline:
                 with suppress(TimeoutError):
@@ -98,7 +99,7 @@ class _Meeting:
                 store = TCPStore(
                     self.host, port, None, True, _CONNECT, wait_for_workers=False, master_listen_fd=taken_over
                 )
-        for _, connection in came.values():
+        for connection in came.values():
             with suppress(OSError), connection:
                 connection.sendall(f"missing {missing}\n".encode() if missing else b"go\n")
         if store is None:
@@ -119,20 +120,23 @@ class _Meeting:
                 return listener
         raise ConfigError(f"{self}, cannot listen there: {brief(reason)}; set MASTER_PORT to a free port of its host")
 
-    def _greet(self, connection: socket.socket, came: dict[int, tuple[str, socket.socket]]) -> None:
+    def _greet(self, connection: socket.socket, came: dict[int, socket.socket]) -> None:
         """Note a rank of this launch that has come; anything else is sent away."""
+        rank, ours = -1, False
         with suppress(OSError, ValueError, IndexError), connection.makefile("rb") as said:
             connection.settimeout(ANSWER_SECONDS)
             words = said.readline(_LINE_BYTES).decode(errors="replace").split()
             if words[:2] == ["aura_dist", self.launch]:
                 rank, process, left = int(words[2]), words[3], float(words[4])
-                ours = came.get(rank, (process,))[0] == process
+                ours = self.claims.setdefault(rank, process) == process  # in one step, because ranks come side by side
                 connection.sendall(b"here\n" if ours else b"taken\n")
                 if ours and said.readline(_LINE_BYTES) == b"ready\n":
                     # so that every rank hears from this one before its own time is up
                     self.deadline = min(self.deadline, time.monotonic() + left - 1)
-                    came[rank] = process, connection
+                    came[rank] = connection
                     return
+        if ours and rank not in came:  # it hung up, so another process may come in its place
+            self.claims.pop(rank, None)
         connection.close()
 
     def join(self) -> Store:
