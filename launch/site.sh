@@ -15,8 +15,9 @@ CONTAINER=${CONTAINER:-}
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
   export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 fi
-# ranks meet at the first node of the allocation; the port follows from the job's number
+# ranks meet at the first node of the allocation; the port follows from the job's number (Linux gives those from
+# 32768 on to outgoing connections)
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   head_node=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
-  head_port=${HEAD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+  head_port=${HEAD_PORT:-$((12000 + SLURM_JOB_ID % 20000))}
 fi

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from aura_dist.errors import ConfigError
 from aura_dist.ranks.layout import Layout
 
-_FIRST_PORT, _NUM_PORTS = 20_000, 20_000
+# below 32768, because Linux gives the ports from there on to outgoing connections
+_FIRST_PORT, _NUM_PORTS = 12_000, 20_000
 # ports that the ranks of a Slurm step try one after another, so far apart that two jobs rarely try the same
 _TRIES, _STRIDE = 8, 1009
 

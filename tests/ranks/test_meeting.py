@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 
 import pytest
 from torch.distributed import TCPStore
@@ -19,8 +20,9 @@ pytestmark = pytest.mark.timeout(60)
 SECONDS = 2.0
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
+def free_port(port=0) -> int | None:
+    """`port`, or any; None if a program has it."""
+    with suppress(OSError), socket.create_server(("", port)) as found:
         return found.getsockname()[1]
 
 
@@ -142,7 +144,8 @@ def test_port_that_the_launcher_fixed_is_taken(kind, launcher, stranger):
 
 @pytest.mark.parametrize("kind", STRANGERS)
 def test_ranks_of_a_slurm_step_try_another_port(kind, launcher, stranger):
-    step = {"SLURM_JOB_ID": str(int(time.time() * 100) % 10**6), "SLURM_STEP_ID": "3"}
+    jobs = ({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "3"} for job in count(int(time.time() * 100) % 10**6))
+    step = next(job for job in jobs if all(map(free_port, _step_ports(job)[:2])))
     first, second, *_ = _step_ports(step)
     stranger(STRANGERS[kind], first)
     launcher(3, first, **step)
