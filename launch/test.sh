@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh test
-exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" "$@"
+# one more than cores, because tests of launches and of Slurm mostly wait
+exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-3}" "$@"

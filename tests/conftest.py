@@ -35,7 +35,13 @@ def pytest_xdist_make_scheduler(config, log):
             file = super()._split_scope(nodeid)
             return "slurm" if file.startswith("tests/slurm/") else file
 
+    config.option.loadscopereorder = False
     return ByShared(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What waits longest comes first, so that no test process is left alone with it: Slurm, then launches of ranks."""
+    items.sort(key=lambda test: (not test.nodeid.startswith("tests/slurm/"), not hasattr(test.module, "run_ranks")))
 
 
 @pytest.fixture(scope="session", autouse=True)

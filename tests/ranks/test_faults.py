@@ -20,7 +20,10 @@ pytestmark = pytest.mark.timeout(300)
 NUM_RANKS = 2
 SHARDINGS = ("replicate", "fsdp", "tensor")
 # of tiny batches, so that there is a time in which to be struck
-BATCHES = ["--tokens-per-batch", "48", "--modules", "all", "--pooling", "max", "mean"]
+BATCHES = [
+    "--num-positive", "100", "--num-negative", "100", "--tokens-per-batch", "48", "--modules", "all",
+    "--pooling", "max", "mean",
+]  # fmt: skip
 
 
 def arguments(model, data, store, *more):

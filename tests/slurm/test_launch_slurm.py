@@ -20,7 +20,7 @@ from tests.collecting.test_strategies import assert_same
 from tests.slurm.conftest import tail
 from tests.store.test_store_faults import chunk_files
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 NODES = ["--nodes=2", "--ntasks-per-node=1"]
 # both nodes are this machine, which knows no host n1
 HERE = {"HEAD_NODE": "127.0.0.1", "MASTER_ADDR": "127.0.0.1", "PROCESSES": "1"}

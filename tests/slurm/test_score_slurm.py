@@ -12,7 +12,7 @@ import yaml
 from tests.scoring.test_score import score_files
 from tests.stores import make_store
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
 DEADLINE_SECONDS = 180
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from tests.slurm.conftest import REPOSITORY, tail
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 def write_grid(directory: Path, model: Path, data: str, grid, **more) -> Path:
@@ -47,7 +47,7 @@ def states(sweep: Path) -> dict[str, dict[str, object]]:
     return {p.stem: json.loads(p.read_text()) for p in sorted((sweep / "jobs").glob("*.json"))}
 
 
-def wait_for(found: Callable[[], object], seconds: float = 90) -> object:
+def wait_for(found: Callable[[], object], seconds: float = 200) -> object:
     """What `found` gives once it gives something."""
     end = time.monotonic() + seconds
     while not (value := found()):

@@ -23,6 +23,7 @@ from tests.s3 import ENVIRONMENT, s3_server
 s3fs = pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
 pytest.importorskip("moto", reason="the S3 server of the extra `test` is not installed")
 
+pytestmark = pytest.mark.timeout(480)
 SITE = "model.layers.1.mlp.up_proj"
 
 # the command line of `aura-dist`, with a forward slow enough to be killed within
@@ -95,7 +96,7 @@ def test_killed_resumed_and_scored_equals_a_local_store(s3, command, local, tmp_
     store = f"{s3}/killed.zarr"
     child = subprocess.Popen([sys.executable, "-c", SLOWED, *command(store)], stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
             if exists(store) and len(unfinished(open_group(store))) <= 3:
