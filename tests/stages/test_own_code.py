@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.store.access import open_group
+from aura_dist.text.own_code import code_of_tasks
 from tests.models import save_tiny
 
 REFUSED = "comes with code of its own, which would run on this machine"
@@ -200,6 +201,28 @@ def test_tasks_that_name_functions(place, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
     assert main([*verb, "--trust-remote-code"]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["zero_shot"]["tiny"]["num_examples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("task", "found"),
+    [
+        ("include: other # as it is\n", "!function"),
+        ("include: [other]\n", "!function"),
+        ("'include': ['other']\n", "!function"),
+        ("doc_to_choice: !%66unction own.choices\n", "!function"),
+        ("%TAG !e! !func\n---\ndoc_to_choice: !e!tion own.choices\n", "!function"),
+        ("metric_list:\n  - metric: ./own.py\n", "metric './own.py'"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]\n", "hf_evaluate"),
+        ("# no !function here\ninclude: [tiny.yaml]\nmetric_list: [{metric: acc}]\n", ""),
+        ("task: [\n", ""),  # broken: lm-eval says so
+    ],
+)
+def test_code_in_tasks_is_found_however_it_is_spelled(task, found, tmp_path):
+    (tmp_path / "other").write_text("doc_to_choice: !function own.choices\n")
+    (tmp_path / "a.yaml").mkdir()
+    (tmp_path / "tiny.yaml").write_text(task)
+    expected = f"{str(tmp_path / 'tiny.yaml')!r} ({found})" if found else ""
+    assert code_of_tasks(tmp_path, {"acc"}) == expected
 
 
 def test_data_set_with_a_script(texts, tmp_path, capsys, tiny_dir):
