@@ -92,7 +92,7 @@ class Adapter:
         for module, pair in found.items():
             if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
                 raise ModelError(f"--adapter {name!r}: expected A and B of one rank at {module!r}; save it again")
-            parts[module] = (pair["A"].float(), pair["B"].float(), _scaling(config, module, pair["A"].shape[0]))
+            parts[module] = (pair["A"].float(), pair["B"].float(), _scaling(name, config, module, pair["A"].shape[0]))
         return cls(name, parts)
 
     def added(self, model: PreTrainedModel, tensors: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
@@ -214,8 +214,30 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """s of one module; patterns are those of peft: the end of a module's name, as a regular expression."""
-    alphas = {p: a for p, a in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({p})", module)}
-    alpha = float(next(iter(alphas.values()), config.get("lora_alpha", 8)))
+def _scaling(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """s of one module, whose matrices have this rank; ModelError if the configuration says another rank, or no numbers.
+
+    8 is peft's own default of both numbers.
+    """
+    alpha = _number_of(name, config, module, "lora_alpha", "alpha_pattern")
+    if (said := _number_of(name, config, module, "r", "rank_pattern")) != rank:
+        raise ModelError(
+            f"--adapter {name!r}: expected the rank of its {CONFIG_FILE}, {said:g}, at {module!r}, got {rank}; take "
+            "both files from one adapter"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number_of(name: str, config: Mapping[str, Any], module: str, field: str, pattern: str) -> float:
+    """A field for one module; patterns are those of peft: the end of a module's name, as a regular expression."""
+    try:
+        special = {p: v for p, v in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({p})", module)}
+        value = float(next(iter(special.values()), config.get(field, 8)))
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error):  # any JSON may be there
+        value = math.nan
+    if not math.isfinite(value):
+        raise ModelError(
+            f"--adapter {name!r}: expected numbers as {field} and {pattern} of its {CONFIG_FILE}, got "
+            f"{config.get(field)!r} and {brief(str(config.get(pattern)), 60)}; save it again"
+        )
+    return value

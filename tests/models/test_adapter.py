@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.errors import ModelError
-from aura_dist.models.adapter import adapter_digest
+from aura_dist.models.adapter import Adapter, adapter_digest
 from aura_dist.models.load import ModelSource, load_base, load_causal
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.world import World
@@ -78,6 +78,29 @@ def test_merged_model_computes_what_the_adapter_adds(name, config, scaling, tmp_
     with torch.no_grad():
         assert not torch.allclose(merged(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-2)
         torch.testing.assert_close(merged(input_ids=IDS).logits, by_hand(plain, adapter, scaling), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"lora_alpha": "much"}, "numbers as lora_alpha"),
+        ({"lora_alpha": None}, "numbers as lora_alpha"),
+        ({"lora_alpha": float("nan")}, "numbers as lora_alpha"),
+        ({"alpha_pattern": {"[": 16}}, "numbers as lora_alpha and alpha_pattern"),
+        ({"alpha_pattern": ["gate_proj"]}, "numbers as lora_alpha and alpha_pattern"),
+        ({"rank_pattern": {"gate_proj": "x"}}, "numbers as r and rank_pattern"),
+        ({"r": 8}, "expected the rank of its adapter_config.json, 8, at .*, got 4"),
+        ({"r": 4, "rank_pattern": {"gate_proj": 2}}, "expected the rank of its adapter_config.json, 2, at .*, got 4"),
+    ],
+)
+def test_configuration_that_does_not_fit_its_weights_is_refused(config, error, tmp_path):
+    with pytest.raises(ModelError, match=error):
+        Adapter.load(str(save_adapter(tmp_path / "A", **config)))
+
+
+def test_rank_of_a_pattern(tmp_path):
+    adapter = Adapter.load(str(save_adapter(tmp_path / "A", r=8, rank_pattern={"(gate|q)_proj": 4})))
+    assert {scaling for _, _, scaling in adapter.parts.values()} == {2.0}
 
 
 def test_merged_in_float32_and_rounded_once(tmp_path):
