@@ -139,16 +139,16 @@ def test_merged_where_accelerate_spreads_the_layers(tmp_path):
         ({"a_setting_of_tomorrow": 3}, "got a_setting_of_tomorrow = 3"),
         ({"extra": {"base_model.model.lm_head.weight": torch.zeros(384, 48)}}, "got 'base_model.model.lm_head.weight'"),
         (
-            {"extra": {f"base_model.model.model.embed_tokens.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"}},
+            {"extra": {f"base_model.model.model.embed_tokens.lora_{k}.weight": torch.zeros(4, 4) for k in "AB"}},
             "got 'model.embed_tokens'",
         ),
         (
             {
                 "extra": {
-                    f"base_model.model.model.layers.2.mlp.up_proj.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"
+                    f"base_model.model.model.layers.2.mlp.up_proj.lora_{k}.weight": torch.zeros(4, 4) for k in "AB"
                 }
             },
-            r"expected \(80, 48\) at 'model.layers.2.mlp.up_proj', got \(2, 2\)",
+            r"expected \(80, 48\) at 'model.layers.2.mlp.up_proj', got \(4, 4\)",
         ),
         (
             {"extra": {"base_model.model.model.layers.2.mlp.up_proj.lora_A.weight": torch.zeros(2, 48)}},
