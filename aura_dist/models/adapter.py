@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
-from aura_dist.errors import ModelError, brief
+from aura_dist.errors import AuraError, ModelError, brief
 from aura_dist.models.weights import FLOATS, STORED_DTYPES, Source, Stored, open_weights
 from aura_dist.sites.transformers_adapter import find_file, loaded_names, tied_to
 
@@ -45,6 +45,8 @@ def check_adapter(name: str, revision: str | None, adapter: str | None, flag: st
     try:
         beside = find_file(name, revision, CONFIG_FILE)
         has_model = beside is None or find_file(name, revision, "config.json") is not None
+    except AuraError:  # a signal
+        raise
     except Exception:  # whoever loads the model says more
         beside, has_model = None, True
     if beside is not None and not has_model:
@@ -128,6 +130,8 @@ def adapter_files(name: str) -> tuple[Path, Path]:
     try:
         config = find_file(name, None, CONFIG_FILE)
         weights = next(filter(None, (find_file(name, None, file) for file in _WEIGHT_FILES)), None)
+    except AuraError:  # a signal
+        raise
     except Exception as error:  # the hub's client raises a dozen errors of its own
         raise ModelError(f"--adapter {name!r}: {brief(error)}") from error
     if config is None or weights is None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.errors import ModelError
-from aura_dist.models.adapter import Adapter, adapter_digest
+from aura_dist.errors import ModelError, RunInterruptedError
+from aura_dist.models.adapter import Adapter, adapter_digest, check_adapter
 from aura_dist.models.load import ModelSource, load_base, load_causal
 from aura_dist.ranks.layout import Layout
+from aura_dist.ranks.signals import interruption
 from aura_dist.ranks.world import World
 from aura_dist.store.access import open_group
 from tests.distributed.launch import run_ranks
@@ -96,6 +98,16 @@ def test_merged_model_computes_what_the_adapter_adds(name, config, scaling, tmp_
 def test_configuration_that_does_not_fit_its_weights_is_refused(config, error, tmp_path):
     with pytest.raises(ModelError, match=error):
         Adapter.load(str(save_adapter(tmp_path / "A", **config)))
+
+
+@pytest.mark.parametrize("look", [lambda name: check_adapter(name, None, None), adapter_digest])
+def test_a_signal_while_the_hub_is_asked_ends_the_command(look, monkeypatch):
+    def stopped(*_):
+        raise interruption(signal.SIGTERM)
+
+    monkeypatch.setattr("aura_dist.models.adapter.find_file", stopped)
+    with pytest.raises(RunInterruptedError):
+        look("owner/name")
 
 
 def test_rank_of_a_pattern(tmp_path):
