@@ -21,6 +21,7 @@ from aura_dist.models.load import DTYPES, ModelSource, skeleton
 from aura_dist.ranks.torch_adapter import own_hooks
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites
+from aura_dist.sites.transformers_adapter import has_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,11 @@ class InMemory:
 
         Of each weight, and of each buffer that is not saved, its name, dtype, shape and the sha256 of all bytes count.
         Threads hash the weights side by side, at 0.5 to 2 GB/s each. No checkpoint on disk has this fingerprint,
-        because nothing tells whether weights were changed since they were loaded. ModelError if one is not in memory.
+        because nothing tells whether weights were changed since they were loaded. ModelError if one is not in memory,
+        or if adapters are within the model, because their weights do not tell how much of them is added.
         """
+        if has_adapters(self.model):
+            raise ModelError("model: expected one without adapters of peft in its layers; merge them, or delete them")
         classes = [(name, type(module).__qualname__) for name, module in self.model.named_modules()]
         saved = self.model.state_dict().keys()
         others = {name: buffer for name, buffer in self.model.named_buffers() if name not in saved}

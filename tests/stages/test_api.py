@@ -286,6 +286,10 @@ def test_models_that_cannot_be_used_are_named(tiny_dir, tmp_path, monkeypatch):
         aura_dist.collect(tiny_causal("llama").double(), **given)
     with pytest.raises(ModelError, match=r"'lm_head.weight' cannot be read: .*; give the model's name instead"):
         aura_dist.collect(tiny_causal("llama").to("meta"), **given)
+    adapted = tiny_causal("llama")
+    adapted._hf_peft_config_loaded = True  # as `load_adapter` leaves it
+    with pytest.raises(ModelError, match=r"expected one without adapters of peft in its layers"):
+        aura_dist.collect(adapted, **given)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"expected a name in a launch of 2 processes, got one in memory"):
