@@ -260,7 +260,7 @@ def configs(inputs: Inputs) -> Iterator[Case]:
         "tag": "seed: !!python/object:os.system x\n",
         "date": "seed: 2020-01-01\n",
         "wrong type": "max_tokens: [1, 2]\n",
-        "mapping": "modules: {a: b}\n",
+        "mapping": "pooling: {a: b}\n",
         "null": "max_tokens: null\n",
         "nested list": "clean_negatives: [[toxic]]\n",
         "bool for a number": "max_tokens: true\n",
@@ -346,6 +346,7 @@ MODELS: dict[str, Callable[[Path], object]] = {
 def models(inputs: Inputs) -> Iterator[Case]:
     """Model directories that cannot be used, for the verbs that load one."""
     commands = {**inputs.commands(), "plan": [*inputs.collect[3:], "--num-positive", "4"]}
+    commands["collect"] = replaced(commands["collect"], "--modules", "*.up_proj")  # of all layers, so that all are read
     commands["plan"] = ["plan", "--model", "x", *inputs.collect[3:], "--num-positive", "4", "--num-negative", "4"]
     of_weights = ("weights", "more layers", "other widths")
     of_tokens = ("tokenizer",)

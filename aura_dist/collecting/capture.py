@@ -89,7 +89,7 @@ class Capture:
         if missing:
             raise ModelError(
                 f"{len(missing)} modules were not called in the forward pass ({missing[0]}, …); leave them out: "
-                f"--modules … {except_for(missing)}"
+                f"--modules … {except_for(missing, self._called)}"
             )
         for key, values_BD, row in self._pooled:
             with self._beside_forward(values_BD):

@@ -8,6 +8,8 @@ from typing import Any
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import ConfigError, brief
 
+MAX_DEPTH = 50
+
 
 def read_config_file(path: str) -> dict[str, Any]:
     """The YAML document at `path`; ConfigError if it is missing, malformed or not a mapping."""
@@ -18,10 +20,11 @@ def read_config_file(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
     try:
+        _check_depth(path, text)
         document = yaml.safe_load(text)
         tree: Any = yaml.compose(text, Loader=yaml.SafeLoader)
-    except RecursionError as error:
-        raise ConfigError(f"config file {path!r}: expected verbs and their settings, got deeper nesting") from error
+    except ConfigError:
+        raise
     except Exception as error:  # a value that is not what its form or tag says fails as Python's own types do
         raise ConfigError(f"config file {path!r} is not valid YAML: {brief(error)}") from error
     if document is None:
@@ -33,6 +36,17 @@ def read_config_file(path: str) -> dict[str, Any]:
         if key.value in VERBS and section.id == "mapping":
             _check_distinct(path, section)
     return document
+
+
+def _check_depth(path: str, text: str) -> None:
+    """ConfigError for deeper nesting than any setting has, on which YAML's own reader would fill the stack."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"config file {path!r}: expected verbs and their settings, got deeper nesting")
 
 
 def _check_distinct(path: str, tree: Any) -> None:

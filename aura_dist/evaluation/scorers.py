@@ -3,6 +3,7 @@
 A scorer is a Hugging Face classifier, or profanity-check, which needs no download.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -18,7 +19,9 @@ from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.models.adapter import check_adapter
 from aura_dist.text.own_code import load_with
-from aura_dist.text.tokenizer import check_has_vocabulary
+from aura_dist.text.tokenizer import check_has_vocabulary, difference_from_file
+
+logger = logging.getLogger(__name__)
 
 PROFANITY_CHECK = "profanity-check"
 TOXIC_LABELS = ("toxic", "toxicity")
@@ -119,6 +122,10 @@ class Classifier:
                 f"{sorted(info['missing_keys'])[0]!r}"
             )
         check_has_vocabulary(tokenizer, f"--scorer {name!r}")
+        if found := difference_from_file(tokenizer, name, f"--scorer {name!r}"):
+            logger.warning(
+                "--scorer %r: its scores may be wrong, because transformers makes other tokens: %s", name, found
+            )
         self._label = _toxic_index(name, model.config, toxic_label)
         self._tokenizer, self._model = tokenizer, model.eval().to(device)
 

@@ -6,7 +6,7 @@ computes all figures; the replicas divide only the forwards.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from aura_dist.errors import AuraError, ConfigError, InputError, MissingPackageE
 from aura_dist.evaluation.harness import make_harness
 from aura_dist.ranks.team import Team
 from aura_dist.text.chat import Chat
-from aura_dist.text.own_code import OwnCodeError, file_with_code
+from aura_dist.text.own_code import OwnCodeError, code_of_tasks
 
 Figures = dict[str, dict[str, float | int]]
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
@@ -29,7 +29,7 @@ _REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 class ZeroShot:
     """Tasks that have been found, before any model is loaded; ConfigError if lm-eval, the directory or a task is not.
 
-    OwnCodeError if the directory's tasks name Python functions, unless `trust_code`.
+    OwnCodeError if the directory's tasks have code run, unless `trust_code`.
 
     `tasks` are names of tasks, groups or tags, with wildcards; `path` is a directory of the user's own YAML tasks,
     beside lm-eval's.
@@ -43,8 +43,8 @@ class ZeroShot:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if path is not None and not Path(path).is_dir():
             raise ConfigError(f"--tasks-path {path!r}: expected a directory of YAML tasks, found none")
-        if path is not None and not trust_code and (file := file_with_code(Path(path))) is not None:
-            raise OwnCodeError(f"--tasks-path: {str(file)!r} (!function)")
+        if path is not None and not trust_code and (found := code_of_tasks(Path(path), _known_metrics())):
+            raise OwnCodeError(f"--tasks-path: {found}")
         self.names = list(tasks)
         try:
             # lm-eval's own thousands of tasks take seconds to list: only if they are asked for
@@ -109,6 +109,15 @@ class ZeroShot:
                 ) from error
             raise InputError(f"--tasks {' '.join(self.names)}: lm-eval failed: {brief(error)}") from error
         return {} if found is None else _figures(found)
+
+
+def _known_metrics() -> Container[str]:
+    """Names of the metrics that lm-eval has; for others it runs what Hugging Face's `evaluate` finds by that name."""
+    import lm_eval.api.metrics  # noqa: F401, it registers them
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    known: Container[str] = METRIC_REGISTRY
+    return known
 
 
 def _shared(answer: Callable[[list[Any]], list[Any]], team: Team, kind: str) -> Callable[[list[Any]], list[Any]]:

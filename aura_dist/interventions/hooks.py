@@ -54,6 +54,11 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
         modules that a layer holds in a list, such as a mixture's experts, it need not call all.
     """
     with without_compiled_parts(model) as whole:
+        if not isinstance(whole, PreTrainedModel):
+            raise ModelError(
+                f"expected a model of transformers, got {type(whole).__name__}, whose forwards may call no hook; give "
+                "the model that was wrapped, traced or exported"
+            )
         check_not_folded(whole.config, intervention)
         maps = _maps(whole, intervention, strength)
         check = _EveryForward(*_groups(whole, [tap for tap, _, _ in maps]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
-from aura_dist.errors import ModelError, brief
+from aura_dist.errors import AuraError, ModelError, brief
 from aura_dist.models.weights import FLOATS, STORED_DTYPES, Source, Stored, open_weights
 from aura_dist.sites.transformers_adapter import find_file, loaded_names, tied_to
 
@@ -45,6 +45,8 @@ def check_adapter(name: str, revision: str | None, adapter: str | None, flag: st
     try:
         beside = find_file(name, revision, CONFIG_FILE)
         has_model = beside is None or find_file(name, revision, "config.json") is not None
+    except AuraError:  # a signal
+        raise
     except Exception:  # whoever loads the model says more
         beside, has_model = None, True
     if beside is not None and not has_model:
@@ -92,7 +94,7 @@ class Adapter:
         for module, pair in found.items():
             if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
                 raise ModelError(f"--adapter {name!r}: expected A and B of one rank at {module!r}; save it again")
-            parts[module] = (pair["A"].float(), pair["B"].float(), _scaling(config, module, pair["A"].shape[0]))
+            parts[module] = (pair["A"].float(), pair["B"].float(), _scaling(name, config, module, pair["A"].shape[0]))
         return cls(name, parts)
 
     def added(self, model: PreTrainedModel, tensors: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
@@ -128,6 +130,8 @@ def adapter_files(name: str) -> tuple[Path, Path]:
     try:
         config = find_file(name, None, CONFIG_FILE)
         weights = next(filter(None, (find_file(name, None, file) for file in _WEIGHT_FILES)), None)
+    except AuraError:  # a signal
+        raise
     except Exception as error:  # the hub's client raises a dozen errors of its own
         raise ModelError(f"--adapter {name!r}: {brief(error)}") from error
     if config is None or weights is None:
@@ -214,8 +218,30 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """s of one module; patterns are those of peft: the end of a module's name, as a regular expression."""
-    alphas = {p: a for p, a in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({p})", module)}
-    alpha = float(next(iter(alphas.values()), config.get("lora_alpha", 8)))
+def _scaling(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """s of one module, whose matrices have this rank; ModelError if the configuration says another rank, or no numbers.
+
+    8 is peft's own default of both numbers.
+    """
+    alpha = _number_of(name, config, module, "lora_alpha", "alpha_pattern")
+    if (said := _number_of(name, config, module, "r", "rank_pattern")) != rank:
+        raise ModelError(
+            f"--adapter {name!r}: expected the rank of its {CONFIG_FILE}, {said:g}, at {module!r}, got {rank}; take "
+            "both files from one adapter"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number_of(name: str, config: Mapping[str, Any], module: str, field: str, pattern: str) -> float:
+    """A field for one module; patterns are those of peft: the end of a module's name, as a regular expression."""
+    try:
+        special = {p: v for p, v in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({p})", module)}
+        value = float(next(iter(special.values()), config.get(field, 8)))
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error):  # any JSON may be there
+        value = math.nan
+    if not math.isfinite(value):
+        raise ModelError(
+            f"--adapter {name!r}: expected numbers as {field} and {pattern} of its {CONFIG_FILE}, got "
+            f"{config.get(field)!r} and {brief(str(config.get(pattern)), 60)}; save it again"
+        )
+    return value

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from aura_dist.models.load import DTYPES, ModelSource, skeleton
 from aura_dist.ranks.torch_adapter import own_hooks
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites
+from aura_dist.sites.transformers_adapter import has_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +60,20 @@ class InMemory:
         return {"adapter": None, "own_code": own_code(self.model) or None}
 
     def fingerprint(self) -> str:
-        """The identity of the model: its configuration, and each weight's name, dtype, shape and sha256 of all bytes.
+        """The identity of the model: its configuration, the class of each module, and all values that it holds.
 
+        Of each weight, and of each buffer that is not saved, its name, dtype, shape and the sha256 of all bytes count.
         Threads hash the weights side by side, at 0.5 to 2 GB/s each. No checkpoint on disk has this fingerprint,
-        because nothing tells whether weights were changed since they were loaded. ModelError if one is not in memory.
+        because nothing tells whether weights were changed since they were loaded. ModelError if one is not in memory,
+        or if adapters are within the model, because their weights do not tell how much of them is added.
         """
-        return with_extras(digest_of(self.config, self._weights(), "in memory"), self.extras())
+        if has_adapters(self.model):
+            raise ModelError("model: expected one without adapters of peft in its layers; merge them, or delete them")
+        classes = [(name, type(module).__qualname__) for name, module in self.model.named_modules()]
+        saved = self.model.state_dict().keys()
+        others = {name: buffer for name, buffer in self.model.named_buffers() if name not in saved}
+        described = [*self._weights(), *_describe_all(others)]
+        return with_extras(digest_of(self.config, described, "in memory", classes), self.extras())
 
     def earlier_fingerprint(self) -> str:
         """The fingerprint that earlier versions gave the model, to compare with what they wrote."""
@@ -71,9 +81,7 @@ class InMemory:
         return hashlib.sha256(json.dumps([config, self._weights()], sort_keys=True, default=str).encode()).hexdigest()
 
     def _weights(self) -> list[tuple[str, str, list[int], str]]:
-        weights = {name: w for name, w in sorted(self.model.state_dict().items()) if isinstance(w, Tensor)}
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            return list(pool.map(_describe, weights, weights.values()))
+        return _describe_all({name: w for name, w in self.model.state_dict().items() if isinstance(w, Tensor)})
 
     @contextmanager
     def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:
@@ -93,6 +101,13 @@ class InMemory:
             for module, training in modes:
                 module.training = training
             torch.set_float32_matmul_precision(precision)
+
+
+def _describe_all(values: Mapping[str, Tensor]) -> list[tuple[str, str, list[int], str]]:
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return (
+            list(pool.map(_describe, *zip(*sorted(values.items(), key=itemgetter(0)), strict=True))) if values else []
+        )
 
 
 def _describe(name: str, weight: Tensor) -> tuple[str, str, list[int], str]:

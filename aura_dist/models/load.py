@@ -230,6 +230,13 @@ class Checkpoint:
                 f"{sorted(broken)[0]!r} among them; use a whole checkpoint of this architecture"
             )
         assert isinstance(model, PreTrainedModel)
+        unused = _of_loaded_modules(model, sorted(info["unexpected_keys"]))
+        if unused and getattr(model.config, "quantization_config", None) is None:
+            raise ModelError(
+                f"--model {name!r}: loading would leave out {len(unused)} of the checkpoint's tensors, {unused[0]!r} "
+                "among them: expected weights that config.json describes, without the parts of an adapter, scales of "
+                "quantised weights, or biases that it does not have; save the model again, or correct its config.json"
+            )
         return model
 
     def _merged(self, opened: ExitStack) -> dict[str, Any]:
@@ -242,6 +249,16 @@ class Checkpoint:
         merged = merged_weights(Adapter.load(source.adapter), self.whole, weights, self.dtype)
         state = {name: weight[...] for name, weight in merged.items()} if is_deepspeed_zero3_enabled() else merged
         return {"config": self._config(), "state_dict": state, "generation_config": _generation(source)}
+
+
+def _of_loaded_modules(model: PreTrainedModel, tensors: Sequence[str]) -> list[str]:
+    """Which of a checkpoint's `tensors` belong to layers of `model` that have weights of their own.
+
+    Others that are not loaded, such as a head, later layers and tables of positions, change nothing.
+    """
+    prefix = f"{model.base_model_prefix}."
+    leaves = {name for name, m in model.named_modules() if m._parameters and not m._modules}
+    return [t for t in tensors if any(t.startswith((f"{leaf}.", f"{prefix}{leaf}.")) for leaf in leaves)]
 
 
 def _generation(source: ModelSource) -> GenerationConfig | None:

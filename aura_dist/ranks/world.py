@@ -59,12 +59,12 @@ def place_from_environment(environment: MutableMapping[str, str] | None = None) 
     Under Slurm this also sets the variables that torch reads to meet the other ranks. MASTER_ADDR and MASTER_PORT come
     from the job step unless they are set.
 
-    ConfigError if a variable is missing or not a number, or if this is a command in the shell of an interactive step
-    of several tasks, because it is the only process there.
+    ConfigError if a variable is missing or not a number, if there is no such rank, or if this is a command in the shell
+    of an interactive step of several tasks, because it is the only process there.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Place(_number(env, "RANK"), _number(env, "WORLD_SIZE"), _number(env, "LOCAL_RANK", "0"))
+        return _checked(Place(_number(env, "RANK"), _number(env, "WORLD_SIZE"), _number(env, "LOCAL_RANK", "0")))
     if _number(env, "SLURM_STEP_NUM_TASKS", "1") > 1:
         if _is_typed(env):
             raise ConfigError(
@@ -72,8 +72,10 @@ def place_from_environment(environment: MutableMapping[str, str] | None = None) 
                 "the shell of `srun --pty`: the others would never come; put `RANK=0 WORLD_SIZE=1` in front of the "
                 "command to run it alone, or start it with `srun` (in this shell `srun --overlap`) to run it on all"
             )
-        place = Place(
-            _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_LOCALID", "0")
+        place = _checked(
+            Place(
+                _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_LOCALID", "0")
+            )
         )
         env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "localhost")))
         env.setdefault("MASTER_PORT", str(_step_ports(env)[0]))
@@ -81,6 +83,15 @@ def place_from_environment(environment: MutableMapping[str, str] | None = None) 
         env.update({name: str(value) for name, value in ranks.items()})
         return place
     return Place()
+
+
+def _checked(place: Place) -> Place:
+    if place.global_rank >= place.world_size:
+        raise ConfigError(
+            f"expected a rank (RANK or SLURM_PROCID) below the number of ranks, {place.world_size}, got "
+            f"{place.global_rank}; start with torchrun or srun, or correct these variables"
+        )
+    return place
 
 
 def _is_typed(env: Mapping[str, str]) -> bool:

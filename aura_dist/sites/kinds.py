@@ -5,7 +5,7 @@ Rows name their finder and tap, which are loaded once there is a model, because 
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
@@ -103,7 +103,15 @@ def choose(
     return tuple(s for s in sites if s.name in kept)
 
 
-def except_for(names: Iterable[str]) -> str:
-    """Words of `--modules` that leave out sites, those of all layers together, as one writes them in a shell."""
-    patterns = dict.fromkeys(re.sub(r"\.[0-9]+(?=\.|$)", ".*", name) for name in names)
-    return " ".join(f"'{EXCEPT}{pattern}'" for pattern in patterns)
+def except_for(names: Iterable[str], kept: Collection[str] = ()) -> str:
+    """Words of `--modules` that leave out sites, as one writes them in a shell.
+
+    Sites of all layers are left out together, unless one of `kept` would be left out with them. Sites that a layer
+    holds in a list are left out together anyway, because another forward may call others of them.
+    """
+
+    def pattern(name: str) -> str:
+        general = re.sub(r"\.[0-9]+(?=\.|$)", ".*", name)
+        return general if general.count(".*") > 1 or not fnmatch.filter(kept, general) else name
+
+    return " ".join(f"'{EXCEPT}{word}'" for word in dict.fromkeys(map(pattern, names)))

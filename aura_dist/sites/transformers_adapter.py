@@ -53,6 +53,11 @@ def implementations(config: PretrainedConfig) -> list[str | None]:
     return [config._attn_implementation, config._experts_implementation]
 
 
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether adapters of peft are within the model's layers."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def find_file(name: str, revision: str | None, file: str) -> Path | None:
     """A file of a local directory or hub name; None where it is missing. OSError if the hub refuses."""
     path = cached_file(

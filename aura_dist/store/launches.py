@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from zarr.abc.store import Store
 from zarr.buffer import cpu, default_buffer_prototype
 
@@ -130,7 +131,7 @@ def _beat(store: Store, mark: Mark, leaving: threading.Event) -> None:
 
 
 def _marks(store: Store) -> list[Mark]:
-    """The marks in a store; one that is written or removed at this moment may be left out."""
+    """The marks in a store; damaged ones are left out, and maybe one that is written or removed at this moment."""
 
     async def read() -> list[tuple[str, Any]]:
         names = [name.strip("/") async for name in store.list_dir("") if name.startswith(MARK)]
@@ -138,8 +139,10 @@ def _marks(store: Store) -> list[Mark]:
 
     found = []
     for name, content in run_in_zarr(read()):
-        with suppress(ValueError, KeyError, TypeError, AttributeError):
-            found.append(Mark(name, **json.loads(content.to_bytes())["attributes"]))
+        with suppress(ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError):
+            mark = msgspec.convert({**json.loads(content.to_bytes())["attributes"], "name": name}, Mark)
+            if mark.process.keys() >= this_process().keys():
+                found.append(mark)
     return found
 
 

@@ -36,16 +36,18 @@ class Chat:
         }
 
     def render(self, text: str) -> str:
-        """The conversation as text, first tokens of the text left out, because a conversation has them once.
+        """The conversation as text, first tokens of its turns left out, because a conversation has them once.
 
         Raises whatever the template or the library raises.
         """
-        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
-        own = text.removeprefix(self.added.first_text)
-        turns.append({"role": self.role, "content": own})
+        turns = [] if self.system is None else [("system", self.system)]
+        turns.append((self.role, text))
         return str(
             self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=self.answered
+                [{"role": role, "content": said.removeprefix(self.added.first_text)} for role, said in turns],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=self.answered,
             )
         )
 
@@ -75,8 +77,13 @@ def make_chat(
     """The tokenizer's own template for texts of `role`, tried before any text is rendered.
 
     Raises ModelError if the tokenizer has no template, or it is broken or takes no turn of that role alone; ConfigError
-    naming `system_flag` if it takes no system's turn.
+    naming `system_flag` if it takes no system's turn, or if the tokenizer would split what separates the turns.
     """
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise ConfigError(
+            "--chat: expected a tokenizer that reads the template's special tokens, got split_special_tokens = true; "
+            "add --tokenizer-option split_special_tokens=false, or leave --chat out"
+        )
     chat = Chat(tokenizer, _template(tokenizer), added_tokens(tokenizer), role, answered=answered)
     if _probe(chat, "a", "--chat") == _probe(chat, "b", "--chat"):
         raise ModelError(f"--chat: the model's chat template leaves out a text of the {role}; leave --chat out")

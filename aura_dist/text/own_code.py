@@ -3,10 +3,11 @@
 transformers asks on standard input unless it gets a yes or a no, so it always gets one here.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import TypeVar
+
+import yaml
 
 from aura_dist.errors import ConfigError
 
@@ -38,14 +39,54 @@ def load_with(load: Callable[[bool], LoadedT], what: str, *, trusted: bool) -> L
     return load(True)
 
 
-def file_with_code(directory: Path) -> Path | None:
-    """The first of a directory's YAML tasks that names a Python function, itself or in a file that it includes."""
-    return next((file for file in sorted(directory.rglob("*.yaml")) if _names_code(file, set())), None)
+def code_of_tasks(directory: Path, metrics: Container[str]) -> str:
+    """The first YAML task in a directory that has code run, and by what; empty where there is none.
+
+    That is a Python function, or a metric that is none of `metrics`, which lm-eval would download or read from a file;
+    in a task itself or in a file that it includes, however it is spelled. Nothing is run here.
+    """
+    files = (file for file in sorted(directory.rglob("*.yaml")) if file.is_file())
+    return next((f"{str(file)!r} ({found})" for file in files if (found := _code_of(file, metrics, set()))), "")
 
 
-def _names_code(file: Path, seen: set[Path]) -> bool:
+def _code_of(file: Path, metrics: Container[str], seen: set[Path]) -> str:
     seen.add(file)
-    text = file.read_text(encoding="utf-8", errors="replace")
-    names = re.findall(r"^\s*(?:include:|-)\s*['\"]?([^'\"\s]+)['\"]?\s*$", text, re.MULTILINE)
-    included = {file.parent / name for name in names} - seen
-    return "!function" in text or any(_names_code(other, seen) for other in included if other.is_file())
+    try:
+        document = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
+    except (OSError, yaml.YAMLError):  # lm-eval cannot read it either
+        return ""
+    included: list[Path] = []
+    for node in _nodes(document):
+        if node.tag == "!function":
+            return node.tag
+        for key, value in _items(node):
+            names = [part.value for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
+            if key == "include":
+                included += [file.parent / name for name in names if isinstance(name, str)]
+            elif key == "metric" and names[0] not in metrics:
+                return f"metric {names[0]!r}"
+            elif key == "hf_evaluate" and names != ["false"]:
+                return key
+    others = (other.resolve() for other in included if other.is_file())
+    return next((found for other in others if other not in seen and (found := _code_of(other, metrics, seen))), "")
+
+
+def _nodes(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    """A YAML node and all within it; an alias of one that it is within ends there."""
+    waiting, seen = [] if node is None else [node], set()
+    while waiting:
+        here = waiting.pop()
+        if id(here) not in seen:
+            seen.add(id(here))
+            yield here
+            waiting += [
+                part
+                for item in here.value
+                for part in (item if isinstance(item, tuple) else [item])
+                if isinstance(part, yaml.Node)
+            ]
+
+
+def _items(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return [(key.value, value) for key, value in pairs if isinstance(key, yaml.ScalarNode)]

@@ -20,6 +20,7 @@ from aura_dist.errors import InputError, MissingColumnError, MissingPackageError
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".ndjson")
 FORMATS = (*TEXT_FORMATS, ".parquet")
+DEFAULT_SPLIT = "train"
 _MAX_FIELD_CHARACTERS = 2**31 - 1
 
 
@@ -35,7 +36,7 @@ class Table:
         return len(next(iter(self.columns.values()), []))
 
 
-def read_table(source: str, columns: list[str], *, split: str = "train") -> Table:
+def read_table(source: str, columns: list[str], *, split: str = DEFAULT_SPLIT) -> Table:
     """Read `columns` of a file, a saved data set or a hub data set.
 
     InputError if the source cannot be found or read, is of an unknown format, lacks a column, or has no rows.
@@ -56,6 +57,8 @@ def _read(source: str, columns: list[str], split: str) -> Table:
     if path.is_file():
         if kind not in FORMATS:
             raise InputError(f"data {source!r}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
+        if split != DEFAULT_SPLIT:
+            raise InputError(f"data {source!r}: a file has no splits, got --split {split}; leave it out")
         text = kind in TEXT_FORMATS
         taken = _take(_records(path), columns, source) if text else _from_parquet(path, columns)
         return Table(source, _sha256(path), taken)

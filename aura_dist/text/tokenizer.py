@@ -140,6 +140,15 @@ def load_tokenizer(
     return tokenizer
 
 
+def difference_from_file(tokenizer: "PreTrainedTokenizerBase", model: str, what: str) -> str:
+    """The first text to which a loaded tokenizer gives other ids than its `tokenizer.json`, and some of both.
+
+    Empty where all agree, or there is no such file; `what` is the flag that named it.
+    """
+    own = _ids_of_file(model, None, what)
+    return "" if own is None else _difference(own, tokenizer)
+
+
 def _as_in_file(model: str, revision: str | None) -> "PreTrainedTokenizerBase":
     """The tokenizer that `tokenizer.json` describes, with the names of special tokens and the template of the rest."""
     from tokenizers import Tokenizer

@@ -151,6 +151,14 @@ def test_later_forward_that_a_recorded_one_replaces_is_an_error():
         logits(model)
 
 
+def test_what_is_no_model_of_transformers_is_refused():
+    intervention = Intervention({"model.layers.0.mlp.up_proj": np.zeros(80, np.float32)})
+    for wrapped in (nn.DataParallel(tiny_causal("llama")), torch.fx.symbolic_trace(nn.Linear(2, 2))):
+        expected = pytest.raises(ModelError, match=f"expected a model of transformers, got {type(wrapped).__name__}")
+        with expected, aura_dist.intervene(wrapped, intervention):
+            pass
+
+
 def test_nested_interventions_on_a_compiled_model():
     model = small("llama")
     with aura_dist.intervene(model, HALF), aura_dist.intervene(model, HALF):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.errors import ModelError
-from aura_dist.models.adapter import adapter_digest
+from aura_dist.errors import ModelError, RunInterruptedError
+from aura_dist.models.adapter import Adapter, adapter_digest, check_adapter
 from aura_dist.models.load import ModelSource, load_base, load_causal
 from aura_dist.ranks.layout import Layout
+from aura_dist.ranks.signals import interruption
 from aura_dist.ranks.world import World
 from aura_dist.store.access import open_group
 from tests.distributed.launch import run_ranks
@@ -80,6 +82,39 @@ def test_merged_model_computes_what_the_adapter_adds(name, config, scaling, tmp_
         torch.testing.assert_close(merged(input_ids=IDS).logits, by_hand(plain, adapter, scaling), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"lora_alpha": "much"}, "numbers as lora_alpha"),
+        ({"lora_alpha": None}, "numbers as lora_alpha"),
+        ({"lora_alpha": float("nan")}, "numbers as lora_alpha"),
+        ({"alpha_pattern": {"[": 16}}, "numbers as lora_alpha and alpha_pattern"),
+        ({"alpha_pattern": ["gate_proj"]}, "numbers as lora_alpha and alpha_pattern"),
+        ({"rank_pattern": {"gate_proj": "x"}}, "numbers as r and rank_pattern"),
+        ({"r": 8}, "expected the rank of its adapter_config.json, 8, at .*, got 4"),
+        ({"r": 4, "rank_pattern": {"gate_proj": 2}}, "expected the rank of its adapter_config.json, 2, at .*, got 4"),
+    ],
+)
+def test_configuration_that_does_not_fit_its_weights_is_refused(config, error, tmp_path):
+    with pytest.raises(ModelError, match=error):
+        Adapter.load(str(save_adapter(tmp_path / "A", **config)))
+
+
+@pytest.mark.parametrize("look", [lambda name: check_adapter(name, None, None), adapter_digest])
+def test_a_signal_while_the_hub_is_asked_ends_the_command(look, monkeypatch):
+    def stopped(*_):
+        raise interruption(signal.SIGTERM)
+
+    monkeypatch.setattr("aura_dist.models.adapter.find_file", stopped)
+    with pytest.raises(RunInterruptedError):
+        look("owner/name")
+
+
+def test_rank_of_a_pattern(tmp_path):
+    adapter = Adapter.load(str(save_adapter(tmp_path / "A", r=8, rank_pattern={"(gate|q)_proj": 4})))
+    assert {scaling for _, _, scaling in adapter.parts.values()} == {2.0}
+
+
 def test_merged_in_float32_and_rounded_once(tmp_path):
     directory = save_tiny("llama", tmp_path / "M", max_shard_size="60KB")
     adapter = save_adapter(tmp_path / "A")
@@ -116,16 +151,16 @@ def test_merged_where_accelerate_spreads_the_layers(tmp_path):
         ({"a_setting_of_tomorrow": 3}, "got a_setting_of_tomorrow = 3"),
         ({"extra": {"base_model.model.lm_head.weight": torch.zeros(384, 48)}}, "got 'base_model.model.lm_head.weight'"),
         (
-            {"extra": {f"base_model.model.model.embed_tokens.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"}},
+            {"extra": {f"base_model.model.model.embed_tokens.lora_{k}.weight": torch.zeros(4, 4) for k in "AB"}},
             "got 'model.embed_tokens'",
         ),
         (
             {
                 "extra": {
-                    f"base_model.model.model.layers.2.mlp.up_proj.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"
+                    f"base_model.model.model.layers.2.mlp.up_proj.lora_{k}.weight": torch.zeros(4, 4) for k in "AB"
                 }
             },
-            r"expected \(80, 48\) at 'model.layers.2.mlp.up_proj', got \(2, 2\)",
+            r"expected \(80, 48\) at 'model.layers.2.mlp.up_proj', got \(4, 4\)",
         ),
         (
             {"extra": {"base_model.model.model.layers.2.mlp.up_proj.lora_A.weight": torch.zeros(2, 48)}},

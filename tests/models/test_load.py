@@ -1,5 +1,6 @@
 """Loading: whole checkpoints of causal language models, or an error; never a weight made up."""
 
+import re
 import shutil
 
 import pytest
@@ -45,6 +46,33 @@ def test_missing_weights_are_errors(name, tiny_dir, tmp_path):
     for load in (load_causal, load_base):
         with pytest.raises(ModelError, match=r"lacks 1 of the model's weights, '.*\.1\..*weight'"):
             load(broken, World())
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("llama", "model.layers.0.mlp.gate_proj.lora_A.default.weight"),  # a model that peft changed, saved as it was
+        ("llama", "model.layers.1.mlp.up_proj.weight_scale_inv"),  # quantised weights without their configuration
+        ("qwen3", "model.layers.0.self_attn.q_proj.bias"),
+        ("gpt2", "transformer.h.0.mlp.c_fc.lora_B.weight"),
+    ],
+)
+def test_weights_that_loading_would_leave_out_are_errors(name, more, tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir(name), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(file), more: torch.ones(4)}, file, metadata={"format": "pt"})
+    for load in (load_causal, load_base):
+        with pytest.raises(ModelError, match=rf"leave out 1 of the checkpoint's tensors, '{re.escape(more)}'"):
+            load(source(tmp_path / "model"), World())
+
+
+def test_tables_and_later_layers_may_be_left_out(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    more = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.3.mlp.gate_proj.weight", "mtp.fc.weight"]
+    save_file({**load_file(file), **{n: torch.ones(4) for n in more}}, file, metadata={"format": "pt"})
+    load_causal(source(tmp_path / "model"), World())
+    load_base(source(tmp_path / "model"), World(), num_layers=1)
 
 
 def test_missing_head_matters_to_the_causal_model_only(tiny_dir, tmp_path):

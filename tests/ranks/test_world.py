@@ -52,6 +52,15 @@ def test_number_that_is_none():
         place_from_environment({"RANK": "x", "WORLD_SIZE": "2"})
 
 
+@pytest.mark.parametrize(
+    "env",
+    [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}, {**STEP, "SLURM_PROCID": "8"}],
+)
+def test_rank_that_the_launch_does_not_have(env):
+    with pytest.raises(ConfigError, match=r"expected a rank .* below the number of ranks, [028], got [028]"):
+        place_from_environment(dict(env))
+
+
 TYPED = {**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "40000"}
 
 

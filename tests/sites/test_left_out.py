@@ -68,6 +68,14 @@ def test_layers_are_named_together():
     assert shlex.split(except_for(names)) == ["!model.layers.*.mamba.x_proj", "!h.*"]
 
 
+def test_advice_leaves_out_no_module_of_another_layer_that_is_called():
+    called = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.experts.0.w1"]
+    assert shlex.split(except_for(["model.layers.2.mlp.up_proj"], called)) == ["!model.layers.2.mlp.up_proj"]
+    assert shlex.split(except_for(["model.layers.2.mlp.down_proj"], called)) == ["!model.layers.*.mlp.down_proj"]
+    chosen_by_a_router = except_for(["model.layers.1.mlp.experts.3.w1"], called)
+    assert shlex.split(chosen_by_a_router) == ["!model.layers.*.mlp.experts.*.w1"]
+
+
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory, sentences_csv, tiny_dir):
     """A scored store of Llama's attention and MLPs."""

@@ -17,6 +17,7 @@ import aura_dist
 from aura_dist.cli import main
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import ConfigError, InputError, ModelError, StoreError
+from aura_dist.models.in_memory import InMemory
 from aura_dist.text.table import read_table
 from tests.models import TINY_CONFIGS, tiny_causal, tiny_tokenizer
 
@@ -153,6 +154,26 @@ def test_a_loaded_model_is_what_its_weights_are(labelled, tmp_path):
         aura_dist.collect(tiny_causal("llama"), texts, toxic, max_tokens=127, **given)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", lambda model: model.model.rotary_emb.inv_freq.mul_(1.5)),  # buffers that are not saved
+        ("gemma3", lambda model: model.model.embed_tokens.embed_scale.mul_(1.5)),
+        ("llama", lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.ReLU())),
+    ],
+)
+@torch.no_grad()
+def test_a_loaded_model_is_more_than_its_saved_weights(name, change):
+    model, tokenizer, ids = tiny_causal(name), tiny_tokenizer(), torch.arange(40, 60)[None]
+    before, logits = InMemory(model, tokenizer), model(ids).logits
+    fingerprint, earlier = before.fingerprint(), before.earlier_fingerprint()
+    assert InMemory(tiny_causal(name), tokenizer).fingerprint() == fingerprint
+    change(model)
+    assert not torch.allclose(model(ids).logits, logits)
+    assert InMemory(model, tokenizer).fingerprint() != fingerprint
+    assert InMemory(model, tokenizer).earlier_fingerprint() == earlier, "stores of earlier versions hold this one"
+
+
 def test_hooks_of_the_caller_are_told(labelled, tmp_path, caplog):
     model = tiny_causal("llama")
     model.base_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
@@ -265,6 +286,10 @@ def test_models_that_cannot_be_used_are_named(tiny_dir, tmp_path, monkeypatch):
         aura_dist.collect(tiny_causal("llama").double(), **given)
     with pytest.raises(ModelError, match=r"'lm_head.weight' cannot be read: .*; give the model's name instead"):
         aura_dist.collect(tiny_causal("llama").to("meta"), **given)
+    adapted = tiny_causal("llama")
+    adapted._hf_peft_config_loaded = True  # as `load_adapter` leaves it
+    with pytest.raises(ModelError, match=r"expected one without adapters of peft in its layers"):
+        aura_dist.collect(adapted, **given)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"expected a name in a launch of 2 processes, got one in memory"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import aura_dist
 from aura_dist.cli import main
+from aura_dist.models.extras import own_code
 from aura_dist.store.access import open_group
+from aura_dist.text.own_code import code_of_tasks
 from tests.models import save_tiny
 
 REFUSED = "comes with code of its own, which would run on this machine"
@@ -102,6 +105,24 @@ def test_trusted_model_is_measured_and_its_code_is_recorded_and_part_of_what_it_
     verb = ["collect", *data, "--model", str(other), "--store", str(tmp_path / "S.zarr"), "--trust-remote-code"]
     assert main(verb) == 2
     assert "another model own_code" in capsys.readouterr().err
+
+
+def test_code_of_two_repositories_counts_where_files_have_one_name(tmp_path, monkeypatch):
+    """A configuration's code may be in another repository than the model's, and import a file of the same name."""
+    files = {}
+    for repository in ("of_model", "of_config"):
+        files[repository] = tmp_path / repository / "shared.py"
+        files[repository].parent.mkdir()
+        files[repository].write_text(f"# {repository}\n")
+        module = ModuleType(f"transformers_modules.{repository}.shared")
+        module.__file__ = str(files[repository])
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    config = type("OwnConfig", (), {"__module__": "transformers_modules.of_config.shared"})()
+    model = type("OwnModel", (), {"__module__": "transformers_modules.of_model.shared", "config": config})()
+    before = own_code(model)
+    assert set(before) == {"of_model/shared.py", "of_config/shared.py"}
+    files["of_model"].write_text("# changed\n")
+    assert own_code(model) != before
 
 
 def test_trust_that_a_file_gives_is_said(tmp_path, capsys):
@@ -200,6 +221,28 @@ def test_tasks_that_name_functions(place, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
     assert main([*verb, "--trust-remote-code"]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["zero_shot"]["tiny"]["num_examples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("task", "found"),
+    [
+        ("include: other # as it is\n", "!function"),
+        ("include: [other]\n", "!function"),
+        ("'include': ['other']\n", "!function"),
+        ("doc_to_choice: !%66unction own.choices\n", "!function"),
+        ("%TAG !e! !func\n---\ndoc_to_choice: !e!tion own.choices\n", "!function"),
+        ("metric_list:\n  - metric: ./own.py\n", "metric './own.py'"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]\n", "hf_evaluate"),
+        ("# no !function here\ninclude: [tiny.yaml]\nmetric_list: [{metric: acc}]\n", ""),
+        ("task: [\n", ""),  # broken: lm-eval says so
+    ],
+)
+def test_code_in_tasks_is_found_however_it_is_spelled(task, found, tmp_path):
+    (tmp_path / "other").write_text("doc_to_choice: !function own.choices\n")
+    (tmp_path / "a.yaml").mkdir()
+    (tmp_path / "tiny.yaml").write_text(task)
+    expected = f"{str(tmp_path / 'tiny.yaml')!r} ({found})" if found else ""
+    assert code_of_tasks(tmp_path, {"acc"}) == expected
 
 
 def test_data_set_with_a_script(texts, tmp_path, capsys, tiny_dir):

@@ -56,6 +56,14 @@ def leave_mark(path, process, verb="collect") -> Mark:
     return mark
 
 
+@pytest.mark.parametrize("spoilt", [{"process": {}}, {"process": "me"}, {"beat": "x"}, {"since": None}])
+def test_a_damaged_mark_is_no_bar(spoilt, place, ended):
+    mark = leave_mark(place, ended)
+    assert _write(zarr_store(place), replace(mark, **spoilt))
+    with entered(place):
+        assert len(_marks(zarr_store(place))) == 1
+
+
 @contextmanager
 def beating(path, mark):
     """The mark of a launch that is at work on another machine."""

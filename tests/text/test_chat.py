@@ -126,6 +126,19 @@ def test_templates_that_cannot_do_what_is_asked(template, role, system, message)
         make_chat(tokenizer_of("first", template), role, system)
 
 
+def test_a_system_text_that_begins_with_the_first_token_gets_no_second_one():
+    tokenizer = tokenizer_of("first", CHATML)
+    expected = ids_of(TEXTS, tokenizer, chat=make_chat(tokenizer, "user", "Be kind."))
+    assert ids_of(TEXTS, tokenizer, chat=make_chat(tokenizer, "user", "<bos>Be kind.")) == expected
+
+
+def test_a_tokenizer_that_would_split_the_templates_tokens_is_refused():
+    tokenizer = tokenizer_of("first", CHATML)
+    tokenizer.split_special_tokens = True
+    with pytest.raises(ConfigError, match="--tokenizer-option split_special_tokens=false"):
+        make_chat(tokenizer, "user")
+
+
 def test_a_text_that_the_template_refuses_is_named():
     refusing = "{% if 'old' in messages[0]['content'] %}{{ raise_exception('too old') }}{% endif %}" + CHATML
     tokenizer = tokenizer_of("first", refusing)

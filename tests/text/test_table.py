@@ -150,6 +150,13 @@ def test_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
         read_table(str(tmp_path / "train.csv"), ["text"])
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_a_split_of_a_file_is_refused(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match="a file has no splits, got --split test; leave it out"):
+        read_table(str(tmp_path / name), ["text"], split="test")
+
+
 def test_hub_name_is_loaded_with_its_split(monkeypatch):
     asked = []
 

@@ -18,6 +18,7 @@ from aura_dist.text.tokenizer import (
     PROBES,
     TokenizerSettings,
     check_has_vocabulary,
+    difference_from_file,
     load_tokenizer,
     special_ids,
     tokenizer_digest,
@@ -122,6 +123,18 @@ def test_tokenizers_of_other_loaders_are_checked_too(tmp_path):
     with pytest.raises(ModelError, match="--scorer 'x': its tokenizer has no vocabulary: 0 entries"):
         check_has_vocabulary(tokenizer, "--scorer 'x'")
     check_has_vocabulary(tiny_tokenizer(), "--scorer 'x'")
+
+
+def test_another_loader_can_say_that_ids_are_not_those_of_the_file(tmp_path):
+    """`evaluate --scorer` warns of it."""
+    for change, said in ((None, ""), (normalizer, "'The cat sat on the mat.' on, the file has")):
+        directory = save_family("llama", tmp_path / f"model{said[:4]}")
+        if change:
+            change(directory)
+        tokenizer = hf.AutoTokenizer.from_pretrained(directory)
+        found = difference_from_file(tokenizer, str(directory), "--scorer 'x'")
+        assert said in found
+        assert bool(found) == bool(said)
 
 
 def digits(directory):
