@@ -161,7 +161,16 @@ def test_other_verbs_take_the_new_kinds(scored, tiny_dir, tmp_path, capsys):
     assert main(["evaluate", *use, "--perplexity-texts", str(texts), "--out", str(tmp_path / "r.json")]) == 0
     capsys.readouterr()
     assert main(["status", str(scored.parent)]) == 0
-    assert "model.layers.0" in str(aura_dist.top_neurons(scored, "toxic", 500))
+    assert set(aura_dist.top_neurons(scored, "toxic", 9999)["kind"]) == {"neurons", "heads", "residual"}
+
+
+def test_report_sets_the_kinds_side_by_side(scored, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
+    assert main(["report", str(scored.parent), "--out", str(tmp_path / "page.html")]) == 0
+    page, drawn = (tmp_path / "page.html").read_text(), (tmp_path / "page-pictures" / "kinds-1.svg").read_text()
+    assert all(f">{kind}</text>" in drawn for kind in ("neurons", "heads", "residual"))
+    assert "The kinds of modules side by side" in page
+    assert "AUROC by layer of residual: median" in page, "the layers are one module of the page, not one each"
 
 
 def test_rank_sees_its_slice_of_an_input():
