@@ -122,9 +122,9 @@ def choose(
     may mean inputs or outputs, nothing is left, or a word leaves out nothing.
     """
     left_out = [word for word in modules if word.startswith(EXCEPT)]
-    words = [word for word in modules if word not in left_out] or ([] if default is None else [default])
-    chosen: set[str] = set() if words else {s.name for s in sites}
-    for wanted in words:
+    choosing = [word for word in modules if word not in left_out] or ([] if default is None else [default])
+    chosen: set[str] = set() if choosing else {s.name for s in sites}
+    for wanted in choosing:
         _check_one_side(sites, wanted)
         names = matching(sites, wanted)
         if not names:

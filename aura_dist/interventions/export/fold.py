@@ -69,7 +69,7 @@ def plan_folds(
     names = _Names(model, stored)
     sites = {s.name: s for s in find_sites(model).sites}
     folds: dict[str, list[Fold]] = {}
-    folded: list[str] = []
+    folded: set[str] = set()
     missing: dict[str, list[Fold]] = {}
     # a module's input is changed before its output
     for name in sorted(intervention.sites, key=lambda name: not name.endswith(INPUT)):
@@ -77,7 +77,7 @@ def plan_folds(
         shift = shift if shift is not None and shift.any() else None
         if shift is None and (scale == 1).all():
             continue
-        folded.append(name)
+        folded.add(name)
         site = sites[name]
         if not KINDS[site.kind].folds:
             raise ModelError(f"{name!r}: a map of a {site.kind} site cannot be folded into weights; {HOOKS_ONLY}")
@@ -103,7 +103,7 @@ def plan_folds(
             values = changed(values, multiplied(fold))
         added[weight] = (names.of_new(bias, weight), values.float().numpy())
     made = {tensor: tuple(map(multiplied, changes)) for tensor, changes in folds.items()}
-    return FoldPlan(made, added, switches, tuple(folded))
+    return FoldPlan(made, added, switches, tuple(name for name in intervention.sites if name in folded))
 
 
 def changed(values: Tensor, fold: Fold, part: slice = slice(None)) -> Tensor:
