@@ -131,12 +131,12 @@ def test_maps_of_inputs_and_outputs_of_the_same_modules_fold_together(name, tiny
 @pytest.fixture(scope="module")
 def scored(tiny_dir, sentences_csv, tmp_path_factory):
     """A scored store of Llama's new kinds."""
-    store = tmp_path_factory.mktemp("kinds") / "s.zarr"
+    store = tmp_path_factory.mktemp("kinds") / "store.zarr"
     data = ["--data", sentences_csv, "--concepts", "toxic", "--num-positive", "30", "--num-negative", "30"]
     data += ["--modules", "neurons", "heads", "residual", "--pooling", "max", "mean"]
     assert main(["plan", "--model", str(tiny_dir("llama")), *data]) == 0
     assert main(["collect", "--model", str(tiny_dir("llama")), *data, "--store", str(store)]) == 0
-    assert main(["score", "--store", str(store)]) == 0
+    assert main(["score", "--store", str(store), "--dask", "threads"]) == 0
     return store
 
 
