@@ -85,14 +85,15 @@ def plain_store(tiny_dir, sentences_csv, tmp_path_factory):
     """`plain_store(name)`: the store of a tiny model, every module of it, collected by one process at first use."""
     from aura_dist.config.verbs import CollectConfig
     from aura_dist.stages import collect
-    from tests.distributed.loop import OPTIONS
+    from tests.distributed.loop import OPTIONS, modules_of
 
     out = tmp_path_factory.mktemp("plain")
 
     def store(name):
         if not (out / name).exists():
-            settings = {"model": str(tiny_dir(name)), "data": sentences_csv, "concepts": ["toxic"], **OPTIONS}
-            collect.run(CollectConfig(store=str(out / name), **settings))
+            model = str(tiny_dir(name))
+            settings = {"model": model, "data": sentences_csv, "concepts": ["toxic"], "modules": modules_of(model)}
+            collect.run(CollectConfig(store=str(out / name), **settings, **OPTIONS))
         return out / name
 
     return store

@@ -19,7 +19,7 @@ VERBS = ("collect", "score", "fit", "evaluate", "sweep")
 NAMES = {
     "pooling": {"max", "mean", "min", "last", "absmax"},
     "strategy": {"replicate", "fsdp", "tensor", "zero3", "dispatch"},
-    "kind of site": {"mlp", "attention", "norm"},
+    "kind of site": {"mlp", "attention", "norm", "neurons", "heads", "inputs", "residual"},
     "method": {"aura", "damp", "det0", "mean-act", "linear-act"},
     "stage of a sweep": {"collect", "score", "fit", "evaluate"},
 }

@@ -20,7 +20,7 @@ from aura_dist.interventions.methods import with_strength
 from aura_dist.models.strategies.tensor_plan import seen_columns
 from aura_dist.ranks.torch_adapter import without_compiled_parts
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, own_names, tap_of
-from aura_dist.sites.site import Site
+from aura_dist.sites.site import INPUT, Site
 from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.sites.transformers_adapter import tensor_place
 
@@ -156,7 +156,7 @@ def laid_over(
 ) -> AbstractContextManager[PreTrainedModel]:
     """`intervene` for a model that may have been cut after some layers: sites of the others are left out."""
     modules, own_name = {name for name, _ in model.named_modules()}, own_names(model)
-    kept = [site for site in intervention.sites if own_name(site).partition(":")[0] in modules]
+    kept = [site for site in intervention.sites if own_name(site).removesuffix(INPUT) in modules]
     return intervene(model, intervention.restricted(kept), strength)
 
 

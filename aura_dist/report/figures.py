@@ -10,7 +10,18 @@ import numpy as np
 from aura_dist.report.comparison import Comparison, Point
 from aura_dist.report.evaluations import PLAIN, Estimate
 from aura_dist.report.pictures import FAINT, INK, SERIES, Picture, new_figure, style, to_picture
-from aura_dist.report.scores import EDGES, NUM_BINS, Bar, Scores, SiteSummary, by_module, expert_map, total_histogram
+from aura_dist.report.scores import (
+    EDGES,
+    NUM_BINS,
+    Bar,
+    Scores,
+    SiteSummary,
+    by_kind_and_layer,
+    by_module,
+    expert_map,
+    median_of,
+    total_histogram,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +62,31 @@ def _colours_of(sites: Sequence[SiteSummary]) -> dict[str, str]:
     """Kind of module → its colour, on all drawings of a store."""
     kinds = dict.fromkeys(s.site.kind for s in sites)
     return {kind: SERIES[i % len(SERIES)] for i, kind in enumerate(kinds)}
+
+
+def kinds(scores: Scores, bar: Bar, name: str) -> Picture | None:
+    """The kinds of sites side by side: best and median AUROC by layer; None for a store of one kind."""
+    from matplotlib.ticker import MaxNLocator
+
+    groups, colours = by_kind_and_layer(scores.sites), _colours_of(scores.sites)
+    if len(groups) < 2:
+        return None
+    with style(name):
+        figure, ax = new_figure(520, 320)
+        for (kind, of_layer), marker in zip(groups.items(), cycle(_MARKERS)):
+            numbers = sorted(of_layer)
+            best = [np.fmax.reduce([s.best for s in of_layer[layer]]) for layer in numbers]
+            median = [median_of(total_histogram(of_layer[layer])) for layer in numbers]
+            ax.plot(numbers, best, color=colours[kind], linewidth=1.8, marker=marker, markersize=5, label=kind)
+            ax.plot(
+                numbers, median, color=colours[kind], linewidth=1, linestyle=_STROKES[2], marker=marker, markersize=3
+            )
+        _chance_and_bar(ax, bar, horizontal=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlabel("layer")
+        ax.set_ylabel(f"AUROC for “{scores.concept}”")
+        figure.legend(loc="outside lower center", ncols=min(len(groups), 4))
+        return to_picture(figure, name, f"AUROC for {scores.concept} by layer, for each kind of site: best and median")
 
 
 def layers(scores: Scores, bar: Bar, name: str) -> list[Picture]:

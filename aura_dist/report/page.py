@@ -56,7 +56,7 @@ def make_page(runs: Sequence[RunDirectory], shown: Shown, made: datetime) -> tup
     stores, scores, left_out = _stores(runs, shown)
     named = [(section["runs"][0], section["store"]) for section in stores]
     compared = [_comparison(c, f"toxicity-perplexity-{i}") for i, c in enumerate(comparisons(evaluations), 1)]
-    pictures = [p for section in scores for p in (section["histogram"], *section["layers"], section["experts"])]
+    pictures = [p for s in scores for p in (s["histogram"], *filter(None, [s["kinds"]]), *s["layers"], s["experts"])]
     pictures += [section["picture"] for section in compared if section["picture"] is not None]
     page = {
         "runs": [run.name for run in runs],
@@ -109,6 +109,7 @@ def _score_section(run: str, scores: Scores, shown: Shown, number: int) -> Secti
         "median": median,
         "confounded": abs(median - 0.5) > CONFOUNDED_MEDIAN,
         "histogram": figures.histogram(scores, shown.bar, f"auroc-{number}"),
+        "kinds": figures.kinds(scores, shown.bar, f"kinds-{number}"),
         "layers": figures.layers(scores, shown.bar, f"layers-{number}"),
         "experts": figures.experts(scores, f"experts-{number}"),
         "neurons": tables.neuron_table(scores.best),

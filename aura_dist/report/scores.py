@@ -76,10 +76,10 @@ class BestNeurons:
 
 
 def module_of(site: Site) -> str:
-    """A site's name within its layer: `model.layers.3.mlp.up_proj` → `mlp.up_proj`."""
+    """A site's name within its layer: `model.layers.3.mlp.up_proj` → `mlp.up_proj`; of the layer itself, its kind."""
     parts = site.name.split(".")
     numbered = [i for i, part in enumerate(parts) if part == str(site.layer)]
-    return ".".join(parts[numbered[0] + 1 :]) if numbered and numbered[0] + 1 < len(parts) else site.name
+    return ".".join(parts[numbered[0] + 1 :]) or site.kind if numbered else site.name
 
 
 def by_module(summaries: Iterable[SiteSummary]) -> dict[str, list[SiteSummary]]:
@@ -88,6 +88,14 @@ def by_module(summaries: Iterable[SiteSummary]) -> dict[str, list[SiteSummary]]:
     for summary in summaries:
         groups.setdefault(module_of(summary.site), []).append(summary)
     return {name: sorted(group, key=lambda s: s.site.layer) for name, group in groups.items()}
+
+
+def by_kind_and_layer(summaries: Iterable[SiteSummary]) -> dict[str, dict[int, list[SiteSummary]]]:
+    """Kind → layer → its summaries, in the order of first mention."""
+    groups: dict[str, dict[int, list[SiteSummary]]] = {}
+    for summary in summaries:
+        groups.setdefault(summary.site.kind, {}).setdefault(summary.site.layer, []).append(summary)
+    return groups
 
 
 def total_histogram(summaries: Sequence[SiteSummary]) -> NDArray[np.int64]:

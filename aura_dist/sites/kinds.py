@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from aura_dist.errors import AuraError, ConfigError
-from aura_dist.sites.site import Site
+from aura_dist.sites.site import INPUT, Site
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,27 @@ KINDS: dict[str, Kind] = {
         finder="aura_dist.sites.outputs:find_norms",
         tap="aura_dist.sites.outputs:NormTap",
     ),
+    "neurons": Kind(
+        "inputs of the MLPs' last linear layers: neurons after activation and gate",
+        finder="aura_dist.sites.inputs:find_neurons",
+        tap="aura_dist.sites.inputs:InputTap",
+    ),
+    "heads": Kind(
+        "inputs of attention's output projections: what the heads found, head by head",
+        finder="aura_dist.sites.inputs:find_heads",
+        tap="aura_dist.sites.inputs:InputTap",
+    ),
+    "inputs": Kind(
+        "inputs of all other linear layers",
+        finder="aura_dist.sites.inputs:find_other_inputs",
+        tap="aura_dist.sites.inputs:InputTap",
+    ),
+    "residual": Kind(
+        "outputs of decoder layers: the residual stream",
+        finder="aura_dist.sites.residual:find_residual",
+        tap="aura_dist.sites.residual:ResidualTap",
+        folds=False,
+    ),
 }
 
 
@@ -64,30 +85,54 @@ def kind_words() -> dict[str, str]:
     return words
 
 
-def matching(sites: Iterable[Site], wanted: str) -> set[str]:
-    """Names of the sites that one word of `--modules` chooses: a kind, an alias of kinds, or a name pattern."""
+def matching(sites: Iterable[Site], wanted: str, *, alike: bool = False) -> set[str]:
+    """Names of the sites that one word of `--modules` chooses: a kind, an alias of kinds, or a name pattern.
+
+    A pattern with a colon means inputs of modules, another one outputs; with `alike` it means both.
+    """
     chosen = {name for name, kind in KINDS.items() if wanted == name or wanted in kind.aliases}
-    return {s.name for s in sites if (s.kind in chosen if chosen else fnmatch.fnmatchcase(s.name, wanted))}
+    if chosen:
+        return {s.name for s in sites if s.kind in chosen}
+    names = {s.name for s in sites if fnmatch.fnmatchcase(s.name, wanted)}
+    return names if alike else {name for name in names if name.endswith(INPUT) == (":" in wanted)}
+
+
+def _check_one_side(sites: Iterable[Site], word: str) -> None:
+    """ConfigError for a pattern whose last `*` stands for nothing at a module's output, and for `INPUT` at its input.
+
+    `'*.mlp.*'` means the modules of an MLP, so their outputs. `'*.down_proj*'` names one module, and may mean either.
+    """
+    names, stem = {s.name for s in sites}, word.rstrip("*")
+    if ":" in word or stem == word:
+        return
+    if any(name + INPUT in names and fnmatch.fnmatchcase(name, stem) for name in names):
+        raise ConfigError(
+            f"--modules {word!r}: expected a pattern of outputs or one of inputs, got one that matches both; write "
+            f"{stem!r} for the outputs, or '{stem}{INPUT}' for the inputs"
+        )
 
 
 def choose(
-    sites: Sequence[Site], modules: Sequence[str], unmatched: Callable[[str], AuraError], default: str = "*"
+    sites: Sequence[Site], modules: Sequence[str], unmatched: Callable[[str], AuraError], default: str | None = None
 ) -> tuple[Site, ...]:
     """The sites that words of `--modules` choose, in their order.
 
-    Words with `!` in front leave out sites that the others chose; where there are no others, those of `default`.
-    Raises `unmatched(word)` if a word matches no site; ConfigError if nothing is left, or a word leaves out nothing.
+    Words with `!` in front leave out sites that the others chose, inputs and outputs alike; where there are no others,
+    those of `default`, or of all sites. Raises `unmatched(word)` if a word matches no site; ConfigError if a pattern
+    may mean inputs or outputs, nothing is left, or a word leaves out nothing.
     """
     left_out = [word for word in modules if word.startswith(EXCEPT)]
-    chosen: set[str] = set()
-    for wanted in [word for word in modules if word not in left_out] or [default]:
+    choosing = [word for word in modules if word not in left_out] or ([] if default is None else [default])
+    chosen: set[str] = set() if choosing else {s.name for s in sites}
+    for wanted in choosing:
+        _check_one_side(sites, wanted)
         names = matching(sites, wanted)
         if not names:
             raise unmatched(wanted)
         chosen |= names
     kept = set(chosen)
     for word in left_out:
-        names = matching(sites, word.removeprefix(EXCEPT))
+        names = matching(sites, word.removeprefix(EXCEPT), alike=True)
         if not names:
             raise unmatched(word)
         if not names & chosen:
@@ -106,12 +151,15 @@ def choose(
 def except_for(names: Iterable[str], kept: Collection[str] = ()) -> str:
     """Words of `--modules` that leave out sites, as one writes them in a shell.
 
-    Sites of all layers are left out together, unless one of `kept` would be left out with them. Sites that a layer
-    holds in a list are left out together anyway, because another forward may call others of them.
+    Sites of all layers are left out together, unless one of `kept` would be left out with them, or the site is the
+    layer itself, whose pattern would match all that is in layers. Sites that a layer holds in a list are left out
+    together anyway, because another forward may call others of them.
     """
 
     def pattern(name: str) -> str:
         general = re.sub(r"\.[0-9]+(?=\.|$)", ".*", name)
-        return general if general.count(".*") > 1 or not fnmatch.filter(kept, general) else name
+        if general.count(".*") > 1:
+            return general
+        return name if general.endswith(".*") or fnmatch.filter(kept, general) else general
 
     return " ".join(f"'{EXCEPT}{word}'" for word in dict.fromkeys(map(pattern, names)))

@@ -4,6 +4,7 @@ Linear layers are `nn.Linear`, `Conv1D` and their subclasses, routers left out, 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +34,12 @@ class NormTap(OutputTap):
 
 def find_attention(layer: nn.Module) -> dict[str, int]:
     """Linear layers within attention."""
-    return {name: width for name, width, inside in _linear_layers(layer) if inside}
+    return {one.name: one.num_outputs for one in linear_layers(layer) if one.attention is not None}
 
 
 def find_mlp(layer: nn.Module) -> dict[str, int]:
     """The other linear layers."""
-    return {name: width for name, width, inside in _linear_layers(layer) if not inside}
+    return {one.name: one.num_outputs for one in linear_layers(layer) if one.attention is None}
 
 
 def find_norms(layer: nn.Module) -> dict[str, int]:
@@ -52,13 +53,30 @@ def find_norms(layer: nn.Module) -> dict[str, int]:
     return found
 
 
-def _linear_layers(layer: nn.Module) -> Iterator[tuple[str, int, bool]]:
-    """(name, width, whether within attention)."""
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a decoder layer."""
+
+    name: str  # within the decoder layer
+    num_inputs: int
+    num_outputs: int
+    attention: str | None  # name of the attention module that it is in
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+def linear_layers(layer: nn.Module) -> Iterator[Linear]:
+    """All linear layers of a decoder layer, in the order in which it holds them."""
     attention = _attention_modules(layer)
     for name, module in layer.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and "Router" not in type(module).__name__:
-            width = module.out_features if isinstance(module, nn.Linear) else int(module.nf)
-            yield name, width, name.rpartition(".")[0] in attention
+            if isinstance(module, nn.Linear):
+                widths = module.in_features, module.out_features
+            else:
+                widths = int(module.nx), int(module.nf)
+            yield Linear(name, *widths, attention.get(name.rpartition(".")[0]))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -66,16 +84,17 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in kind and "Router" not in kind and not isinstance(module, (nn.Linear, Conv1D))
 
 
-def _attention_modules(layer: nn.Module) -> set[str]:
-    """Names of attention and all that is in it.
+def _attention_modules(layer: nn.Module) -> dict[str, str]:
+    """Names of attention and all that is in it → name of the outermost attention module around.
 
     Attention is a submodule whose class name contains "Attention", or whose own name contains "attn" (linear
     attention).
     """
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for name, module in layer.named_modules():
-        if name.rpartition(".")[0] in found or _is_attention(name, module):
-            found.add(name)
+        around = found.get(name.rpartition(".")[0])
+        if around is not None or _is_attention(name, module):
+            found[name] = name if around is None else around
     return found
 
 
@@ -119,6 +138,5 @@ def _fold(
         except Exception as error:  # a module that cannot be run alone raises its own errors
             raise ModelError(f"{tap.site!r} ({tap.owner}) cannot be checked: {error}; {HOOKS_ONLY}") from error
         if torch.allclose(wanted, folded, rtol=1e-4, atol=1e-5):
-            new_bias = {f"{tap.place}.bias": Fold(scale, shift)} if has_bias or shift is not None else {}
-            return {f"{tap.place}.weight": Fold(scale, None, dim, offset), **new_bias}
+            return {f"{tap.place}.weight": Fold(scale, None, dim, offset), f"{tap.place}.bias": Fold(scale, shift)}
     raise ModelError(f"{tap.site!r} ({tap.owner}) is not linear in its weight; {HOOKS_ONLY}")

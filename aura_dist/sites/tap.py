@@ -41,11 +41,20 @@ class Handle(Protocol):
 
 
 @dataclass(frozen=True)
+class Product:
+    """The product of a matrix parameter, as it is before any change, with a vector along its `dim`."""
+
+    weight: str
+    vector: Vector
+    dim: int
+
+
+@dataclass(frozen=True)
 class Fold:
     """What becomes of a parameter t along its `dim`: (t + offset) ⊙ scale − offset + shift."""
 
     scale: Vector
-    shift: Vector | None = None
+    shift: Vector | Product | None = None
     dim: int = 0
     offset: float = 0.0
 
@@ -85,8 +94,8 @@ class Tap(ABC):
     def fold(self, model: nn.Module, scale: Vector, shift: Vector | None) -> dict[str, Fold]:
         """Parameter's name → what becomes of it, so that the site's values become scale ⊙ values + shift.
 
-        A name that the model lacks is a bias that it needs, with the shift as values. Kinds whose `folds` is False are
-        not asked. ModelError if the module does not compute what its class says.
+        A name that the model lacks is a bias of zeros, which it needs where there is a shift. Kinds whose `folds` is
+        False are not asked. ModelError if the module does not compute what its class says.
         """
         raise NotImplementedError
 
@@ -95,6 +104,7 @@ class OutputTap(Tap):
     """The output of a module that is called once a forward."""
 
     fresh: ClassVar[bool] = False  # whether the module returns a new tensor and keeps no reference to it
+    what: ClassVar[str] = "output"  # for errors
 
     def attach(self, model: nn.Module, callback: Callback) -> Handle:
         def hook(module: nn.Module, args: object, output: object) -> Any:
@@ -110,14 +120,14 @@ class OutputTap(Tap):
         if isinstance(raw, Tensor) and raw.shape in same:
             return raw.reshape(*shape, num_seen)
         got = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-        raise ModelError(f"module {self.site!r}: expected an output of shape {(*shape, num_seen)}, got {got}")
+        raise ModelError(f"module {self.site!r}: expected an {self.what} of shape {(*shape, num_seen)}, got {got}")
 
     def write(self, raw: object, num_seen: int, change: Change) -> Any:
         if isinstance(raw, Tensor) and raw.is_floating_point() and raw.shape[-1] == num_seen:
             return change(raw, _as_it_is)
         got = f"{raw.dtype} of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else type(raw).__name__
         raise ModelError(
-            f"module {self.site!r} ({self.owner}): a hook needs a float output of {num_seen} neurons, got {got}; "
+            f"module {self.site!r} ({self.owner}): a hook needs a float {self.what} of {num_seen} neurons, got {got}; "
             "load the model in another quantisation, or leave the module out by `fit --modules`"
         )
 

@@ -8,6 +8,7 @@ from aura_dist.config.verbs import ExportConfig
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.interventions.export.directory import warn_of_left_overs, write_checkpoint
 from aura_dist.interventions.export.fold import plan_folds
+from aura_dist.interventions.export.rewrite import product
 from aura_dist.interventions.folded import folded_into, record_of
 from aura_dist.interventions.hub import public_name, without_paths
 from aura_dist.interventions.use import check_made_for, load_intervention
@@ -16,6 +17,7 @@ from aura_dist.models.identity import FOLDED, checkpoint_files, earlier_fingerpr
 from aura_dist.models.load import ModelSource, load_config, skeleton
 from aura_dist.models.weights import Stored, open_weights
 from aura_dist.sites.find import find_sites
+from aura_dist.sites.tap import Vector
 from aura_dist.store.access import local_path
 
 
@@ -42,8 +44,12 @@ def run(config: ExportConfig) -> None:
     model = skeleton(model_config, source)
     intervention = load_intervention(config.intervention, source, model_config, find_sites(model))
     stored = {file: _tensors(file) for file in checkpoint_files(config.model, config.revision, model_config)}
-    everything = [t for tensors in stored.values() for t in tensors]
-    plan = plan_folds(model_config, model, intervention.at_strength(config.strength), everything)
+    file_of = {tensor: file for file, tensors in stored.items() for tensor in tensors}
+
+    def multiply(matrix: Stored, vector: Vector, dim: int) -> Vector:
+        return product(file_of[matrix], matrix, vector, dim)
+
+    plan = plan_folds(model_config, model, intervention.at_strength(config.strength), file_of, multiply)
     found = with_extras(fingerprint(source, model_config), find_extras(source, model))
     check_made_for(intervention, config.intervention, source, found, lambda: earlier_fingerprint(source, model_config))
     folded = folded_into(model_config, config.model)

@@ -15,12 +15,15 @@ from aura_dist.store.record import response_names
 from aura_dist.store.schema import FIRST_TOKEN
 from tests.distributed.launch import REPOSITORY, run_ranks
 from tests.distributed.loop import OPTIONS, run_in_memory, run_plan
-from tests.models import TINY_CONFIGS
+from tests.models import MIXTURE_CONFIGS, ODD_CONFIGS, TINY_CONFIGS
 
 pytestmark = pytest.mark.timeout(420)
 
 TOLERANCE = 1e-5
 MODELS = ("llama", "falcon-rotary", "falcon-40b-style", "mpt", "gpt2", "opt", "bloom", "gemma3", "mistral")
+# under one launch of each strategy
+OTHERS = ("falcon-alibi", "qwen3", "phi3", "mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3", "qwen3-next")
+CONFIGS = TINY_CONFIGS | MIXTURE_CONFIGS | ODD_CONFIGS
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,25 @@ class Launch:
     sharding: str
     options: tuple[tuple[str, object], ...] = ()
     refused: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()  # models that are no columns of the table
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (*MODELS, *self.others)
 
 
+UNSPLIT = ("gpt2", "gpt-oss")
 LAUNCHES = (
     Launch("replicate", 2, "replicate"),
-    Launch("fsdp", 2, "fsdp"),
+    Launch("fsdp", 2, "fsdp", others=OTHERS),
     Launch("fsdp=2 (2 replicas)", 4, "fsdp=2"),
-    Launch("tensor", 2, "tensor", refused=("gpt2",)),
+    Launch("tensor", 2, "tensor", refused=UNSPLIT, others=OTHERS),
     Launch("tensor=2 (2 replicas)", 4, "tensor=2", refused=("gpt2",)),
     Launch("tensor=3", 3, "tensor=3", refused=("gpt2",)),
-    Launch("fsdp=2,tensor=2", 4, "fsdp=2,tensor=2", refused=("gpt2",)),
-    Launch("zero3", 2, "zero3"),
+    Launch("fsdp=2,tensor=2", 4, "fsdp=2,tensor=2", refused=UNSPLIT, others=OTHERS),
+    Launch("zero3", 2, "zero3", others=OTHERS),
     Launch("zero3, offload to the CPU", 2, "zero3", (("offload", "cpu"),)),
-    Launch("dispatch, partly on disk", 1, "dispatch", (("max_memory", ["cpu=150KB"]),)),
+    Launch("dispatch, partly on disk", 1, "dispatch", (("max_memory", ["cpu=150KB"]),), others=OTHERS),
 )
 
 
@@ -65,7 +74,7 @@ def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain
     options = {**OPTIONS, **dict(launch.options)}
     if launch.sharding == "dispatch":
         options["offload_folder"] = str(tmp_path / "offloaded")
-    directories = {name: str(tiny_dir(name)) for name in MODELS}
+    directories = {name: str(tiny_dir(name)) for name in launch.models}
     plan = {
         "sharding": launch.sharding,
         "options": options,
@@ -83,8 +92,8 @@ def test_store_equals_that_of_one_process(launch, tiny_dir, sentences_csv, plain
     for rank in notes:
         written.update(rank["written"])
     assert set(written.values()) == {1}, "every chunk is written once, by one rank"
-    assert [source for rank in notes for source in rank["read"]] == [sentences_csv] * len(MODELS), "once a host"
-    for name in MODELS:
+    assert [source for rank in notes for source in rank["read"]] == [sentences_csv] * len(launch.models), "once a host"
+    for name in launch.models:
         if name not in launch.refused:
             assert_same(tmp_path / name, plain_store(name), name)
         if launch.sharding in ("fsdp", "fsdp=2", "zero3"):
@@ -98,7 +107,7 @@ def test_texts_in_memory_reach_all_ranks(tiny_dir, sentences_csv, plain_store, t
 
 def largest_whole(name: str) -> int:
     """Parameters of a model outside its layers (embeddings, the last norm), and of two layers."""
-    base = skeleton(TINY_CONFIGS[name]()).base_model
+    base = skeleton(CONFIGS[name]()).base_model
     layers = base.get_submodule(decoder_layers_name(base))
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     return sum(p.numel() for p in base.parameters()) - sum(sizes) + 2 * max(sizes)

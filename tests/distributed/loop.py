@@ -22,9 +22,15 @@ from aura_dist.stages import collect
 from aura_dist.store.writer import ChunkWriter, RowBuffer
 
 OPTIONS = {
-    "num_positive": 30, "num_negative": 30, "tokens_per_batch": 256, "modules": ["all", "norm"],
-    "pooling": ["max", "mean"],
+    "num_positive": 30, "num_negative": 30, "tokens_per_batch": 256, "pooling": ["max", "mean"],
 }  # fmt: skip
+EXPERTS_ALONE = ("mixtral", "qwen3_moe", "gpt_oss")  # types of models whose MLPs are experts
+
+
+def modules_of(model: str) -> list[str]:
+    """The kinds of sites that are collected from a model in a directory."""
+    has_neurons = json.loads((Path(model) / "config.json").read_text())["model_type"] not in EXPERTS_ALONE
+    return ["all", "norm", "heads", "residual", *(["neurons"] if has_neurons else [])]
 
 
 def record_writes(written: Counter[str]) -> None:
@@ -94,6 +100,7 @@ def run_plan(arguments: Sequence[str]) -> int:
     measure_whole(most)
     for model, store in plan["runs"].items():
         settings = {"data": plan["data"], "concepts": ["toxic"], "sharding": plan["sharding"], **plan["options"]}
+        settings["modules"] = modules_of(model)
         most[0] = 0
         try:
             collect.run(CollectConfig(model=model, store=store, **settings))
@@ -112,5 +119,6 @@ def run_in_memory(arguments: Sequence[str]) -> int:
     with open(data, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     texts, labels = ([row[name] for row in rows] for name in ("text", "toxic"))
-    aura_dist.collect(model, texts, {"toxic": list(map(int, labels))}, store=store, **OPTIONS)
+    settings = {"modules": modules_of(model), **OPTIONS}
+    aura_dist.collect(model, texts, {"toxic": list(map(int, labels))}, store=store, **settings)
     return 0

@@ -18,7 +18,7 @@ def test_every_plan_splits_every_layer_but_norms(name, part):
     model = causal if part == "causal" else causal.base_model
     plan = tensor_plan(model, 2)
     own_name = own_names(model)
-    for site in find_sites(causal).sites:
+    for site in find_sites(causal).select(["all", "norm"]):
         style = plan.get(generic(own_name(site.name)))
         assert (site.kind == "norm") == (style is None), site.name
 

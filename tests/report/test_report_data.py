@@ -70,11 +70,16 @@ def test_best_neurons_are_those_of_all_sites_at_once(sites, k):
         ("model.layers.3.mlp.up_proj", 3, "mlp.up_proj"),
         ("transformer.h.0.attn.c_attn", 0, "attn.c_attn"),
         ("transformer.blocks.11.ffn.up_proj", 11, "ffn.up_proj"),
+        ("model.layers.3.mlp.down_proj:input", 3, "mlp.down_proj:input"),
         ("odd", 0, "odd"),
     ],
 )
 def test_module_is_the_name_within_the_layer(name, layer, expected):
     assert module_of(Site(name, "mlp", layer, 1)) == expected
+
+
+def test_layer_itself_is_named_by_its_kind():
+    assert module_of(Site("transformer.h.3", "residual", 3, 1)) == "residual"
 
 
 def test_map_of_experts_leaves_out_what_a_layer_has_not():

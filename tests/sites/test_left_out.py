@@ -36,7 +36,43 @@ CHOICES = {
 @pytest.mark.parametrize("case", CHOICES)
 def test_what_is_left(case, llama):
     words, wanted = CHOICES[case]
-    assert [s.name for s in llama.select(words)] == [s.name for s in llama.sites if wanted(s.name)]
+    chosen, names = ([s.name for s in sites if s.kind in OUTPUTS] for sites in (llama.select(words), llama.sites))
+    assert chosen == [name for name in names if wanted(name)]
+
+
+OUTPUTS = ("attention", "mlp", "norm")
+BOTH_SIDES = {
+    "a pattern means outputs": (["*.mlp.*"], {"mlp"}),
+    "everything that comes out": (["*"], {"attention", "mlp", "norm", "residual"}),
+    "inputs are named": (["*:input"], {"neurons", "heads", "inputs"}),
+    "inputs of one module": (["*.down_proj:input"], {"neurons"}),
+    "a pattern of the layers": (["*.layers.?"], {"residual"}),
+    "both": (["neurons", "*.mlp.*"], {"neurons", "mlp"}),
+    "what is left out is left out on both sides": (["heads", "neurons", "!*.mlp.*"], {"heads"}),
+    "but a module's own name is its output": (["mlp", "neurons", "!*.*_proj"], {"neurons"}),
+    "alone": (["!*:input", "!*_proj"], set()),
+}
+
+
+@pytest.mark.parametrize("case", BOTH_SIDES)
+def test_inputs_and_outputs(case, llama):
+    words, kinds = BOTH_SIDES[case]
+    if not kinds:
+        with pytest.raises(ConfigError, match="expected a pattern of chosen modules"):
+            llama.select(words)
+    else:
+        assert {s.kind for s in llama.select(words)} == kinds
+
+
+@pytest.mark.parametrize("word", ["*.down_proj*", "*proj*", "model.layers.1.mlp.*_proj*"])
+def test_pattern_that_may_mean_either_is_refused(word, llama):
+    stem = re.escape(word.removesuffix("*"))
+    both = f"got one that matches both; write '{stem}' for the outputs, or '{stem}:input' for the inputs"
+    with pytest.raises(ConfigError, match=both):
+        llama.select([word])
+    assert llama.select([word.removesuffix("*")])
+    assert llama.select([word.removesuffix("*") + ":input"])
+    assert llama.select(["mlp", "neurons", "attention", f"!{word}", "norm"]), "leaving both out is plain"
 
 
 REFUSED = {
@@ -65,7 +101,7 @@ def test_default_is_that_of_the_setting():
 
 def test_layers_are_named_together():
     names = ["model.layers.0.mamba.x_proj", "model.layers.11.mamba.x_proj", "h.2"]
-    assert shlex.split(except_for(names)) == ["!model.layers.*.mamba.x_proj", "!h.*"]
+    assert shlex.split(except_for(names)) == ["!model.layers.*.mamba.x_proj", "!h.2"]
 
 
 def test_advice_leaves_out_no_module_of_another_layer_that_is_called():

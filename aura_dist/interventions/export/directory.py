@@ -189,7 +189,7 @@ def _write_weights(
             metadata = {**weights.metadata, "format": "pt", "aura_dist": json.dumps(provenance)}
             write(weights, made / name, tensors, metadata)
         written[name] = tensors
-        folded |= {t.stored.name for t in tensors if t.fold is not None}
+        folded |= {t.stored.name for t in tensors if t.folds}
         progress.advance(1, sum(t.stored.stop - t.stored.start for t in tensors))
     progress.finish()
     assert folded == set(plan.folds), "every planned tensor is in one of the files"

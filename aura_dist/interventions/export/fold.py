@@ -6,12 +6,14 @@ the model lacks is added where a setting of its configuration can turn it on.
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from aura_dist.errors import ModelError
@@ -20,7 +22,8 @@ from aura_dist.models.load import skeleton
 from aura_dist.models.weights import FLOATS, Stored
 from aura_dist.sites.find import find_sites, tap_of
 from aura_dist.sites.kinds import KINDS
-from aura_dist.sites.tap import HOOKS_ONLY, Fold
+from aura_dist.sites.site import INPUT
+from aura_dist.sites.tap import HOOKS_ONLY, Fold, Product, Vector
 from aura_dist.sites.transformers_adapter import loaded_names, tied_to
 
 # settings of transformers' language models that turn biases of linear layers on, and the value that does
@@ -34,7 +37,7 @@ SWITCHES: dict[str, bool] = {
 class FoldPlan:
     """All changes of a checkpoint."""
 
-    folds: Mapping[str, Fold]  # name of a tensor in the checkpoint → what becomes of it
+    folds: Mapping[str, tuple[Fold, ...]]  # name of a tensor in the checkpoint → what becomes of it, in this order
     # name of a weight in the checkpoint → (name, values [D]) of the bias that it gets
     added: Mapping[str, tuple[str, NDArray[np.float32]]]
     # settings of the configuration's text part: those that turn these biases on, and what it says of the folding
@@ -43,11 +46,16 @@ class FoldPlan:
 
 
 def plan_folds(
-    config: PretrainedConfig, model: PreTrainedModel, intervention: Intervention, stored: Iterable[Stored]
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    intervention: Intervention,
+    stored: Iterable[Stored],
+    multiply: Callable[[Stored, Vector, int], Vector],
 ) -> FoldPlan:
     """How to fold an intervention, which fits `model`, into a checkpoint with these tensors.
 
-    `model` may be on the meta device; the intervention is at the wanted strength.
+    `model` may be on the meta device; the intervention is at the wanted strength. `multiply` returns the product of a
+    tensor of the checkpoint with a vector along one of its dims.
 
     Raises
     ------
@@ -60,33 +68,51 @@ def plan_folds(
         raise ModelError(f"the checkpoint is quantised: a scale cannot be folded into its weights; {HOOKS_ONLY}")
     names = _Names(model, stored)
     sites = {s.name: s for s in find_sites(model).sites}
-    folds: dict[str, Fold] = {}
-    folded: list[str] = []
-    new_biases: dict[str, NDArray[np.float32]] = {}
-    for name in intervention.sites:
+    folds: dict[str, list[Fold]] = {}
+    folded: set[str] = set()
+    missing: dict[str, list[Fold]] = {}
+    # a module's input is changed before its output
+    for name in sorted(intervention.sites, key=lambda name: not name.endswith(INPUT)):
         scale, shift = intervention.map_of(name)
         shift = shift if shift is not None and shift.any() else None
         if shift is None and (scale == 1).all():
             continue
-        folded.append(name)
+        folded.add(name)
         site = sites[name]
         if not KINDS[site.kind].folds:
             raise ModelError(f"{name!r}: a map of a {site.kind} site cannot be folded into weights; {HOOKS_ONLY}")
         for parameter, fold in tap_of(model, site).fold(model, scale, shift).items():
             if not names.in_model(parameter):
-                assert fold.shift is not None, "a bias is missed where there is a shift"
-                new_biases[parameter] = fold.shift
+                missing.setdefault(parameter, []).append(fold)
                 continue
             _check_not_tied(model, name, parameter)
-            tensor = names.stored_as(parameter).name
-            assert tensor not in folds, "no two sites share a parameter"
-            folds[tensor] = fold
-    switches, biases = _with_biases(config, model, list(new_biases))
+            folds.setdefault(names.stored_as(parameter).name, []).append(fold)
+    needed = [bias for bias, changes in missing.items() if any(fold.shift is not None for fold in changes)]
+    switches, biases = _with_biases(config, model, needed)
+
+    def multiplied(fold: Fold) -> Fold:
+        if not isinstance(fold.shift, Product):
+            return fold
+        return replace(fold, shift=multiply(names.stored_as(fold.shift.weight), fold.shift.vector, fold.shift.dim))
+
     added = {}
     for bias, width in biases.items():
         weight = names.stored_as(f"{bias.removesuffix('.bias')}.weight").name
-        added[weight] = (names.of_new(bias, weight), new_biases.get(bias, np.zeros(width, np.float32)))
-    return FoldPlan(folds, added, switches, tuple(folded))
+        values = torch.zeros(width)
+        for fold in missing.get(bias, []):
+            values = changed(values, multiplied(fold))
+        added[weight] = (names.of_new(bias, weight), values.float().numpy())
+    made = {tensor: tuple(map(multiplied, changes)) for tensor, changes in folds.items()}
+    return FoldPlan(made, added, switches, tuple(name for name in intervention.sites if name in folded))
+
+
+def changed(values: Tensor, fold: Fold, part: slice = slice(None)) -> Tensor:
+    """Float64 values of a vector, of which `values` are `part`, after a fold."""
+    scale, wide = torch.from_numpy(fold.scale[part]).double(), values.double()
+    # (c + w) ω − c, written so that ω = 1 returns w exactly
+    scaled = wide * scale + fold.offset * (scale - 1)
+    assert not isinstance(fold.shift, Product), "a plan has multiplied it"
+    return scaled if fold.shift is None else scaled + torch.from_numpy(fold.shift[part]).double()
 
 
 class _Names:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aura_dist.errors import ModelError
-from aura_dist.interventions.export.fold import FoldPlan
-from aura_dist.models.weights import FLOATS, Source, Stored, as_bytes
-from aura_dist.sites.tap import Fold
+from aura_dist.interventions.export.fold import FoldPlan, changed
+from aura_dist.models.weights import FLOATS, Source, Stored, as_bytes, open_weights
+from aura_dist.sites.tap import Fold, Vector
 
 # float32 bytes of a block that stays in the processor's cache: 4 times as fast as 8 MB
 BLOCK_BYTES = 2 << 20
@@ -38,12 +38,12 @@ class Target:
 
     stored: Stored
     source: Stored | None
-    fold: Fold | None = None
+    folds: tuple[Fold, ...] = ()
     values: NDArray[np.float32] | None = None
 
     @property
     def is_copy(self) -> bool:
-        return self.fold is None and self.source is not None and self.source.dtype == self.stored.dtype
+        return not self.folds and self.source is not None and self.source.dtype == self.stored.dtype
 
 
 def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> list[Target]:
@@ -61,7 +61,7 @@ def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> li
         dtype = tensor.dtype
         if as_float32 and dtype in ("F16", "BF16"):
             dtype, item = "F32", 4
-        found.append((item, Target(replace(tensor, dtype=dtype), tensor, plan.folds.get(tensor.name))))
+        found.append((item, Target(replace(tensor, dtype=dtype), tensor, plan.folds.get(tensor.name, ()))))
         if tensor.name in plan.added:
             name, values = plan.added[tensor.name]
             found.append((item, Target(Stored(name, dtype, values.shape, 0, 0), None, None, values)))
@@ -117,6 +117,24 @@ def write(source: Source, path: Path, targets: Sequence[Target], metadata: Mappi
         torch.set_num_threads(torch.get_num_threads())  # part of the setting is the process's
 
 
+def product(file: Path, matrix: Stored, vector: Vector, dim: int) -> Vector:
+    """The product of a matrix in a weight file with a vector along `dim`, summed in float64, some rows at a time."""
+    rows, columns = matrix.shape
+    dtype, along = FLOATS[matrix.dtype], torch.from_numpy(vector).double()
+    out, step = torch.zeros(columns if dim == 0 else rows, dtype=torch.float64), max(1, BLOCK_BYTES // (8 * columns))
+    with open_weights(file) as source:
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            raw = torch.empty((part.stop - start) * columns, dtype=dtype)
+            source.read(matrix.start + start * columns * dtype.itemsize, raw.view(torch.uint8))
+            wide = raw.view(-1, columns).double()
+            if dim == 0:
+                out += along[part] @ wide
+            else:
+                out[part] = wide @ along
+    return out.float().numpy()
+
+
 def _jobs(source: Source, file: int, targets: Sequence[Target], base: int) -> Iterator[Callable[[], None]]:
     """Independent pieces of the work, in the order of the new file."""
     for run in _runs(targets, joined=source.descriptor is not None):
@@ -155,7 +173,7 @@ def _runs(targets: Sequence[Target], *, joined: bool) -> Iterator[list[Target]]:
 def _matrix(target: Target) -> tuple[int, int]:
     """Rows and columns of a tensor's blocks: a vector, or a tensor that is only converted, has one column."""
     shape = target.stored.shape
-    return (shape[0], shape[1]) if target.fold is not None and len(shape) == 2 else (prod(shape), 1)
+    return (shape[0], shape[1]) if target.folds and len(shape) == 2 else (prod(shape), 1)
 
 
 def _copy(source: Source, start: int, stop: int, file: int, at: int) -> None:
@@ -183,24 +201,23 @@ def _change(source: Source, target: Target, rows: slice, columns: int, file: int
     count = (rows.stop - rows.start) * columns
     raw = _BUFFERS.take("raw", count, old)
     source.read(target.source.start + rows.start * columns * old.itemsize, raw.view(torch.uint8))
-    changed = raw if target.fold is None else _folded(raw, target.fold, rows, columns)
-    if changed.dtype != new:
-        changed = _BUFFERS.take("out", count, new).copy_(changed)
-    if new == torch.float16 and not changed.isfinite().all() and raw.isfinite().all():
+    folded = _folded(raw, target.folds, rows, columns) if target.folds else raw
+    if folded.dtype != new:
+        folded = _BUFFERS.take("out", count, new).copy_(folded)
+    if new == torch.float16 and not folded.isfinite().all() and raw.isfinite().all():
         raise _overflow(target)
-    _write_all(file, as_bytes(changed), at + rows.start * columns * new.itemsize)
+    _write_all(file, as_bytes(folded), at + rows.start * columns * new.itemsize)
 
 
-def _folded(raw: Tensor, fold: Fold, rows: slice, columns: int) -> Tensor:
+def _folded(raw: Tensor, folds: Sequence[Fold], rows: slice, columns: int) -> Tensor:
     """The folded values before rounding to the tensor's dtype: float32 products, or float64 where there is a sum."""
-    if columns == 1 and fold.dim == 0:
-        scale, wide = (torch.from_numpy(fold.scale[rows]).double(), raw.double())
-        # (c + w) ω − c, written so that ω = 1 returns w exactly
-        changed = wide * scale + fold.offset * (scale - 1)
-        return changed if fold.shift is None else changed + torch.from_numpy(fold.shift[rows]).double()
+    if columns == 1 and all(fold.dim == 0 for fold in folds):
+        return reduce(lambda values, fold: changed(values, fold, rows), folds, raw)
     wide = raw if raw.dtype.itemsize >= 4 else _BUFFERS.take("wide", raw.numel(), torch.float32).copy_(raw)
-    scale = torch.from_numpy(fold.scale if fold.dim else fold.scale[rows])
-    return wide.view(-1, columns).mul_(scale if fold.dim else scale[:, None]).view(-1)
+    for fold in folds:
+        scale = torch.from_numpy(fold.scale if fold.dim else fold.scale[rows])
+        wide.view(-1, columns).mul_(scale if fold.dim else scale[:, None])
+    return wide
 
 
 def _overflow(target: Target) -> ModelError:
