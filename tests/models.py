@@ -72,6 +72,24 @@ ODD_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     ),
 }  # fmt: skip
 
+# name → a mixture of experts in every layer, or in the last ones; Llama 4 weighs the experts' input
+MIXTURE_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "mixtral": lambda: hf.MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": lambda: hf.OlmoeConfig(**LLAMA_LIKE, num_experts=4, num_experts_per_tok=2),
+    "deepseek-v3": lambda: hf.DeepseekV3Config(
+        **{**LLAMA_LIKE, "num_key_value_heads": 4}, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+        moe_intermediate_size=24, first_k_dense_replace=1,
+    ),
+    "gpt-oss": lambda: hf.GptOssConfig(
+        **LLAMA_LIKE, head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=32,
+    ),
+    "llama4": lambda: hf.Llama4TextConfig(
+        **LLAMA_LIKE, head_dim=12, num_local_experts=4, num_experts_per_tok=2, intermediate_size_mlp=96,
+        interleave_moe_layer_step=1,
+    ),
+}  # fmt: skip
+
 # name → state-space layers beside attention: no piece of several tokens follows Jamba's state; Bamba counts positions
 # from 0 in every forward that is not told them
 HYBRID_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
@@ -87,7 +105,7 @@ HYBRID_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
 def tiny_causal(name: str, seed: int = 0) -> hf.PreTrainedModel:
     """A random model whose outputs are of order 1, so that errors show."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config((TINY_CONFIGS | ODD_CONFIGS | HYBRID_CONFIGS)[name]())
+    model = hf.AutoModelForCausalLM.from_config((TINY_CONFIGS | ODD_CONFIGS | MIXTURE_CONFIGS | HYBRID_CONFIGS)[name]())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -69,7 +69,7 @@ def tap_of(model: PreTrainedModel, site: Site) -> Tap:
     """The tap of a site that `model` has: of its kind's family, or a module's output where it is of no kind."""
     family: type[Tap] = resolve_name(KINDS[site.kind].tap) if site.kind else OutputTap
     place = own_names(model)(site.name).partition(":")[0]
-    return family(site.name, place, site.width, type(model.get_submodule(place)).__name__)
+    return family.of(model.get_submodule(place), site.name, place, site.width)
 
 
 def decoder_layers_name(model: PreTrainedModel) -> str:

@@ -22,6 +22,7 @@ class Kind:
     finder: str  # `module:function`: decoder layer → {name within the layer, "" for the layer itself: width}
     tap: str  # `module:class`
     folds: bool = True  # whether `export` can fold a map of such a site into weights
+    acts: bool = True  # whether an intervention can change such a site
     aliases: tuple[str, ...] = ()  # further words of `--modules` that choose this kind, maybe with others
 
     def find(self, layer: Any) -> dict[str, int]:
@@ -51,6 +52,18 @@ KINDS: dict[str, Kind] = {
         "outputs of a decoder layer's norms, those within attention left out",
         finder="aura_dist.sites.outputs:find_norms",
         tap="aura_dist.sites.outputs:NormTap",
+    ),
+    "experts": Kind(
+        "neurons of a mixture's experts after activation, 0 at tokens that the router did not send there",
+        finder="aura_dist.sites.experts:find_experts",
+        tap="aura_dist.sites.experts:ExpertsTap",
+    ),
+    "routing": Kind(
+        "what a mixture's router sends to each expert: tokens (1 or 0) and weights; nothing can change it",
+        finder="aura_dist.sites.experts:find_routing",
+        tap="aura_dist.sites.experts:RoutingTap",
+        folds=False,
+        acts=False,
     ),
 }
 
