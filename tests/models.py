@@ -75,7 +75,7 @@ ODD_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
 # name → a mixture of experts in every layer, or in the last ones; Llama 4 weighs the experts' input
 MIXTURE_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "mixtral": lambda: hf.MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2),
-    "olmoe": lambda: hf.OlmoeConfig(**LLAMA_LIKE, num_experts=4, num_experts_per_tok=2),
+    "olmoe": lambda: hf.OlmoeConfig(**LLAMA_LIKE, num_experts=12, num_experts_per_tok=3),
     "deepseek-v3": lambda: hf.DeepseekV3Config(
         **{**LLAMA_LIKE, "num_key_value_heads": 4}, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
         qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
@@ -107,8 +107,8 @@ def tiny_causal(name: str, seed: int = 0) -> hf.PreTrainedModel:
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config((TINY_CONFIGS | ODD_CONFIGS | MIXTURE_CONFIGS | HYBRID_CONFIGS)[name]())
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
+        for place, parameter in model.named_parameters():
+            if parameter.ndim == 2 or (parameter.ndim == 3 and ".experts." in place):
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
             elif "bias" in name or parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from aura_dist.errors import ModelError
 from aura_dist.sites.ownership import Interval, split_columns
 from aura_dist.sites.routed import Routed
-from aura_dist.sites.tap import Callback, Change, Fold, Handle, Tap, Vector, generic
-from aura_dist.sites.transformers_adapter import ShownExperts, has_experts_interface
+from aura_dist.sites.tap import HOOKS_ONLY, Callback, Change, Fold, Handle, Tap, Vector, generic
+from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS, ShownExperts, has_experts_interface
 
 # the routing sites of experts: whether a token was sent, and the router's weight, 0 where it was not
 ROUTED, WEIGHT = "routed", "weight"
@@ -63,10 +63,12 @@ class ExpertsTap(Tap):
     """The neurons of a mixture's experts; ω goes into the columns of the down projections."""
 
     num_experts: int = 0
+    apart: bool = False  # whether each rank has whole experts
 
     @classmethod
     def of(cls, module: nn.Module, site: str, place: str, width: int) -> Self:
-        return cls(site, place, width, type(module).__name__, _shape(module)[0])
+        apart = bool(getattr(module, "_is_expert_parallel", False))
+        return cls(site, place, width, type(module).__name__, _shape(module)[0], apart)
 
     def attach(self, model: nn.Module, callback: Callback) -> Handle:
         module = model.get_submodule(self.place)
@@ -96,18 +98,25 @@ class ExpertsTap(Tap):
             raise ModelError(f"module {self.site!r} ({self.owner}): expected {num_seen} neurons, got {routed.width}")
 
     def seen_columns(self, plan: Mapping[str, str], num_ranks: int) -> list[tuple[Interval, ...]] | None:
-        place = generic(self.place)
+        place, each = generic(self.place), self.width // self.num_experts
         style, of_weight = plan.get(place, "replicate"), plan.get(f"{place}.down_proj", "replicate")
-        if style == "ep_dispatch_experts":  # whole experts
-            each = self.width // self.num_experts
+        if self.apart or style == WHOLE_EXPERTS:
             of_ranks = split_columns(self.num_experts, num_ranks)
             return [tuple((first * each, last * each) for first, last in of_rank) for of_rank in of_ranks]
-        if style == "moe_tp_experts":  # a part of each expert
-            return split_columns(self.width, num_ranks, self.num_experts)
-        return [((0, self.width),)] * num_ranks if of_weight == "replicate" else None
+        if of_weight == "replicate":
+            return [((0, self.width),)] * num_ranks
+        if style != "moe_tp_experts" or each % num_ranks:
+            return None
+        return split_columns(self.width, num_ranks, self.num_experts)  # a part of each expert
 
     def fold(self, model: nn.Module, scale: Vector, shift: Vector | None) -> dict[str, Fold]:
-        raise NotImplementedError
+        if shift is not None:
+            raise ModelError(
+                f"{self.site!r} ({self.owner}): a shift of experts cannot be folded, because each needs a bias of its "
+                f"own; fit a method that only scales, or {HOOKS_ONLY}"
+            )
+        dim = 1 if _is_transposed(model.get_submodule(self.place)) else 2
+        return {f"{self.place}.down_proj": Fold(scale.reshape(self.num_experts, -1), dim=dim)}
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,10 @@ class Handle(Protocol):
 
 @dataclass(frozen=True)
 class Fold:
-    """What becomes of a parameter t along its `dim`: (t + offset) ⊙ scale − offset + shift."""
+    """What becomes of a parameter t along its `dim`: (t + offset) ⊙ scale − offset + shift.
+
+    A scale of two dims goes along a parameter's first dim, and along `dim`.
+    """
 
     scale: Vector
     shift: Vector | None = None

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from transformers import DynamicLayer, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import moe
 from transformers.utils import cached_file
 
 from aura_dist.errors import ModelError
 from aura_dist.sites.routed import Routed
+
+STACKED, CONVERTED = "stacked", "converted"  # what loading makes of a tensor that it does not take as it is
+
+# styles of expert parallelism, in which each rank has whole experts: of the module, and of its parameters
+WHOLE_EXPERTS, WHOLE_EXPERTS_WEIGHT = "ep_dispatch_experts", "grouped_gemm"
 
 # layers of a cache whose rows can be selected; layers of linear attention keep states, whose rows cannot
 SELECTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -41,18 +46,28 @@ def tied_to(model: PreTrainedModel, parameter: str) -> list[str]:
     return [b for a, b in [*tied.items(), *((b, a) for a, b in tied.items())] if a == parameter]
 
 
-def loaded_names(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
-    """Name of a checkpoint's tensor → its name in `model`, and whether loading joins it with others or cuts it."""
+def loaded_names(model: PreTrainedModel) -> Callable[[str], tuple[str, str]]:
+    """Name of a checkpoint's tensor → its name in `model`, and what loading makes of it.
+
+    That is empty where it is taken as it is, `STACKED` where it is one of a list that becomes the first dim of a
+    parameter, and `CONVERTED` where it is joined with others in another way, cut or transposed.
+    """
     state, prefix = dict(model.state_dict()), model.base_model_prefix
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    stacks = {
+        pattern
+        for c in converters
+        for pattern in c.source_patterns
+        if len(c.source_patterns) == 1 and all(isinstance(o, MergeModulelist) and o.dim == 0 for o in c.operations)
+    }
 
-    def loaded(name: str) -> tuple[str, bool]:
+    def loaded(name: str) -> tuple[str, str]:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], prefix, state)
-        return renamed, pattern is not None
+        return renamed, "" if pattern is None else STACKED if pattern in stacks else CONVERTED
 
     return loaded
 

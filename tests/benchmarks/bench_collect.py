@@ -1,6 +1,6 @@
 """Collection against the bare forward and against a naive capture loop, side by side in one run.
 
-    python tests/benchmarks/bench_collect.py --model MODEL_DIR --data jigsaw_toxicity.csv [--rows 200] [--dtype float32]
+    python tests/benchmarks/bench_collect.py --model MODEL_DIR --data jigsaw_toxicity.csv [--rows 200] [--dtype float32] [--modules mlp]
 
 Loading, tokenization and a warm-up forward are left out. `bare` runs the same batches through the base model;
 `collect` adds pooling, encoding, writing and commit; `naive` takes batches of 16 in file order, padded on the
@@ -90,19 +90,20 @@ def naive(config: CollectConfig, spec: StoreSpec, texts: list[str]) -> float:
         return time.perf_counter() - start
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--modules", nargs="+", default=["mlp"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip-naive", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     keep_freed_memory()  # for all alike
     config = CollectConfig(
         model=args.model, dtype=args.dtype, data=args.data, concepts=["toxic"], num_positive=args.rows // 2,
-        num_negative=args.rows // 2, store="unused",
+        num_negative=args.rows // 2, modules=args.modules, store="unused",
     )  # fmt: skip
     subject = OnDisk(ModelSource(args.model, None, args.dtype))
     samples, tokens, identity = load_samples(config, subject)
@@ -123,7 +124,9 @@ def main() -> None:
     num_tokens = int(samples.num_tokens.sum())
     mine = statistics.median(ours)
     ratios = sorted(o / b for o, b in zip(ours, base, strict=True))
-    print(f"{args.dtype}, {len(samples)} rows, {num_tokens} tokens, {torch.get_num_threads()} threads")
+    print(
+        f"{', '.join(args.modules)}: {args.dtype}, {len(samples)} rows, {num_tokens} tokens, {torch.get_num_threads()} threads"
+    )
     print(f"collect / bare: median {statistics.median(ratios):.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}")
     print(f"best collect / best bare: {min(ours) / min(base):.3f}")
     print(f"collect: {num_tokens / mine:,.0f} tokens/s")

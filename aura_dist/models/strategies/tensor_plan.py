@@ -16,6 +16,7 @@ from aura_dist.sites.find import own_names
 from aura_dist.sites.kinds import except_for
 from aura_dist.sites.ownership import Interval
 from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
+from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS, WHOLE_EXPERTS_WEIGHT
 
 Plan = dict[str, str]
 
@@ -95,7 +96,16 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
                 f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose transposed weight "
                 f"cannot be split; use {_others()}"
             )
-    return plan
+    return plan | _whole_experts(plan, model, num_ranks)
+
+
+def _whole_experts(plan: Plan, model: PreTrainedModel, num_ranks: int) -> Plan:
+    """Styles that give each rank an equal number of whole experts, where transformers has them and `plan` has none."""
+    apart, parameters = dict(model.ep_plan), dict(model.named_parameters())
+    numbers = [len(p) for name, p in parameters.items() if generic(name) in apart]
+    if any(name in plan for name in apart) or any(number % num_ranks for number in numbers):
+        return {}
+    return apart if set(apart.values()) == {WHOLE_EXPERTS, WHOLE_EXPERTS_WEIGHT} else {}
 
 
 def _users_plan(file: str, model: PreTrainedModel) -> Plan:
