@@ -97,7 +97,7 @@ def _unmatched(sites: Sequence[Site], word: str) -> InputError:
     )
 
 
-def _changeable(sites: Sequence[Site], modules: Sequence[str]) -> Sequence[Site]:
+def _changeable(sites: Sequence[Site], modules: Sequence[str]) -> tuple[Site, ...]:
     """The sites that an intervention can change; InputError if `modules` name others, or none is left."""
     fixed = [site for site in sites if site.kind in KINDS and not KINDS[site.kind].acts]
     if fixed and (modules or len(fixed) == len(sites)):
@@ -105,7 +105,7 @@ def _changeable(sites: Sequence[Site], modules: Sequence[str]) -> Sequence[Site]
             f"--modules: expected modules that an intervention can change, got {fixed[0].name!r} of kind "
             f"{fixed[0].kind}; leave it out: {except_for(site.name for site in fixed)}, or collect others"
         )
-    return [site for site in sites if site not in fixed]
+    return tuple(site for site in sites if site not in fixed)
 
 
 def _warn_of_unscored(sites: Sequence[Site], statistics: Mapping[str, Scores]) -> None:

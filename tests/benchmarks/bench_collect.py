@@ -1,6 +1,6 @@
 """Collection against the bare forward and against a naive capture loop, side by side in one run.
 
-    python tests/benchmarks/bench_collect.py --model MODEL_DIR --data jigsaw_toxicity.csv [--rows 200] [--dtype float32] [--modules mlp]
+    python tests/benchmarks/bench_collect.py --model MODEL_DIR --data jigsaw_toxicity.csv [--rows 200] [--dtype float32]
 
 Loading, tokenization and a warm-up forward are left out. `bare` runs the same batches through the base model;
 `collect` adds pooling, encoding, writing and commit; `naive` takes batches of 16 in file order, padded on the
@@ -124,9 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     num_tokens = int(samples.num_tokens.sum())
     mine = statistics.median(ours)
     ratios = sorted(o / b for o, b in zip(ours, base, strict=True))
-    print(
-        f"{', '.join(args.modules)}: {args.dtype}, {len(samples)} rows, {num_tokens} tokens, {torch.get_num_threads()} threads"
-    )
+    print(f"{args.dtype}, {len(samples)} rows, {num_tokens} tokens, {torch.get_num_threads()} threads")
     print(f"collect / bare: median {statistics.median(ratios):.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}")
     print(f"best collect / best bare: {min(ours) / min(base):.3f}")
     print(f"collect: {num_tokens / mine:,.0f} tokens/s")

@@ -25,7 +25,7 @@ IDS = torch.arange(5, 29).reshape(2, 12)
 @pytest.fixture(scope="module")
 def texts_csv(sentences_csv, tmp_path_factory):
     with open(sentences_csv) as file:
-        rows = list(csv.DictReader(file))[::6]
+        rows = list(csv.DictReader(file))[::40]
     path = tmp_path_factory.mktemp("texts") / "texts.csv"
     path.write_text("text,toxic\n" + "".join(f'"{r["text"]}",{i % 2}\n' for i, r in enumerate(rows)))
     return path
@@ -56,7 +56,7 @@ def test_stored_values_equal_a_loop_over_tokens_and_experts(name, collected, tin
     assert {site for site, _ in expected} == set(view["activations"])
     for (site, pooling), plain in expected.items():
         np.testing.assert_allclose(view["activations"][site][pooling].values, plain, rtol=1e-5, atol=1e-5)
-        assert np.abs(plain).max() > 0.1, "values show"
+    assert all(np.abs(plain).max() > 0.1 for (_, pooling), plain in expected.items() if pooling == "max"), "they show"
 
 
 @pytest.mark.parametrize("chosen", ["eager", "grouped_mm", "batched_mm"])
