@@ -20,7 +20,7 @@ from aura_dist.errors import ModelError
 from aura_dist.sites.ownership import Interval, split_columns
 from aura_dist.sites.routed import Routed
 from aura_dist.sites.tap import HOOKS_ONLY, Callback, Change, Fold, Handle, Tap, Vector, generic
-from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS, ShownExperts, has_experts_interface
+from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS, ShownExperts, are_apart, has_experts_interface
 
 # the routing sites of experts: whether a token was sent, and the router's weight, 0 where it was not
 ROUTED, WEIGHT = "routed", "weight"
@@ -67,8 +67,7 @@ class ExpertsTap(Tap):
 
     @classmethod
     def of(cls, module: nn.Module, site: str, place: str, width: int) -> Self:
-        apart = bool(getattr(module, "_is_expert_parallel", False))
-        return cls(site, place, width, type(module).__name__, _shape(module)[0], apart)
+        return cls(site, place, width, type(module).__name__, _shape(module)[0], are_apart(module))
 
     def attach(self, model: nn.Module, callback: Callback) -> Handle:
         module = model.get_submodule(self.place)

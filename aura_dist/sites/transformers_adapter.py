@@ -82,6 +82,11 @@ def has_experts_interface(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "is_transposed", "down_proj"))
 
 
+def are_apart(experts: nn.Module) -> bool:
+    """Whether this rank holds some of the experts, and others hold the rest."""
+    return bool(getattr(experts, "_is_expert_parallel", False))
+
+
 class ShownExperts:
     """As long as it is not removed, `see` is called with the hidden values of `experts`, a module of that interface.
 

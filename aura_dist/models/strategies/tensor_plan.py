@@ -87,8 +87,9 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
         plan = own | {f"{prefix}{name}": style for name, style in PLANS[model.config.model_type].items()}
         if base is not model:  # it often shares its weight with the embeddings, which are split
             plan["lm_head"] = _GATHER
-    elif apart:
-        plan = own
+    elif apart:  # nothing else is split, but the embeddings
+        embeddings = model.get_input_embeddings()
+        plan = {n: "embedding_rowwise" for n, module in model.named_modules() if module is embeddings} | own
     else:
         transposed = any(isinstance(module, Conv1D) for module in modules.values())
         why = "its Conv1D layers' weights are transposed" if transposed else "write one with --tensor-plan"
