@@ -72,18 +72,19 @@ ODD_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     ),
 }  # fmt: skip
 
-# name → a mixture of experts in every layer, or in the last ones; Llama 4 weighs the experts' input
+# name → experts as 3-D parameters: nothing else; latent attention, shared experts after a dense layer; biases, sinks;
+# more than ten of them; the router's weight on their input
 MIXTURE_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
-    "mixtral": lambda: hf.MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2),
-    "olmoe": lambda: hf.OlmoeConfig(**LLAMA_LIKE, num_experts=12, num_experts_per_tok=3),
+    "mixtral": lambda: hf.MixtralConfig(**LLAMA_LIKE, head_dim=12, num_local_experts=4, num_experts_per_tok=2),
     "deepseek-v3": lambda: hf.DeepseekV3Config(
         **{**LLAMA_LIKE, "num_key_value_heads": 4}, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
-        qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
-        moe_intermediate_size=24, first_k_dense_replace=1,
+        qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+        moe_intermediate_size=24, n_shared_experts=1, first_k_dense_replace=1,
     ),
     "gpt-oss": lambda: hf.GptOssConfig(
         **LLAMA_LIKE, head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=32,
     ),
+    "olmoe": lambda: hf.OlmoeConfig(**LLAMA_LIKE, num_experts=12, num_experts_per_tok=3),
     "llama4": lambda: hf.Llama4TextConfig(
         **LLAMA_LIKE, head_dim=12, num_local_experts=4, num_experts_per_tok=2, intermediate_size_mlp=96,
         interleave_moe_layer_step=1,
