@@ -72,7 +72,8 @@ ODD_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     ),
 }  # fmt: skip
 
-# name → experts as 3-D parameters: nothing else; latent attention, shared experts after a dense layer; biases, sinks
+# name → experts as 3-D parameters: nothing else; latent attention, shared experts after a dense layer; biases, sinks;
+# more than ten of them; the router's weight on their input
 MIXTURE_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "mixtral": lambda: hf.MixtralConfig(**LLAMA_LIKE, head_dim=12, num_local_experts=4, num_experts_per_tok=2),
     "deepseek-v3": lambda: hf.DeepseekV3Config(
@@ -82,6 +83,11 @@ MIXTURE_CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     ),
     "gpt-oss": lambda: hf.GptOssConfig(
         **LLAMA_LIKE, head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=32,
+    ),
+    "olmoe": lambda: hf.OlmoeConfig(**LLAMA_LIKE, num_experts=12, num_experts_per_tok=3),
+    "llama4": lambda: hf.Llama4TextConfig(
+        **LLAMA_LIKE, head_dim=12, num_local_experts=4, num_experts_per_tok=2, intermediate_size_mlp=96,
+        interleave_moe_layer_step=1,
     ),
 }  # fmt: skip
 
@@ -102,8 +108,8 @@ def tiny_causal(name: str, seed: int = 0) -> hf.PreTrainedModel:
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config((TINY_CONFIGS | ODD_CONFIGS | MIXTURE_CONFIGS | HYBRID_CONFIGS)[name]())
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
+        for place, parameter in model.named_parameters():
+            if parameter.ndim == 2 or (parameter.ndim == 3 and ".experts." in place):
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
             elif "bias" in name or parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -14,6 +14,7 @@ from aura_dist.sites.find import tap_of
 from aura_dist.sites.kinds import except_for
 from aura_dist.sites.ownership import ColumnPlan
 from aura_dist.sites.pooling import POOLINGS, TokenMask
+from aura_dist.sites.routed import Routed
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.store.writer import RowBuffer
@@ -172,11 +173,14 @@ class Capture:
             self._called.add(name)
             if needed.stop > needed.start:
                 mask = self._mask_on(acts_BTD.device)
+                # of routed rows, all columns are pooled, because a share of them may cut an expert
+                within = needed if isinstance(acts_BTD, Routed) else slice(None)
+                acts_BTD = acts_BTD if isinstance(acts_BTD, Routed) else acts_BTD[..., needed]
                 for pooling, how in self._poolings.items():
-                    key, pooled_BD = (name, pooling), how.pool(mask, acts_BTD[..., needed])
-                    self._keep(key, pooled_BD, self._at)
+                    key, pooled_BD = (name, pooling), how.pool(mask, acts_BTD)
+                    self._keep(key, pooled_BD[:, within], self._at)
                     if self._count_row is not None and how.of_token:
-                        count_1D = mask.count_first(pooled_BD, acts_BTD[..., needed], how.of_token)
+                        count_1D = mask.count_first(pooled_BD, acts_BTD, how.of_token)[:, within]
                         self._counts[key] = count_1D + self._counts[key] if self._at else count_1D
                         self._keep(key, self._counts[key], self._count_row)
 

@@ -24,7 +24,7 @@ from aura_dist.interventions.methods import (
     needed_statistics,
     settle_options,
 )
-from aura_dist.sites.kinds import choose
+from aura_dist.sites.kinds import KINDS, choose, except_for
 from aura_dist.sites.site import Site
 from aura_dist.store.schema import StoreSpec
 
@@ -58,12 +58,14 @@ def fit_intervention(
     ConfigError
         An option is given that the method does not read.
     InputError
-        The store has no such concept, pooling or modules; `top_k` exceeds the units to choose from.
+        The store has no such concept, pooling or modules, or nothing can change these; `top_k` exceeds the units to
+        choose from.
     StoreError
         The store has not been scored.
     """
     method, options = find_method(fit.method), settle_options(fit.method, fit.options)
     sites = spec.sites if not fit.modules else choose(spec.sites, fit.modules, partial(_unmatched, spec.sites))
+    sites = _changeable(sites, fit.modules)
     if isinstance(method, FromModel):
         from aura_dist.interventions.training import train_maps
 
@@ -93,6 +95,17 @@ def _unmatched(sites: Sequence[Site], word: str) -> InputError:
         f"--modules {word!r} matches none of the {len(sites)} modules of the store ({sites[0].name}, …); "
         "collect them, or name others"
     )
+
+
+def _changeable(sites: Sequence[Site], modules: Sequence[str]) -> tuple[Site, ...]:
+    """The sites that an intervention can change; InputError if `modules` name others, or none is left."""
+    fixed = [site for site in sites if site.kind in KINDS and not KINDS[site.kind].acts]
+    if fixed and (modules or len(fixed) == len(sites)):
+        raise InputError(
+            f"--modules: expected modules that an intervention can change, got {fixed[0].name!r} of kind "
+            f"{fixed[0].kind}; leave it out: {except_for(site.name for site in fixed)}, or collect others"
+        )
+    return tuple(site for site in sites if site not in fixed)
 
 
 def _warn_of_unscored(sites: Sequence[Site], statistics: Mapping[str, Scores]) -> None:

@@ -20,7 +20,8 @@ from aura_dist.interventions.methods import with_strength
 from aura_dist.models.strategies.tensor_plan import seen_columns
 from aura_dist.ranks.torch_adapter import without_compiled_parts
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, own_names, tap_of
-from aura_dist.sites.site import INPUT, Site
+from aura_dist.sites.kinds import KINDS
+from aura_dist.sites.site import Site
 from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.sites.transformers_adapter import tensor_place
 
@@ -156,7 +157,7 @@ def laid_over(
 ) -> AbstractContextManager[PreTrainedModel]:
     """`intervene` for a model that may have been cut after some layers: sites of the others are left out."""
     modules, own_name = {name for name, _ in model.named_modules()}, own_names(model)
-    kept = [site for site in intervention.sites if own_name(site).removesuffix(INPUT) in modules]
+    kept = [site for site in intervention.sites if own_name(site).partition(":")[0] in modules]
     return intervene(model, intervention.restricted(kept), strength)
 
 
@@ -172,12 +173,19 @@ def _seen(model: PreTrainedModel, tap: Tap) -> NDArray[np.intp]:
 def check_fits(
     table: SiteTable, intervention: Intervention, own_name: Callable[[str], str] = lambda name: name
 ) -> None:
-    """ModelError unless every site of `intervention` is one of `table`'s, with the same width."""
-    widths = {s.name: s.width for s in table.sites}
+    """ModelError unless every site of `intervention` is one of `table`'s, with the same width, and can be changed."""
+    widths, fixed = (
+        {s.name: s.width for s in table.sites},
+        {s.name: s.kind for s in table.sites if not KINDS[s.kind].acts},
+    )
     for site in intervention.sites:
         width = widths.get(own_name(site))
         if width is None:
             raise ModelError(f"the intervention does not fit {table.model_class}: it has no module {site!r}")
+        if own_name(site) in fixed:
+            raise ModelError(
+                f"{site!r}: expected modules that an intervention can change, got one of kind {fixed[own_name(site)]}"
+            )
         _check_width(intervention, site, width, table.model_class)
 
 

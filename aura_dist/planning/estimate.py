@@ -25,6 +25,7 @@ from aura_dist.sites.kinds import KINDS
 from aura_dist.sites.pooling import POOLINGS
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import generic
+from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS_WEIGHT
 from aura_dist.store.grid import columns_per_chunk, rows_per_chunk
 from aura_dist.store.schema import stored_dtype, tasks_of
 
@@ -117,7 +118,7 @@ def is_split(plan: Plan, name: str) -> bool:
     module, _, kind = generic(name).rpartition(".")
     style = plan.get(generic(name), plan.get(module, "replicate"))
     by_rows = style.startswith("rowwise") and kind == "bias"  # added once, after the sum over the ranks
-    return ("wise" in style or "packed" in style) and not by_rows
+    return ("wise" in style or "packed" in style or style == WHOLE_EXPERTS_WEIGHT) and not by_rows
 
 
 def weight_sizes(model: PreTrainedModel, plan: Plan) -> WeightSizes:

@@ -9,7 +9,7 @@ from transformers import Conv1D, PreTrainedModel
 
 from aura_dist.errors import ModelError
 from aura_dist.sites.kinds import DEFAULT, KINDS, choose
-from aura_dist.sites.site import INPUT, Site
+from aura_dist.sites.site import Site
 from aura_dist.sites.tap import OutputTap, Tap
 from aura_dist.sites.transformers_adapter import unsplit_classes
 
@@ -55,9 +55,9 @@ def find_sites(model: PreTrainedModel) -> SiteTable:
         prefix = f"{layers_name}.{index}"
         place_of = {name: place for place, (name, _) in enumerate(layer.named_modules())}
         found = [(name, kind, width) for kind, row in KINDS.items() for name, width in row.find(layer).items()]
-        for name, kind, width in sorted(found, key=lambda f: place_of[f[0].removesuffix(INPUT)]):
+        for name, kind, width in sorted(found, key=lambda f: place_of[f[0].partition(":")[0]]):
             sites.append(Site(f"{prefix}.{name}" if name else prefix, kind, index, width))
-        known = {name.removesuffix(INPUT) for name, _, _ in found}
+        known = {name.partition(":")[0] for name, _, _ in found}
         # a convolution's weights have three dims too, and are no experts
         known |= {name for name, module in layer.named_modules() if isinstance(module, nn.Conv1d)}
         stacked = [name for name, p in layer.named_parameters() if p.ndim == 3]
@@ -68,8 +68,8 @@ def find_sites(model: PreTrainedModel) -> SiteTable:
 def tap_of(model: PreTrainedModel, site: Site) -> Tap:
     """The tap of a site that `model` has: of its kind's family, or a module's output where it is of no kind."""
     family: type[Tap] = resolve_name(KINDS[site.kind].tap) if site.kind else OutputTap
-    place = own_names(model)(site.name).removesuffix(INPUT)
-    return family(site.name, place, site.width, type(model.get_submodule(place)).__name__)
+    place = own_names(model)(site.name).partition(":")[0]
+    return family.of(model.get_submodule(place), site.name, place, site.width)
 
 
 def decoder_layers_name(model: PreTrainedModel) -> str:

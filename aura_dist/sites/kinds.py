@@ -22,6 +22,7 @@ class Kind:
     finder: str  # `module:function`: decoder layer → {name within the layer, "" for the layer itself: width}
     tap: str  # `module:class`
     folds: bool = True  # whether `export` can fold a map of such a site into weights
+    acts: bool = True  # whether an intervention can change such a site
     aliases: tuple[str, ...] = ()  # further words of `--modules` that choose this kind, maybe with others
 
     def find(self, layer: Any) -> dict[str, int]:
@@ -73,6 +74,18 @@ KINDS: dict[str, Kind] = {
         tap="aura_dist.sites.residual:ResidualTap",
         folds=False,
     ),
+    "experts": Kind(
+        "neurons of a mixture's experts after activation, 0 at tokens that the router did not send there",
+        finder="aura_dist.sites.experts:find_experts",
+        tap="aura_dist.sites.experts:ExpertsTap",
+    ),
+    "routing": Kind(
+        "what a mixture's router sends to each expert: tokens (1 or 0) and weights; nothing can change it",
+        finder="aura_dist.sites.experts:find_routing",
+        tap="aura_dist.sites.experts:RoutingTap",
+        folds=False,
+        acts=False,
+    ),
 }
 
 
@@ -88,13 +101,14 @@ def kind_words() -> dict[str, str]:
 def matching(sites: Iterable[Site], wanted: str, *, alike: bool = False) -> set[str]:
     """Names of the sites that one word of `--modules` chooses: a kind, an alias of kinds, or a name pattern.
 
-    A pattern with a colon means inputs of modules, another one outputs; with `alike` it means both.
+    A pattern with a colon means sites with one in their names, such as inputs, and another one outputs; with `alike`
+    it means both.
     """
     chosen = {name for name, kind in KINDS.items() if wanted == name or wanted in kind.aliases}
     if chosen:
         return {s.name for s in sites if s.kind in chosen}
     names = {s.name for s in sites if fnmatch.fnmatchcase(s.name, wanted)}
-    return names if alike else {name for name in names if name.endswith(INPUT) == (":" in wanted)}
+    return names if alike else {name for name in names if (":" in name) == (":" in wanted)}
 
 
 def _check_one_side(sites: Iterable[Site], word: str) -> None:

@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from aura_dist.sites.routed import Routed
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    Acts = Tensor | Routed  # [B, T, D], whole or as routed rows
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ class TokenMask:
         Counted tokens of each row, float32.
     first_B1
         Whether the first token counts, and others too.
+    counted_BT
+        Whether the token counts.
     """
 
     runs: tuple[tuple[slice, tuple[slice, ...]], ...]
     last_B: Tensor
     count_B1: Tensor
     first_B1: Tensor
+    counted_BT: Tensor
 
     @classmethod
     def build(cls, mask_BT: NDArray[np.bool_], device: str | torch.device) -> TokenMask:
@@ -57,6 +64,7 @@ class TokenMask:
             torch.from_numpy(last_B).to(device),
             torch.from_numpy(mask_BT.sum(axis=1, dtype=np.float32)[:, None]).to(device),
             torch.from_numpy((mask_BT[:, 0] & (last_B > 0))[:, None]).to(device),
+            torch.from_numpy(mask_BT).to(device),
         )
 
     def reduce(
@@ -68,11 +76,21 @@ class TokenMask:
         pooled = (functools.reduce(combine, [reduce(acts_BTD[rows, t]) for t in runs]) for rows, runs in self.runs)
         return torch.cat(list(pooled))
 
-    def count_first(self, pooled_BD: Tensor, acts_BTD: Tensor, of_token: Callable[[Tensor], Tensor]) -> Tensor:
+    def at(self, acts_BTD: Acts, position_B: Tensor) -> Tensor:
+        """[B, D] values at one position of each text."""
+        import torch
+
+        if isinstance(acts_BTD, Routed):
+            num_rows, num_tokens = self.counted_BT.shape
+            return acts_BTD.at(position_B, (num_rows, num_tokens))
+        return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), position_B]
+
+    def count_first(self, pooled_BD: Tensor, acts_BTD: Acts, of_token: Callable[[Tensor], Tensor]) -> Tensor:
         """[1, D] int32 number of rows whose pooled value is their first token's, which is not their only one."""
         import torch
 
-        return ((pooled_BD == of_token(acts_BTD[:, 0])) & self.first_B1).sum(dim=0, keepdim=True, dtype=torch.int32)
+        first_BD = of_token(self.at(acts_BTD, torch.zeros_like(self.last_B)))
+        return ((pooled_BD == first_BD) & self.first_B1).sum(dim=0, keepdim=True, dtype=torch.int32)
 
 
 def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
@@ -81,28 +99,33 @@ def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
     return tuple(slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
-def _max(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+def _max(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
+    if isinstance(acts_BTD, Routed):
+        return acts_BTD.extreme(tokens.counted_BT, largest=True)
     return tokens.reduce(acts_BTD, lambda run: run.amax(dim=1), lambda a, b: a.maximum(b))
 
 
-def _min(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+def _min(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
+    if isinstance(acts_BTD, Routed):
+        return acts_BTD.extreme(tokens.counted_BT, largest=False)
     return tokens.reduce(acts_BTD, lambda run: run.amin(dim=1), lambda a, b: a.minimum(b))
 
 
-def _absmax(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+def _absmax(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
     return _max(tokens, acts_BTD).abs().maximum(_min(tokens, acts_BTD).abs())
 
 
-def _mean(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
+def _mean(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
     """Summed in float32 at least."""
-    wide = acts_BTD.dtype if acts_BTD.dtype.itemsize >= 4 else tokens.count_B1.dtype
+    values = acts_BTD.values_SI if isinstance(acts_BTD, Routed) else acts_BTD
+    wide = values.dtype if values.dtype.itemsize >= 4 else tokens.count_B1.dtype
+    if isinstance(acts_BTD, Routed):
+        return acts_BTD.sum(tokens.counted_BT, wide) / tokens.count_B1
     return tokens.reduce(acts_BTD, lambda run: run.sum(dim=1, dtype=wide), operator.add) / tokens.count_B1
 
 
-def _last(tokens: TokenMask, acts_BTD: Tensor) -> Tensor:
-    import torch
-
-    return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), tokens.last_B]
+def _last(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
+    return tokens.at(acts_BTD, tokens.last_B)
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,7 @@ class Pooling:
     """
 
     summary: str  # for `--help`
-    pool: Callable[[TokenMask, Tensor], Tensor]  # acts_BTD → pooled_BD
+    pool: Callable[[TokenMask, Acts], Tensor]  # acts_BTD → pooled_BD
     selects: bool
     of_token: Callable[[Tensor], Tensor] | None = None
 

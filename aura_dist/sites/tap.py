@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aura_dist.errors import ModelError
 from aura_dist.ranks.torch_adapter import num_forward_hooks
 from aura_dist.sites.ownership import Interval, split_columns
+from aura_dist.sites.routed import Routed
 
 Vector = NDArray[np.float32]
 Callback = Callable[[Any, bool], Any]
@@ -51,7 +52,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Fold:
-    """What becomes of a parameter t along its `dim`: (t + offset) ⊙ scale − offset + shift."""
+    """What becomes of a parameter t along its `dim`: (t + offset) ⊙ scale − offset + shift.
+
+    A scale of two dims goes along a parameter's first dim, and along `dim`.
+    """
 
     scale: Vector
     shift: Vector | Product | None = None
@@ -68,6 +72,11 @@ class Tap(ABC):
     width: int  # number of neurons, whatever a rank sees of them
     owner: str = ""  # class of the module, for errors
 
+    @classmethod
+    def of(cls, module: nn.Module, site: str, place: str, width: int) -> Self:
+        """The tap of a site of `module`."""
+        return cls(site, place, width, type(module).__name__)
+
     @abstractmethod
     def attach(self, model: nn.Module, callback: Callback) -> Handle:
         """Call `callback(raw, alone)` whenever a forward of `model` has values here.
@@ -77,7 +86,7 @@ class Tap(ABC):
         """
 
     @abstractmethod
-    def read(self, raw: object, num_seen: int, shape: tuple[int, int]) -> Tensor:
+    def read(self, raw: object, num_seen: int, shape: tuple[int, int]) -> Tensor | Routed:
         """acts_BTD, [*shape, num_seen], from what `attach` passes; ModelError if `raw` holds something else."""
 
     @abstractmethod

@@ -91,7 +91,7 @@ def naive(config: CollectConfig, spec: StoreSpec, texts: list[str]) -> float:
         return time.perf_counter() - start
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", default=["mlp"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip-naive", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.modules != ["mlp"] and not args.skip_naive:
         parser.error("the naive loop sees outputs alone: add --skip-naive")
     keep_freed_memory()  # for all alike

@@ -15,6 +15,7 @@ from aura_dist.models.load import ModelSource, load_causal, load_config, skeleto
 from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.launch import start_team
 from aura_dist.sites.find import find_sites
+from aura_dist.sites.kinds import KINDS
 
 PROMPT = [[5, 90, 33, 120, 7, 250, 14]]
 NUM_NEW = 6
@@ -22,9 +23,10 @@ Seen = dict[str, tuple[np.ndarray, list[int]]]
 
 
 def random_map(model: str) -> Intervention:
-    """Scales and shifts for every linear layer and norm of a model."""
+    """Scales and shifts for every site of a model that can be changed."""
     rng = np.random.default_rng(0)
     sites = find_sites(skeleton(load_config(ModelSource(model, None, "float32")))).sites
+    sites = [s for s in sites if KINDS[s.kind].acts]
     scale = {s.name: rng.uniform(0.2, 1.2, s.width).astype(np.float32) for s in sites}
     shift = {s.name: rng.normal(0, 0.1, s.width).astype(np.float32) for s in sites[::2]}
     return Intervention(scale, shift)

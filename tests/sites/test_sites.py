@@ -77,15 +77,16 @@ def test_names_of_the_base_are_those_of_the_causal_model(name, tiny_dir):
     base = load_base(ModelSource(str(tiny_dir(name)), None, "float32"), World())
     within = {n for n, _ in causal.named_modules() if n.startswith(f"{causal.base_model_prefix}.")}
     assert {f"{base.base_model_prefix}.{n}" for n, _ in base.named_modules() if n} == within
-    assert {s.name.removesuffix(":input") for s in find_sites(skeleton(causal.config)).sites} <= within
+    assert {s.name.partition(":")[0] for s in find_sites(skeleton(causal.config)).sites} <= within
 
 
-def test_experts_are_found_and_not_captured():
+def test_experts_are_no_mlp():
     table = find_sites(skeleton(TINY_CONFIGS["qwen3-moe"]()))
-    assert table.experts[:2] == ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj")
-    with pytest.raises(
-        ModelError, match=r"'mlp' matches nothing in Qwen3MoeForCausalLM; found attention: 12 .*6 expert"
-    ):
+    assert not table.experts
+    assert [f"{s.name} {s.width}" for s in table.sites if s.layer == 1 and s.kind in ("experts", "routing")] == [
+        "model.layers.1.mlp.experts 96", "model.layers.1.mlp.experts:routed 4", "model.layers.1.mlp.experts:weight 4",
+    ]  # fmt: skip
+    with pytest.raises(ModelError, match=r"'mlp' matches nothing in Qwen3MoeForCausalLM; found .*experts: 3 \(model"):
         table.select(["mlp"])
 
 
@@ -190,10 +191,10 @@ def test_linear_attention_is_attention():
 def test_router_is_no_site():
     table = find_sites(skeleton(ODD_CONFIGS["phimoe"]()))
     assert not any("router" in s.name for s in table.sites)
-    assert {s.kind for s in table.sites} == {"attention", "norm", "heads", "inputs", "residual"}
+    assert {s.kind for s in table.sites} == {"attention", "norm", "heads", "inputs", "residual", "experts", "routing"}
 
 
 def test_convolution_is_no_expert():
     table = find_sites(skeleton(ODD_CONFIGS["qwen3-next"]()))
+    assert not table.experts
     assert any(p.ndim == 3 for n, p in skeleton(ODD_CONFIGS["qwen3-next"]()).named_parameters() if "conv1d" in n)
-    assert {e.rpartition(".")[2] for e in table.experts} == {"gate_up_proj", "down_proj"}

@@ -5,8 +5,9 @@ the model lacks is added where a setting of its configuration can turn it on.
 """
 
 import copy
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from aura_dist.sites.find import find_sites, tap_of
 from aura_dist.sites.kinds import KINDS
 from aura_dist.sites.site import INPUT
 from aura_dist.sites.tap import HOOKS_ONLY, Fold, Product, Vector
-from aura_dist.sites.transformers_adapter import loaded_names, tied_to
+from aura_dist.sites.transformers_adapter import STACKED, loaded_names, tied_to
 
 # settings of transformers' language models that turn biases of linear layers on, and the value that does
 SWITCHES: dict[str, bool] = {
@@ -86,7 +87,8 @@ def plan_folds(
                 missing.setdefault(parameter, []).append(fold)
                 continue
             _check_not_tied(model, name, parameter)
-            folds.setdefault(names.stored_as(parameter).name, []).append(fold)
+            for tensor, part in names.parts(parameter, fold):
+                folds.setdefault(tensor, []).append(part)
     needed = [bias for bias, changes in missing.items() if any(fold.shift is not None for fold in changes)]
     switches, biases = _with_biases(config, model, needed)
 
@@ -121,10 +123,10 @@ class _Names:
     def __init__(self, model: PreTrainedModel, stored: Iterable[Stored]) -> None:
         self._shapes = _shapes(model)
         self._loaded = loaded_names(model)
-        self._found: dict[str, list[tuple[Stored, bool]]] = {}
+        self._found: dict[str, list[tuple[Stored, str]]] = {}
         for tensor in stored:
-            name, converted = self._loaded(tensor.name)
-            self._found.setdefault(name, []).append((tensor, converted))
+            name, how = self._loaded(tensor.name)
+            self._found.setdefault(name, []).append((tensor, how))
 
     def in_model(self, name: str) -> bool:
         return name in self._shapes
@@ -134,21 +136,26 @@ class _Names:
         found = self._found.get(name, [])
         if len(found) != 1:
             raise ModelError(f"expected one tensor of the checkpoint for {name!r}, found {len(found)}")
-        tensor, converted = found[0]
-        if converted:
+        tensor, how = found[0]
+        if how:
             raise ModelError(
                 f"the checkpoint holds {name!r} in another layout, as {tensor.name!r}: it cannot be folded; "
                 "save the model with this version of transformers, or " + HOOKS_ONLY
             )
+        return _checked(tensor, self._shapes[name])
+
+    def parts(self, name: str, fold: Fold) -> Iterator[tuple[str, Fold]]:
+        """The tensors of the checkpoint that become parameter `name` → what becomes of each; ModelError as above."""
+        found = self._found.get(name, [])
+        if fold.scale.ndim == 1 or not all(how == STACKED for _, how in found):
+            yield self.stored_as(name).name, _flat(fold, self._shapes[name])
+            return
         expected = self._shapes[name]
-        if tensor.shape != expected:
-            raise ModelError(f"tensor {tensor.name!r} of the checkpoint: expected shape {expected}, got {tensor.shape}")
-        if tensor.dtype not in FLOATS:
-            raise ModelError(
-                f"tensor {tensor.name!r} of the checkpoint: expected one of {', '.join(FLOATS)}, got {tensor.dtype}: "
-                f"a scale cannot be folded into it; {HOOKS_ONLY}"
-            )
-        return tensor
+        if len(found) != expected[0]:
+            raise ModelError(f"expected {expected[0]} tensors of the checkpoint for {name!r}, found {len(found)}")
+        in_order = sorted((tensor for tensor, _ in found), key=lambda t: [int(n) for n in re.findall(r"\d+", t.name)])
+        for tensor, scale in zip(in_order, fold.scale, strict=True):
+            yield _checked(tensor, expected[1:]).name, Fold(scale, None, fold.dim - 1)
 
     def of_new(self, bias: str, weight: str) -> str:
         """Name in the checkpoint of a bias that it lacks, from the name of the weight beside it."""
@@ -156,6 +163,26 @@ class _Names:
         if not weight.endswith(".weight") or bias.rpartition(".")[0] not in self._loaded(weight)[0]:
             raise ModelError(f"the checkpoint holds the weight of {bias!r} as {weight!r}: a bias cannot be added to it")
         return name
+
+
+def _checked(tensor: Stored, expected: tuple[int, ...]) -> Stored:
+    if tensor.shape != expected:
+        raise ModelError(f"tensor {tensor.name!r} of the checkpoint: expected shape {expected}, got {tensor.shape}")
+    if tensor.dtype not in FLOATS:
+        raise ModelError(
+            f"tensor {tensor.name!r} of the checkpoint: expected one of {', '.join(FLOATS)}, got {tensor.dtype}: "
+            f"a scale cannot be folded into it; {HOOKS_ONLY}"
+        )
+    return tensor
+
+
+def _flat(fold: Fold, shape: tuple[int, ...]) -> Fold:
+    """A fold of a tensor of three dims as one of the matrix of its last dim; other folds as they are."""
+    if fold.scale.ndim == 1:
+        return fold
+    if fold.dim == 1:
+        return Fold(fold.scale.reshape(-1))
+    return Fold(np.broadcast_to(fold.scale[:, None], shape), dim=1)  # a view: each scale's rows share it
 
 
 def _check_not_tied(model: PreTrainedModel, site: str, name: str) -> None:

@@ -173,7 +173,7 @@ def _runs(targets: Sequence[Target], *, joined: bool) -> Iterator[list[Target]]:
 def _matrix(target: Target) -> tuple[int, int]:
     """Rows and columns of a tensor's blocks: a vector, or a tensor that is only converted, has one column."""
     shape = target.stored.shape
-    return (shape[0], shape[1]) if target.folds and len(shape) == 2 else (prod(shape), 1)
+    return (prod(shape[:-1]), shape[-1]) if target.folds and len(shape) > 1 else (prod(shape), 1)
 
 
 def _copy(source: Source, start: int, stop: int, file: int, at: int) -> None:
@@ -215,8 +215,12 @@ def _folded(raw: Tensor, folds: Sequence[Fold], rows: slice, columns: int) -> Te
         return reduce(lambda values, fold: changed(values, fold, rows), folds, raw)
     wide = raw if raw.dtype.itemsize >= 4 else _BUFFERS.take("wide", raw.numel(), torch.float32).copy_(raw)
     for fold in folds:
-        scale = torch.from_numpy(fold.scale if fold.dim else fold.scale[rows])
-        wide.view(-1, columns).mul_(scale if fold.dim else scale[:, None])
+        if fold.scale.ndim == 3:  # one row of scales for each of the matrices that the tensor stacks
+            of_row = np.arange(rows.start, rows.stop) // fold.scale.shape[1]
+            scale = torch.from_numpy(fold.scale[of_row, 0])
+        else:
+            scale = torch.from_numpy(fold.scale) if fold.dim else torch.from_numpy(fold.scale[rows])[:, None]
+        wide.view(-1, columns).mul_(scale)
     return wide
 
 

@@ -31,6 +31,7 @@ class _Split(Strategy):
 
         from aura_dist.models.strategies.tensor_plan import tensor_plan
         from aura_dist.sites.find import decoder_layers_name
+        from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS, WHOLE_EXPERTS_WEIGHT
 
         layout = world.layout
         if layout.replica_size == 1:
@@ -39,9 +40,12 @@ class _Split(Strategy):
         skeleton = checkpoint.skeleton()
         layers = decoder_layers_name(skeleton)
         plan = tensor_plan(skeleton, layout.tensor, options.get("tensor_plan")) if layout.tensor > 1 else None
+        by_expert = {n: s for n, s in (plan or {}).items() if s in (WHOLE_EXPERTS, WHOLE_EXPERTS_WEIGHT)}
         split = DistributedConfig(
             tp_size=layout.tensor,
-            tp_plan=plan or None,
+            tp_plan={n: s for n, s in (plan or {}).items() if n not in by_expert} or None,
+            ep_size=layout.tensor if by_expert else None,
+            ep_plan=by_expert or None,
             fsdp_size=layout.fsdp,
             fsdp_plan={f"{layers}.*": "free_full_weight"} if layout.fsdp > 1 else None,
         )

@@ -16,6 +16,7 @@ from aura_dist.sites.find import own_names
 from aura_dist.sites.kinds import except_for
 from aura_dist.sites.ownership import Interval
 from aura_dist.sites.tap import OUTPUT_BLOCKS, Tap, generic
+from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS, WHOLE_EXPERTS_WEIGHT
 
 Plan = dict[str, str]
 
@@ -77,6 +78,7 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     modules = {generic(name): module for name, module in model.named_modules()}
+    apart = _whole_experts(model, num_ranks)
     if file is not None:
         plan = own | _users_plan(file, model)
     elif any(not style.startswith("embedding") for style in base.tp_plan.values()):
@@ -85,6 +87,9 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
         plan = own | {f"{prefix}{name}": style for name, style in PLANS[model.config.model_type].items()}
         if base is not model:  # it often shares its weight with the embeddings, which are split
             plan["lm_head"] = _GATHER
+    elif apart:  # nothing else is split, but the embeddings
+        embeddings = model.get_input_embeddings()
+        plan = {n: "embedding_rowwise" for n, module in model.named_modules() if module is embeddings} | own
     else:
         transposed = any(isinstance(module, Conv1D) for module in modules.values())
         why = "its Conv1D layers' weights are transposed" if transposed else "write one with --tensor-plan"
@@ -95,7 +100,15 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
                 f"--sharding tensor: {name!r} of {type(model).__name__} is a Conv1D, whose transposed weight "
                 f"cannot be split; use {_others()}"
             )
-    return plan
+    return plan if plan.keys() & apart else plan | apart
+
+
+def _whole_experts(model: PreTrainedModel, num_ranks: int) -> Plan:
+    """Styles that give each rank equally many whole experts; empty where transformers has none, or they do not fit."""
+    plan = dict(model.ep_plan)
+    numbers = [len(p) for name, p in model.named_parameters() if generic(name) in plan]
+    known = set(plan.values()) == {WHOLE_EXPERTS, WHOLE_EXPERTS_WEIGHT}
+    return plan if known and not any(number % num_ranks for number in numbers) else {}
 
 
 def _users_plan(file: str, model: PreTrainedModel) -> Plan:
