@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants
+from torch import Tensor, nn
 from transformers import DynamicLayer, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -46,6 +47,12 @@ def loaded_names(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
         return renamed, pattern is not None
 
     return loaded
+
+
+def holds_quantised(model: PreTrainedModel) -> bool:
+    """Whether a weight of a linear layer is no plain tensor of floats."""
+    weights = [m.weight.data for m in model.modules() if isinstance(m, nn.Linear)]
+    return any(type(w) is not Tensor or not w.is_floating_point() for w in weights)
 
 
 def implementations(config: PretrainedConfig) -> list[str | None]:
