@@ -110,12 +110,10 @@ def spellings() -> dict[str, str]:
 def settled(spelled: str) -> str:
     """The one spelling of a value of `--quantization`; ConfigError if there is no such library or option."""
     name, colon, option = spelled.partition(":")
-    library = LIBRARIES.get(name)
-    if library is None:
-        library = next((lib for lib in LIBRARIES.values() if lib.package == name), None)
-    if library is None:
+    own = next((key for key, library in LIBRARIES.items() if name in (key, library.package)), None)
+    if own is None:
         raise ConfigError(f"{FLAG}: expected one of {', '.join(spellings())}, got {spelled!r}")
-    own = next(key for key, lib in LIBRARIES.items() if lib is library)
+    library = LIBRARIES[own]
     option = library.aliases.get(option, option) if colon else next(iter(library.options))
     if option not in library.options:
         known = ", ".join(f"{own}:{each}" for each in library.options)
