@@ -10,13 +10,18 @@ from safetensors.torch import load_file
 
 import aura_dist
 from aura_dist.cli import main
+from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import ModelError
 from aura_dist.evaluation.decoding import Decoder, Rows
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.models.load import ModelSource, load_base, load_causal, skeleton
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import find_sites
-from aura_dist.store.access import open_group
+from aura_dist.stages import collect
+from aura_dist.store.access import open_group, read_array
+from aura_dist.store.record import response_names
+from tests.distributed.launch import run_ranks
+from tests.distributed.loop import OPTIONS, run_plan
 from tests.models import DEMO_SENTENCES, LLAMA_LIKE, tiny_tokenizer
 
 IDS = torch.arange(9, 33).reshape(2, 12)
@@ -53,13 +58,43 @@ def whole(name):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def saved(request, tmp_path_factory):
-    """(The model, its directory)."""
-    directory, model = tmp_path_factory.mktemp(request.param), whole(request.param)
-    model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return model, str(directory)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Name → (model, its directory)."""
+    made = {name: (whole(name), tmp_path_factory.mktemp(name)) for name in CONFIGS}
+    for model, directory in made.values():
+        model.save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+    return {name: (model, str(directory)) for name, (model, directory) in made.items()}
+
+
+@pytest.fixture(params=CONFIGS)
+def saved(request, checkpoints):
+    return checkpoints[request.param]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints, sentences_csv, tmp_path_factory):
+    """The stores of one process, as `run_plan` collects them."""
+    out = tmp_path_factory.mktemp("alone")
+    for name, (_, directory) in checkpoints.items():
+        settings = {"model": directory, "data": sentences_csv, "concepts": ["toxic"], **OPTIONS}
+        collect.run(CollectConfig(store=str(out / name), **settings))
+    return out
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("sharding", ["fsdp", "tensor", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_store_of_several_ranks_equals_that_of_one_process(sharding, checkpoints, alone, sentences_csv, tmp_path):
+    runs = {directory: str(tmp_path / name) for name, (_, directory) in checkpoints.items()}
+    plan = {"sharding": sharding, "options": OPTIONS, "data": sentences_csv, "runs": runs, "notes": str(tmp_path)}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    run_ranks(2, [str(tmp_path / "plan.json")], run_plan, timeout_seconds=400)
+    assert json.loads((tmp_path / "rank-0.json").read_text())["refused"] == {}
+    for name in checkpoints:
+        ours, expected = open_group(str(tmp_path / name)), open_group(str(alone / name))
+        for path in response_names(expected):
+            np.testing.assert_allclose(read_array(ours, path), read_array(expected, path), rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_language_part_is_loaded(saved):
