@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 from aura_dist.errors import AuraError, ConfigError, ModelError, brief
 from aura_dist.models.adapter import Adapter, check_adapter, merged_weights
 from aura_dist.models.identity import checkpoint_files
-from aura_dist.models.quantization import check_float, configuration_of, of_checkpoint, settle
+from aura_dist.models.quantization import by_library, check_float, configuration_of, of_checkpoint, settle
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.models.strategies.tensor_plan import seen_columns
@@ -171,10 +171,10 @@ def load_base(
     """
     config = load_config(source)
     whole = skeleton(config, source)
-    if source.quantization is None and of_checkpoint(config) is None:
-        return _load(type(whole.base_model), whole, source, world, options, num_layers)
-    # with its head, because libraries find by names in the causal language model what they leave as it is
-    return _load(type(whole), whole, source, world, options, num_layers).base_model
+    if by_library(source.quantization, config):
+        # with its head, because libraries find by names in the causal language model what they leave as it is
+        return _load(type(whole), whole, source, world, options, num_layers).base_model
+    return _load(type(whole.base_model), whole, source, world, options, num_layers)
 
 
 def _load(
@@ -294,11 +294,16 @@ class Checkpoint:
         return model
 
     def _quantised(self) -> dict[str, Any]:
-        """What `from_pretrained` takes beside, so that weights are quantised as they are read, or known to be."""
+        """What `from_pretrained` takes beside, so that weights are quantised as they are read, or known to be.
+
+        A part of a checkpoint's configuration may not say what the whole says of its weights.
+        """
         quantization = self.source.quantization
         if quantization is not None:
             return {"quantization_config": configuration_of(quantization, self.source.dtype)}
-        return {} if of_checkpoint(load_config(self.source)) is None else {"config": self._config()}
+        config = load_config(self.source)
+        alike = isinstance(config, self.model_class.config_class)
+        return {} if alike or of_checkpoint(config) is None else {"config": self._config()}
 
     def _merged(self, opened: ExitStack) -> dict[str, Any]:
         """What `from_pretrained` takes in place of a name, so that it loads the weights with the adapter merged."""

@@ -54,6 +54,10 @@ def _torchao(arguments: Mapping[str, Any], dtype: str) -> Any:
     return resolve_name("transformers:TorchAoConfig")(how)
 
 
+_COMPILES = (
+    "quanto compiles C++ when it is first used, which takes minutes; if that is cut off, delete the file `lock` below "
+    "optimum/quanto/library/extensions, for which it would wait without end"
+)
 # of each 64 weights bitsandbytes keeps a float32 scale, of each 128 quanto a float32 scale and shift; a scale a row
 # counts as nothing
 LIBRARIES: dict[str, Library] = {
@@ -82,8 +86,8 @@ LIBRARIES: dict[str, Library] = {
         options={
             "int8": Option("8 bits, a scale a row", 8, {"weights": "int8"}),
             "float8": Option("float8_e4m3, a scale a row", 8, {"weights": "float8"}),
-            "int4": Option("4 bits; compiles C++ at first use, minutes once", 4.5, {"weights": "int4"}),
-            "int2": Option("2 bits; compiles C++ at first use, minutes once", 2.5, {"weights": "int2"}),
+            "int4": Option("4 bits, unpacked by C++ that is compiled once", 4.5, {"weights": "int4"}, _COMPILES),
+            "int2": Option("2 bits, unpacked by C++ that is compiled once", 2.5, {"weights": "int2"}, _COMPILES),
         },
     ),
     "torchao": Library(
@@ -143,7 +147,8 @@ def of_checkpoint(config: Any) -> dict[str, Any] | None:
     found = getattr(config, "quantization_config", None)
     if found is None:  # a vision-language model may say it of its language part
         found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    return found if found is None or isinstance(found, dict) else dict(found.to_dict())
+    found = found if found is None or isinstance(found, dict) else dict(found.to_dict())
+    return found or None  # an empty one says nothing
 
 
 def method_of(config: Any) -> str:
@@ -178,6 +183,11 @@ def check_can_load(quantization: str | None, config: Any, strategy: str) -> None
         raise MissingPackageError(what, library.package, EXTRA) from error
     if quantization is not None and (caution := _parts(quantization)[1].caution):
         logger.warning("%s: %s", what, caution)
+
+
+def by_library(quantization: str | None, config: Any) -> bool:
+    """Whether one of `LIBRARIES` stores the weights, on load or in the checkpoint."""
+    return _library(quantization, config)[0] is not None
 
 
 def check_held(quantization: str | None, config: Any, strategy: str) -> None:

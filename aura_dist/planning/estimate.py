@@ -13,7 +13,7 @@ from transformers import Conv1D, DynamicCache, PretrainedConfig, PreTrainedModel
 from aura_dist.errors import ModelError
 from aura_dist.evaluation.decoding import only_attention
 from aura_dist.models.load import DTYPES, ModelSource, check_positions, skeleton
-from aura_dist.models.quantization import bits, method_of
+from aura_dist.models.quantization import bits, by_library, method_of
 from aura_dist.models.strategies.strategy import Spread, WeightSizes
 from aura_dist.models.strategies.table import title
 from aura_dist.models.strategies.tensor_plan import Plan, seen_columns, tensor_plan
@@ -84,7 +84,7 @@ def estimate(
     work = Work(
         weights=weights,
         forward=forward if stored_bits is None else _unpacking(model, forward),
-        quantised=source.quantization is not None or bool(method_of(config)),
+        quantised=by_library(source.quantization, config),
         neurons=tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites),
         stored_bytes=sum(stored),
         pooled_bytes=sum(DTYPES[p].itemsize for p in precisions),
