@@ -144,6 +144,7 @@ def test_extras_are_imported_where_they_are_used_and_every_package_is_declared()
         ("aura_dist.scoring.statistics", HEAVY),
         ("aura_dist.sites.kinds", HEAVY),
         ("aura_dist.sites.pooling", HEAVY),
+        ("aura_dist.models.quantization", HEAVY),
         ("aura_dist.models.strategies.table", HEAVY),
         ("aura_dist.planning.budget", HEAVY),
         ("aura_dist.stages.score", ("torch", "transformers", "dask", "numba", "pandas", "xarray")),

@@ -27,6 +27,9 @@ Launcher = Annotated[str, OneOf("aura_dist.sweep.launchers.LAUNCHERS")]
 Statistic = Annotated[str, OneOf("aura_dist.scoring.statistics.STATISTICS"), Meta(title="STATISTIC")]
 Module = Annotated[str, OneOf("aura_dist.sites.kinds.kind_words", also="GLOB|!GLOB")]
 Sharding = Annotated[str, OneOf("aura_dist.models.strategies.table.STRATEGIES", also="K, N"), Meta(title="STRATEGY")]
+Quantization = Annotated[
+    str, OneOf("aura_dist.models.quantization.spellings", also="NAME"), Meta(title="NAME[:OPTION]")
+]
 # dask-jobqueue's SLURMCluster takes these; see its documentation
 SlurmOption = Literal[
     "queue", "account", "walltime", "cores", "memory", "processes", "interface", "host", "python", "protocol",
@@ -74,6 +77,9 @@ class ModelOptions(Settings):
         "model", "options for loading the tokenizer, such as fix_mistral_regex=true", {}
     )
     adapter: Artifact | None = option("model", "LoRA adapter (peft) that is merged into the weights as they load", None)
+    quantization: Quantization | None = option(
+        "model", "store linear layers in fewer bits as the weights load; --dtype is what they compute in", None
+    )
     trust_remote_code: bool = option("model", TRUST, False)
     device: Literal["auto", "cpu", "cuda"] = option(EXECUTION, "where the forward runs; auto: a GPU if any", "auto")
     sharding: Sharding = option(EXECUTION, "how the model is spread over processes; K and N count ranks", "replicate")
@@ -87,10 +93,11 @@ class ModelOptions(Settings):
     strength: Strength = option("intervention", STRENGTH, 1.0)
 
     def __post_init__(self) -> None:
-        """Refuse an option that the strategy or the tokenizer would not look at."""
+        """Refuse an option that the strategy or the tokenizer would not look at, or weights that it cannot hold."""
         super().__post_init__()
         resolve_name("aura_dist.models.strategies.table:sharding_of")(self)
         resolve_name("aura_dist.text.tokenizer:TokenizerSettings.of")(self)
+        resolve_name("aura_dist.models.quantization:settle")(self)
 
 
 @dataclass(frozen=True, kw_only=True)

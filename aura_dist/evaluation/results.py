@@ -5,7 +5,7 @@
     config           the resolved settings of `evaluate`
     versions         package → version
     model            {name, revision, dtype, adapter: null or {name, sha256}, own_code: null or {file: sha256},
-                     fingerprint}
+                     quantization: null or NAME:OPTION, fingerprint}
     model_fingerprint  the same fingerprint
     intervention     null, or {…intervention.json (method, parameters, concept, model, …), directory, digest,
                      strength: as applied}

@@ -67,8 +67,10 @@ def train_maps(
     train = resolve_name(method.train)
     collected_with: Any = group.attrs.get("config", {})
     how = TokenizerSettings(collected_with.get("tokenizer_ids"), collected_with.get("tokenizer_option", {}))
-    adapter = (spec.model.get("adapter") or {}).get("name")
-    source = ModelSource(spec.model["name"], spec.model["revision"], spec.dtype, adapter, tokenizer=how)
+    adapter, quantization = (spec.model.get("adapter") or {}).get("name"), spec.model.get("quantization")
+    source = ModelSource(
+        spec.model["name"], spec.model["revision"], spec.dtype, adapter, tokenizer=how, quantization=quantization
+    )
     with start_team(parse_sharding("replicate"), pick_device("auto")) as team:
         loaded = replace(load_for_use(source, team, None), intervention=earlier)
         recorded = spec.model["fingerprint"]

@@ -15,6 +15,7 @@ from aura_dist.models.extras import find_extras, with_extras
 from aura_dist.models.fingerprints import comparable
 from aura_dist.models.identity import earlier_fingerprint, fingerprint
 from aura_dist.models.load import ModelSource, load_causal, load_config, skeleton, tokenizer_of
+from aura_dist.models.quantization import FLAG, check_can_load
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.ranks.team import Team
 from aura_dist.sites.find import SiteTable, find_sites
@@ -47,6 +48,7 @@ def load_for_use(
     another one or is in its weights already; StoreError if there is no intervention at `intervention_dir`.
     """
     config = load_config(source)
+    check_can_load(source.quantization, config, team.world.layout.strategy)
     whole = skeleton(config, source)
     extras = find_extras(source, whole)
     intervention = None
@@ -84,7 +86,11 @@ def check_made_for(
     recorded = str(made_for.get("fingerprint") or "")
     here = comparable(recorded, found, earlier, f"--intervention {directory}")
     if recorded and here != recorded:
+        ways = [
+            f"with {FLAG} {q}" if q else f"with no {FLAG}" for q in (made_for.get("quantization"), source.quantization)
+        ]
+        then, now = (f", {way}" if ways[0] != ways[1] else "" for way in ways)
         raise ModelError(
-            f"--intervention {directory!r} was made for {made_for.get('name')!r} (fingerprint {recorded[:12]}), but "
-            f"--model {source.name!r} has {here[:12]}; fit one for this model"
+            f"--intervention {directory!r} was made for {made_for.get('name')!r} (fingerprint {recorded[:12]}{then}), "
+            f"but --model {source.name!r} has {here[:12]}{now}; fit one for this model"
         )

@@ -1,4 +1,4 @@
-"""What changes a model's numbers beside its weights and configuration: an adapter, and code of its own."""
+"""What changes a model's numbers beside its weights and configuration: an adapter, code of its own, a quantisation."""
 
 import hashlib
 import json
@@ -17,12 +17,14 @@ from aura_dist.models.load import ModelSource
 
 
 def find_extras(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:
-    """What is recorded of them: `adapter` {name, sha256} and `own_code` {file: sha256}, each None where there is none.
+    """What is recorded of them, each None where there is none.
+
+    `adapter` {name, sha256}, `own_code` {file: sha256}, and `quantization` as `quantization.settled` spells it.
 
     `model` may be on the meta device.
     """
     adapter = {"name": source.adapter, "sha256": adapter_digest(source.adapter)} if source.adapter else None
-    return {"adapter": adapter, "own_code": own_code(model) or None}
+    return {"adapter": adapter, "own_code": own_code(model) or None, "quantization": source.quantization}
 
 
 def with_extras(fingerprint: str, extras: Mapping[str, Any]) -> str:
@@ -30,6 +32,7 @@ def with_extras(fingerprint: str, extras: Mapping[str, Any]) -> str:
     if not any(extras.values()):
         return fingerprint
     parts = [fingerprint, (extras["adapter"] or {}).get("sha256"), extras["own_code"]]
+    parts += filter(None, [extras["quantization"]])  # fingerprints of others stay as they were
     return marked(json.dumps(parts, sort_keys=True))
 
 

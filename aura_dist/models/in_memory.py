@@ -56,8 +56,8 @@ class InMemory:
         return find_sites(skeleton(self.config, self.source) if is_base else self.model)
 
     def extras(self) -> dict[str, Any]:
-        """The record of code that came with the model, as of one on disk."""
-        return {"adapter": None, "own_code": own_code(self.model) or None}
+        """The record of code that came with the model, as of one on disk; its weights show a quantisation."""
+        return {"adapter": None, "own_code": own_code(self.model) or None, "quantization": None}
 
     def fingerprint(self) -> str:
         """The identity of the model: its configuration, the class of each module, and all values that it holds.

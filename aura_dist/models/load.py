@@ -1,6 +1,7 @@
 """Find a model, check it, and load it as the strategy of the launch spreads it."""
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,6 +27,7 @@ from transformers.utils import logging as hf_logging
 from aura_dist.errors import AuraError, ConfigError, ModelError, brief
 from aura_dist.models.adapter import Adapter, check_adapter, merged_weights
 from aura_dist.models.identity import checkpoint_files
+from aura_dist.models.quantization import by_library, check_float, configuration_of, of_checkpoint, settle
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.models.strategies.tensor_plan import seen_columns
@@ -32,6 +36,7 @@ from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.ownership import ColumnPlan, plan_columns
 from aura_dist.sites.site import Site
+from aura_dist.sites.transformers_adapter import holds_quantised
 from aura_dist.text.own_code import load_with
 from aura_dist.text.tokenizer import TokenizerSettings, load_tokenizer
 
@@ -50,13 +55,14 @@ class ModelSource:
     adapter: str | None = None  # a directory or hub name; it is merged into the weights
     trust_remote_code: bool = False  # whether code that comes with the model may run
     tokenizer: TokenizerSettings = TokenizerSettings()
+    quantization: str | None = None  # as `quantization.settled` spells it
 
 
 def source_of(config: Any) -> ModelSource:
     """The model that the settings of a verb name."""
     return ModelSource(
         config.model, config.revision, config.dtype, config.adapter, config.trust_remote_code,
-        TokenizerSettings.of(config),
+        TokenizerSettings.of(config), settle(config),
     )  # fmt: skip
 
 
@@ -66,7 +72,11 @@ def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's configuration; ModelError if it cannot be found or read, or an adapter lies beside the weights."""
+    """The model's configuration.
+
+    ModelError if it cannot be found or read, an adapter lies beside the weights, or they are quantised and are to be
+    quantised.
+    """
     check_adapter(source.name, source.revision, source.adapter)
 
     def load(trust: bool) -> Any:
@@ -81,6 +91,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             f"--model {source.name!r}: expected a local directory or a hub name with a config.json: {brief(error)}"
         ) from error
     assert isinstance(config, PretrainedConfig)
+    check_float(source.quantization, config, source.name)
     return config
 
 
@@ -107,12 +118,16 @@ def check_vocabulary(config: PretrainedConfig, largest_id: int) -> None:
 def skeleton(config: PretrainedConfig, source: ModelSource | None = None) -> PreTrainedModel:
     """The causal language model of `config` on the meta device: all modules, no weights.
 
-    Its class may come with the model at `source`, where that is trusted.
+    Its class may come with the model at `source`, where that is trusted. Of a vision-language model it is all but the
+    models within it that read images.
     """
+    # the classes of most vision-language models are no `AutoModelForCausalLM`, and have its forward and its head
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     revision = {"code_revision": source.revision} if source is not None and source.revision else {}
 
     def make(trust: bool) -> Any:
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust, **revision)
+        return kind.from_config(copy.deepcopy(config), trust_remote_code=trust, **revision)
 
     with torch.device("meta"):
         try:
@@ -121,16 +136,30 @@ def skeleton(config: PretrainedConfig, source: ModelSource | None = None) -> Pre
         except AuraError:  # a signal
             raise
         except Exception as error:  # a configuration fails in as many ways as it has fields and back ends
-            is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            is_causal = sees or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
             what = "cannot be made from its config.json" if is_causal else "is not a causal language model"
             raise ModelError(f"model type {config.model_type!r} {what}: {brief(error)}") from error
     assert isinstance(model, PreTrainedModel)
+    if sees and not _reads_text_alone(model):
+        raise ModelError(
+            f"model type {config.model_type!r} is not a causal language model: expected a decoder that reads text "
+            f"alone, got {type(model).__name__}; use a checkpoint of its language model"
+        )
+    leave_out_towers(model)
     return model
+
+
+def _reads_text_alone(model: PreTrainedModel) -> bool:
+    """Whether a vision-language model has a decoder of its own, and its forward asks for no image."""
+    asked = [p for p in inspect.signature(model.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    whole = model.get_decoder() in (model, model.base_model)
+    return not whole and not model.config.is_encoder_decoder and all(p.default is not p.empty for p in asked)
 
 
 def load_causal(source: ModelSource, world: World, options: Options | None = None) -> PreTrainedModel:
     """The causal language model with its head, in eval mode, as the world's strategy spreads it under `options`."""
-    return _load(type(skeleton(load_config(source), source)), source, world, options)
+    whole = skeleton(load_config(source), source)
+    return _load(type(whole), whole, source, world, options)
 
 
 def load_base(
@@ -140,44 +169,65 @@ def load_base(
 
     It has the class and the module names of the causal language model's base.
     """
-    whole = skeleton(load_config(source), source)
-    base_class = type(whole.base_model)
-    if num_layers is None:
-        return _load(base_class, source, world, options)
-    model = _load(_first_layers(whole, num_layers), source, world, options)
-    if base_class in type(model).__bases__:  # FSDP2 puts a class of its own in front
-        model.__class__ = base_class
-    return model
+    config = load_config(source)
+    whole = skeleton(config, source)
+    if by_library(source.quantization, config):
+        # with its head, because libraries find by names in the causal language model what they leave as it is
+        return _load(type(whole), whole, source, world, options, num_layers).base_model
+    return _load(type(whole.base_model), whole, source, world, options, num_layers)
 
 
-def _first_layers(whole: PreTrainedModel, num_layers: int) -> type[PreTrainedModel]:
-    """A class of the base model that has the first `num_layers` decoder layers alone.
+def _load(
+    model_class: type[PreTrainedModel],
+    whole: PreTrainedModel,
+    source: ModelSource,
+    world: World,
+    options: Options | None,
+    num_layers: int | None = None,
+) -> PreTrainedModel:
+    """The model in eval mode, no gradients; float32 products in float32, because TF32 changes the fourth digit."""
+    cut = _text_part(model_class, whole, num_layers)
+    model = STRATEGIES[world.layout.strategy].load(Checkpoint(cut, source, whole), world, options or {})
+    if type(model) is cut:  # FSDP2 puts a class of its own in front
+        model.__class__ = model_class
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return model.eval().requires_grad_(False)
+
+
+def _text_part(
+    model_class: type[PreTrainedModel], whole: PreTrainedModel, num_layers: int | None
+) -> type[PreTrainedModel]:
+    """A class of the model, or of its base, that has the first `num_layers` decoder layers, and no vision tower.
 
     The configuration stays whole, because a layer may depend on the number of layers: MiniCPM scales its residuals by
     it, and the last layers of Gemma 3n, counted from the end, take keys from those before.
     """
-    base_class = type(whole.base_model)
-    name = decoder_layers_name(whole).removeprefix(f"{whole.base_model_prefix}.")
+    if num_layers is None and not model_class.config_class.sub_configs:
+        return model_class
+    prefix = "" if model_class is type(whole) else f"{whole.base_model_prefix}."
+    name = None if num_layers is None else decoder_layers_name(whole).removeprefix(prefix)
 
     def init(self: PreTrainedModel, config: PretrainedConfig) -> None:
-        base_class.__init__(self, config)
-        layers = self.get_submodule(name)
-        assert isinstance(layers, nn.ModuleList)
-        del layers[num_layers:]
+        model_class.__init__(self, config)
+        if name is not None:
+            layers = self.get_submodule(name)
+            assert isinstance(layers, nn.ModuleList)
+            del layers[num_layers:]
+        leave_out_towers(self)
 
-    return type(base_class.__name__, (base_class,), {"__init__": init, "__module__": base_class.__module__})
+    return type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
 
 
-def _load(
-    model_class: type[PreTrainedModel], source: ModelSource, world: World, options: Options | None
-) -> PreTrainedModel:
-    """The model in eval mode, no gradients; float32 products in float32, because TF32 changes the fourth digit."""
-    # made here, because under ZeRO 3 a model that is made on the meta device is split at once
-    whole = None if source.adapter is None else skeleton(load_config(source), source)
-    model = STRATEGIES[world.layout.strategy].load(Checkpoint(model_class, source, whole), world, options or {})
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    return model.eval().requires_grad_(False)
+def leave_out_towers(model: PreTrainedModel) -> None:
+    """Take out the models within a model that read images or sound, because no text goes through them."""
+    if not model.config.sub_configs:
+        return
+    decoder = model.get_decoder()
+    for module in [module for module in model.modules() if decoder in set(module.children())]:
+        for name, part in list(module.named_children()):
+            if isinstance(part, PreTrainedModel) and part is not decoder:
+                setattr(module, name, None)
 
 
 @dataclass(frozen=True)
@@ -186,7 +236,8 @@ class Checkpoint:
 
     model_class: type[PreTrainedModel]
     source: ModelSource
-    whole: PreTrainedModel | None = None  # the causal language model on the meta device, if an adapter is merged
+    # the causal language model on the meta device: made before, because ZeRO 3 splits at once what is made under it
+    whole: PreTrainedModel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,7 +250,12 @@ class Checkpoint:
 
     def _config(self) -> PretrainedConfig:
         config, own = load_config(self.source), self.model_class.config_class
-        return config if isinstance(config, own) else config.get_text_config(decoder=True)
+        if isinstance(config, own):
+            return config
+        text = config.get_text_config(decoder=True)
+        if (found := of_checkpoint(config)) is not None:
+            text.quantization_config = found
+        return text
 
     def read(self, **placement: Any) -> PreTrainedModel:
         """The model with weights; `placement` goes to `from_pretrained`. ModelError if a weight is missing."""
@@ -208,7 +264,7 @@ class Checkpoint:
         hf_logging.set_verbosity_error()  # a cut model leaves weights unused; missing ones are checked below
         hf_logging.disable_progress_bar()
         try:
-            placement = placement | ({} if self.source.adapter is None else self._merged(opened))
+            placement = placement | self._quantised() | ({} if self.source.adapter is None else self._merged(opened))
             model, info = self.model_class.from_pretrained(
                 None if "state_dict" in placement else name,
                 revision=self.source.revision,
@@ -237,13 +293,29 @@ class Checkpoint:
                 "among them: expected weights that config.json describes, without the parts of an adapter, scales of "
                 "quantised weights, or biases that it does not have; save the model again, or correct its config.json"
             )
+        if self.source.quantization is not None and not holds_quantised(model):
+            raise ModelError(
+                f"--quantization {self.source.quantization}: expected linear layers that it can store in fewer bits, "
+                f"found none in {type(model).__name__}; take another library, or leave it out"
+            )
         return model
+
+    def _quantised(self) -> dict[str, Any]:
+        """What `from_pretrained` takes beside, so that weights are quantised as they are read, or known to be.
+
+        A part of a checkpoint's configuration may not say what the whole says of its weights.
+        """
+        quantization = self.source.quantization
+        if quantization is not None:
+            return {"quantization_config": configuration_of(quantization, self.source.dtype)}
+        config = load_config(self.source)
+        alike = isinstance(config, self.model_class.config_class)
+        return {} if alike or of_checkpoint(config) is None else {"config": self._config()}
 
     def _merged(self, opened: ExitStack) -> dict[str, Any]:
         """What `from_pretrained` takes in place of a name, so that it loads the weights with the adapter merged."""
         source = self.source
         assert source.adapter is not None
-        assert self.whole is not None
         files = checkpoint_files(source.name, source.revision, load_config(source))
         weights = [opened.enter_context(open_weights(file)) for file in files]
         merged = merged_weights(Adapter.load(source.adapter), self.whole, weights, self.dtype)

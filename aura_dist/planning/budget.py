@@ -155,7 +155,12 @@ def _largest(work: Work, spread: Spread, machine: Machine) -> int | None:
 
 def survey(work: Work, world_size: int, machine: Machine, *, splits: bool) -> list[WhatFits]:
     """How every way of spreading over the ranks fits, the least spread first; `splits`: as in `Strategy.offers`."""
-    return [what_fits(work, spread, machine) for spread in spreads(world_size, gpu=machine.gpu, splits=splits)]
+    ways = spreads(world_size, gpu=machine.gpu, splits=splits)
+    return [what_fits(work, spread, machine) for spread in ways if _can_hold(work, spread)]
+
+
+def _can_hold(work: Work, spread: Spread) -> bool:
+    return not work.quantised or STRATEGIES[spread.layout.strategy].holds_quantised
 
 
 def spreads(world_size: int, *, gpu: bool, splits: bool) -> list[Spread]:
@@ -187,7 +192,7 @@ def over_more(work: Work, machine: Machine, above: int) -> Spread | None:
     while ranks <= MAX_RANKS:
         for strategy in STRATEGIES.values() if ranks > above else ():
             spread = strategy.over_more(ranks)
-            if spread is not None and what_fits(work, spread, machine).tokens_per_batch:
+            if spread is not None and _can_hold(work, spread) and what_fits(work, spread, machine).tokens_per_batch:
                 return spread
         ranks *= 2
     return None

@@ -1,17 +1,19 @@
 """A model's configuration and the lengths of texts → what a collection or an evaluation takes; no weights are read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import Conv1D, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from aura_dist.errors import ModelError
 from aura_dist.evaluation.decoding import only_attention
 from aura_dist.models.load import DTYPES, ModelSource, check_positions, skeleton
+from aura_dist.models.quantization import bits, by_library, method_of
 from aura_dist.models.strategies.strategy import Spread, WeightSizes
 from aura_dist.models.strategies.table import title
 from aura_dist.models.strategies.tensor_plan import Plan, seen_columns, tensor_plan
@@ -19,7 +21,7 @@ from aura_dist.planning.budget import advice, survey, what_fits
 from aura_dist.planning.seconds import READ_RATE, TFLOPS, EvaluationPlan, LanguageModelCost, Step, run_seconds, schedule
 from aura_dist.planning.text import Report
 from aura_dist.planning.trace import forward_cost
-from aura_dist.planning.work import Machine, Work, store_size
+from aura_dist.planning.work import ForwardCost, Machine, Work, store_size
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, tap_of
 from aura_dist.sites.kinds import KINDS
 from aura_dist.sites.pooling import POOLINGS
@@ -28,6 +30,8 @@ from aura_dist.sites.tap import generic
 from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS_WEIGHT
 from aura_dist.store.grid import columns_per_chunk, rows_per_chunk
 from aura_dist.store.schema import stored_dtype, tasks_of
+
+LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Estimate:
     num_tokens: NDArray[np.int32]  # of the rows, ascending
     table: SiteTable  # all sites of the model
     sites: tuple[Site, ...]  # the captured ones
+    quantization: str  # of the weights, for people; empty where they are floats
     precisions: tuple[str, ...]  # dtype of each pooling's values: the forward's, or float32 where values are averaged
     splits: bool  # whether tensor parallelism can split the decoder layers
     work: Work
@@ -74,10 +79,13 @@ def estimate(
     prepare(model, 1 + max(s.layer for s in sites), source.dtype)
     stored = [np.dtype(stored_dtype(p, source.dtype)).itemsize for p in poolings]
     precisions = tuple(source.dtype if POOLINGS[p].selects else "float32" for p in poolings)
-    weights = weight_sizes(model, split)
+    stored_bits = bits(source.quantization, config)
+    weights = weight_sizes(model, split, stored_bits)
+    forward = forward_cost(model, sites, poolings, longest, on_cpu=not gpu)
     work = Work(
         weights=weights,
-        forward=forward_cost(model, sites, poolings, longest, on_cpu=not gpu),
+        forward=forward if stored_bits is None else _unpacking(model, forward),
+        quantised=by_library(source.quantization, config),
         neurons=tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites),
         stored_bytes=sum(stored),
         pooled_bytes=sum(DTYPES[p].itemsize for p in precisions),
@@ -89,7 +97,21 @@ def estimate(
         data_bytes=data_bytes,
         mapped=not gpu and is_mapped(model, source),
     )
-    return Estimate(source, num_tokens, table, sites, precisions, any(part for _, part in weights.layers), work)
+    splits, quantization = any(part for _, part in weights.layers), source.quantization or method_of(config)
+    return Estimate(source, num_tokens, table, sites, quantization, precisions, splits, work)
+
+
+def _unpacking(model: PreTrainedModel, forward: ForwardCost) -> ForwardCost:
+    """The cost where linear layers hold their weights in fewer bits.
+
+    At most, one layer's weights are float32 while it computes, and beside its output there are the integer products
+    and two scaled copies of them.
+    """
+    linear = [m.weight for m in model.base_model.modules() if isinstance(m, LINEAR)]
+    largest, widest = (max(sizes, default=0) for sizes in ([w.numel() for w in linear], [max(w.shape) for w in linear]))
+    return replace(
+        forward, constant_bytes=forward.constant_bytes + 4 * largest, token_bytes=forward.token_bytes + 12 * widest
+    )
 
 
 def _tensor_plan(model: PreTrainedModel, sites: Sequence[Site], num_ranks: int, file: str | None) -> Plan:
@@ -121,17 +143,22 @@ def is_split(plan: Plan, name: str) -> bool:
     return ("wise" in style or "packed" in style or style == WHOLE_EXPERTS_WEIGHT) and not by_rows
 
 
-def weight_sizes(model: PreTrainedModel, plan: Plan) -> WeightSizes:
-    """Bytes of a prepared model's base: weights and buffers, by decoder layer, kept whole or split under `plan`."""
+def weight_sizes(model: PreTrainedModel, plan: Plan, stored_bits: float | None = None) -> WeightSizes:
+    """Bytes of a prepared model's base: weights and buffers, by decoder layer, kept whole or split under `plan`.
+
+    A weight of a linear layer takes `stored_bits` bits, where they are given.
+    """
     layers_name = decoder_layers_name(model)
     base = model.base_model
     prefix = f"{model.base_model_prefix}." if base is not model else ""
     layers = [[0, 0] for _ in range(len(model.get_submodule(layers_name)))]
     outside = [0, 0]
+    linear = {f"{n}.weight" for n, m in base.named_modules() if isinstance(m, LINEAR) and stored_bits is not None}
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         within = (prefix + name).removeprefix(f"{layers_name}.")
         place = layers[int(within.partition(".")[0])] if within != prefix + name else outside
-        place[int(is_split(plan, prefix + name))] += tensor.nbytes
+        size = ceil(tensor.numel() * (stored_bits or 0) / 8) if name in linear else tensor.nbytes
+        place[int(is_split(plan, prefix + name))] += size
     return WeightSizes(tuple((a, b) for a, b in layers), (outside[0], outside[1]))
 
 
@@ -139,11 +166,11 @@ def is_mapped(model: PreTrainedModel, source: ModelSource) -> bool:
     """Whether a CPU can use the weights in their files: in a local safetensors checkpoint of the same dtype.
 
     Not where there is a mixture of experts, because transformers copies their weights into one tensor at load, nor
-    with an adapter.
+    with an adapter or quantised weights.
     """
     saved = getattr(model.config.get_text_config(decoder=True), "dtype", None)
     merged = any(p.ndim == 3 for p in model.parameters())
-    merged = merged or source.adapter is not None
+    merged = merged or source.adapter is not None or source.quantization is not None or bool(method_of(model.config))
     return saved == DTYPES[source.dtype] and not merged and any(Path(source.name).glob("*.safetensors"))
 
 
@@ -162,8 +189,9 @@ def collection_report(
     compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops)
     by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in KINDS}
     widths = [s.width for s in found.sites]
+    about = (found.table.model_class, found.source.dtype, found.quantization)
     return Report(
-        model=f"{found.source.name} ({found.table.model_class}, {found.source.dtype})",
+        model=f"{found.source.name} ({', '.join(filter(None, about))})",
         kinds={kind: (len(w), sum(w)) for kind, w in by_kind.items()},
         captured=(len(widths), sum(widths)),
         uncaptured=len(found.table.experts),

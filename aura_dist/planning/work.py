@@ -50,6 +50,7 @@ class Work:
     tokens_per_batch: int  # at most
     tokenizer_bytes: int = 0  # of the tokenizer's file, 0 where not known
     data_bytes: int = 0  # of the texts' file, 0 where not known
+    quantised: bool = False  # whether a library stores the weights, which few strategies can hold
     mapped: bool = False  # whether a CPU can use the weights in their files, because they have the forward's dtype
 
     @property

@@ -84,7 +84,8 @@ def decoder_layers_name(model: PreTrainedModel) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and _are_layers(module, whole)
     }
-    lists = {n: m for n, m in lists.items() if "vision" not in n}
+    within = set(model.get_decoder().modules())  # a vision-language model has lists of other layers beside
+    lists = {n: m for n, m in lists.items() if m in within} or lists
     decoders = {n: m for n, m in lists.items() if "encoder" not in n.split(".")} or lists
     longest = [n for n, m in decoders.items() if len(m) == max(map(len, decoders.values()))]
     if not longest or (not whole and len(longest) > 1):

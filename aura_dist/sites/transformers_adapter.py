@@ -72,6 +72,12 @@ def loaded_names(model: PreTrainedModel) -> Callable[[str], tuple[str, str]]:
     return loaded
 
 
+def holds_quantised(model: PreTrainedModel) -> bool:
+    """Whether a weight of a linear layer is no plain tensor of floats."""
+    weights = [m.weight.data for m in model.modules() if isinstance(m, nn.Linear)]
+    return any(type(w) is not Tensor or not w.is_floating_point() for w in weights)
+
+
 def implementations(config: PretrainedConfig) -> list[str | None]:
     """Which code computes attention and experts, as a configuration sets it; `to_dict` leaves both out."""
     return [config._attn_implementation, config._experts_implementation]

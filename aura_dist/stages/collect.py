@@ -42,6 +42,7 @@ from aura_dist.models.load import (
     source_of,
     tokenizer_of,
 )
+from aura_dist.models.quantization import check_can_load
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.ranks.device import pick_device
@@ -297,8 +298,10 @@ def make_spec(
     fingerprint_once: Callable[[], str] | None = None,
 ) -> StoreSpec:
     """What the store will hold. The weights are hashed last, by `fingerprint_once` where several ranks share that."""
+    source = subject.source
+    check_can_load(source.quantization, subject.config, sharding_of(config).strategy.name)
     check_positions(subject.config, longest, "--max-tokens")
-    source, table = subject.source, subject.sites()
+    table = subject.sites()
     sites = table.select(config.modules)
     if table.experts:
         logger.warning(

@@ -45,6 +45,7 @@ from aura_dist.evaluation.prompts import (
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.use import LoadedModel
 from aura_dist.models.load import load_config, skeleton, source_of, tokenizer_of
+from aura_dist.models.quantization import check_held
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
@@ -75,6 +76,7 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
     spread = Spread(sharding.layout(config.world_size), sharding.options)
     source = source_of(config)
     model_config = load_config(source)
+    check_held(source.quantization, model_config, sharding.strategy.name)
     num_tokens, shortest, origin = find_rows(config, model_config)
     found = estimate(
         source,

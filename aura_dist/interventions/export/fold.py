@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.models.load import skeleton
+from aura_dist.models.quantization import method_of
 from aura_dist.models.weights import FLOATS, Stored
 from aura_dist.sites.find import find_sites, tap_of
 from aura_dist.sites.kinds import KINDS
@@ -65,8 +66,11 @@ def plan_folds(
         holds it in another layout, the weight is tied to another module's, the module does not compute what its
         class says, or a shift finds no bias. The message names the site.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"the checkpoint is quantised: a scale cannot be folded into its weights; {HOOKS_ONLY}")
+    if method := method_of(config):
+        raise ModelError(
+            f"the checkpoint is quantised ({method}): a scale cannot be folded into its weights; {HOOKS_ONLY}, or fit "
+            "one for the checkpoint of float weights, fold it into that, and quantise the result"
+        )
     names = _Names(model, stored)
     sites = {s.name: s for s in find_sites(model).sites}
     folds: dict[str, list[Fold]] = {}

@@ -21,6 +21,7 @@ class Dispatch(Strategy):
     spellings = ("dispatch",)
     summary = "one process: layers over its GPUs, then host memory, then disk"
     options = ("max_memory", "offload_folder")
+    holds_quantised = True
 
     def parse(self, given: Options) -> Options:
         """`max_memory` as device (a GPU's number, `cpu` or `disk`) → bytes."""

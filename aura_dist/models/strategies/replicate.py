@@ -17,6 +17,7 @@ class Replicate(Strategy):
     name = "replicate"
     spellings = ("replicate",)
     summary = "every rank holds the whole model and runs its own rows"
+    holds_quantised = True
     maps_files = True
 
     def layout(self, sharding: str, world_size: int) -> Layout:
