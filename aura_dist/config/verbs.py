@@ -79,9 +79,20 @@ class ModelOptions(Settings):
     sharding: Sharding = option(EXECUTION, "how the model is spread over processes; K and N count ranks", "replicate")
     offload: Offload = option(EXECUTION, "zero3: where weights are while they are not used", "none")
     max_memory: list[Annotated[str, Meta(title="DEVICE=SIZE")]] = option(
-        EXECUTION, "dispatch: largest memory of devices, such as 0=70GiB cpu=200GiB", [], unset="what is free"
+        EXECUTION, "dispatch, layers: largest memory of devices, such as 0=70GiB cpu=200GiB", [], unset="what is free"
     )
-    offload_folder: Dir | None = option(EXECUTION, "dispatch: directory for the weights that go to disk", None)
+    host_memory: Size | None = option(
+        EXECUTION, "layers: memory of this machine; what has no room in half of it waits in a file", None,
+        unset="what is free",
+    )  # fmt: skip
+    offload_folder: Dir | None = option(
+        EXECUTION, "dispatch: directory for the weights that go to disk; layers: for hidden states", None,
+        unset="for hidden states the system's for temporary files",
+    )  # fmt: skip
+    wave_tokens: PositiveInt | None = option(
+        EXECUTION, "layers: tokens that go through the layers together; the weights are read once for them", None,
+        unset="as many as keep reading below a few percent of the time",
+    )  # fmt: skip
     tensor_plan: File | None = option(EXECUTION, "tensor: YAML file of module → style", None, unset="the model's")
     intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
     strength: Strength = option("intervention", STRENGTH, 1.0)
