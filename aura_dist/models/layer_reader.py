@@ -33,7 +33,8 @@ class LayerReader:
     Parameters
     ----------
     model, layers_name
-        The model, and the name of its list of decoder layers.
+        A model that has the layers, and the name of its list of them. Nobody else changes it, because the thread looks
+        for parameters in it.
     tensors
         The checkpoint's tensors by name; each is read when it is indexed.
     places
@@ -41,7 +42,9 @@ class LayerReader:
     dtype, device
         Of the weights, for the forward.
     opened
-        The checkpoint's files; they stay open as long as the reader lives.
+        The checkpoint's files; they stay open until `close`.
+    source
+        The checkpoint's name, for errors.
     """
 
     def __init__(
@@ -53,7 +56,9 @@ class LayerReader:
         dtype: torch.dtype,
         device: str,
         opened: ExitStack,
+        source: str = "",
     ) -> None:
+        self._source = source
         self._model, self._dtype, self._device, self._opened = model, dtype, torch.device(device), opened
         self._name = layers_name
         layers = model.get_submodule(layers_name)
@@ -66,7 +71,7 @@ class LayerReader:
         self._coming: dict[int, Future[Any]] = {}
         self._stream: Any = None
         self.waited_seconds = 0.0  # by the forward, for weights
-        self.read_seconds = 0.0  # by the thread
+        self._read_seconds, self._num_read = 0.0, 0
         self._sort(tensors)
 
     def _sort(self, tensors: Mapping[str, Any]) -> None:
@@ -92,7 +97,7 @@ class LayerReader:
         names = [name for name in names if not is_optional(self._model, name)]
         if names:
             raise ModelError(
-                f"--model {self._model.name_or_path!r}: the checkpoint lacks {len(names)} of the weights of a layer, "
+                f"--model {self._source!r}: the checkpoint lacks {len(names)} of the weights of a layer, "
                 f"{names[0]!r} among them; use a whole checkpoint of this architecture"
             )
 
@@ -131,6 +136,11 @@ class LayerReader:
         self._opened.close()
 
     @property
+    def seconds_per_layer(self) -> float:
+        """How long the thread takes for a layer, on average so far."""
+        return self._read_seconds / max(1, self._num_read)
+
+    @property
     def two_layers_bytes(self) -> int:
         """Bytes of the two largest layers, which are in memory at once."""
         return sum(sorted(sum(tensor.nbytes for tensor in layer.values()) for layer in self._meta)[-2:])
@@ -147,7 +157,8 @@ class LayerReader:
         initialize_rest(self._model, layer)
         event = None if self._device.type == "cpu" else self._to_device(layer)
         layer.eval().requires_grad_(False)
-        self.read_seconds += time.perf_counter() - begun
+        self._read_seconds += time.perf_counter() - begun
+        self._num_read += 1
         return event
 
     def _read_ahead(self, tensors: Mapping[str, Any]) -> None:

@@ -7,10 +7,12 @@ kept, and with the outputs of the layers before in place of those tensors. A mod
 layers, or shares an object among them, would get wrong values, so it is refused.
 """
 
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from aura_dist.sites.find import decoder_layers_name
 # what may be in a layer's call beside tensors; another object may carry values from layer to layer
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 _CHECK_ROWS = 2
+# a wave computes so many times as long as its weights take to read: what is read unhidden, such as the first layer, or
+# more slowly than at first, then costs little
+_COMPUTE_PER_READ = 32
 _CHECK_LAYERS = 2
 
 
@@ -73,8 +78,8 @@ class _Wave(nn.Module):
 class Layerwise:
     """Runs the batches of a wave through `model`, whose layers are loaded by `reader`; one a model.
 
-    A batch is known by a key: `record` it, `run` it through every layer in order, then `finish` or `drop` it. The first
-    batch is also run in the ordinary way through the first layers, which must give the same bits.
+    `prepare` it once. Then a batch is known by a key: `record` it, `run` it through every layer in order, and `finish`
+    or `drop` it.
     """
 
     def __init__(
@@ -89,6 +94,30 @@ class Layerwise:
         self._calls: dict[Hashable, list[Call]] = {}
         self._last_use: dict[Link, int] = {}  # of each output → the layer that takes it last
         self._form: Any = None  # of a layer's output, with tensors without data
+        self._tokens_per_second = 0.0  # of one layer
+
+    @torch.no_grad()
+    def prepare(self, inputs: Inputs) -> None:
+        """Check, with two rows of a batch, that the layers can be called one by one; measure how fast they are.
+
+        ModelError if the model's layers exchange more than tensors, or do not give the bits of an ordinary forward.
+        """
+        few = {name: value[:_CHECK_ROWS] for name, value in inputs.items()}
+        begun = time.perf_counter() - self.reader.waited_seconds
+        self._check(few)
+        seconds = time.perf_counter() - self.reader.waited_seconds - begun
+        tokens = next(iter(few.values())).numel()
+        self._tokens_per_second = 2 * min(_CHECK_LAYERS, self.num_layers) * tokens / seconds
+
+    def tokens_of_a_wave(self) -> int:
+        """Tokens for which reading the weights takes a small part of the time, also where nothing hides it."""
+        if self.wave_tokens is not None:
+            return self.wave_tokens
+        return ceil(_COMPUTE_PER_READ * self.reader.seconds_per_layer * self._tokens_per_second)
+
+    def note_wave(self, num_tokens: int, seconds: float, waited: float) -> None:
+        """Take how long a wave took, of which it `waited` for weights, for the size of the next one."""
+        self._tokens_per_second = self.num_layers * num_tokens / max(seconds - waited, 1e-9)
 
     @property
     def num_layers(self) -> int:
@@ -105,13 +134,8 @@ class Layerwise:
 
     @torch.no_grad()
     def record(self, key: Hashable, inputs: Inputs) -> None:
-        """Prepare a batch; `inputs` are the arguments of the model's forward.
-
-        ModelError if the model's layers exchange more than tensors, or do not give the bits of an ordinary forward.
-        """
+        """Begin a batch; `inputs` are the arguments of the model's forward. `prepare` comes first."""
         self.reader.start(0)
-        if self._form is None:
-            self._check({name: value[:_CHECK_ROWS] for name, value in inputs.items()})
         self._record(key, inputs)
 
     @torch.no_grad()
@@ -271,6 +295,17 @@ def executor_of(model: nn.Module) -> Layerwise | None:
     """What runs `model` layer by layer; None if it runs in the ordinary way."""
     kept = getattr(model, "_layerwise", ())
     return kept[0] if kept else None
+
+
+@contextmanager
+def closing(model: nn.Module) -> Iterator[None]:
+    """Context at whose end what loads the layers of `model` is closed, if it runs layer by layer."""
+    try:
+        yield
+    finally:
+        executor = executor_of(model)
+        if executor is not None:
+            executor.close()
 
 
 def whole_forwards(model: PreTrainedModel) -> set[nn.Module]:

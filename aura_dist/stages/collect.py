@@ -20,7 +20,8 @@ from typing import Any
 import zarr
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from aura_dist.collecting.stream import Run, stream
+from aura_dist.collecting.run import Run
+from aura_dist.collecting.stream import stream
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import RunInterruptedError, StoreError
 from aura_dist.interventions.artifact import Intervention
@@ -31,6 +32,7 @@ from aura_dist.models.fingerprints import comparable
 from aura_dist.models.hub import downloaded
 from aura_dist.models.identity import earlier_fingerprint, fingerprint
 from aura_dist.models.in_memory import InMemory
+from aura_dist.models.layerwise import closing, executor_of
 from aura_dist.models.load import (
     ModelSource,
     check_positions,
@@ -112,7 +114,9 @@ class OnDisk:
     @contextmanager
     def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:
         """The base model, loaded without the decoder layers from `num_layers` on."""
-        yield load_base(self.source, world, self.options, num_layers=num_layers)
+        model = load_base(self.source, world, self.options, num_layers=num_layers)
+        with closing(model):
+            yield model
 
 
 Subject = OnDisk | InMemory  # what is collected from
@@ -202,16 +206,16 @@ def collect_tasks(
     with subject.base(team.world, num_layers=1 + max(s.layer for s in spec.sites)) as model:
         group = open_group(config.store)
         plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
-        run = Run(spec, tokens, plans, team, stop)
+        run = Run(spec, tokens, plans, team, stop, by_layer=executor_of(model) is not None)
         loaded = time.perf_counter()
         try:
             with (
                 _intervened(model, config),
                 stop.deferred(),
-                counted_attempts(group) as begin,
+                counted_attempts(group) as attempts,
                 run.writer(group) as writer,
             ):
-                stream(model, run, tasks, writer, begin)
+                stream(model, run, tasks, writer, attempts)
         except RunInterruptedError:
             _note_times(group, team, loaded - begun, loaded)
             raise

@@ -55,14 +55,18 @@ class Layers(Strategy):
         from aura_dist.models.waiting import Waiting
         from aura_dist.sites.find import decoder_layers_name
 
-        empty = checkpoint.skeleton()
-        name = decoder_layers_name(empty)
-        _check(checkpoint, empty, name)
+        shell = checkpoint.skeleton()
+        name = decoder_layers_name(shell)
+        _check(checkpoint, shell, name)
         model = load_whole(replace(checkpoint, model_class=_without_layers(checkpoint.model_class, name)), world)
         layers: Any = model.get_submodule(name)
         layers.extend(model._aside[0])
         model.__class__ = checkpoint.model_class
-        reader = _reader(checkpoint, model, name, world)
+        # the reader finds the layers in a model of its own, because recorders take their places in the other
+        theirs: Any = shell.get_submodule(name)
+        for index, layer in enumerate(layers):
+            theirs[index] = layer
+        reader = _reader(checkpoint, shell, name, world)
         waiting = Waiting(world.device, *_room(world, options, reader), options.get("offload_folder"))
         # lives as long as the model; in a tuple, because torch would take a module for a child
         model._layerwise = (Layerwise(model, reader, waiting, wave_tokens=options.get("wave_tokens")),)
@@ -89,24 +93,24 @@ def _without_layers(model_class: "type[PreTrainedModel]", name: str) -> "type[Pr
     return type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
 
 
-def _check(checkpoint: "Checkpoint", empty: "PreTrainedModel", name: str) -> None:
+def _check(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str) -> None:
     """ModelError if the layers cannot be loaded one by one."""
     from aura_dist.sites.transformers_adapter import tied_parameters
 
-    if getattr(empty.config, "quantization_config", None) is not None:
+    if getattr(shell.config, "quantization_config", None) is not None:
         raise ModelError(
             f"--model {checkpoint.source.name!r}: expected weights that are not quantised with --sharding layers; use "
             "--sharding replicate or dispatch, or save the model once in 16 bits"
         )
-    tied = [parameter for parameter in tied_parameters(empty) if parameter.startswith(f"{name}.")]
+    tied = [parameter for parameter in tied_parameters(shell) if parameter.startswith(f"{name}.")]
     if tied:
         raise ModelError(
-            f"--sharding layers: {type(empty).__name__} cannot run layer by layer, because its layers share weights "
+            f"--sharding layers: {type(shell).__name__} cannot run layer by layer, because its layers share weights "
             f"({tied[0]}); use --sharding dispatch, fsdp or zero3"
         )
 
 
-def _reader(checkpoint: "Checkpoint", model: "PreTrainedModel", name: str, world: World) -> "LayerReader":
+def _reader(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str, world: World) -> "LayerReader":
     """What loads the layers; bytes of safetensors can be read ahead."""
     from contextlib import ExitStack
 
@@ -119,9 +123,10 @@ def _reader(checkpoint: "Checkpoint", model: "PreTrainedModel", name: str, world
         if checkpoint.source.adapter is None:
             for file in checkpoint.files():
                 if file.suffix == ".safetensors":
-                    source = opened.enter_context(open_weights(file))
-                    places |= {stored.name: (source, stored) for stored in source.tensors}
-        return LayerReader(model, name, tensors, places, checkpoint.dtype, world.device, opened)
+                    weights = opened.enter_context(open_weights(file))
+                    places |= {stored.name: (weights, stored) for stored in weights.tensors}
+        dtype, source = checkpoint.dtype, checkpoint.source.name
+        return LayerReader(shell, name, tensors, places, dtype, world.device, opened, source)
     except BaseException:
         opened.close()
         raise
