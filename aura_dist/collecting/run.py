@@ -1,4 +1,4 @@
-"""What one rank needs to run tasks: their batches, the row buffers, the writer of its columns, the counts of progress."""
+"""What one rank needs to run tasks: their batches, row buffers, the writer of its columns, counts of progress."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -1,16 +1,13 @@
 """The loop of a model that runs layer by layer: a wave is a set of tasks that goes through each layer together.
 
-The weights are read once a wave. A wave holds as many tokens as keep reading a small part of the time, and no more than
-a rank's even share of what is left; a row chunk of a layer is written as soon as it has gone through the layer, and the
-tasks of a wave are finished together.
+The weights are read once a wave. A row chunk is written a layer at a time, as soon as it has gone through the layer.
+The tasks of a wave are finished together.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
 
 from aura_dist.collecting.capture import Capture
 from aura_dist.collecting.run import Run
@@ -19,8 +16,6 @@ from aura_dist.ranks.progress import Progress
 from aura_dist.store.grid import Task
 from aura_dist.store.record import Attempts
 from aura_dist.store.writer import ChunkWriter, RowBuffer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,27 +37,10 @@ class Waves:
 
     def run_all(self, queue: Sequence[Task]) -> None:
         """Claim tasks of `queue`, in its order, and run them wave by wave until none is left."""
-        team = self.run.team
         first = self.run.steps(queue[0])[0][1]
         self.executor.prepare(self.capture.inputs(self.run.tokens.batch(first)))
-        while wave := self._claim(queue):
-            self.executor.wave(partial(self._run_wave, wave))
-        team.meet("waves", self._before)
-
-    def _claim(self, queue: Sequence[Task]) -> list[Task]:
-        """The tasks of the next wave; none at the end."""
-        team, wave, tokens = self.run.team, list[Task](), 0
-        left = sum(task.num_tokens for task in queue) - team.add("claimed tokens", 0)
-        most = min(self.executor.tokens_of_a_wave(), ceil(left / team.world.layout.world_size))
-        while tokens < most or not wave:
-            self._keep_step()
-            task = team.claim("tasks", queue)
-            if task is None:
-                break
-            wave.append(task)
-            tokens += task.num_tokens
-            team.add("claimed tokens", task.num_tokens)
-        return sorted(wave, key=lambda task: task.index)
+        while wave := self.executor.claim(self.run.team, "tasks", queue, lambda task: task.num_tokens, self._before):
+            self.executor.wave(partial(self._run_wave, sorted(wave, key=lambda task: task.index)))
 
     def _run_wave(self, wave: Sequence[Task]) -> None:
         """Run tasks through all layers, write their responses, and commit them."""

@@ -243,6 +243,11 @@ class GenerateConfig(ModelOptions, DecodingOptions):
 
     prompt: list[str] = option("data", "one or more prompts", empty_text=True)
 
+    def __post_init__(self) -> None:
+        """Refuse a strategy that cannot continue texts."""
+        super().__post_init__()
+        resolve_name("aura_dist.models.strategies.table:check_generates")(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelOptions, DecodingOptions):
@@ -292,6 +297,8 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
                 "measured as plain texts; leave it out"
             )
         super().__post_init__()
+        if self.toxicity_prompts:
+            resolve_name("aura_dist.models.strategies.table:check_generates")(self)
 
 
 @dataclass(frozen=True, kw_only=True)

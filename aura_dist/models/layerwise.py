@@ -8,7 +8,7 @@ layers, or shares an object among them, would get wrong values, so it is refused
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 from aura_dist.errors import AuraError, ModelError, brief
 from aura_dist.models.layer_reader import LayerReader
 from aura_dist.models.waiting import Waiting
+from aura_dist.ranks.team import Team, Unit
 from aura_dist.ranks.torch_adapter import tree_leaves, tree_map, tree_structure
 from aura_dist.sites.find import decoder_layers_name
 
@@ -46,8 +47,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments,
 Inputs = Mapping[str, Tensor]
 
 
-class _StopForward(Exception):
-    """All layers were called: the rest of a forward is not needed."""
+class _ForwardEndsError(Exception):
+    """Ends a forward of which no more is needed."""
 
 
 class _Recorder(nn.Module):
@@ -98,10 +99,14 @@ class Layerwise:
 
     @torch.no_grad()
     def prepare(self, inputs: Inputs) -> None:
-        """Check, with two rows of a batch, that the layers can be called one by one; measure how fast they are.
+        """Check, with two rows of the first batch, that the layers can be called one by one; measure how fast they are.
+
+        Later calls do nothing.
 
         ModelError if the model's layers exchange more than tensors, or do not give the bits of an ordinary forward.
         """
+        if self._form is not None:
+            return
         few = {name: value[:_CHECK_ROWS] for name, value in inputs.items()}
         begun = time.perf_counter() - self.reader.waited_seconds
         self._check(few)
@@ -114,6 +119,33 @@ class Layerwise:
         if self.wave_tokens is not None:
             return self.wave_tokens
         return ceil(_COMPUTE_PER_READ * self.reader.seconds_per_layer * self._tokens_per_second)
+
+    def claim(
+        self,
+        team: Team,
+        key: str,
+        units: Sequence[Unit],
+        num_tokens: Callable[[Unit], int],
+        before: Callable[[], int | None],
+    ) -> list[Unit]:
+        """The units of this rank's next wave; none at the end. Ranks claim units one by one, as in `Team.claimed`.
+
+        No rank claims more than its even share of what is left.
+        """
+        wave, tokens = list[Unit](), 0
+        left = sum(map(num_tokens, units)) - team.add(f"tokens/{key}", 0)
+        most = min(self.tokens_of_a_wave(), ceil(left / team.world.layout.world_size))
+        while tokens < most or not wave:
+            team.keep_step(before())
+            unit = team.claim(key, units)
+            if unit is None:
+                break
+            wave.append(unit)
+            tokens += num_tokens(unit)
+            team.add(f"tokens/{key}", num_tokens(unit))
+        if not wave:
+            team.meet(f"claimed/{key}", before)
+        return wave
 
     def note_wave(self, num_tokens: int, seconds: float, waited: float) -> None:
         """Take how long a wave took, of which it `waited` for weights, for the size of the next one."""
@@ -146,7 +178,9 @@ class Layerwise:
         )
         output = self._layers[index](*args, **kwargs)
         leaves = tree_leaves(output)
-        if tree_structure(output) != tree_structure(self._form) or not all(map(_alike, leaves, tree_leaves(self._form))):
+        if tree_structure(output) != tree_structure(self._form) or not all(
+            map(_alike, leaves, tree_leaves(self._form))
+        ):
             raise self._refusal(f"layer {index} returns something else than the first layer")
         for link, last in self._last_use.items():
             if last == index:
@@ -213,7 +247,7 @@ class Layerwise:
             links.update({id(t): Link(index, i) for i, t in enumerate(tree_leaves(output)) if isinstance(t, Tensor)})
             alive.extend((hidden, output))
             if index + 1 == self.num_layers:
-                raise _StopForward
+                raise _ForwardEndsError
             return output
 
         with self._replaced(call):
@@ -230,8 +264,8 @@ class Layerwise:
         """The model's forward up to the last layer that is called; what it raises with recorders is a refusal."""
         try:
             self.model(**inputs, use_cache=False)
-        except (_StopForward, AuraError, torch.OutOfMemoryError) as error:
-            if not isinstance(error, _StopForward):
+        except (_ForwardEndsError, AuraError, torch.OutOfMemoryError) as error:
+            if not isinstance(error, _ForwardEndsError):
                 raise
         except Exception as error:  # tensors without data fail in many ways
             raise self._refusal(f"it needs values between its layers ({brief(error, 120)})") from error
@@ -244,7 +278,7 @@ class Layerwise:
         first = [self.reader.take(index) for index in range(num)]
 
         def stop(index: int, args: Any, kwargs: Any) -> Any:
-            raise _StopForward
+            raise _ForwardEndsError
 
         with ExitStack() as hooks:
             for layer in first:
@@ -266,9 +300,11 @@ class Layerwise:
         """What a layer returns for `hidden`, with tensors without data."""
         first = tree_leaves(self._form)[0]
         return tree_map(
-            lambda t: torch.empty(hidden.shape if t is first else t.shape, dtype=t.dtype, device="meta")
-            if isinstance(t, Tensor)
-            else t,
+            lambda t: (
+                torch.empty(hidden.shape if t is first else t.shape, dtype=t.dtype, device="meta")
+                if isinstance(t, Tensor)
+                else t
+            ),
             self._form,
         )
 

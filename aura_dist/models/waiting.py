@@ -5,7 +5,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Waiting:
     device_bytes, host_bytes
         Most that wait on a GPU, and in host memory; what comes later waits in a file.
     folder
-        Directory of that file; None is the system's for temporary files. The file has no name and ends with the process.
+        Directory of that file; None is the system's for temporary files. The file ends with the process.
     """
 
     def __init__(self, device: str, device_bytes: float, host_bytes: float, folder: str | None = None) -> None:
@@ -46,7 +46,8 @@ class Waiting:
         self._limits = {_DEVICE: device_bytes if self._device.type != "cpu" else 0, _HOST: host_bytes}
         self._used: Counter[str] = Counter()
         self._kept: defaultdict[Hashable, dict[Hashable, _Kept]] = defaultdict(dict)
-        self._folder, self._file = folder, None
+        self._folder = folder
+        self._file: IO[bytes] | None = None
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._end = 0
 
@@ -97,7 +98,7 @@ class Waiting:
         offset = free.pop() if free else self._end
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder)
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
             at = 0
             while at < len(flat):
                 at += os.pwrite(self._file.fileno(), flat[at:], offset + at)

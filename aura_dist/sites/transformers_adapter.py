@@ -97,7 +97,7 @@ def initialize_rest(model: PreTrainedModel, part: nn.Module) -> None:
             made = torch.empty_like(tensor, device="cpu")
             setattr(module, name, nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made)
         if left:
-            module._is_hf_initialized = False
+            vars(module)["_is_hf_initialized"] = False
             model._initialize_weights(module)
 
 

@@ -10,7 +10,7 @@ Numbers are sums over the launches that ended in an orderly way; the rest is of 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -105,7 +105,7 @@ def most_attempted(group: zarr.Group) -> tuple[int, int]:
 class Attempts:
     """Counts how often tasks of a store are begun, so that the record says how many launches died in each.
 
-    `begin` adds 1 to a task's count. The count goes back to 0 when the task is committed, and down by 1 when it is left.
+    `begin` adds 1 to a task's count. The count goes down by 1 when the task is left, and to 0 when it is committed.
     """
 
     def __init__(self, group: zarr.Group) -> None:

@@ -30,6 +30,8 @@ class Layers(Strategy):
     name = "layers"
     spellings = ("layers",)
     summary = "every rank holds two decoder layers at a time, and runs its own rows layer by layer"
+    generates = False
+    maps_files = True
     options = ("wave_tokens", "host_memory", "max_memory", "offload_folder")
 
     def parse(self, given: Options) -> Options:
@@ -117,7 +119,8 @@ def _reader(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str, world
     from aura_dist.models.layer_reader import LayerReader
     from aura_dist.models.weights import open_weights
 
-    opened, places = ExitStack(), {}
+    opened = ExitStack()
+    places: dict[str, Any] = {}
     try:
         tensors = checkpoint.tensors(opened)
         if checkpoint.source.adapter is None:

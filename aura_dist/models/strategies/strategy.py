@@ -83,6 +83,7 @@ class Strategy(ABC):
     spellings: tuple[str, ...]  # of `--sharding`, for people
     summary: str  # what it does, in a few words
     options: tuple[str, ...] = ()  # settings that it looks at; every verb refuses others
+    generates: bool = True  # whether a model may continue texts token by token
     maps_files: bool = False  # whether a rank on a CPU uses the weights in the checkpoint's files, by the page cache
 
     def takes(self, sharding: str) -> bool:

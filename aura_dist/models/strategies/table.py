@@ -75,6 +75,17 @@ def sharding_of(config: Any) -> Sharding:
     return parse_sharding(config.sharding, given)
 
 
+def check_generates(config: Any) -> None:
+    """ConfigError if the strategy that the settings of a verb name cannot continue texts."""
+    strategy = sharding_of(config).strategy
+    if not strategy.generates:
+        able = ", ".join(s.name for s in STRATEGIES.values() if s.generates)
+        raise ConfigError(
+            f"--sharding {strategy.name}: expected a strategy that continues texts ({able}), because this one would "
+            "read all weights for each token; use --sharding dispatch for a model that is larger than memory"
+        )
+
+
 def title(spread: Spread) -> str:
     """`--sharding` and the options that say `spread`, as a user writes them."""
     return STRATEGIES[spread.layout.strategy].title(spread)
