@@ -154,6 +154,10 @@ class PlanConfig(CollectConfig):
     tflops: Annotated[float, Meta(gt=0.0)] | None = option(
         "machine", "sustained TFLOP/s of one rank", None, unset="120 on a GPU in 16 bits, 12 in float32; 0.15 on a CPU"
     )
+    disk_rate: Size | None = option("machine", "read from the disk in a second, such as 5GB", None, unset="2GB")
+    copy_rate: Size | None = option(
+        "machine", "copied in a second from the memory of the machine to a GPU, such as 50GB", None, unset="20GB"
+    )
     json: bool = option("output", "print JSON instead of tables", False)
     store: Store = option("output", "the store that would be written (not touched)", "")
 

@@ -48,7 +48,7 @@ from aura_dist.models.load import load_config, skeleton, source_of, tokenizer_of
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
-from aura_dist.planning.seconds import EvaluationPlan, Step, continuing
+from aura_dist.planning.seconds import EvaluationPlan, Rates, Step, continuing
 from aura_dist.planning.text import Report, refusal, render
 from aura_dist.planning.work import Machine
 from aura_dist.ranks.device import wants_gpu
@@ -89,8 +89,16 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
         tensor_ranks=spread.layout.tensor,
         plan_file=config.tensor_plan,
     )
-    report = collection_report(found, origin, spread, machine, config.tflops)
+    report = collection_report(found, origin, spread, machine, config.tflops, _rates(config))
     return report, refusal(report, config.device_memory, config.host_memory)
+
+
+def _rates(config: PlanConfig) -> Rates:
+    """Bytes a second of disk and copies, as given."""
+    given = {"copy": config.copy_rate, "disk": config.disk_rate}
+    return Rates(
+        **{name: parse_bytes(size, f"--{name}-rate", "2GB") for name, size in given.items() if size is not None}
+    )
 
 
 def make_machine(config: PlanConfig) -> Machine:

@@ -5,6 +5,7 @@ How that is done is in `models/layerwise.py`, and which rows go together in `col
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ConfigError, ModelError
@@ -30,6 +31,8 @@ class Layers(Strategy):
     name = "layers"
     spellings = ("layers",)
     summary = "every rank holds two decoder layers at a time, and runs its own rows layer by layer"
+    by_layer = True
+    last_resort = True
     generates = False
     maps_files = True
     options = ("wave_tokens", "host_memory", "max_memory", "offload_folder")
@@ -76,8 +79,8 @@ class Layers(Strategy):
 
     def held(self, weights: WeightSizes, spread: Spread, room: Room) -> Held:
         outside, layers = weights.per_tensor_rank(1)
-        two = sum(sorted(layers)[-2:])
-        return Held(outside, two, {"disk": sum(layers)} if len(layers) > 2 else {})
+        waiting = room.hidden_bytes if room.host_bytes == inf else min(room.hidden_bytes, int(_SHARE * room.host_bytes))
+        return Held(outside, sum(sorted(layers)[-2:]), {"checkpoint": sum(layers)}, waiting)
 
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
         yield Spread(Layout(self.name, world_size))
