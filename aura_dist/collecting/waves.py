@@ -4,6 +4,7 @@ The weights are read once a wave. A row chunk is written a layer at a time, as s
 The tasks of a wave are finished together.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from aura_dist.ranks.progress import Progress
 from aura_dist.store.grid import Task
 from aura_dist.store.record import Attempts
 from aura_dist.store.writer import ChunkWriter, RowBuffer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,10 +40,16 @@ class Waves:
 
     def run_all(self, queue: Sequence[Task]) -> None:
         """Claim tasks of `queue`, in its order, and run them wave by wave until none is left."""
+        reader, num_waves = self.executor.reader, 0
         first = self.run.steps(queue[0])[0][1]
         self.executor.prepare(self.capture.inputs(self.run.tokens.batch(first)))
         while wave := self.executor.claim(self.run.team, "tasks", queue, lambda task: task.num_tokens, self._before):
             self.executor.wave(partial(self._run_wave, sorted(wave, key=lambda task: task.index)))
+            num_waves += 1
+        logger.info(
+            "%d waves; layers were read in %.1f s, of which the forward waited %.1f s",
+            num_waves, reader.read_seconds, reader.waited_seconds,
+        )  # fmt: skip
 
     def _run_wave(self, wave: Sequence[Task]) -> None:
         """Run tasks through all layers, write their responses, and commit them."""

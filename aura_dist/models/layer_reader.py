@@ -71,7 +71,7 @@ class LayerReader:
         self._coming: dict[int, Future[Any]] = {}
         self._stream: Any = None
         self.waited_seconds = 0.0  # by the forward, for weights
-        self._read_seconds, self._num_read = 0.0, 0
+        self.read_seconds, self._num_read = 0.0, 0  # by the thread
         self._sort(tensors)
 
     def _sort(self, tensors: Mapping[str, Any]) -> None:
@@ -138,7 +138,7 @@ class LayerReader:
     @property
     def seconds_per_layer(self) -> float:
         """How long the thread takes for a layer, on average so far."""
-        return self._read_seconds / max(1, self._num_read)
+        return self.read_seconds / max(1, self._num_read)
 
     @property
     def two_layers_bytes(self) -> int:
@@ -157,7 +157,7 @@ class LayerReader:
         initialize_rest(self._model, layer)
         event = None if self._device.type == "cpu" else self._to_device(layer)
         layer.eval().requires_grad_(False)
-        self._read_seconds += time.perf_counter() - begun
+        self.read_seconds += time.perf_counter() - begun
         self._num_read += 1
         return event
 

@@ -19,9 +19,9 @@ from aura_dist.planning.budget import advice, survey, what_fits
 from aura_dist.planning.seconds import (
     READ_RATE,
     TFLOPS,
+    USUAL_RATES,
     EvaluationPlan,
     LanguageModelCost,
-    USUAL_RATES,
     Rates,
     Step,
     reading,

@@ -57,6 +57,7 @@ class Rates:
 
 USUAL_RATES = Rates()
 
+
 def run_seconds(
     plan: Schedule, layout: Layout, memory: RankMemory, tflops: float, rates: Rates = USUAL_RATES
 ) -> tuple[float, float]:
