@@ -37,6 +37,7 @@ class Run:
     plans: Mapping[str, ColumnPlan]  # site → what this rank sees and writes of it
     team: Team
     stop: StopFlag
+    batch_tokens: int | None = None  # of a batch at most; None: as many as the store says
     by_layer: bool = False  # whether row chunks are written a layer at a time
 
     @cached_property
@@ -61,7 +62,7 @@ class Run:
         """A task's batches in order: (row chunk, batch, whether it completes the row chunk)."""
         steps = []
         for chunk in row_chunks(task, self.rows):
-            batches = make_batches(self.num_tokens, chunk, self.spec.tokens_per_batch)
+            batches = make_batches(self.num_tokens, chunk, self.batch_tokens or self.spec.tokens_per_batch)
             steps += [(chunk, batch, batch.stop == chunk.stop) for batch in batches]
         return steps
 

@@ -55,6 +55,7 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 TRUST = "run code that comes with the model, its tokenizer, the scorer or the tasks; read it first"
 STRENGTH = "strength s: each scale becomes 1 + s (scale - 1), each shift s times itself"
+TOKENS_PER_TASK = 4096
 # below it float32 logits overflow
 MIN_TEMPERATURE = 1e-3
 
@@ -125,7 +126,10 @@ class CollectConfig(ModelOptions):
     )
     system: str | None = option("data", "text of the system's turn before each text", None, needs="chat")
     max_tokens: PositiveInt = option("data", "tokens per text; longer texts are cut", 128)
-    tokens_per_batch: PositiveInt = option("data", "upper bound on padded tokens in one forward", 4096)
+    tokens_per_batch: PositiveInt | None = option(
+        "data", "upper bound on padded tokens in one forward", None,
+        unset=f"{TOKENS_PER_TASK}; where weights are read for every batch, as many as memory has room for",
+    )  # fmt: skip
     modules: list[Module] = option(
         "sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"], distinct=True
     )
@@ -137,6 +141,11 @@ class CollectConfig(ModelOptions):
     overwrite: bool = option(EXECUTION, "delete a store that is already there", False)
     max_attempts: Count = option(EXECUTION, "stop once this many launches in all died in the same task; 0: never", 3)
     store: Store = option("output", "the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
+
+    @property
+    def task_tokens(self) -> int:
+        """Tokens of a task at least; of a batch at most, unless the strategy runs larger ones."""
+        return self.tokens_per_batch or TOKENS_PER_TASK
 
 
 @dataclass(frozen=True, kw_only=True)

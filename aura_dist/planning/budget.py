@@ -143,6 +143,17 @@ def what_fits(work: Work, spread: Spread, machine: Machine) -> WhatFits:
     return WhatFits(spread, memory, work.tokens_per_batch if memory.fits(machine) else _largest(work, spread, machine))
 
 
+def with_largest_batch(work: Work, spread: Spread, machine: Machine) -> Work:
+    """`work` with batches as large as fit; a batch is a row chunk at most.
+
+    It is as it was if those are no larger, or all weights have room, so that none is read again.
+    """
+    if not rank_memory(work, spread, machine).streamed:
+        return work
+    whole = work.with_batch(work.rows_chunk * work.longest)
+    return work.with_batch(max(work.tokens_per_batch, what_fits(whole, spread, machine).tokens_per_batch or 0))
+
+
 def _largest(work: Work, spread: Spread, machine: Machine) -> int | None:
     """By bisection, because memory never falls as batches grow. A batch holds at least one text of the longest."""
 

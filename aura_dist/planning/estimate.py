@@ -51,6 +51,7 @@ class Estimate:
     precisions: tuple[str, ...]  # dtype of each pooling's values: the forward's, or float32 where values are averaged
     splits: bool  # whether tensor parallelism can split the decoder layers
     work: Work
+    num_tasks: int
 
 
 def estimate(
@@ -105,7 +106,8 @@ def estimate(
         data_bytes=data_bytes,
         mapped=not gpu and is_mapped(model, source),
     )
-    return Estimate(source, num_tokens, table, sites, precisions, any(part for _, part in weights.layers), work)
+    splits, num_tasks = any(part for _, part in weights.layers), len(tasks_of(num_tokens, tokens_per_batch))
+    return Estimate(source, num_tokens, table, sites, precisions, splits, work, num_tasks)
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -201,7 +203,7 @@ def collection_report(
         store=store_size(len(num_tokens), work.rows_chunk, widths, found.precisions),
         rows_chunk=work.rows_chunk,
         columns_chunk=tuple(sorted({c for _, c in work.neurons})),
-        num_tasks=len(tasks_of(num_tokens, work.tokens_per_batch)),
+        num_tasks=found.num_tasks,
         batches=batches,
         longest=work.longest,
         tokens_per_batch=work.tokens_per_batch,

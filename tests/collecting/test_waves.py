@@ -1,9 +1,10 @@
-"""Under `--sharding layers` a collection gives, bit for bit, the store that `replicate` gives."""
+"""Under `--sharding layers` a collection gives, bit for bit, the store that `replicate` gives; batches of other strategies."""
 
 import numpy as np
 import pytest
 import torch
 
+from aura_dist.collecting.capture import Capture
 from aura_dist.collecting.waves import Waves
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import StoreError
@@ -13,7 +14,6 @@ from aura_dist.models.waiting import Waiting
 from aura_dist.stages import collect
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.record import response_names
-from tests.distributed.launch import run_ranks
 from tests.models import save_tiny
 
 pytestmark = pytest.mark.timeout(240)
@@ -123,13 +123,24 @@ def test_checkpoints_in_other_forms(form, make, tiny_dir, tmp_path):
     assert_equal(make(directory, tmp_path / "ours", sharding="layers", **settings), expected)
 
 
-def collect_by_layers(arguments):
-    model, data, store = arguments
-    settings = {**OPTIONS, "sharding": "layers"}
-    collect.run(CollectConfig(model=model, data=data, store=store, **settings))
-    return 0
-
-
-def test_two_ranks_claim_waves(tiny_dir, sentences_csv, plain, tmp_path):
-    run_ranks(2, [str(tiny_dir("llama")), sentences_csv, str(tmp_path / "store")], collect_by_layers)
-    assert_equal(tmp_path / "store", plain)
+def test_batches_are_larger_where_weights_are_read_for_each(make, tiny_dir, tmp_path, monkeypatch):
+    """Under `dispatch` a row chunk is one batch, as far as memory allows; the store is that of small batches."""
+    batches, run = [], Capture.run
+    monkeypatch.setattr(
+        Capture, "run", lambda self, batch, *rest: (batches.append(batch.rows), run(self, batch, *rest))
+    )
+    monkeypatch.setattr("aura_dist.config.verbs.TOKENS_PER_TASK", 256)
+    default = {"tokens_per_batch": None}
+    expected = make(tiny_dir("llama"), tmp_path / "plain", **default)
+    small, chunks = len(batches), len(range(0, 120, 32))
+    batches.clear()
+    offloaded = {"max_memory": ["cpu=150KB"], "offload_folder": str(tmp_path / "offloaded")}
+    ours = make(tiny_dir("llama"), tmp_path / "ours", sharding="dispatch", **offloaded, **default)
+    assert len(batches) == chunks < small
+    group, plain = open_group(str(ours)), open_group(str(expected))
+    assert group.attrs["tokens_per_batch"] == plain.attrs["tokens_per_batch"] == 256
+    for name in response_names(plain):
+        np.testing.assert_allclose(read_array(group, name), read_array(plain, name), rtol=1e-4, atol=1e-5)
+    batches.clear()
+    make(tiny_dir("llama"), tmp_path / "asked", sharding="dispatch", **offloaded, tokens_per_batch=256)
+    assert len(batches) == small, "a number that the user names counts"

@@ -50,6 +50,9 @@ class Dispatch(Strategy):
         placed = max((size for name, size in held.items() if name not in away), default=0)
         return Held(placed, largest if any(away.values()) else 0, away)
 
+    def reads_every_batch(self, options: Options) -> bool:
+        return True
+
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
         if world_size == 1:
             yield Spread(Layout(self.name))

@@ -12,6 +12,7 @@ from aura_dist.errors import ConfigError, ModelError
 from aura_dist.models.strategies.dispatch import memory_limits
 from aura_dist.models.strategies.replicate import load_whole
 from aura_dist.models.strategies.strategy import Held, Options, Room, Spread, Strategy, WeightSizes
+from aura_dist.ranks.device import device_memory
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.process import free_memory, local_ranks
 from aura_dist.ranks.world import World
@@ -146,8 +147,7 @@ def _room(world: World, options: Options, reader: "LayerReader") -> tuple[float,
     host = options.get("host_memory", limits.get("cpu", free_memory()))
     if world.device == "cpu":
         return 0, _SHARE * host / local_ranks()
-    device = torch.device(world.device)
-    free, _ = torch.get_device_module(device).mem_get_info(device)
+    device, free = torch.device(world.device), device_memory(world.device) or 0
     if (limit := limits.get(device.index or 0)) is not None:
         free = min(free, limit - torch.get_device_module(device).memory_allocated(device))
     return _SHARE * max(0, free - reader.two_layers_bytes), _SHARE * host / local_ranks()

@@ -121,6 +121,10 @@ class Strategy(ABC):
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
         """The ways of spreading to compare in a plan; `splits`: tensor parallelism can split the layers."""
 
+    def reads_every_batch(self, options: Options) -> bool:
+        """Whether weights that are away are read again for every batch, so that few large batches are better."""
+        return False
+
     def over_more(self, num_ranks: int) -> Spread | None:
         """One model over `num_ranks` ranks, to suggest where nothing fits on fewer; None if that saves no memory."""
         return None
