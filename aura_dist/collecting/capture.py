@@ -1,6 +1,6 @@
 """Pooling of every site's values on the device, into the store's row buffers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -71,10 +71,18 @@ class Capture:
         """Context within which the model's forwards are captured."""
         return attached(self._model, [(tap, self._callback(tap)) for tap in self._taps])
 
-    def run(self, batch: Batch, buffer: RowBuffer, at: int) -> None:
+    def run(
+        self,
+        batch: Batch,
+        buffer: RowBuffer,
+        at: int,
+        forward: Callable[[], object] | None = None,
+        sites: Collection[str] | None = None,
+    ) -> None:
         """Forward `batch`; put its pooled outputs into rows [at, at + B) of `buffer`; a row chunk begins at row 0.
 
-        On a GPU the copies are asynchronous: see `copied`.
+        `forward` is what runs the batch through a part of the model, which calls `sites`; None is the whole model. On a
+        GPU the copies are asynchronous: see `copied`.
 
         Raises
         ------
@@ -85,8 +93,11 @@ class Capture:
         self._masks.clear()
         self._pooled.clear()
         self._called.clear()
-        self._forward(batch)
-        missing = [name for name in self._plans if name not in self._called]
+        if forward is None:
+            self._forward(batch)
+        else:
+            forward()
+        missing = [name for name in (self._plans if sites is None else sites) if name not in self._called]
         if missing:
             raise ModelError(
                 f"{len(missing)} modules were not called in the forward pass ({missing[0]}, …); leave them out: "
@@ -113,11 +124,14 @@ class Capture:
 
     @torch.no_grad()
     def _forward(self, batch: Batch) -> None:
-        self._model(
-            input_ids=torch.from_numpy(batch.input_ids).to(self._device),
-            attention_mask=torch.from_numpy(batch.attention_mask).to(self._device, torch.int64),
-            use_cache=False,
-        )
+        self._model(**self.inputs(batch), use_cache=False)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The arguments of the model's forward, on its device."""
+        return {
+            "input_ids": torch.from_numpy(batch.input_ids).to(self._device),
+            "attention_mask": torch.from_numpy(batch.attention_mask).to(self._device, torch.int64),
+        }
 
     def _beside_forward(self, pooled_BD: Tensor) -> AbstractContextManager[Any]:
         """On a GPU, the stream of the copies, after all that the forward has queued so far."""

@@ -58,6 +58,7 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 TRUST = "run code that comes with the model, its tokenizer, the scorer or the tasks; read it first"
 STRENGTH = "strength s: each scale becomes 1 + s (scale - 1), each shift s times itself"
+TOKENS_PER_TASK = 4096
 # below it float32 logits overflow
 MIN_TEMPERATURE = 1e-3
 
@@ -85,9 +86,20 @@ class ModelOptions(Settings):
     sharding: Sharding = option(EXECUTION, "how the model is spread over processes; K and N count ranks", "replicate")
     offload: Offload = option(EXECUTION, "zero3: where weights are while they are not used", "none")
     max_memory: list[Annotated[str, Meta(title="DEVICE=SIZE")]] = option(
-        EXECUTION, "dispatch: largest memory of devices, such as 0=70GiB cpu=200GiB", [], unset="what is free"
+        EXECUTION, "dispatch, layers: largest memory of devices, such as 0=70GiB cpu=200GiB", [], unset="what is free"
     )
-    offload_folder: Dir | None = option(EXECUTION, "dispatch: directory for the weights that go to disk", None)
+    host_memory: Size | None = option(
+        EXECUTION, "layers: memory of this machine; what has no room in half of it waits in a file", None,
+        unset="what is free",
+    )  # fmt: skip
+    offload_folder: Dir | None = option(
+        EXECUTION, "dispatch: directory for the weights that go to disk; layers: for hidden states", None,
+        unset="for hidden states the system's for temporary files",
+    )  # fmt: skip
+    wave_tokens: PositiveInt | None = option(
+        EXECUTION, "layers: tokens that go through the layers together; the weights are read once for them", None,
+        unset="as many as keep reading below a few percent of the time",
+    )  # fmt: skip
     tensor_plan: File | None = option(EXECUTION, "tensor: YAML file of module → style", None, unset="the model's")
     intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
     strength: Strength = option("intervention", STRENGTH, 1.0)
@@ -121,7 +133,10 @@ class CollectConfig(ModelOptions):
     )
     system: str | None = option("data", "text of the system's turn before each text", None, needs="chat")
     max_tokens: PositiveInt = option("data", "tokens per text; longer texts are cut", 128)
-    tokens_per_batch: PositiveInt = option("data", "upper bound on padded tokens in one forward", 4096)
+    tokens_per_batch: PositiveInt | None = option(
+        "data", "upper bound on padded tokens in one forward", None,
+        unset=f"{TOKENS_PER_TASK}; where weights are read for every batch, as many as memory has room for",
+    )  # fmt: skip
     modules: list[Module] = option(
         "sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"], distinct=True
     )
@@ -133,6 +148,11 @@ class CollectConfig(ModelOptions):
     overwrite: bool = option(EXECUTION, "delete a store that is already there", False)
     max_attempts: Count = option(EXECUTION, "stop once this many launches in all died in the same task; 0: never", 3)
     store: Store = option("output", "the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
+
+    @property
+    def task_tokens(self) -> int:
+        """Tokens of a task at least; of a batch at most, unless the strategy runs larger ones."""
+        return self.tokens_per_batch or TOKENS_PER_TASK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +169,10 @@ class PlanConfig(CollectConfig):
     host_memory: Size | None = option("machine", "memory of one machine, such as 512GB", None)
     tflops: Annotated[float, Meta(gt=0.0)] | None = option(
         "machine", "sustained TFLOP/s of one rank", None, unset="120 on a GPU in 16 bits, 12 in float32; 0.15 on a CPU"
+    )
+    disk_rate: Size | None = option("machine", "read from the disk in a second, such as 5GB", None, unset="2GB")
+    copy_rate: Size | None = option(
+        "machine", "copied in a second from the memory of the machine to a GPU, such as 50GB", None, unset="20GB"
     )
     json: bool = option("output", "print JSON instead of tables", False)
     store: Store = option("output", "the store that would be written (not touched)", "")
@@ -239,6 +263,11 @@ class GenerateConfig(ModelOptions, DecodingOptions):
 
     prompt: list[str] = option("data", "one or more prompts", empty_text=True)
 
+    def __post_init__(self) -> None:
+        """Refuse a strategy that cannot continue texts."""
+        super().__post_init__()
+        resolve_name("aura_dist.models.strategies.table:check_generates")(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelOptions, DecodingOptions):
@@ -288,6 +317,8 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
                 "measured as plain texts; leave it out"
             )
         super().__post_init__()
+        if self.toxicity_prompts:
+            resolve_name("aura_dist.models.strategies.table:check_generates")(self)
 
 
 @dataclass(frozen=True, kw_only=True)

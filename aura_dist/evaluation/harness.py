@@ -7,12 +7,15 @@ answer begins; it knows no pre-prompt for the likelihood of whole texts.
 import copy
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.errors import AuraError, ConfigError
+from aura_dist.evaluation.by_layer import TwoPasses
 from aura_dist.evaluation.prompts import make_prefix
+from aura_dist.models.layerwise import executor_of
 from aura_dist.text.added import added_tokens
 from aura_dist.text.chat import Chat, make_chat
 
@@ -29,6 +32,8 @@ def make_harness(
 
     added = added_tokens(tokenizer)
     prefix = None if preprompt is None else make_prefix(preprompt, tokenizer)
+    executor = executor_of(model)
+    passes = None if executor is None else TwoPasses(executor, model.get_input_embeddings().num_embeddings)
     if chat is not None and not _takes_system(tokenizer):
         logger.warning("the model's chat template takes no system's turn: lm-eval leaves out the descriptions of tasks")
 
@@ -56,6 +61,21 @@ def make_harness(
             rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
             padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
             return padded["input_ids"], padded["attention_mask"]
+
+        def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
+            answer = partial(super()._loglikelihood_tokens, *args, **kwargs)
+            return answer() if passes is None else passes.run(answer)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            return super()._model_call(inps, *args, **kwargs) if passes is None else passes.call(inps)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            if passes is not None:
+                raise ConfigError(
+                    "--sharding layers: expected tasks that compare likelihoods, got one that generates a text, which "
+                    "takes all weights for each token; leave the task out, or use another --sharding"
+                )
+            return super().generate_until(requests, disable_tqdm)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             if chat is not None:

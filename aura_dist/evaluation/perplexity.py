@@ -4,7 +4,7 @@ The batches depend on the texts alone, and each is computed once, by the row wor
 depend on the number of ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from aura_dist.evaluation.by_layer import through_layers
 from aura_dist.evaluation.decoding import only_attention
 from aura_dist.evaluation.figures import both_sides, summary
 from aura_dist.evaluation.prompts import Prefix
 from aura_dist.interventions.use import LoadedModel
+from aura_dist.models.layerwise import Layerwise, executor_of
 from aura_dist.models.load import check_positions, check_vocabulary
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
@@ -30,6 +32,7 @@ from aura_dist.text.tokens import Batch, TokenizedTexts, tokenize
 # float32 logits of one forward; a vocabulary of 262,144 would else take 2 GB for 2,048 tokens
 LOGITS_BYTES = 256 * 2**20
 _COPIED_LOGITS = 2**21
+_Found = tuple[slice, NDArray[np.float64]]  # rows, and the sum of each
 
 
 @dataclass(frozen=True)
@@ -126,17 +129,40 @@ def negative_log_likelihoods(
     team = team or Team.alone()
     order = np.argsort(tokens.num_tokens, kind="stable")
     reader = _Reader(model, tokens.take(order), tokens_at_once(model, tokens_per_batch, logits_bytes), num_context)
-    found: list[tuple[slice, NDArray[np.float64]]] = []
-    for turn in team.claimed("texts", reader.batches(), received, reader.num_pieces):
-        if turn is None:
-            reader.read_nothing()
-        elif (sums_B := reader.read(*turn)) is not None and team.world.column_rank == 0:
-            found.append((turn[0], sums_B))
+    executor = executor_of(model)
+    read = _read_batches(reader, team, received) if executor is None else _read_waves(executor, reader, team, received)
+    found = [part for part in read if team.world.column_rank == 0]
     sums = np.full(len(order), np.nan)  # a text that no rank has read must not pass for one that is certain
     for part in team.gather("texts", found, received):
         for rows, sums_B in part:
             sums[order[rows]] = sums_B
     return sums, np.maximum(tokens.num_tokens.astype(np.int64) - max(1, num_context), 0)
+
+
+def _read_batches(reader: "_Reader", team: Team, received: Callable[[], int | None]) -> Iterator[_Found]:
+    """This rank's share of the batches, each through the whole model."""
+    for turn in team.claimed("texts", reader.batches(), received, reader.num_pieces):
+        if turn is None:
+            reader.read_nothing()
+        elif (sums_B := reader.read(*turn)) is not None:
+            yield turn[0], sums_B
+
+
+def _read_waves(
+    executor: Layerwise, reader: "_Reader", team: Team, received: Callable[[], int | None]
+) -> Iterator[_Found]:
+    """The same layer by layer, in waves of batches."""
+    batches = reader.batches()
+    executor.prepare(reader.inputs(reader.texts.batch(batches[0])))
+    while wave := executor.claim(team, "texts", batches, reader.num_padded, received):
+        whole = [reader.texts.batch(rows) for rows in wave]
+        sums = through_layers(
+            executor,
+            [reader.inputs(batch) for batch in whole],
+            lambda index, logits_BTV: reader.sums(whole[index], logits_BTV),  # noqa: B023
+            lambda: team.keep_step(received()),
+        )
+        yield from zip(wave, sums, strict=True)
 
 
 def tokens_at_once(model: PreTrainedModel, tokens_per_batch: int, logits_bytes: int = LOGITS_BYTES) -> int:
@@ -161,12 +187,17 @@ class _Reader:
     def __post_init__(self) -> None:
         self._lengths = self.texts.num_tokens.tolist()
         # a forward shows what the model caches, because recurrent layers may begin again with each piece (Jamba's do)
-        self._in_pieces = self._lengths[-1] > self.limit and only_attention(self.read_nothing())
+        is_long = self._lengths[-1] > self.limit and executor_of(self.model) is None  # there a piece would be a wave
+        self._in_pieces = is_long and only_attention(self.read_nothing())
 
     def batches(self) -> list[slice]:
         """All batches, the largest first."""
         batches = make_batches(self._lengths, slice(0, len(self._lengths)), self.limit)
-        return sorted(batches, key=lambda rows: -(rows.stop - rows.start) * self._lengths[rows.stop - 1])
+        return sorted(batches, key=lambda rows: -self.num_padded(rows))
+
+    def num_padded(self, rows: slice) -> int:
+        """Tokens of a batch, padding included."""
+        return int((rows.stop - rows.start) * self._lengths[rows.stop - 1])
 
     def num_pieces(self, rows: slice) -> int:
         """Forwards that a batch takes; the last token of a text needs none, because it predicts nothing."""
@@ -201,12 +232,21 @@ class _Reader:
         return getattr(output, "past_key_values", None)
 
     def _whole(self, batch: Batch) -> NDArray[np.float64]:
+        return self.sums(batch, self.model(**self.inputs(batch), use_cache=False).logits)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The arguments of the model's forward."""
+        return {
+            "input_ids": torch.from_numpy(batch.input_ids).to(self.model.device),
+            "attention_mask": torch.from_numpy(batch.attention_mask).to(self.model.device).long(),
+        }
+
+    def sums(self, batch: Batch, logits_BTV: Tensor) -> NDArray[np.float64]:
+        """[B] summed negative log-likelihoods of the texts of a batch."""
         ids_BT = torch.from_numpy(batch.input_ids).to(self.model.device)
-        mask_BT = torch.from_numpy(batch.attention_mask).to(self.model.device)
-        logits = self.model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
         first = max(1, self.num_context)
         sums = [
-            _nll(logits[b, first - 1 : length - 1], ids_BT[b, first:length])
+            _nll(logits_BTV[b, first - 1 : length - 1], ids_BT[b, first:length])
             for b, length in enumerate(batch.attention_mask.sum(axis=1).tolist())
         ]
         return torch.stack(sums).cpu().numpy()

@@ -17,6 +17,7 @@ from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.folded import check_not_folded
 from aura_dist.interventions.methods import with_strength
+from aura_dist.models.layerwise import whole_forwards
 from aura_dist.models.strategies.tensor_plan import seen_columns
 from aura_dist.ranks.torch_adapter import without_compiled_parts
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, own_names, tap_of
@@ -68,7 +69,7 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
         return
     callbacks = [(tap, affine(tap, scale, shift, check.note)) for tap, scale, shift in maps]
     with without_compiled_parts(model), attached(whole, callbacks), ExitStack() as hooks:
-        for part in {whole, whole.base_model}:  # some models call parts of their base model, never the whole
+        for part in whole_forwards(whole):
             hooks.callback(part.register_forward_pre_hook(check.begin).remove)
             hooks.callback(part.register_forward_hook(check.end).remove)
         yield model

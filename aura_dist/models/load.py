@@ -5,10 +5,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -248,6 +250,35 @@ class Checkpoint:
         with torch.device("meta"):
             return self.model_class(self._config())
 
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return checkpoint_files(self.source.name, self.source.revision, load_config(self.source))
+
+    def tensors(self, opened: ExitStack) -> dict[str, Any]:
+        """Name → tensor, with the adapter merged; each is read when it is indexed, as long as `opened` is.
+
+        ModelError if a file is damaged, or cannot be read tensor by tensor.
+        """
+        if self.source.adapter is not None:
+            return self._merged_tensors(opened)
+        found: dict[str, Any] = {}
+        for file in self.files():
+            try:
+                if file.suffix == ".safetensors":
+                    tensors = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
+                    found |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+                elif is_zipfile(file):
+                    found |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                else:
+                    raise ModelError(
+                        f"weight file {str(file)!r}: expected safetensors, or torch's format since 1.6, to read it "
+                        'tensor by tensor; convert it once: python -c "from transformers import AutoModelForCausalLM '
+                        f"as M; M.from_pretrained({self.source.name!r}, dtype='auto').save_pretrained('CONVERTED')\""
+                    )
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise ModelError(f"--model {self.source.name!r} cannot be loaded: {brief(error)}") from error
+        return found
+
     def _config(self) -> PretrainedConfig:
         config, own = load_config(self.source), self.model_class.config_class
         if isinstance(config, own):
@@ -314,13 +345,15 @@ class Checkpoint:
 
     def _merged(self, opened: ExitStack) -> dict[str, Any]:
         """What `from_pretrained` takes in place of a name, so that it loads the weights with the adapter merged."""
-        source = self.source
-        assert source.adapter is not None
-        files = checkpoint_files(source.name, source.revision, load_config(source))
-        weights = [opened.enter_context(open_weights(file)) for file in files]
-        merged = merged_weights(Adapter.load(source.adapter), self.whole, weights, self.dtype)
+        merged = self._merged_tensors(opened)
         state = {name: weight[...] for name, weight in merged.items()} if is_deepspeed_zero3_enabled() else merged
-        return {"config": self._config(), "state_dict": state, "generation_config": _generation(source)}
+        return {"config": self._config(), "state_dict": state, "generation_config": _generation(self.source)}
+
+    def _merged_tensors(self, opened: ExitStack) -> dict[str, Any]:
+        assert self.source.adapter is not None
+        assert self.whole is not None
+        weights = [opened.enter_context(open_weights(file)) for file in self.files()]
+        return dict(merged_weights(Adapter.load(self.source.adapter), self.whole, weights, self.dtype))
 
 
 def _of_loaded_modules(model: PreTrainedModel, tensors: Sequence[str]) -> list[str]:

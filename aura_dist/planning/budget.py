@@ -42,7 +42,7 @@ class RankMemory:
 
     `device` is the GPU's memory (empty on a CPU, where all is in `host`); `host` is anonymous memory while texts run;
     `preparing` is anonymous memory before the weights are read; `mapped` are weights in files, read through the page
-    cache; `disk` is offloaded to a disk; `streamed` is read again for every batch.
+    cache; `disk` is offloaded to a disk; `streamed` is read again for every batch, or for every wave.
     """
 
     device: dict[str, int]
@@ -73,25 +73,30 @@ class RankMemory:
 def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     """Memory of the rank that holds most."""
     strategy = STRATEGIES[spread.layout.strategy]
-    activations = ceil((CUDA_SLACK if machine.gpu else CPU_SLACK) * _activations(work, spread.layout))
-    owned_bytes = owned_neurons(work.neurons, spread.layout.tensor) * work.stored_bytes
+    neurons = work.neurons_at_once(strategy.by_layer)
+    activations = ceil((CUDA_SLACK if machine.gpu else CPU_SLACK) * _activations(work, spread.layout, neurons))
+    owned_bytes = owned_neurons(neurons, spread.layout.tensor) * work.stored_bytes
     queue = (NUM_BUFFERS + 1) * (work.rows_chunk + 1) * owned_bytes  # 1: a row of counts
     runtime = RUNTIME_BYTES + (CUDA_HOST_BYTES if machine.gpu else 0)
     texts = TABLE_BYTES_PER_FILE_BYTE * work.data_bytes
     preparing = runtime + TOKENIZER_BYTES_PER_FILE_BYTE * work.tokenizer_bytes + texts
     used = runtime + queue + texts + (0 if machine.gpu else activations)
     room = Room(
-        machine.gpu, _left(machine.device_bytes, CUDA_DEVICE_BYTES + activations), _left(machine.host_bytes, used)
+        machine.gpu,
+        _left(machine.device_bytes, CUDA_DEVICE_BYTES + activations),
+        _left(machine.host_bytes, used),
+        ceil(work.hidden_bytes / spread.layout.num_row_workers),
     )
     held = strategy.held(work.weights, spread, room)
     host = {"runtime": runtime, "texts": texts, "queue": queue, "offloaded weights": held.away.get("cpu", 0)}
+    host["hidden states"] = held.waiting
     device = {"weights": held.placed, "gathered weights": held.gathered, "activations": activations}
     mapped = 0
     if machine.gpu:
         device["runtime"] = CUDA_DEVICE_BYTES
     else:
         if work.mapped and strategy.maps_files:
-            mapped, device["weights"] = held.placed, 0
+            mapped, device["weights"], device["gathered weights"] = held.placed + held.gathered, 0, 0
         host, device = {**host, **device}, {}
     host = {purpose: size for purpose, size in host.items() if size}
     return RankMemory(device, host, preparing, mapped, held.away.get("disk", 0), sum(held.away.values()))
@@ -114,12 +119,12 @@ def owned_neurons(neurons: Sequence[tuple[int, int]], num_ranks: int) -> int:
     return sum(known[site] for site in neurons)
 
 
-def _activations(work: Work, layout: Layout) -> int:
+def _activations(work: Work, layout: Layout, neurons: Sequence[tuple[int, int]]) -> int:
     """Bytes for the largest batch, as if no rank split it; if ranks split columns, two copies of the widest more."""
-    pooled = work.batch_rows * work.num_neurons * work.pooled_bytes
+    pooled = work.batch_rows * sum(width for width, _ in neurons) * work.pooled_bytes
     exchange = 0
     if layout.tensor > 1:
-        exchange = 2 * work.batch_tokens * max(width for width, _ in work.neurons) * work.pooled_bytes
+        exchange = 2 * work.batch_tokens * max(width for width, _ in neurons) * work.pooled_bytes
     return work.forward.peak_bytes(work.batch_rows, work.longest, work.batch_tokens) + pooled + exchange
 
 
@@ -136,6 +141,17 @@ def what_fits(work: Work, spread: Spread, machine: Machine) -> WhatFits:
     """Memory under `spread` with the batches of `work`, and the largest batch up to those that fits."""
     memory = rank_memory(work, spread, machine)
     return WhatFits(spread, memory, work.tokens_per_batch if memory.fits(machine) else _largest(work, spread, machine))
+
+
+def with_largest_batch(work: Work, spread: Spread, machine: Machine) -> Work:
+    """`work` with batches as large as fit; a batch is a row chunk at most.
+
+    It is as it was if those are no larger, or all weights have room, so that none is read again.
+    """
+    if not rank_memory(work, spread, machine).streamed:
+        return work
+    whole = work.with_batch(work.rows_chunk * work.longest)
+    return work.with_batch(max(work.tokens_per_batch, what_fits(whole, spread, machine).tokens_per_batch or 0))
 
 
 def _largest(work: Work, spread: Spread, machine: Machine) -> int | None:
@@ -164,9 +180,9 @@ def _can_hold(work: Work, spread: Spread) -> bool:
 
 
 def spreads(world_size: int, *, gpu: bool, splits: bool) -> list[Spread]:
-    """What every strategy offers, by the ranks that hold one model together."""
+    """What every strategy offers, by the ranks that hold one model together; last resorts come last."""
     offers = [spread for s in STRATEGIES.values() for spread in s.offers(world_size, gpu=gpu, splits=splits)]
-    return sorted(offers, key=lambda spread: spread.layout.replica_size)
+    return sorted(offers, key=lambda s: (STRATEGIES[s.layout.strategy].last_resort, s.layout.replica_size))
 
 
 def advice(work: Work, wanted: Spread, machine: Machine, others: Sequence[WhatFits]) -> str:

@@ -15,10 +15,21 @@ from aura_dist.evaluation.decoding import only_attention
 from aura_dist.models.load import DTYPES, ModelSource, check_positions, skeleton
 from aura_dist.models.quantization import bits, by_library, method_of
 from aura_dist.models.strategies.strategy import Spread, WeightSizes
-from aura_dist.models.strategies.table import title
+from aura_dist.models.strategies.table import STRATEGIES, title
 from aura_dist.models.strategies.tensor_plan import Plan, seen_columns, tensor_plan
 from aura_dist.planning.budget import advice, survey, what_fits
-from aura_dist.planning.seconds import READ_RATE, TFLOPS, EvaluationPlan, LanguageModelCost, Step, run_seconds, schedule
+from aura_dist.planning.seconds import (
+    READ_RATE,
+    TFLOPS,
+    USUAL_RATES,
+    EvaluationPlan,
+    LanguageModelCost,
+    Rates,
+    Step,
+    reading,
+    run_seconds,
+    schedule,
+)
 from aura_dist.planning.text import Report
 from aura_dist.planning.trace import forward_cost
 from aura_dist.planning.work import ForwardCost, Machine, Work, store_size
@@ -46,6 +57,7 @@ class Estimate:
     precisions: tuple[str, ...]  # dtype of each pooling's values: the forward's, or float32 where values are averaged
     splits: bool  # whether tensor parallelism can split the decoder layers
     work: Work
+    num_tasks: int
 
 
 def estimate(
@@ -82,11 +94,17 @@ def estimate(
     stored_bits = bits(source.quantization, config)
     weights = weight_sizes(model, split, stored_bits)
     forward = forward_cost(model, sites, poolings, longest, on_cpu=not gpu)
+    neurons = tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites)
+    by_layer = [
+        tuple(n for n, s in zip(neurons, sites, strict=True) if s.layer == at) for at in {s.layer for s in sites}
+    ]
     work = Work(
         weights=weights,
         forward=forward if stored_bits is None else _unpacking(model, forward),
         quantised=by_library(source.quantization, config),
-        neurons=tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites),
+        neurons=neurons,
+        layer_neurons=max(by_layer, key=lambda layer: sum(width for width, _ in layer)),
+        hidden_bytes=int(num_tokens.sum()) * hidden_size(config) * DTYPES[source.dtype].itemsize,
         stored_bytes=sum(stored),
         pooled_bytes=sum(DTYPES[p].itemsize for p in precisions),
         rows_chunk=rows_per_chunk(num_rows),
@@ -98,7 +116,13 @@ def estimate(
         mapped=not gpu and is_mapped(model, source),
     )
     splits, quantization = any(part for _, part in weights.layers), source.quantization or method_of(config)
-    return Estimate(source, num_tokens, table, sites, quantization, precisions, splits, work)
+    num_tasks = len(tasks_of(num_tokens, tokens_per_batch))
+    return Estimate(source, num_tokens, table, sites, quantization, precisions, splits, work, num_tasks)
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Width of the hidden states; 0 where the configuration does not say it."""
+    return int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
 
 
 def _unpacking(model: PreTrainedModel, forward: ForwardCost) -> ForwardCost:
@@ -175,7 +199,12 @@ def is_mapped(model: PreTrainedModel, source: ModelSource) -> bool:
 
 
 def collection_report(
-    found: Estimate, origin: str, spread: Spread, machine: Machine, tflops: float | None = None
+    found: Estimate,
+    origin: str,
+    spread: Spread,
+    machine: Machine,
+    tflops: float | None = None,
+    rates: Rates = USUAL_RATES,
 ) -> Report:
     """All figures of a collection under `spread`, with advice if it does not fit.
 
@@ -186,7 +215,11 @@ def collection_report(
     others = survey(work, world_size, machine, splits=found.splits)
     batches = schedule(num_tokens.tolist(), work.rows_chunk, work.tokens_per_batch, work.forward)
     tflops = tflops or TFLOPS[machine.gpu, DTYPES[found.source.dtype].itemsize]
-    compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops)
+    compute, stream = run_seconds(batches, spread.layout, wanted.memory, tflops, rates)
+    read = None
+    if STRATEGIES[spread.layout.strategy].by_layer:
+        read = reading(batches, spread.layout, wanted.memory, spread.options.get("wave_tokens"), rates)
+        stream = max(0.0, read.seconds - compute)
     by_kind = {k: [s.width for s in found.table.sites if s.kind == k] for k in KINDS}
     widths = [s.width for s in found.sites]
     about = (found.table.model_class, found.source.dtype, found.quantization)
@@ -199,7 +232,7 @@ def collection_report(
         store=store_size(len(num_tokens), work.rows_chunk, widths, found.precisions),
         rows_chunk=work.rows_chunk,
         columns_chunk=tuple(sorted({c for _, c in work.neurons})),
-        num_tasks=len(tasks_of(num_tokens, work.tokens_per_batch)),
+        num_tasks=found.num_tasks,
         batches=batches,
         longest=work.longest,
         tokens_per_batch=work.tokens_per_batch,
@@ -216,6 +249,7 @@ def collection_report(
         tflops=tflops,
         compute_seconds=compute,
         stream_seconds=stream,
+        reading=read,
         fits=tuple(
             (title(f.spread), f.memory.device_bytes, f.memory.host_bytes(machine.ranks_per_host), f.tokens_per_batch)
             for f in others

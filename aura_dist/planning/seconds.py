@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 from aura_dist.planning.budget import RankMemory
 from aura_dist.planning.work import ForwardCost
@@ -46,7 +47,20 @@ def schedule(num_tokens: Sequence[int], rows_chunk: int, tokens_per_batch: int, 
     return Schedule(sum(num_tokens), sum(b * t for b, t in shapes), len(shapes), cost.flops(shapes))
 
 
-def run_seconds(plan: Schedule, layout: Layout, memory: RankMemory, tflops: float) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second: from the host's memory to a GPU, and from the disk."""
+
+    copy: float = HOST_RATE
+    disk: float = DISK_RATE
+
+
+USUAL_RATES = Rates()
+
+
+def run_seconds(
+    plan: Schedule, layout: Layout, memory: RankMemory, tflops: float, rates: Rates = USUAL_RATES
+) -> tuple[float, float]:
     """(computing, reading offloaded weights): seconds if all ranks are busy all the time.
 
     Ranks share the operations evenly, whether they share rows or columns. Every rank reads its offloaded weights once a
@@ -54,8 +68,30 @@ def run_seconds(plan: Schedule, layout: Layout, memory: RankMemory, tflops: floa
     """
     compute = plan.flops / (layout.world_size * tflops * 1e12)
     in_memory = memory.streamed - memory.disk
-    a_batch = in_memory / HOST_RATE + memory.disk / DISK_RATE
+    a_batch = in_memory / rates.copy + memory.disk / rates.disk
     return compute, a_batch * plan.num_batches / layout.num_row_workers
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Weights of a model that runs layer by layer: how often each rank reads them, bytes and seconds of a rank."""
+
+    num_waves: int
+    num_bytes: int
+    seconds: float
+
+
+def reading(
+    plan: Schedule, layout: Layout, memory: RankMemory, wave_tokens: int | None, rates: Rates = USUAL_RATES
+) -> Reading:
+    """What every rank reads from the checkpoint, all of it once a wave; it does so while it computes.
+
+    Without `wave_tokens` a rank's share of the rows is one wave, because waves are as large as that in most runs.
+    """
+    share = ceil(plan.num_tokens / layout.num_row_workers)
+    waves = ceil(share / wave_tokens) if wave_tokens else 1
+    total = waves * memory.streamed
+    return Reading(waves, total, total / min(rates.disk, rates.copy))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aura_dist.planning.budget import RankMemory
-from aura_dist.planning.seconds import Schedule
+from aura_dist.planning.seconds import Reading, Schedule
 from aura_dist.planning.work import Machine, StoreSize
 from aura_dist.units import show_bytes
 
@@ -37,6 +37,7 @@ class Report:
     tflops: float
     compute_seconds: float
     stream_seconds: float
+    reading: Reading | None  # of weights, layer by layer
     # (sharding, device bytes, host bytes of a machine, largest tokens per batch or None) of every strategy
     fits: tuple[tuple[str, int, int, int | None], ...]
     advice: str  # what to change; empty where the plan fits
@@ -80,7 +81,13 @@ def _work(report: Report) -> list[str]:
         f"  {batches.flops:.3g} FLOPs: {report.compute_seconds:,.0f} s at {report.tflops:g} TFLOP/s on each of "
         f"{_ranks(report)}",
     ]
-    if report.stream_seconds:
+    if report.reading is not None:
+        read, times = report.reading, "once" if report.reading.num_waves == 1 else f"{report.reading.num_waves} times"
+        lines.append(
+            f"  meanwhile each rank reads the layers {times}, {show_bytes(read.num_bytes)} in {read.seconds:,.0f} s; "
+            f"{seconds:,.0f} s in all"
+        )
+    elif report.stream_seconds:
         lines.append(f"  offloaded weights brought in: {report.stream_seconds:,.0f} s more; {seconds:,.0f} s in all")
     return lines
 

@@ -51,11 +51,13 @@ class Work:
     tokenizer_bytes: int = 0  # of the tokenizer's file, 0 where not known
     data_bytes: int = 0  # of the texts' file, 0 where not known
     quantised: bool = False  # whether a library stores the weights, which few strategies can hold
+    hidden_bytes: int = 0  # of the hidden states of all rows
+    layer_neurons: tuple[tuple[int, int], ...] = ()  # `neurons` of the layer that has most
     mapped: bool = False  # whether a CPU can use the weights in their files, because they have the forward's dtype
 
-    @property
-    def num_neurons(self) -> int:
-        return sum(width for width, _ in self.neurons)
+    def neurons_at_once(self, by_layer: bool) -> tuple[tuple[int, int], ...]:
+        """The sites whose values are on their way to the store at the same time: all, or those of a layer."""
+        return self.layer_neurons or self.neurons if by_layer else self.neurons
 
     @property
     def batch_rows(self) -> int:

@@ -19,6 +19,17 @@ def backend_of(device: str) -> str:
     return BACKENDS.get(device.partition(":")[0], "gloo")
 
 
+def device_memory(device: str) -> int | None:
+    """Free bytes of a device such as `cuda:1`; None for a CPU."""
+    import torch
+
+    if device == "cpu":
+        return None
+    where = torch.device(device)
+    free, _ = torch.get_device_module(where).mem_get_info(where)
+    return int(free)
+
+
 def wants_gpu(wanted: str) -> bool:
     """Whether `--device` means a GPU: `cuda` always, `auto` if there is one."""
     return wanted == "cuda" or (wanted == "auto" and accelerator() is not None)

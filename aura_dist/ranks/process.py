@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,6 +20,7 @@ _MAPPED_BYTES = 2**26
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_MMAP_THRESHOLD_": str(_MAPPED_BYTES)}
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMORY = Path("/proc/meminfo")
 
 
 def configure_logging(*, debug: bool = False) -> None:
@@ -90,6 +92,30 @@ def _cpu_quotas(root: Path = CGROUPS, groups: Path = OWN_CGROUPS) -> Iterator[fl
                     break
                 if int(quota) > 0:  # ValueError for `max`
                     yield int(quota) / int(period)
+
+
+def local_ranks() -> int:
+    """Ranks of this launch on this machine, as the launcher says; where it does not, all may be here."""
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    here = os.environ.get("LOCAL_WORLD_SIZE") or (tasks[0] if tasks else os.environ.get("WORLD_SIZE", "1"))
+    return max(1, int(here)) if here.isdecimal() else 1
+
+
+def free_memory(root: Path = CGROUPS, groups: Path = OWN_CGROUPS) -> int:
+    """Bytes of memory that are free on this machine, at most what this process's control groups allow it."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", MEMORY.read_text()) if MEMORY.is_file() else None
+    limits = [1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
+        own = Path(path.lstrip("/"))
+        for group in (own, *own.parents):
+            with suppress(OSError, ValueError):  # ValueError for `max`
+                limits.append(
+                    int((root / "memory" / group / "memory.limit_in_bytes").read_text())
+                    if controllers
+                    else int((root / group / "memory.max").read_text())
+                )
+    return min(limits)
 
 
 def this_process() -> dict[str, Any]:

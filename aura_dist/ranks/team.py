@@ -202,6 +202,11 @@ class Team:
                 yield None if mine is None or turn >= turns[worker] else (mine, turn)
         self.meet(f"claimed/{key}", before)
 
+    def claim(self, key: str, units: Sequence[Unit]) -> Unit | None:
+        """Hand the next of `units` to this rank, which is a replica of its own; None at the end. As for `claimed`."""
+        number = self.count(f"claimed/{key}")
+        return units[number] if number < len(units) else None
+
     def _claim(self, key: str, units: Sequence[Unit]) -> list[Unit | None]:
         """Return the next unit of each row worker of the replica, None for one that gets none; nothing at the end."""
         leads = self.world.column_rank == 0

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every kernel that a forward calls
-from torch.utils._pytree import tree_leaves  # the tensors among a kernel's arguments
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure  # the tensors among a call's arguments
 
-__all__ = ["TorchDispatchMode", "tree_leaves"]  # of what is imported
+__all__ = ["TorchDispatchMode", "tree_leaves", "tree_map", "tree_structure"]  # of what is imported
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default  # a mixture's experts in one product
 READ_SCALAR = torch.ops.aten._local_scalar_dense.default  # `bool(tensor)`, `tensor.item()`

@@ -1,7 +1,8 @@
 """The one module that uses private or undocumented names of transformers; seen with 5.23."""
 
 import copy
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 from transformers import DynamicLayer, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.integrations import moe
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
 
 from aura_dist.errors import ModelError
 from aura_dist.sites.routed import Routed
@@ -44,6 +53,11 @@ def tied_to(model: PreTrainedModel, parameter: str) -> list[str]:
     """Names of the parameters that are tied to `parameter` when weights are loaded."""
     tied = dict(model.all_tied_weights_keys)
     return [b for a, b in [*tied.items(), *((b, a) for a, b in tied.items())] if a == parameter]
+
+
+def tied_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that are tied to others when weights are loaded."""
+    return sorted(dict(model.all_tied_weights_keys))
 
 
 def loaded_names(model: PreTrainedModel) -> Callable[[str], tuple[str, str]]:
@@ -76,6 +90,48 @@ def holds_quantised(model: PreTrainedModel) -> bool:
     """Whether a weight of a linear layer is no plain tensor of floats."""
     weights = [m.weight.data for m in model.modules() if isinstance(m, nn.Linear)]
     return any(type(w) is not Tensor or not w.is_floating_point() for w in weights)
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype) -> list[str]:
+    """Put some of a checkpoint's tensors into `model` as `from_pretrained` does: renamed, joined, cut, in its dtype.
+
+    They come to the CPU. Tensors that have that dtype already stay in their files where these are memory-mapped.
+    Returns the names of parameters that could not be made, or have another shape.
+    """
+    how = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map={"": "cpu"},
+        weight_mapping=get_model_conversion_mapping(model),
+        ignore_mismatched_sizes=True,
+    )
+    hf_logging.disable_progress_bar()
+    try:
+        found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), how)
+    finally:
+        hf_logging.enable_progress_bar()
+    return [*found.conversion_errors, *(str(name) for name, *_ in found.mismatched_keys)]
+
+
+def initialize_rest(model: PreTrainedModel, part: nn.Module) -> None:
+    """Compute what in `part` of `model` is still on the meta device, on the CPU, as `from_pretrained` does.
+
+    That is what no checkpoint holds, such as buffers of positions. Weights that were loaded are not changed.
+    """
+    for module in part.modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        left = {name: tensor for name, tensor in own if tensor.is_meta}
+        for name, tensor in left.items():
+            made = torch.empty_like(tensor, device="cpu")
+            setattr(module, name, nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made)
+        if left:
+            vars(module)["_is_hf_initialized"] = False
+            model._initialize_weights(module)
+
+
+def is_optional(model: PreTrainedModel, name: str) -> bool:
+    """Whether a checkpoint may lack a weight of `model`."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
 
 
 def implementations(config: PretrainedConfig) -> list[str | None]:

@@ -20,7 +20,8 @@ from typing import Any
 import zarr
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from aura_dist.collecting.stream import Run, stream
+from aura_dist.collecting.run import Run
+from aura_dist.collecting.stream import stream
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import RunInterruptedError, StoreError
 from aura_dist.interventions.artifact import Intervention
@@ -31,6 +32,7 @@ from aura_dist.models.fingerprints import comparable
 from aura_dist.models.hub import downloaded
 from aura_dist.models.identity import earlier_fingerprint, fingerprint
 from aura_dist.models.in_memory import InMemory
+from aura_dist.models.layerwise import closing, executor_of
 from aura_dist.models.load import (
     ModelSource,
     check_positions,
@@ -43,11 +45,14 @@ from aura_dist.models.load import (
     tokenizer_of,
 )
 from aura_dist.models.quantization import check_can_load
-from aura_dist.models.strategies.strategy import Options
-from aura_dist.models.strategies.table import sharding_of
-from aura_dist.ranks.device import pick_device
+from aura_dist.models.strategies.strategy import Options, Spread
+from aura_dist.models.strategies.table import Sharding, sharding_of
+from aura_dist.planning.budget import with_largest_batch
+from aura_dist.planning.estimate import estimate
+from aura_dist.planning.work import Machine
+from aura_dist.ranks.device import device_memory, pick_device
 from aura_dist.ranks.launch import start_team
-from aura_dist.ranks.process import configure_rank
+from aura_dist.ranks.process import configure_rank, free_memory, local_ranks
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import World
@@ -113,7 +118,9 @@ class OnDisk:
     @contextmanager
     def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:
         """The base model, loaded without the decoder layers from `num_layers` on."""
-        yield load_base(self.source, world, self.options, num_layers=num_layers)
+        model = load_base(self.source, world, self.options, num_layers=num_layers)
+        with closing(model):
+            yield model
 
 
 Subject = OnDisk | InMemory  # what is collected from
@@ -199,24 +206,51 @@ def collect_tasks(
     stop: StopFlag,
 ) -> None:
     """Have the ranks load the model together, and run this rank's share of `tasks` into the store."""
+    batch_tokens = _batch_tokens(config, subject, tokens, team)
     begun = time.perf_counter()
     with subject.base(team.world, num_layers=1 + max(s.layer for s in spec.sites)) as model:
         group = open_group(config.store)
         plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
-        run = Run(spec, tokens, plans, team, stop)
+        run = Run(spec, tokens, plans, team, stop, batch_tokens, by_layer=executor_of(model) is not None)
         loaded = time.perf_counter()
         try:
             with (
                 _intervened(model, config),
                 stop.deferred(),
-                counted_attempts(group) as begin,
+                counted_attempts(group) as attempts,
                 run.writer(group) as writer,
             ):
-                stream(model, run, tasks, writer, begin)
+                stream(model, run, tasks, writer, attempts)
         except RunInterruptedError:
             _note_times(group, team, loaded - begun, loaded)
             raise
         _note_times(group, team, loaded - begun, loaded)
+
+
+def _batch_tokens(config: CollectConfig, subject: Subject, tokens: TokenizedTexts, team: Team) -> int | None:
+    """Most tokens of a batch where weights are read for every batch and the user names no number; None elsewhere."""
+    sharding, world = sharding_of(config), team.world
+    asked = config.tokens_per_batch is not None
+    if asked or isinstance(subject, InMemory) or not sharding.strategy.reads_every_batch(sharding.options):
+        return None
+    return int(team.from_first("tokens of a batch", lambda: _largest_batch(config, subject, tokens, sharding, world)))
+
+
+def _largest_batch(
+    config: CollectConfig, subject: OnDisk, tokens: TokenizedTexts, sharding: Sharding, world: World
+) -> int:
+    """Most tokens of a batch for which there is memory, by the estimate that `plan` makes."""
+    num_tokens, gpu = tokens.num_tokens, world.device != "cpu"
+    if gpu and "max_memory" in sharding.strategy.options and not sharding.options.get("max_memory"):
+        return config.task_tokens  # accelerate fills a GPU to nine tenths, whatever else needs room
+    found = estimate(
+        subject.source, subject.config, config.modules, config.pooling, num_tokens, config.task_tokens,
+        shortest=int(num_tokens[0]), data_bytes=0, gpu=gpu,
+    )  # fmt: skip
+    machine = Machine(gpu, device_memory(world.device), free_memory(), local_ranks())
+    batch = with_largest_batch(found.work, Spread(world.layout, sharding.options), machine).tokens_per_batch
+    logger.info("batches of at most %d tokens, because weights are read for each", batch)
+    return batch
 
 
 def _note_times(group: zarr.Group, team: Team, load_seconds: float, loaded: float) -> None:
@@ -326,7 +360,7 @@ def make_spec(
         },
         dtype=source.dtype,
         max_tokens=config.max_tokens,
-        tokens_per_batch=config.tokens_per_batch,
+        tokens_per_batch=config.task_tokens,
         skip_special_tokens=config.skip_special_tokens,
         skip_first_tokens=config.skip_first_tokens,
         poolings=tuple(config.pooling),

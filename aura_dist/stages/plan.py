@@ -21,7 +21,7 @@ stdout and stderr are left to what libraries print.
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ from aura_dist.models.load import load_config, skeleton, source_of, tokenizer_of
 from aura_dist.models.quantization import check_held
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import sharding_of
+from aura_dist.planning.budget import with_largest_batch
 from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
-from aura_dist.planning.seconds import EvaluationPlan, Step, continuing
+from aura_dist.planning.seconds import EvaluationPlan, Rates, Step, continuing
 from aura_dist.planning.text import Report, refusal, render
 from aura_dist.planning.work import Machine
 from aura_dist.ranks.device import wants_gpu
@@ -84,15 +85,25 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
         config.modules,
         config.pooling,
         num_tokens,
-        config.tokens_per_batch,
+        config.task_tokens,
         shortest=shortest,
         data_bytes=Path(config.data).stat().st_size if config.data and Path(config.data).is_file() else 0,
         gpu=machine.gpu,
         tensor_ranks=spread.layout.tensor,
         plan_file=config.tensor_plan,
     )
-    report = collection_report(found, origin, spread, machine, config.tflops)
+    if config.tokens_per_batch is None and sharding.strategy.reads_every_batch(sharding.options):
+        found = replace(found, work=with_largest_batch(found.work, spread, machine))
+    report = collection_report(found, origin, spread, machine, config.tflops, _rates(config))
     return report, refusal(report, config.device_memory, config.host_memory)
+
+
+def _rates(config: PlanConfig) -> Rates:
+    """Bytes a second of disk and copies, as given."""
+    given = {"copy": config.copy_rate, "disk": config.disk_rate}
+    return Rates(
+        **{name: parse_bytes(size, f"--{name}-rate", "2GB") for name, size in given.items() if size is not None}
+    )
 
 
 def make_machine(config: PlanConfig) -> Machine:

@@ -32,22 +32,23 @@ class FirstTokenCounts:
 
     def __init__(self, group: zarr.Group, spec: StoreSpec, owned: Mapping[str, Sequence[Interval]], rank: int) -> None:
         self._array, self._rank = get_array(group, FIRST_TOKEN), rank
-        self._counts = np.zeros(self._array.shape[2], np.uint32)
+        self._counts: dict[int, NDArray[np.uint32]] = {}  # by task
         self._places = {
             key: np.concatenate([np.arange(columns.start + a, columns.start + b) for a, b in owned[key[0]]])
             for key, columns in first_token_columns(spec).items()
             if owned[key[0]]
         }
 
-    def add(self, key: tuple[str, str], counts_D: NDArray[np.generic]) -> None:
-        """Add the counts of a row chunk for a site and pooling; those of other poolings are dropped."""
+    def add(self, task: int, key: tuple[str, str], counts_D: NDArray[np.generic]) -> None:
+        """Add the counts of a row chunk of a task, for a site and pooling; those of other poolings are dropped."""
         if key in self._places:
-            self._counts[self._places[key]] += counts_D.astype(np.uint32)
+            counts = self._counts.setdefault(task, np.zeros(self._array.shape[2], np.uint32))
+            counts[self._places[key]] += counts_D.astype(np.uint32)
 
     def write(self, task: int) -> None:
-        """Write what was added since the last call."""
-        self._array[task, self._rank] = self._counts
-        self._counts[...] = 0
+        """Write what was added for a task."""
+        counts = self._counts.pop(task, None)
+        self._array[task, self._rank] = np.zeros(self._array.shape[2], np.uint32) if counts is None else counts
 
 
 def first_token_warnings(group: zarr.Group, spec: StoreSpec) -> Iterator[str]:

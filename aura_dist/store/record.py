@@ -10,7 +10,7 @@ Numbers are sums over the launches that ended in an orderly way; the rest is of 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -102,27 +102,47 @@ def most_attempted(group: zarr.Group) -> tuple[int, int]:
     return task, int(attempts[task])
 
 
-@contextmanager
-def counted_attempts(group: zarr.Group) -> Iterator[Callable[[int], None]]:
-    """Context in which a rank runs tasks; its value is a function to call when the rank begins one.
+class Attempts:
+    """Counts how often tasks of a store are begun, so that the record says how many launches died in each.
 
-    The function adds 1 to the task's count. The count goes back to 0 when the task is committed, and down by 1 when the
-    run ends in an orderly way: by a signal, by an error of the user's, by another rank's failure. So the count is the
-    number of launches that died in the task.
+    `begin` adds 1 to a task's count. The count goes down by 1 when the task is left, and to 0 when it is committed.
     """
-    begun: list[int] = []
 
-    def begin(task: int) -> None:
-        if ATTEMPTS in group:
-            _add_attempt(group, task, 1)
-            begun.append(task)
+    def __init__(self, group: zarr.Group) -> None:
+        self._group = group
+        self._begun: set[int] = set()
 
+    def begin(self, task: int) -> None:
+        """Note that this rank begins a task."""
+        if ATTEMPTS in self._group:
+            _add_attempt(self._group, task, 1)
+            self._begun.add(task)
+
+    def leave(self, task: int) -> None:
+        """Note that this rank turns to other tasks before this one is finished: its death says nothing of this one."""
+        if task in self._begun:
+            self._begun.remove(task)
+            _add_attempt(self._group, task, -1)
+
+    def leave_unfinished(self) -> None:
+        """Leave all tasks that are not committed."""
+        for task in self._begun & set(unfinished(self._group)):
+            self.leave(task)
+
+
+@contextmanager
+def counted_attempts(group: zarr.Group) -> Iterator[Attempts]:
+    """Context in which a rank runs tasks.
+
+    Tasks that are under way do not count when the run ends in an orderly way: by a signal, by an error of the user's,
+    by another rank's failure.
+    """
+    attempts = Attempts(group)
     try:
-        yield begin
+        yield attempts
     except (AuraError, KeyboardInterrupt):
         with suppress(OSError, StoreError):  # the user must see the error that ends the run
-            for task in set(begun) & set(unfinished(group)):
-                _add_attempt(group, task, -1)
+            attempts.leave_unfinished()
         raise
 
 

@@ -7,8 +7,8 @@ again when it is written. The number of buffers bounds the memory: where the dis
 import asyncio
 import queue
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +31,7 @@ Commit = Callable[[int, Mapping[str, int]], None]
 
 
 class ChunkWriter:
-    """Writes row chunks and commits tasks, in the order they are handed over.
+    """Writes row chunks and commits tasks, in the order they are handed over; chunks of several tasks may mix.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class ChunkWriter:
         self._arrays = {key: get_array(group, activation_path(*key)) for key in buffer}
         self._work: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
         self._failure: BaseException | None = None
-        self._nonfinite: Counter[str] = Counter()
+        self._nonfinite: defaultdict[int, Counter[str]] = defaultdict(Counter)  # by task
         self._thread = threading.Thread(target=self._run, name="chunk-writer", daemon=True)
         self._thread.start()
 
@@ -78,13 +78,21 @@ class ChunkWriter:
             except queue.Empty:
                 continue
 
-    def write(self, start: int, stop: int, buffer: RowBuffer, wait: Callable[[], None]) -> None:
-        """Hand over rows [start, stop) of every site, a whole row chunk; do not touch the buffer from here on.
+    def write(
+        self,
+        task: int,
+        rows: slice,
+        buffer: RowBuffer,
+        wait: Callable[[], None],
+        keys: Iterable[tuple[str, str]] | None = None,
+    ) -> None:
+        """Hand over a whole row chunk of a task, of all arrays or of `keys`; do not touch the buffer from here on.
 
         `wait` blocks until the buffer holds its values, because copies from a GPU may still be under way.
         """
         self.check()
-        self._work.put((start, stop, buffer, wait))
+        part = buffer if keys is None else {key: buffer[key] for key in keys if key in buffer}
+        self._work.put((task, rows, buffer, part, wait))
 
     def commit(self, task: int) -> None:
         """Mark `task` as finished once everything handed over before is written."""
@@ -107,21 +115,21 @@ class ChunkWriter:
 
     def _do(self, runner: asyncio.Runner, item: tuple[Any, ...]) -> None:
         if len(item) == 1:
+            (task,) = item
             if self.counts is not None:
-                self.counts.write(item[0])
-            self._commit(item[0], dict(self._nonfinite))
-            self._nonfinite.clear()
+                self.counts.write(task)
+            self._commit(task, dict(self._nonfinite.pop(task, {})))
             return
-        start, stop, buffer, wait = item
+        task, rows, buffer, part, wait = item
         wait()
-        for key, values in buffer.items():
-            rows = values[: stop - start]
-            bad = rows.size - int(np.count_nonzero(np.isfinite(rows)))
+        for key, values in part.items():
+            written = values[: rows.stop - rows.start]
+            bad = written.size - int(np.count_nonzero(np.isfinite(written)))
             if bad:
-                self._nonfinite[activation_path(*key)] += bad
+                self._nonfinite[task][activation_path(*key)] += bad
             if self.counts is not None:
-                self.counts.add(key, values[-1])
-        runner.run(_together(self._writes(slice(start, stop), buffer)))
+                self.counts.add(task, key, values[-1])
+        runner.run(_together(self._writes(rows, part)))
         self._free.put(buffer)
 
     def _writes(self, rows: slice, buffer: RowBuffer) -> list[Write]:

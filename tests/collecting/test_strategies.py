@@ -54,6 +54,7 @@ LAUNCHES = (
     Launch("zero3", 2, "zero3", others=OTHERS),
     Launch("zero3, offload to the CPU", 2, "zero3", (("offload", "cpu"),)),
     Launch("dispatch, partly on disk", 1, "dispatch", (("max_memory", ["cpu=150KB"]),), others=OTHERS),
+    Launch("layers", 2, "layers", others=OTHERS),
 )
 
 

@@ -23,7 +23,7 @@ from aura_dist.planning.budget import (
     survey,
     what_fits,
 )
-from aura_dist.planning.seconds import run_seconds, schedule
+from aura_dist.planning.seconds import Rates, reading, run_seconds, schedule
 from aura_dist.planning.work import COMPRESSED, ForwardCost, Machine, Work, store_size
 from aura_dist.ranks.layout import Layout
 from aura_dist.store import writer
@@ -154,8 +154,9 @@ def test_largest_batch_fits_and_the_next_does_not(strategy, device):
 def test_spreads_are_named_as_flags():
     assert [title(s) for s in spreads(12, gpu=True, splits=True)] == [
         "replicate", "fsdp=2", "tensor=2", "fsdp=4", "tensor=4", "fsdp=12", "tensor=12", "zero3", "zero3 --offload cpu",
+        "layers",
     ]  # fmt: skip
-    assert [title(s) for s in spreads(1, gpu=False, splits=True)] == ["replicate", "zero3", "dispatch"]
+    assert [title(s) for s in spreads(1, gpu=False, splits=True)] == ["replicate", "zero3", "dispatch", "layers"]
     assert title(Spread(Layout("tensor", 8, fsdp=2, tensor=4))) == "fsdp=2,tensor=4"
 
 
@@ -196,6 +197,28 @@ def test_seconds_are_shared_by_all_ranks_and_offloaded_weights_come_in_for_every
     assert run_seconds(plan, Layout(), held, 2.0)[1] == 0
     offloaded = memory(Layout("zero3", 1), offload="cpu")
     assert run_seconds(plan, Layout("zero3", 1), offloaded, 2.0)[1] == pytest.approx(plan.num_batches * 12e9 / 20e9)
+
+
+def test_layer_by_layer_a_rank_needs_memory_for_two_layers():
+    spread = Spread(Layout("layers", 4))
+    work = replace(WORK, hidden_bytes=8_000_000_000, layer_neurons=WORK.neurons[:1])
+    held = rank_memory(work, spread, Machine(True, None, 10**11))
+    outside, layers = WORK.weights.per_tensor_rank(1)
+    assert held.device["weights"] + held.device["gathered weights"] == outside + sum(sorted(layers)[-2:])
+    assert held.streamed == sum(layers)
+    assert held.host["hidden states"] == 2_000_000_000, "of a rank's share of the rows"
+    assert held.host["queue"] < rank_memory(work, Spread(Layout("replicate", 4)), Machine(True)).host["queue"]
+    short = rank_memory(work, spread, Machine(True, None, 5_000_000_000))
+    assert 0 < short.host["hidden states"] < 2_000_000_000, "the others wait in a file"
+
+
+def test_layers_are_read_once_a_wave_while_ranks_compute():
+    plan = schedule([128] * 64, 64, 4096, WORK.forward)
+    held = rank_memory(WORK, Spread(Layout("layers", 2)), Machine(True))
+    once = reading(plan, Layout("layers", 2), held, None, Rates(copy=20e9, disk=5e9))
+    assert (once.num_waves, once.num_bytes) == (1, held.streamed)
+    assert once.seconds == pytest.approx(held.streamed / 5e9)
+    assert reading(plan, Layout("layers", 2), held, 1000).num_waves == 5
 
 
 def test_store_size_is_that_of_its_arrays():

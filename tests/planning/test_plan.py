@@ -127,7 +127,7 @@ def test_falcon_40b_on_one_gpu_of_24_gb(falcon_40b, capsys):
     limits = ["--device-memory", "24GB", "--host-memory", "128GB"]
     report, error = planned(capsys, *falcon_40b, *limits, code=2)
     fits = {name: largest for name, _, _, largest in report["fits"]}
-    assert fits == {"replicate": None, "zero3": None, "zero3 --offload cpu": 4096, "dispatch": 4096}
+    assert fits == {"replicate": None, "zero3": None, "zero3 --offload cpu": 4096, "dispatch": 4096, "layers": 4096}
     assert "what fits is --sharding zero3 --offload cpu" in error
     report, _ = planned(capsys, *falcon_40b, *limits, "--sharding", "dispatch")
     assert report["device_bytes"] <= 24e9
@@ -137,6 +137,20 @@ def test_falcon_40b_on_one_gpu_of_24_gb(falcon_40b, capsys):
     )
     assert report["memory"]["disk"] > 30e9
     assert report["host_bytes"] <= 32e9
+
+
+def test_falcon_40b_layer_by_layer_where_nothing_else_fits(falcon_40b, capsys):
+    limits = ["--device-memory", "8GB", "--host-memory", "16GB"]
+    report, error = planned(capsys, *falcon_40b, *limits, code=2)
+    assert [name for name, _, _, largest in report["fits"] if largest] == ["layers"]
+    assert "what fits is --sharding layers" in error
+    by_layer = [*falcon_40b, *limits, "--sharding", "layers"]
+    report, _ = planned(capsys, *by_layer, "--wave-tokens", "100000", "--disk-rate", "10GB")
+    assert report["reading"]["num_waves"] == 4
+    assert report["reading"]["num_bytes"] == pytest.approx(4 * 81.5e9, rel=0.02)
+    assert report["reading"]["seconds"] == pytest.approx(report["reading"]["num_bytes"] / 1e10)
+    assert main(["plan", *by_layer]) == 0
+    assert "meanwhile each rank reads the layers once, 81.5 GB in 41 s" in capsys.readouterr().out
 
 
 def test_smaller_batches_are_offered_first(falcon_shallow, capsys):

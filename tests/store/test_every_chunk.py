@@ -80,7 +80,7 @@ def test_owner_of_several_intervals_writes_nan_among_them(tmp_path):
         for start, stop in ((0, 32), (32, 40)):
             buffer = writer.free_buffer()
             buffer[key][: stop - start] = values[start:stop]
-            writer.write(start, stop, buffer, lambda: None)
+            writer.write(0, slice(start, stop), buffer, lambda: None)
     for place, (start, stop) in zip((0, 12, 24), owned, strict=True):
         before[:, start:stop] = values[:, place : place + stop - start]
     assert not missing_chunks(array, np.ndindex(*array.cdata_shape))

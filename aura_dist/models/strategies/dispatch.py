@@ -25,7 +25,7 @@ class Dispatch(Strategy):
 
     def parse(self, given: Options) -> Options:
         """`max_memory` as device (a GPU's number, `cpu` or `disk`) → bytes."""
-        return {**given, "max_memory": _limits(given["max_memory"])} if given.get("max_memory") else given
+        return {**given, "max_memory": memory_limits(given["max_memory"])} if given.get("max_memory") else given
 
     def layout(self, sharding: str, world_size: int) -> Layout:
         if world_size != 1:
@@ -51,12 +51,15 @@ class Dispatch(Strategy):
         placed = max((size for name, size in held.items() if name not in away), default=0)
         return Held(placed, largest if any(away.values()) else 0, away)
 
+    def reads_every_batch(self, options: Options) -> bool:
+        return True
+
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
         if world_size == 1:
             yield Spread(Layout(self.name))
 
 
-def _limits(entries: Sequence[str]) -> dict[int | str, int]:
+def memory_limits(entries: Sequence[str]) -> dict[int | str, int]:
     """`0=70GiB cpu=200GiB` → device → bytes."""
     limits: dict[int | str, int] = {}
     for entry in entries:

@@ -26,12 +26,14 @@ Options = Mapping[str, Any]
 class Held:
     """Bytes of weights of one rank: always on its device; gathered there for a while; away, read again for every batch.
 
-    `away` maps `cpu` or `disk` to the bytes that are kept there.
+    `away` maps `cpu`, `disk` or `checkpoint` to the bytes that are kept there. Where weights are read once a wave,
+    hidden states that are `waiting` take host memory.
     """
 
     placed: int
     gathered: int = 0
     away: Mapping[str, int] = field(default_factory=dict)
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Room:
     gpu: bool
     device_bytes: float
     host_bytes: float
+    hidden_bytes: int = 0  # of the hidden states of all rows that a rank runs
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ class Strategy(ABC):
     summary: str  # what it does, in a few words
     options: tuple[str, ...] = ()  # settings that it looks at; every verb refuses others
     holds_quantised: bool = False  # whether it can hold weights that a library has quantised
+    by_layer: bool = False  # whether a wave's rows all go through a layer before any goes on: `models/layerwise.py`
+    last_resort: bool = False  # whether plans suggest it only where nothing else fits
+    generates: bool = True  # whether a model may continue texts token by token
     maps_files: bool = False  # whether a rank on a CPU uses the weights in the checkpoint's files, by the page cache
 
     def takes(self, sharding: str) -> bool:
@@ -113,6 +119,10 @@ class Strategy(ABC):
     @abstractmethod
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
         """The ways of spreading to compare in a plan; `splits`: tensor parallelism can split the layers."""
+
+    def reads_every_batch(self, options: Options) -> bool:
+        """Whether weights that are away are read again for every batch, so that few large batches are better."""
+        return False
 
     def over_more(self, num_ranks: int) -> Spread | None:
         """One model over `num_ranks` ranks, to suggest where nothing fits on fewer; None if that saves no memory."""

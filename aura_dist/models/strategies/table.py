@@ -5,6 +5,7 @@ from typing import Any
 
 from aura_dist.errors import ConfigError
 from aura_dist.models.strategies.dispatch import Dispatch
+from aura_dist.models.strategies.layers import Layers
 from aura_dist.models.strategies.replicate import Replicate
 from aura_dist.models.strategies.split import Fsdp, Tensor
 from aura_dist.models.strategies.strategy import Options, Spread, Strategy
@@ -19,6 +20,7 @@ STRATEGIES: dict[str, Strategy] = {
         Tensor(),
         Zero3(),
         Dispatch(),
+        Layers(),
     )
 }
 
@@ -67,9 +69,21 @@ def sharding_of(config: Any) -> Sharding:
     given = {}
     for spec in fields(config):
         default = spec.default if spec.default_factory is MISSING else spec.default_factory()
-        if spec.name in known and getattr(config, spec.name) != default:
+        about_machine = spec.metadata.get("group") == "machine"  # of `plan`, whatever the strategy
+        if spec.name in known and not about_machine and getattr(config, spec.name) != default:
             given[spec.name] = getattr(config, spec.name)
     return parse_sharding(config.sharding, given)
+
+
+def check_generates(config: Any) -> None:
+    """ConfigError if the strategy that the settings of a verb name cannot continue texts."""
+    strategy = sharding_of(config).strategy
+    if not strategy.generates:
+        able = ", ".join(s.name for s in STRATEGIES.values() if s.generates)
+        raise ConfigError(
+            f"--sharding {strategy.name}: expected a strategy that continues texts ({able}), because this one would "
+            "read all weights for each token; use --sharding dispatch for a model that is larger than memory"
+        )
 
 
 def title(spread: Spread) -> str:

@@ -66,6 +66,9 @@ class Zero3(Strategy):
             return held
         return Held(0, held.gathered, {"cpu" if offload == "cpu" else "disk": held.placed})
 
+    def reads_every_batch(self, options: Options) -> bool:
+        return bool(options.get("offload", "none") != "none")
+
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
         layout = self.layout(self.name, world_size)
         yield Spread(layout)

@@ -1,0 +1,180 @@
+"""`--sharding layers` against `dispatch` and the bare arithmetic, for random weights of Falcon-40B's widths.
+
+python tests/benchmarks/bench_layers.py --folder BIG_DISK [--layers 20] [--rows 64] [--tokens 64] [--host-memory 6GiB]
+    [--dispatch] [--megabytes-per-second 400]
+
+The checkpoint stays in the folder for the next run. A layer is 1.38 GB. `--megabytes-per-second` slows down the reader
+of layers to that rate, within this benchmark alone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import psutil
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+
+from aura_dist.models.identity import fingerprint
+from aura_dist.models.load import ModelSource, load_config
+from aura_dist.sites.find import decoder_layers_name
+from tests.memory import anonymous_bytes
+from tests.models import COMMON, tiny_tokenizer
+
+WIDTHS = {"hidden_size": 8192, "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True}
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "was",
+    "for",
+    "on",
+    "that",
+    "with",
+    "as",
+    "at",
+    "by",
+    "from",
+    "this",
+    "which",
+    "or",
+    "be",
+    "are",
+    "were",
+    "it",
+    "an",
+    "not",
+]
+CHILD = """
+import sys, time
+from aura_dist.models.weights import Source, open_weights
+rate, read = float(sys.argv.pop(1)) * 1e6, None
+if rate:
+    from aura_dist.models.layer_reader import LayerReader
+    ahead = LayerReader._read_ahead
+    def slow(self, tensors):
+        begun, size = time.perf_counter(), sum(self._places[n][1].stop - self._places[n][1].start for n in tensors)
+        ahead(self, tensors)
+        time.sleep(max(0, size / rate - (time.perf_counter() - begun)))
+    LayerReader._read_ahead = slow
+from aura_dist.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def make_checkpoint(folder: Path, num_layers: int) -> Path:
+    """Random weights, a file a layer, written one by one."""
+    directory = folder / f"falcon-40b-widths-{num_layers}"
+    if (directory / "model.safetensors.index.json").is_file():
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    config = hf.FalconConfig(**COMMON, **WIDTHS, num_hidden_layers=num_layers, alibi=False, bias=False)
+    config.dtype = "bfloat16"
+    config.architectures = ["FalconForCausalLM"]
+    config.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(config)
+    layers, files, where = decoder_layers_name(model), {}, {}
+    for name, tensor in model.state_dict().items():
+        within = name.removeprefix(f"{layers}.")
+        files.setdefault(f"layer-{within.split('.')[0]}" if within != name else "outside", []).append((name, tensor))
+    for file, tensors in files.items():
+        made = {}
+        for name, tensor in tensors:
+            std = tensor.shape[-1] ** -0.5 if tensor.ndim == 2 else 0.1
+            made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(std=std)
+            where[name] = f"{file}.safetensors"
+        save_file(made, directory / f"{file}.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": where}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def drop_from_cache(directory: Path) -> None:
+    """Let the next run read the checkpoint from the disk."""
+    for file in directory.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(arguments: list[str], rate: float = 0.0) -> dict[str, float]:
+    """Run `aura-dist ARGUMENTS`: seconds, peak of anonymous memory, bytes read from the disk."""
+    begun, peak, read = time.perf_counter(), 0, 0
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(rate), *arguments]) as process:
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            with suppress(psutil.Error):
+                read = max(read, psutil.Process(process.pid).io_counters().read_bytes)
+            time.sleep(0.05)
+        assert process.returncode == 0
+    return {"seconds": time.perf_counter() - begun, "peak": peak, "read": read}
+
+
+def best_rate(rows: int) -> float:
+    """FLOP/s of the MLP's first product in bfloat16, the best of five."""
+    a, b = torch.randn(rows, 8192, dtype=torch.bfloat16), torch.randn(32768, 8192, dtype=torch.bfloat16)
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        a @ b.T
+        times.append(time.perf_counter() - begun)
+    return 2 * a.numel() * 32768 / min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens-per-batch", type=int, default=2048)
+    parser.add_argument("--host-memory", default="6GiB")
+    parser.add_argument("--dispatch", action="store_true")
+    parser.add_argument("--megabytes-per-second", type=float, default=0.0)
+    args = parser.parse_args()
+    model = make_checkpoint(args.folder, args.layers)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    texts = [" ".join(WORDS[(i * 7 + j * (i + 3)) % len(WORDS)] for j in range(60)) for i in range(args.rows)]
+    lines = [f"{text},{i % 2}" for i, text in enumerate(texts)]
+    (args.folder / "texts.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    common = [
+        "--model", str(model), "--data", str(args.folder / "texts.csv"), "--concepts", "label", "--dtype", "bfloat16",
+        "--max-tokens", str(args.tokens), "--tokens-per-batch", str(args.tokens_per_batch), "--overwrite",
+    ]  # fmt: skip
+    source = ModelSource(str(model), None, "bfloat16")
+    fingerprint(source, load_config(source))  # kept in the user's cache, so that no run reads the weights for it
+    ways = {"layers": ["--sharding", "layers", "--host-memory", args.host_memory]}
+    if args.dispatch:
+        offload = ["--max-memory", f"cpu={args.host_memory}", "--offload-folder", str(args.folder / "offloaded")]
+        ways["dispatch"] = ["--sharding", "dispatch", *offload]
+    for name, how in ways.items():
+        drop_from_cache(model)
+        store = str(args.folder / f"{name}.zarr")
+        found = measure(["collect", *common, *how, "--store", store], args.megabytes_per_second)
+        times = json.loads((Path(store) / "progress" / "zarr.json").read_text())["attributes"]["times"]
+        flops = times["tokens"] * 2 * (size // 2)
+        arithmetic = flops / best_rate(args.tokens_per_batch)
+        print(
+            f"{name}: {found['seconds']:.0f} s, of which {times['seconds']:.0f} s running {times['tokens']} tokens, "
+            f"{arithmetic / times['seconds']:.2f} of the bare arithmetic ({arithmetic:.0f} s); peak anonymous memory "
+            f"{found['peak'] / 1e9:.2f} GB; read {found['read'] / 1e9:.2f} GB of {size / 1e9:.2f} GB, "
+            f"{found['read'] / size:.2f} times",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

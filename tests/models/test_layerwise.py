@@ -1,0 +1,225 @@
+"""A model that runs layer by layer gives the bits of an ordinary forward, or is refused by name."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from aura_dist.errors import ConfigError, ModelError
+from aura_dist.evaluation.harness import make_harness
+from aura_dist.evaluation.perplexity import negative_log_likelihoods
+from aura_dist.models.layerwise import executor_of
+from aura_dist.models.load import ModelSource, load_base, load_causal
+from aura_dist.models.strategies.table import parse_sharding
+from aura_dist.ranks.layout import Layout
+from aura_dist.ranks.world import World
+from aura_dist.text.tokens import TokenizedTexts
+from tests.models import HYBRID_CONFIGS, LLAMA_LIKE, ODD_CONFIGS, TINY_CONFIGS, VOCAB, tiny_tokenizer
+
+LAYERS = World(Layout("layers"))
+
+
+def batches(seed=0):
+    """Two batches of token ids, the first with padding."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for rows, tokens in ((3, 20), (2, 37)):
+        ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, tokens - 4 :] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def by_layer(model, inputs):
+    """What the model returns first for each batch, all of which are one wave."""
+    executor = executor_of(model)
+    executor.prepare(inputs[0])
+    for key, given in enumerate(inputs):
+        executor.record(key, given)
+    for layer in executor.layers():
+        held = [i for i, module in enumerate(executor._layers) if not any(p.is_meta for p in module.parameters())]
+        assert layer in held
+        assert set(held) <= {layer, layer + 1}, "two layers are in memory at most"
+        for key in range(len(inputs)):
+            executor.run(layer, key)
+    return [executor.finish(key, given)[0] for key, given in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*TINY_CONFIGS, *ODD_CONFIGS, *HYBRID_CONFIGS])
+def test_outputs_have_the_bits_of_an_ordinary_forward(name, dtype, tiny_dir):
+    source = ModelSource(str(tiny_dir(name)), None, dtype)
+    plain, ours = load_base(source, World()), load_base(source, LAYERS)
+    assert type(ours) is type(plain)
+    with torch.no_grad():
+        expected = [plain(**given, use_cache=False)[0] for given in batches()]
+    for _ in range(2):  # weights that were dropped come back
+        for found, wanted in zip(by_layer(ours, batches()), expected, strict=True):
+            assert torch.equal(found, wanted)
+    assert all(p.is_meta for p in executor_of(ours)._layers.parameters())
+
+
+def save_random(config, directory):
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return ModelSource(str(directory), None, "float32")
+
+
+def test_layers_that_share_keys_and_values_are_refused_by_name(tmp_path):
+    config = hf.Gemma3nTextConfig(
+        **{**LLAMA_LIKE, "num_hidden_layers": 4}, head_dim=12, vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=32,
+        activation_sparsity_pattern=[0.0] * 4, altup_num_inputs=2, laurel_rank=4,
+    )  # fmt: skip
+    model = load_base(save_random(config, tmp_path), LAYERS)
+    with pytest.raises(
+        ModelError, match=r"Gemma3nTextModel cannot run layer by layer, because .*use --sharding dispatch"
+    ):
+        by_layer(model, batches())
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda hidden, index: hidden * (1 + index), "changes the hidden states between its layers"),
+        (
+            lambda hidden, index: hidden if index != 2 else hidden.clone(),
+            "changes the hidden states between its layers",
+        ),
+    ],
+)
+def test_a_model_that_computes_between_its_layers_is_refused(change, why, tiny_dir, monkeypatch):
+    model = load_base(ModelSource(str(tiny_dir("gpt2")), None, "float32"), LAYERS)
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        hidden = self.wte(input_ids)
+        for index, block in enumerate(self.h):
+            hidden = block(change(hidden, index))
+        return (self.ln_f(hidden),)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(ModelError, match=why):
+        by_layer(model, batches())
+
+
+def test_layers_that_pass_a_second_tensor_on(tiny_dir, monkeypatch):
+    """It goes along, as do the embeddings where every layer takes them."""
+    source = ModelSource(str(tiny_dir("gpt2")), None, "float32")
+    plain, ours = load_base(source, World()), load_base(source, LAYERS)
+    block = type(plain.h[0])
+    run = block.forward
+
+    def layer(self, hidden, carried, embedded):
+        hidden = run(self, hidden) + 0.1 * carried + 0.01 * embedded
+        return hidden, carried + hidden
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        embedded = hidden = self.wte(input_ids)
+        carried = torch.zeros_like(hidden)
+        for each in self.h:
+            hidden, carried = each(hidden, carried, embedded)
+        return (self.ln_f(hidden),)
+
+    monkeypatch.setattr(block, "forward", layer)
+    monkeypatch.setattr(type(plain), "forward", forward)
+    for found, given in zip(by_layer(ours, batches()), batches(), strict=True):
+        with torch.no_grad():
+            assert torch.equal(found, plain(**given)[0])
+
+
+def test_layers_that_speak_through_their_modules_fail_the_check(tiny_dir, monkeypatch):
+    """Nothing in the calls shows that the second layer takes a number of the first."""
+    model = load_base(ModelSource(str(tiny_dir("llama")), None, "float32"), LAYERS)
+    layer, seen = type(model.layers[0]), []
+    run = layer.forward
+
+    def forward(self, hidden_states, **kwargs):
+        seen.append(len(seen))
+        return run(self, hidden_states, **kwargs) + len(seen)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    with pytest.raises(ModelError, match="other values when they are called one by one"):
+        by_layer(model, batches())
+
+
+def texts(num=12):
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(3, VOCAB, size).astype(np.int32) for size in rng.integers(2, 30, num)]
+    return TokenizedTexts(ids, np.array([0]), skip_special=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon-rotary", "bamba"])
+def test_perplexity_has_the_bits_of_an_ordinary_forward(name, tiny_dir):
+    source = ModelSource(str(tiny_dir(name)), None, "float32")
+    expected, counts = negative_log_likelihoods(load_causal(source, World()), texts(), 64)
+    ours = load_causal(source, LAYERS, {"wave_tokens": 150})
+    found, numbers = negative_log_likelihoods(ours, texts(), 64)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(numbers, counts)
+
+
+def test_likelihoods_of_answers_are_those_of_an_ordinary_forward(tiny_dir):
+    pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
+    source, tokenizer = ModelSource(str(tiny_dir("llama")), None, "float32"), tiny_tokenizer()
+    rng = np.random.default_rng(0)
+    requests = [
+        (("", ""), rng.integers(3, VOCAB, size).tolist(), rng.integers(3, VOCAB, 3).tolist())
+        for size in rng.integers(2, 20, 20)
+    ]
+    plain, ours = (make_harness(load_causal(source, w), tokenizer, None, None) for w in (World(), LAYERS))
+    assert ours._loglikelihood_tokens(requests) == plain._loglikelihood_tokens(requests)
+    with pytest.raises(ConfigError, match="expected tasks that compare likelihoods"):
+        ours.generate_until([])
+
+
+def test_layers_that_share_weights_are_refused(tiny_dir, monkeypatch):
+    tied = "aura_dist.sites.transformers_adapter.tied_parameters"
+    monkeypatch.setattr(tied, lambda model: ["embed_tokens.weight", "layers.0.mlp.up_proj.weight"])
+    with pytest.raises(ModelError, match=r"LlamaModel cannot run layer by layer, because its layers share weights"):
+        load_base(ModelSource(str(tiny_dir("llama")), None, "float32"), LAYERS)
+
+
+def test_quantised_weights_are_refused(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="expected weights that are not quantised with --sharding layers"):
+        load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
+
+
+def test_a_layer_that_lacks_a_weight_is_an_error(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 of the weights of a layer, 'layers\.1\.mlp\.up_proj\.weight'"):
+        load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"host_memory": "1GB"}, {"host_memory": 10**9}),
+        ({"max_memory": ["0=2GB", "cpu=1GB"]}, {"max_memory": {0: 2 * 10**9, "cpu": 10**9}}),
+    ],
+)
+def test_limits_of_memory(given, expected):
+    assert parse_sharding("layers", given).options == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"max_memory": ["disk=1GB"]}, "--max-memory disk: expected devices or cpu"),
+        ({"max_memory": ["cpu=1GB"], "host_memory": "1GB"}, "expected it or --max-memory cpu, got both"),
+        ({"offload": "cpu"}, "--offload: expected with --sharding zero3"),
+    ],
+)
+def test_wrong_limits_are_refused(given, error):
+    with pytest.raises(ConfigError, match=error):
+        parse_sharding("layers", given)
