@@ -22,8 +22,8 @@ pytestmark = pytest.mark.timeout(420)
 # each rank has a part of every expert, whole experts, or a part of what runs all tokens
 MODELS = ("qwen3-moe", "gpt-oss", "llama4")
 OPTIONS = {**loop.OPTIONS, "num_positive": 12, "num_negative": 12, "modules": ["experts", "routing"]}
-SETTINGS = {"dispatch": {"max_memory": ["cpu=150KB"]}}
-UNSUPPORTED = {"dispatch": ("llama4",)}  # it copies its input to where its embeddings are, which may be the disk
+SETTINGS = {"dispatch": {"max_memory": ["cpu=600KB"]}}
+SOME = {"dispatch": ("gpt-oss",)}  # the limit puts a part of this model on disk, and parts of no other
 
 
 def run_both(arguments) -> int:
@@ -51,7 +51,7 @@ def run(sharding, num_ranks, tiny_dir, data, maps, out: Path):
     more = dict(SETTINGS.get(sharding, {}))
     if more:
         options["offload_folder"] = more["offload_folder"] = str(out / "offloaded")
-    names = [name for name in MODELS if name not in UNSUPPORTED.get(sharding, ())]
+    names = SOME.get(sharding, MODELS)
     runs = {str(tiny_dir(name)): str(out / name) for name in names}
     collections = {"sharding": sharding, "options": options, "data": data, "runs": runs, "notes": str(out)}
     models = {name: (str(tiny_dir(name)), {"experts": maps[name]}, more) for name in names}
@@ -72,9 +72,7 @@ def alone(tiny_dir, sentences_csv, maps, tmp_path_factory):
 )
 def test_as_one_process(sharding, num_ranks, alone, tiny_dir, sentences_csv, maps, tmp_path):
     out = run(sharding, num_ranks, tiny_dir, sentences_csv, maps, tmp_path / "out")
-    for name in MODELS:
-        if name in UNSUPPORTED.get(sharding, ()):
-            continue
+    for name in SOME.get(sharding, MODELS):
         ours, plain = open_group(str(out / name)), open_group(str(alone / name))
         assert response_names(ours) == response_names(plain)
         for path in response_names(plain):
