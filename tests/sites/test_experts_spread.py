@@ -17,12 +17,13 @@ from tests.distributed import intervened, loop
 from tests.distributed.launch import run_ranks
 from tests.models import MIXTURE_CONFIGS, TINY_CONFIGS
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 
 # each rank has a part of every expert, whole experts, or a part of what runs all tokens
 MODELS = ("qwen3-moe", "gpt-oss", "llama4")
 OPTIONS = {**loop.OPTIONS, "num_positive": 12, "num_negative": 12, "modules": ["experts", "routing"]}
-SETTINGS = {"dispatch": {"max_memory": ["cpu=150KB"]}}
+SETTINGS = {"dispatch": {"max_memory": ["cpu=600KB"]}}
+SOME = {"dispatch": ("gpt-oss",)}  # the limit puts a part of this model on disk, and parts of no other
 
 
 def run_both(arguments) -> int:
@@ -50,12 +51,13 @@ def run(sharding, num_ranks, tiny_dir, data, maps, out: Path):
     more = dict(SETTINGS.get(sharding, {}))
     if more:
         options["offload_folder"] = more["offload_folder"] = str(out / "offloaded")
-    runs = {str(tiny_dir(name)): str(out / name) for name in MODELS}
+    names = SOME.get(sharding, MODELS)
+    runs = {str(tiny_dir(name)): str(out / name) for name in names}
     collections = {"sharding": sharding, "options": options, "data": data, "runs": runs, "notes": str(out)}
-    models = {name: (str(tiny_dir(name)), {"experts": maps[name]}, more) for name in MODELS}
+    models = {name: (str(tiny_dir(name)), {"experts": maps[name]}, more) for name in names}
     (out / "collect.json").write_text(json.dumps(collections))
     (out / "logits.json").write_text(json.dumps({"sharding": sharding, "models": models, "out": str(out)}))
-    run_ranks(num_ranks, [str(out / "collect.json"), str(out / "logits.json")], run_both, timeout_seconds=280)
+    run_ranks(num_ranks, [str(out / "collect.json"), str(out / "logits.json")], run_both, timeout_seconds=400)
     assert json.loads((out / "rank-0.json").read_text())["refused"] == {}
     return out
 
@@ -70,7 +72,7 @@ def alone(tiny_dir, sentences_csv, maps, tmp_path_factory):
 )
 def test_as_one_process(sharding, num_ranks, alone, tiny_dir, sentences_csv, maps, tmp_path):
     out = run(sharding, num_ranks, tiny_dir, sentences_csv, maps, tmp_path / "out")
-    for name in MODELS:
+    for name in SOME.get(sharding, MODELS):
         ours, plain = open_group(str(out / name)), open_group(str(alone / name))
         assert response_names(ours) == response_names(plain)
         for path in response_names(plain):
