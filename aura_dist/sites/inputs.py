@@ -52,7 +52,7 @@ class InputTap(OutputTap):
         weight = f"{self.place}.weight"
         folds = {weight: Fold(scale, None, dim)}
         if shift is not None:
-            same = np.ones(module.weight.shape[1 - dim], np.float32)
+            same = np.ones(model.get_parameter(weight).shape[1 - dim], np.float32)
             folds[f"{self.place}.bias"] = Fold(same, Product(weight, shift, dim))
         return folds
 
@@ -64,7 +64,7 @@ class InputTap(OutputTap):
         def draw(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator) + 0.25
 
-        num_outputs = 3 if dim else int(module.nf)  # a Conv1D shapes its output by itself
+        num_outputs = module.nf if isinstance(module, Conv1D) else 3  # a Conv1D shapes its output by itself
         row, (omega, moved), x = draw(1, self.width), draw(2, self.width), draw(2, self.width)
         bias = draw(num_outputs) if getattr(module, "bias", None) is not None else None
 
@@ -135,4 +135,4 @@ def _output_projection(group: list[Linear], hidden: int) -> Linear | None:
     """The one of attention's linear layers that leads back to the hidden width; by its name where several do."""
     back = [one for one in group if one.num_outputs == hidden]
     named = [one for one in back if _OUT.fullmatch(one.name.rpartition(".")[2])]
-    return (named or back or [None])[-1]
+    return next(reversed(named or back), None)

@@ -64,7 +64,7 @@ def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> li
         found.append((item, Target(replace(tensor, dtype=dtype), tensor, plan.folds.get(tensor.name, ()))))
         if tensor.name in plan.added:
             name, values = plan.added[tensor.name]
-            found.append((item, Target(Stored(name, dtype, values.shape, 0, 0), None, None, values)))
+            found.append((item, Target(Stored(name, dtype, values.shape, 0, 0), None, (), values)))
     placed, at = [], 0
     for item, target in sorted(found, key=lambda f: -f[0]):
         source = target.source
