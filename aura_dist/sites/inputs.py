@@ -64,7 +64,7 @@ class InputTap(OutputTap):
         def draw(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator) + 0.25
 
-        num_outputs = int(module.nf) if isinstance(module, Conv1D) else 3  # a Conv1D shapes its output by itself
+        num_outputs = module.nf if isinstance(module, Conv1D) else 3  # a Conv1D shapes its output by itself
         row, (omega, moved), x = draw(1, self.width), draw(2, self.width), draw(2, self.width)
         bias = draw(num_outputs) if getattr(module, "bias", None) is not None else None
 
@@ -135,5 +135,4 @@ def _output_projection(group: list[Linear], hidden: int) -> Linear | None:
     """The one of attention's linear layers that leads back to the hidden width; by its name where several do."""
     back = [one for one in group if one.num_outputs == hidden]
     named = [one for one in back if _OUT.fullmatch(one.name.rpartition(".")[2])]
-    found = named or back
-    return found[-1] if found else None
+    return next(reversed(named or back), None)

@@ -80,7 +80,7 @@ def test_data_is_checked_before_the_model_is_looked_at(name, refused, tmp_path):
             r"--modules '\*\.mpl\.\*' matches nothing in LlamaForCausalLM; found attention: 12",
         ),
         (["--modules", "*.down_proj*"], "got one that matches both; write .*down_proj:input' for the inputs"),
-        (["--modules", "experts"], r"'experts' matches nothing in LlamaForCausalLM; found .*neurons: 3, heads: 3"),
+        (["--modules", "experts"], r"'experts' matches nothing in LlamaForCausalLM; found .*neurons: 3 .*heads: 3"),
         (["--max-tokens", 8, "--model", "no/model"], "--model 'no/model'"),
         (["--sharding", "pipeline"], "--sharding: expected one of replicate, .*got 'pipeline'"),
         (["--device", "tpu"], "--device: expected one of auto, cpu, cuda, got 'tpu'"),
