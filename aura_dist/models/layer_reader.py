@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aura_dist.errors import ModelError
+from aura_dist.errors import ModelError, brief
 from aura_dist.models.weights import Source, Stored
 from aura_dist.sites.transformers_adapter import initialize_rest, is_optional, load_tensors, loaded_names
 
@@ -150,8 +151,11 @@ class LayerReader:
         """Load a layer; on a GPU, returns an event of its last copy."""
         begun = time.perf_counter()
         layer, tensors = self._layers[index], self._tensors[index]
-        self._read_ahead(tensors)
-        broken = load_tensors(self._model, tensors, self._dtype)
+        try:
+            self._read_ahead(tensors)
+            broken = load_tensors(self._model, tensors, self._dtype)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"--model {self._source!r}: layer {index} cannot be loaded: {brief(error)}") from error
         missing = [name for name, weight in layer.state_dict(keep_vars=True).items() if weight.is_meta]
         self._check(index, missing or [name.removeprefix(f"{self._name}.{index}.") for name in broken])
         initialize_rest(self._model, layer)
