@@ -62,7 +62,10 @@ class Run:
         """A task's batches in order: (row chunk, batch, whether it completes the row chunk)."""
         steps = []
         for chunk in row_chunks(task, self.rows):
-            batches = make_batches(self.num_tokens, chunk, self.batch_tokens or self.spec.tokens_per_batch)
+            if self.batch_tokens is None:
+                batches = make_batches(self.num_tokens, chunk, self.spec.tokens_per_batch)
+            else:  # reading the weights costs more than padding
+                batches = make_batches(self.num_tokens, chunk, self.batch_tokens, overhead_tokens=self.batch_tokens)
             steps += [(chunk, batch, batch.stop == chunk.stop) for batch in batches]
         return steps
 

@@ -13,15 +13,17 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aura_dist.errors import ModelError
+from aura_dist.errors import ModelError, brief
 from aura_dist.models.weights import Source, Stored
 from aura_dist.sites.transformers_adapter import initialize_rest, is_optional, load_tensors, loaded_names
 
 # so much of a file is read at once
 _PIECE_BYTES = 4 << 20
+_PAGE_BYTES = 4096
 
 # name of a checkpoint's tensor → the file that holds its bytes, and where
 Places = Mapping[str, tuple[Source, Stored]]
@@ -150,12 +152,19 @@ class LayerReader:
         """Load a layer; on a GPU, returns an event of its last copy."""
         begun = time.perf_counter()
         layer, tensors = self._layers[index], self._tensors[index]
-        self._read_ahead(tensors)
-        broken = load_tensors(self._model, tensors, self._dtype)
+        try:
+            self._read_ahead(tensors)
+            broken = load_tensors(self._model, tensors, self._dtype)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"--model {self._source!r}: layer {index} cannot be loaded: {brief(error)}") from error
         missing = [name for name, weight in layer.state_dict(keep_vars=True).items() if weight.is_meta]
         self._check(index, missing or [name.removeprefix(f"{self._name}.{index}.") for name in broken])
         initialize_rest(self._model, layer)
-        event = None if self._device.type == "cpu" else self._to_device(layer)
+        if self._device.type == "cpu":
+            event = None
+            _touch(layer)
+        else:
+            event = self._to_device(layer)
         layer.eval().requires_grad_(False)
         self.read_seconds += time.perf_counter() - begun
         self._num_read += 1
@@ -179,6 +188,13 @@ class LayerReader:
                 if tensor.device != self._device:
                     _set(layer, name, tensor.detach().pin_memory().to(self._device, non_blocking=True))
             return self._stream.record_event()
+
+
+def _touch(layer: nn.Module) -> None:
+    """Map each page of the weights, because pages that nothing maps are the first that the system drops."""
+    for weight in layer.parameters():
+        if weight.is_contiguous():
+            weight.detach().reshape(-1).view(torch.uint8)[::_PAGE_BYTES].sum()
 
 
 def _set(layer: nn.Module, name: str, tensor: Tensor) -> None:

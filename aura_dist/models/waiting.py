@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -98,6 +99,8 @@ class Waiting:
         offset = free.pop() if free else self._end
         try:
             if self._file is None:
+                if self._folder is not None:
+                    Path(self._folder).mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
             at = 0
             while at < len(flat):

@@ -82,11 +82,13 @@ def row_chunks(task: Task, rows_chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + rows_chunk, task.stop))
 
 
-def make_batches(num_tokens: Sequence[int], chunk: slice, tokens_per_batch: int) -> list[slice]:
+def make_batches(
+    num_tokens: Sequence[int], chunk: slice, tokens_per_batch: int, overhead_tokens: int = BATCH_OVERHEAD_TOKENS
+) -> list[slice]:
     """Cut a row chunk into batches of at most `tokens_per_batch` tokens, padding included, in store order.
 
     Rows ascend in length, so a batch of rows [a, b) takes (b − a) × num_tokens[b − 1] tokens. The cut is the cheapest
-    (exact, by dynamic programming), where a batch costs its tokens and `BATCH_OVERHEAD_TOKENS` more. A row longer than
+    (exact, by dynamic programming), where a batch costs its tokens and `overhead_tokens` more. A row longer than
     the budget is a batch of its own.
     """
     start, stop = chunk.start, chunk.stop
@@ -94,7 +96,7 @@ def make_batches(num_tokens: Sequence[int], chunk: slice, tokens_per_batch: int)
     for b in range(start + 1, stop + 1):
         length = num_tokens[b - 1]
         first = max(start, b - max(1, tokens_per_batch // max(1, length)))
-        least[b], cut[b] = min((least[a] + (b - a) * length + BATCH_OVERHEAD_TOKENS, a) for a in range(first, b))
+        least[b], cut[b] = min((least[a] + (b - a) * length + overhead_tokens, a) for a in range(first, b))
     cuts = [stop]
     while cuts[-1] > start:
         cuts.append(cut[cuts[-1]])

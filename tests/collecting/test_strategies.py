@@ -42,15 +42,14 @@ class Launch:
         return (*MODELS, *self.others)
 
 
-UNSPLIT = ("gpt2", "gpt-oss")
 LAUNCHES = (
     Launch("replicate", 2, "replicate"),
     Launch("fsdp", 2, "fsdp", others=OTHERS),
     Launch("fsdp=2 (2 replicas)", 4, "fsdp=2"),
-    Launch("tensor", 2, "tensor", refused=UNSPLIT, others=OTHERS),
+    Launch("tensor", 2, "tensor", refused=("gpt2",), others=OTHERS),
     Launch("tensor=2 (2 replicas)", 4, "tensor=2", refused=("gpt2",)),
     Launch("tensor=3", 3, "tensor=3", refused=("gpt2",)),
-    Launch("fsdp=2,tensor=2", 4, "fsdp=2,tensor=2", refused=UNSPLIT, others=OTHERS),
+    Launch("fsdp=2,tensor=2", 4, "fsdp=2,tensor=2", refused=("gpt2",), others=OTHERS),
     Launch("zero3", 2, "zero3", others=OTHERS),
     Launch("zero3, offload to the CPU", 2, "zero3", (("offload", "cpu"),)),
     Launch("dispatch, partly on disk", 1, "dispatch", (("max_memory", ["cpu=150KB"]),), others=OTHERS),

@@ -1,4 +1,4 @@
-"""Under `--sharding layers` a collection gives the store of `replicate`, bit for bit; batches of other strategies."""
+"""Under `--sharding layers` a collection gives, bit for bit, the store that `replicate` gives."""
 
 import numpy as np
 import pytest
@@ -126,9 +126,7 @@ def test_checkpoints_in_other_forms(form, make, tiny_dir, tmp_path):
 def test_batches_are_larger_where_weights_are_read_for_each(make, tiny_dir, tmp_path, monkeypatch):
     """Under `dispatch` a row chunk is one batch, as far as memory allows; the store is that of small batches."""
     batches, run = [], Capture.run
-    monkeypatch.setattr(
-        Capture, "run", lambda self, batch, *rest: (batches.append(batch.rows), run(self, batch, *rest))
-    )
+    monkeypatch.setattr(Capture, "run", lambda self, batch, *more: (batches.append(batch), run(self, batch, *more)))
     monkeypatch.setattr("aura_dist.config.verbs.TOKENS_PER_TASK", 256)
     default = {"tokens_per_batch": None}
     expected = make(tiny_dir("llama"), tmp_path / "plain", **default)

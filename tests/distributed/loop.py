@@ -99,8 +99,8 @@ def run_plan(arguments: Sequence[str]) -> int:
     record_reads(read)
     measure_whole(most)
     for model, store in plan["runs"].items():
-        settings = {"data": plan["data"], "concepts": ["toxic"], "sharding": plan["sharding"], **plan["options"]}
-        settings["modules"] = modules_of(model)
+        settings = {"modules": modules_of(model), "sharding": plan["sharding"], **plan["options"]}
+        settings |= {"data": plan["data"], "concepts": ["toxic"]}
         most[0] = 0
         try:
             collect.run(CollectConfig(model=model, store=store, **settings))

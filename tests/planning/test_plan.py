@@ -140,12 +140,12 @@ def test_falcon_40b_on_one_gpu_of_24_gb(falcon_40b, capsys):
 
 
 def test_falcon_40b_layer_by_layer_where_nothing_else_fits(falcon_40b, capsys):
-    limits = ["--device-memory", "8GB", "--host-memory", "16GB"]
+    limits = ["--device-memory", "8GB", "--host-memory", "32GB", "--world-size", "2"]
     report, error = planned(capsys, *falcon_40b, *limits, code=2)
     assert [name for name, _, _, largest in report["fits"] if largest] == ["layers"]
     assert "what fits is --sharding layers" in error
     by_layer = [*falcon_40b, *limits, "--sharding", "layers"]
-    report, _ = planned(capsys, *by_layer, "--wave-tokens", "100000", "--disk-rate", "10GB")
+    report, _ = planned(capsys, *by_layer, "--wave-tokens", "50000", "--disk-rate", "10GB")
     assert report["reading"]["num_waves"] == 4
     assert report["reading"]["num_bytes"] == pytest.approx(4 * 81.5e9, rel=0.02)
     assert report["reading"]["seconds"] == pytest.approx(report["reading"]["num_bytes"] / 1e10)
