@@ -132,7 +132,7 @@ def _last(group: list[Linear], hidden: int) -> Linear | None:
 
 
 def _output_projection(group: list[Linear], hidden: int) -> Linear | None:
-    """The one of attention's linear layers that leads back to the hidden width; by its name where several do."""
+    """The one of attention's linear layers that leads back to the hidden width; by its name, or if no other does."""
     back = [one for one in group if one.num_outputs == hidden]
-    named = [one for one in back if _OUT.fullmatch(one.name.rpartition(".")[2])]
-    return next(reversed(named or back), None)
+    named = [one for one in back if any(_OUT.fullmatch(part) for part in one.name.split(".")[-2:])]
+    return named[-1] if named else back[0] if len(back) == 1 else None
