@@ -285,9 +285,9 @@ class Layerwise:
                 hooks.callback(layer.register_forward_hook(lambda m, a, output: outputs.append(output)).remove)
             with self._replaced(stop, num):
                 self._forward(inputs)
-            self._form = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, outputs[0])
-            if not outputs or not isinstance(tree_leaves(self._form)[0], Tensor):
+            if not outputs or not isinstance(tree_leaves(outputs[0])[0], Tensor):
                 raise self._refusal("its first layer returns no hidden states first")
+            self._form = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, outputs[0])
             self._record(self, inputs)
             for index in range(num):
                 self.run(index, self)

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,19 +317,24 @@ class Checkpoint:
                 f"{sorted(broken)[0]!r} among them; use a whole checkpoint of this architecture"
             )
         assert isinstance(model, PreTrainedModel)
-        unused = _of_loaded_modules(model, sorted(info["unexpected_keys"]))
-        if unused and getattr(model.config, "quantization_config", None) is None:
-            raise ModelError(
-                f"--model {name!r}: loading would leave out {len(unused)} of the checkpoint's tensors, {unused[0]!r} "
-                "among them: expected weights that config.json describes, without the parts of an adapter, scales of "
-                "quantised weights, or biases that it does not have; save the model again, or correct its config.json"
-            )
+        self.check_left_out(model, info["unexpected_keys"])
         if self.source.quantization is not None and not holds_quantised(model):
             raise ModelError(
                 f"--quantization {self.source.quantization}: expected linear layers that it can store in fewer bits, "
                 f"found none in {type(model).__name__}; take another library, or leave it out"
             )
         return model
+
+    def check_left_out(self, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
+        """ModelError if tensors of the checkpoint that `model` has no place for belong to its layers."""
+        unused = _of_loaded_modules(model, sorted(unexpected))
+        if unused and getattr(model.config, "quantization_config", None) is None:
+            raise ModelError(
+                f"--model {self.source.name!r}: loading would leave out {len(unused)} of the checkpoint's tensors, "
+                f"{unused[0]!r} among them: expected weights that config.json describes, without the parts of an "
+                "adapter, scales of quantised weights, or biases that it does not have; save the model again, or "
+                "correct its config.json"
+            )
 
     def _quantised(self) -> dict[str, Any]:
         """What `from_pretrained` takes beside, so that weights are quantised as they are read, or known to be.

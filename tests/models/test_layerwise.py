@@ -1,6 +1,7 @@
 """A model that runs layer by layer gives the bits of an ordinary forward, or is refused by name."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -198,6 +199,16 @@ def test_a_layer_that_lacks_a_weight_is_an_error(tiny_dir, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 of the weights of a layer, 'layers\.1\.mlp\.up_proj\.weight'"):
+        load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
+
+
+@pytest.mark.parametrize("more", ["mlp.up_proj.lora_A.default.weight", "mlp.up_proj.weight_scale_inv"])
+def test_weights_that_loading_would_leave_out_are_errors(more, tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = {**load_file(file), f"model.layers.1.{more}": torch.ones(4)}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"leave out 1 of the checkpoint's tensors, '.*layers\.1\.{re.escape(more)}'"):
         load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
 
 

@@ -122,11 +122,15 @@ def _reader(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str, world
 
     from aura_dist.models.layer_reader import LayerReader
     from aura_dist.models.weights import open_weights
+    from aura_dist.sites.transformers_adapter import loaded_names
 
     opened = ExitStack()
     places: dict[str, Any] = {}
     try:
         tensors = checkpoint.tensors(opened)
+        loaded, known = loaded_names(shell), shell.state_dict()
+        targets = map(loaded, tensors)
+        checkpoint.check_left_out(shell, [target for target, how in targets if not how and target not in known])
         if checkpoint.source.adapter is None:
             for file in checkpoint.files():
                 if file.suffix == ".safetensors":
