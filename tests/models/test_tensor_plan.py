@@ -30,6 +30,12 @@ def test_heads_that_cannot_be_shared_out_stay_whole(num_ranks, style):
     assert tensor_plan(model, num_ranks)["model.layers.*.mlp.up_proj"] == "colwise"
 
 
+def test_more_ranks_than_hidden_values_are_refused():
+    with pytest.raises(ModelError, match="expected at most 48 ranks, because LlamaForCausalLM has"):
+        tensor_plan(skeleton(TINY_CONFIGS["llama"]()), 49)
+    assert tensor_plan(skeleton(TINY_CONFIGS["llama"]()), 48)
+
+
 def test_conv1d_is_refused_by_name_with_what_can():
     with pytest.raises(ModelError, match=r"GPT2LMHeadModel.*Conv1D.*--sharding fsdp, zero3"):
         tensor_plan(skeleton(TINY_CONFIGS["gpt2"]()), 2)

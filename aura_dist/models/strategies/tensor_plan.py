@@ -72,8 +72,15 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int, file: str | None = None)
     It comes from a user's YAML `file`, which may use the causal language model's names, else from transformers or from
     `PLANS`.
 
-    ModelError if there is no plan for the architecture, or the plan names a module that is missing or cannot be split.
+    ModelError if there is no plan for the architecture, more ranks than hidden values, or the plan names a module that
+    is missing or cannot be split.
     """
+    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", num_ranks)
+    if num_ranks > width:
+        raise ModelError(
+            f"--sharding tensor: expected at most {width} ranks, because {type(model).__name__} has hidden states of "
+            f"that width, got {num_ranks}; use {_others()}"
+        )
     own = dict(model.tp_plan)
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
