@@ -25,7 +25,7 @@ Pooling = Annotated[str, OneOf("aura_dist.sites.pooling.POOLINGS")]
 Method = Annotated[str, OneOf("aura_dist.interventions.methods.METHODS")]
 Launcher = Annotated[str, OneOf("aura_dist.sweep.launchers.LAUNCHERS")]
 Statistic = Annotated[str, OneOf("aura_dist.scoring.statistics.STATISTICS"), Meta(title="STATISTIC")]
-Module = Annotated[str, OneOf("aura_dist.sites.kinds.kind_words", also="GLOB|!GLOB")]
+Module = Annotated[str, OneOf("aura_dist.sites.kinds.kind_words", also="GLOB|!GLOB"), Meta(title="KIND|GLOB")]
 Sharding = Annotated[str, OneOf("aura_dist.models.strategies.table.STRATEGIES", also="K, N"), Meta(title="STRATEGY")]
 Quantization = Annotated[
     str, OneOf("aura_dist.models.quantization.spellings", also="NAME"), Meta(title="NAME[:OPTION]")

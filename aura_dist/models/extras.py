@@ -39,7 +39,8 @@ def with_extras(fingerprint: str, extras: Mapping[str, Any]) -> str:
 def own_code(model: PreTrainedModel) -> dict[str, str]:
     """File → sha256 of the modules that came with the model and that were imported for its classes.
 
-    Files of one name, from the repositories of the model and of its configuration, are named with their directories.
+    Files of one name that differ, from the repositories of the model and of its configuration, are named with their
+    directories.
     """
     packages = {type(part).__module__.rpartition(".")[0] + "." for part in (model, model.config)}
     packages = {package for package in packages if package.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")}
@@ -48,6 +49,9 @@ def own_code(model: PreTrainedModel) -> dict[str, str]:
         for name, module in list(sys.modules.items())
         if name.startswith(tuple(packages)) and (file := getattr(module, "__file__", None))
     }
-    times = Counter(path.name for path in files)
-    names = {path: path.name if times[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in sorted(files)}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in names.items()}
+    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    different = Counter(name for name, _ in {(path.name, digest) for path, digest in digests.items()})
+    return {
+        path.name if different[path.name] == 1 else f"{path.parent.name}/{path.name}": digest
+        for path, digest in digests.items()
+    }

@@ -86,6 +86,7 @@ def decoder_layers_name(model: PreTrainedModel) -> str:
     }
     within = set(model.get_decoder().modules())  # a vision-language model has lists of other layers beside
     lists = {n: m for n, m in lists.items() if m in within} or lists
+    lists = {n: m for n, m in lists.items() if "vision" not in n} or lists
     decoders = {n: m for n, m in lists.items() if "encoder" not in n.split(".")} or lists
     longest = [n for n, m in decoders.items() if len(m) == max(map(len, decoders.values()))]
     if not longest or (not whole and len(longest) > 1):
