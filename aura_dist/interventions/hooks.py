@@ -175,10 +175,8 @@ def check_fits(
     table: SiteTable, intervention: Intervention, own_name: Callable[[str], str] = lambda name: name
 ) -> None:
     """ModelError unless every site of `intervention` is one of `table`'s, with the same width, and can be changed."""
-    widths, fixed = (
-        {s.name: s.width for s in table.sites},
-        {s.name: s.kind for s in table.sites if not KINDS[s.kind].acts},
-    )
+    widths = {s.name: s.width for s in table.sites}
+    fixed = {s.name: s.kind for s in table.sites if not KINDS[s.kind].acts}
     for site in intervention.sites:
         width = widths.get(own_name(site))
         if width is None:

@@ -76,21 +76,23 @@ class TokenMask:
         pooled = (functools.reduce(combine, [reduce(acts_BTD[rows, t]) for t in runs]) for rows, runs in self.runs)
         return torch.cat(list(pooled))
 
-    def at(self, acts_BTD: Acts, position_B: Tensor) -> Tensor:
-        """[B, D] values at one position of each text."""
+    def at_last(self, acts_BTD: Acts) -> Tensor:
+        """[B, D] values of each text's last counted token."""
         import torch
 
         if isinstance(acts_BTD, Routed):
-            num_rows, num_tokens = self.counted_BT.shape
-            return acts_BTD.at(position_B, (num_rows, num_tokens))
-        return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), position_B]
+            return acts_BTD.at(self.last_B, self.counted_BT.shape)
+        return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), self.last_B]
 
     def count_first(self, pooled_BD: Tensor, acts_BTD: Acts, of_token: Callable[[Tensor], Tensor]) -> Tensor:
         """[1, D] int32 number of rows whose pooled value is their first token's, which is not their only one."""
         import torch
 
-        first_BD = of_token(self.at(acts_BTD, torch.zeros_like(self.last_B)))
-        return ((pooled_BD == first_BD) & self.first_B1).sum(dim=0, keepdim=True, dtype=torch.int32)
+        if isinstance(acts_BTD, Routed):
+            first_BD = acts_BTD.at(torch.zeros_like(self.last_B), self.counted_BT.shape)
+        else:
+            first_BD = acts_BTD[:, 0]
+        return ((pooled_BD == of_token(first_BD)) & self.first_B1).sum(dim=0, keepdim=True, dtype=torch.int32)
 
 
 def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
@@ -125,7 +127,7 @@ def _mean(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
 
 
 def _last(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
-    return tokens.at(acts_BTD, tokens.last_B)
+    return tokens.at_last(acts_BTD)
 
 
 @dataclass(frozen=True)

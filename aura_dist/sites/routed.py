@@ -5,7 +5,7 @@ B texts, T tokens of each, S routed rows, E experts, I neurons of an expert. Imp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,11 +66,11 @@ class Routed:
         out.index_put_((self._keys(counted_BT),), self.values_SI.to(dtype), accumulate=True)
         return out[:-1].view(len(counted_BT), -1)
 
-    def at(self, position_B: Tensor, shape: tuple[int, int]) -> Tensor:
+    def at(self, position_B: Tensor, shape: Sequence[int]) -> Tensor:
         """[B, E · I] values of one token of each text; `shape` is (B, T)."""
         import torch
 
-        here_BT = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        here_BT = torch.zeros(tuple(shape), dtype=torch.bool, device=self.device)
         here_BT[torch.arange(shape[0], device=self.device), position_B] = True
         out = self._rows(here_BT, self.values_SI.dtype, 0)
         out[self._keys(here_BT)] = self.values_SI
