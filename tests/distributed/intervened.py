@@ -18,7 +18,7 @@ from aura_dist.sites.find import find_sites
 from aura_dist.sites.kinds import KINDS
 
 PROMPT = [[5, 90, 33, 120, 7, 250, 14]]
-NUM_NEW = 6
+NUM_NEW = 3
 Seen = dict[str, tuple[np.ndarray, list[int]]]
 
 
@@ -44,12 +44,15 @@ def logits_and_greedy(model: str, maps: Mapping[str, str], sharding: str, option
             assert places == {"cpu", "disk"}, f"some layers lie in memory and some on disk: {loaded.hf_device_map}"
         for name, directory in maps.items():
             with intervene(loaded, Intervention.load(directory)):
-                ids = torch.tensor(PROMPT)
-                logits = loaded(input_ids=ids, use_cache=False).logits[0]
-                for _ in range(NUM_NEW):
-                    last = loaded(input_ids=ids, use_cache=False).logits[0, -1]
-                    ids = torch.cat([ids, last.argmax()[None, None]], dim=1)
-            seen[name] = logits.float().numpy(), ids[0, len(PROMPT[0]) :].tolist()
+                ids, tokens = torch.tensor(PROMPT), list[int]()
+                logits = last = loaded(input_ids=ids, use_cache=False).logits[0]
+                while True:
+                    tokens.append(int(last[-1].argmax()))
+                    if len(tokens) == NUM_NEW:
+                        break
+                    ids = torch.tensor([PROMPT[0] + tokens])
+                    last = loaded(input_ids=ids, use_cache=False).logits[0]
+            seen[name] = logits.float().numpy(), tokens
     return seen
 
 

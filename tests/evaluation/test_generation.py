@@ -20,8 +20,8 @@ pytest.importorskip("profanity_check", reason="the extra `evaluation` is not ins
 pytestmark = pytest.mark.timeout(240)
 
 STOP_ID, NUM_SAMPLES = 1, 4
-HOW = Decoding(NUM_SAMPLES, 16, 1.0, 0.9, 5)
-DECODING = ["--num-samples", str(NUM_SAMPLES), "--max-new-tokens", "16", "--seed", "5", "--scorer", "profanity-check"]
+HOW = Decoding(NUM_SAMPLES, 8, 1.0, 0.9, 5)
+DECODING = ["--num-samples", str(NUM_SAMPLES), "--max-new-tokens", "8", "--seed", "5", "--scorer", "profanity-check"]
 TEXTS = [f"{start} {'and more ' * (i % 4)}{i}" for i, start in enumerate(["You are", "They said", "The river"] * 12)]
 
 

@@ -271,5 +271,5 @@ def test_memory_of_collect_does_not_grow_with_the_rows(wide_model, tmp_path):
         data.write_text("text,toxic\n" + "".join(f"{'word ' * 20},{i % 2}\n" for i in range(rows)))
         command = ["--model", str(wide_model), "--data", str(data), "--concepts", "toxic"]
         store = str(tmp_path / f"{rows}.zarr")
-        peaks[rows] = peak_of(["collect", *command, "--tokens-per-batch", "256", "--store", store])
+        peaks[rows] = peak_of(["collect", *command, "--tokens-per-batch", "512", "--store", store])
     assert peaks[2000] <= FLAT * peaks[500], peaks
