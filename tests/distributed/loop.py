@@ -22,7 +22,7 @@ from aura_dist.stages import collect
 from aura_dist.store.writer import ChunkWriter, RowBuffer
 
 OPTIONS = {
-    "num_positive": 30, "num_negative": 30, "tokens_per_batch": 256, "pooling": ["max", "mean"],
+    "num_positive": 30, "num_negative": 30, "tokens_per_batch": 512, "pooling": ["max", "mean"],
 }  # fmt: skip
 EXPERTS_ALONE = ("mixtral", "qwen3_moe", "gpt_oss")  # types of models whose MLPs are experts
 
