@@ -146,7 +146,8 @@ def skeleton(config: PretrainedConfig, source: ModelSource | None = None) -> Pre
         except Exception as error:  # a configuration fails in as many ways as it has fields and back ends
             is_causal = sees or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
             what = "cannot be made from its config.json" if is_causal else "is not a causal language model"
-            raise ModelError(f"model type {config.model_type!r} {what}: {brief(error)}") from error
+            why = brief(error).partition(" Model type should be")[0]  # a list of all configurations follows
+            raise ModelError(f"model type {config.model_type!r} {what}: {why}") from error
     assert isinstance(model, PreTrainedModel)
     if sees and not _reads_text_alone(model):
         raise ModelError(

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, JetMoeConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig
 
 import aura_dist
 from aura_dist.cli import main

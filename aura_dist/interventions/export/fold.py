@@ -140,8 +140,8 @@ class _Names:
         found = self._found.get(name, [])
         if len(found) != 1:
             raise ModelError(
-                f"expected one tensor of the checkpoint for {name!r}, found {len(found)}: it cannot be folded, nor take "
-                f"a bias; fit a method that only scales, or {HOOKS_ONLY}"
+                f"expected one tensor of the checkpoint for {name!r}, found {len(found)}: it can neither be folded nor "
+                f"take a bias; fit a method that only scales, or {HOOKS_ONLY}"
             )
         tensor, how = found[0]
         if how:
