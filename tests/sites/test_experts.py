@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, RwkvConfig
 
 import aura_dist
 from aura_dist.cli import main
@@ -198,6 +198,8 @@ def test_experts_that_transformers_computes_otherwise_are_named():
     dbrx = DbrxConfig(d_model=32, n_heads=4, n_layers=1, attn_config=attention, ffn_config=experts)
     place = "transformer.blocks.0.ffn.experts.mlp"
     assert find_sites(skeleton(dbrx)).experts == tuple(f"{place}.{name}" for name in ("w1", "v1", "w2"))
+    rwkv = RwkvConfig(**sizes, attention_hidden_size=32, context_length=64)
+    assert not find_sites(skeleton(rwkv)).experts, "vectors of three dims"
 
 
 def test_fused_kernels_are_refused_by_name():

@@ -66,6 +66,16 @@ def test_output_projection_with_a_capital_letter_is_found():
     assert [s.name for s in sites if s.kind == "heads"] == ["model.layers.0.attn.Wo:input"]
 
 
+def test_hidden_width_where_attention_reads_two_states():
+    how = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    blocks = {"layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 4}
+    sites = find_sites(skeleton(hf.Zamba2Config(**how, **blocks))).sites
+    assert [s.width for s in sites if s.kind == "residual"] == [48, 48]
+    found = [s.name for s in sites if s.kind in ("neurons", "heads")]
+    within = "model.layers.1.shared_transformer"
+    assert sorted(found) == [f"{within}.feed_forward.down_proj:input", f"{within}.self_attn.o_proj:input"]
+
+
 def test_kind_that_a_model_lacks_is_named_with_what_there_is():
     table = find_sites(skeleton(CONFIGS["mixtral"]()))
     with pytest.raises(ModelError, match=r"'neurons' matches nothing in Mixtral.*neurons: 0, heads: 3 \(model.*_proj:"):
