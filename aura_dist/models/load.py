@@ -29,7 +29,14 @@ from transformers.utils import logging as hf_logging
 from aura_dist.errors import AuraError, ConfigError, ModelError, brief
 from aura_dist.models.adapter import Adapter, check_adapter, merged_weights
 from aura_dist.models.identity import checkpoint_files
-from aura_dist.models.quantization import by_library, check_float, configuration_of, of_checkpoint, settle
+from aura_dist.models.quantization import (
+    by_library,
+    check_converts,
+    check_float,
+    configuration_of,
+    of_checkpoint,
+    settle,
+)
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.models.strategies.tensor_plan import seen_columns
@@ -38,7 +45,6 @@ from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.ownership import ColumnPlan, plan_columns
 from aura_dist.sites.site import Site
-from aura_dist.sites.transformers_adapter import holds_quantised
 from aura_dist.text.own_code import load_with
 from aura_dist.text.tokenizer import TokenizerSettings, load_tokenizer
 
@@ -140,12 +146,18 @@ def skeleton(config: PretrainedConfig, source: ModelSource | None = None) -> Pre
         except Exception as error:  # a configuration fails in as many ways as it has fields and back ends
             is_causal = sees or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
             what = "cannot be made from its config.json" if is_causal else "is not a causal language model"
-            raise ModelError(f"model type {config.model_type!r} {what}: {brief(error)}") from error
+            why = brief(error).partition(" Model type should be")[0]  # a list of all configurations follows
+            raise ModelError(f"model type {config.model_type!r} {what}: {why}") from error
     assert isinstance(model, PreTrainedModel)
     if sees and not _reads_text_alone(model):
         raise ModelError(
             f"model type {config.model_type!r} is not a causal language model: expected a decoder that reads text "
             f"alone, got {type(model).__name__}; use a checkpoint of its language model"
+        )
+    if _sees_later_tokens(model):
+        raise ModelError(
+            f"model type {config.model_type!r} is not a causal language model: expected a decoder, got an encoder, "
+            "whose tokens see the later ones (`is_decoder` is false in its config.json); use a decoder"
         )
     leave_out_towers(model)
     return model
@@ -156,6 +168,12 @@ def _reads_text_alone(model: PreTrainedModel) -> bool:
     asked = [p for p in inspect.signature(model.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
     whole = model.get_decoder() in (model, model.base_model)
     return not whole and not model.config.is_encoder_decoder and all(p.default is not p.empty for p in asked)
+
+
+def _sees_later_tokens(model: PreTrainedModel) -> bool:
+    """Whether the model is one of BERT's family that is no decoder, though transformers lets it have a causal head."""
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    return getattr(model.config, "is_decoder", None) is False and not causal
 
 
 def load_causal(source: ModelSource, world: World, options: Options | None = None) -> PreTrainedModel:
@@ -318,11 +336,6 @@ class Checkpoint:
             )
         assert isinstance(model, PreTrainedModel)
         self.check_left_out(model, info["unexpected_keys"])
-        if self.source.quantization is not None and not holds_quantised(model):
-            raise ModelError(
-                f"--quantization {self.source.quantization}: expected linear layers that it can store in fewer bits, "
-                f"found none in {type(model).__name__}; take another library, or leave it out"
-            )
         return model
 
     def check_left_out(self, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
@@ -343,6 +356,7 @@ class Checkpoint:
         """
         quantization = self.source.quantization
         if quantization is not None:
+            check_converts(quantization, self.whole)
             return {"quantization_config": configuration_of(quantization, self.source.dtype)}
         config = load_config(self.source)
         alike = isinstance(config, self.model_class.config_class)

@@ -37,7 +37,18 @@ class Library:
     methods: tuple[str, ...]  # `quant_method` of its checkpoints
     configuration: Callable[[Mapping[str, Any], str], Any]  # (arguments, dtype's name) → transformers' configuration
     options: Mapping[str, Option]  # the first is the default
+    converts: Callable[[type], bool]  # whether it stores the weights of modules of a class in fewer bits
     aliases: Mapping[str, str] = field(default_factory=dict)  # another name of an option → its name
+
+
+def _linear(kind: type) -> bool:
+    """Whether a class is `nn.Linear` or inherits from it, by name, because this module imports no torch."""
+    return any(one.__name__ == "Linear" for one in kind.__mro__)
+
+
+def _no_subclass(kind: type) -> bool:
+    """Whether a class is `nn.Linear` itself, or transformers' `Conv1D`: Falcon's `FalconLinear` is neither."""
+    return kind.__name__ in ("Linear", "Conv1D")
 
 
 def _bitsandbytes(arguments: Mapping[str, Any], dtype: str) -> Any:
@@ -65,6 +76,7 @@ LIBRARIES: dict[str, Library] = {
         package="bitsandbytes",
         methods=("bitsandbytes", "bitsandbytes_8bit", "bitsandbytes_4bit"),
         configuration=_bitsandbytes,
+        converts=_no_subclass,
         options={
             "8bit": Option(
                 "LLM.int8(): 8 bits, and 16 for the columns of a batch that hold outliers", 8, {"load_in_8bit": True},
@@ -83,6 +95,7 @@ LIBRARIES: dict[str, Library] = {
         package="optimum-quanto",
         methods=("quanto",),
         configuration=_quanto,
+        converts=_linear,
         options={
             "int8": Option("8 bits, a scale a row", 8, {"weights": "int8"}),
             "float8": Option("float8_e4m3, a scale a row", 8, {"weights": "float8"}),
@@ -94,6 +107,7 @@ LIBRARIES: dict[str, Library] = {
         package="torchao",
         methods=("torchao",),
         configuration=_torchao,
+        converts=_linear,
         options={
             "int8wo": Option("8 bits, a scale a row", 8, {"quant_type": "Int8WeightOnlyConfig"}),
             "int8da": Option(
@@ -183,6 +197,36 @@ def check_can_load(quantization: str | None, config: Any, strategy: str) -> None
         raise MissingPackageError(what, library.package, EXTRA) from error
     if quantization is not None and (caution := _parts(quantization)[1].caution):
         logger.warning("%s: %s", what, caution)
+
+
+def converts(quantization: str | None, config: Any) -> Callable[[type], bool]:
+    """Whether the weights of modules of a class are stored in fewer bits; nobody says it of other libraries."""
+    library, _ = _library(quantization, config)
+    return (lambda kind: _linear(kind) or _no_subclass(kind)) if library is None else library.converts
+
+
+def check_converts(quantization: str | None, model: Any) -> None:
+    """ModelError if `--quantization` would change no weight of `model`; a warning if it leaves most of them as floats.
+
+    `model` may be on the meta device. Its head is left out, because no library converts it.
+    """
+    if quantization is None:
+        return
+    library, body = _parts(quantization)[0], model.base_model
+    outside = {id(table.weight) for table in (model.get_input_embeddings(),) if table is not None}
+    sizes = {id(p): p.numel() for p in body.parameters() if id(p) not in outside}
+    converted = sum(m.weight.numel() for m in body.modules() if library.converts(type(m)))
+    if not converted:
+        raise ModelError(
+            f"{FLAG} {quantization}: expected linear layers that {library.package} can store in fewer bits, found none "
+            f"in {type(model).__name__}; use another library, or leave it out"
+        )
+    share = 1 - converted / sum(sizes.values())
+    if share > 0.5:
+        logger.warning(
+            "%s %s: %.0f%% of the layers' weights stay floats, because %s converts linear layers alone, and a "
+            "mixture's experts are none", FLAG, quantization, 100 * share, library.package,
+        )  # fmt: skip
 
 
 def by_library(quantization: str | None, config: Any) -> bool:

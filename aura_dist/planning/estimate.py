@@ -13,7 +13,7 @@ from transformers import Conv1D, DynamicCache, PretrainedConfig, PreTrainedModel
 from aura_dist.errors import ModelError
 from aura_dist.evaluation.decoding import only_attention
 from aura_dist.models.load import DTYPES, ModelSource, check_positions, skeleton
-from aura_dist.models.quantization import bits, by_library, method_of
+from aura_dist.models.quantization import bits, by_library, check_converts, converts, method_of
 from aura_dist.models.strategies.strategy import Spread, WeightSizes
 from aura_dist.models.strategies.table import STRATEGIES, title
 from aura_dist.models.strategies.tensor_plan import Plan, seen_columns, tensor_plan
@@ -85,6 +85,7 @@ def estimate(
     tokenizer = Path(source.name) / "tokenizer.json"  # of a local model
     check_positions(config, longest, "--max-tokens")
     model = skeleton(config, source)
+    check_converts(source.quantization, model)
     table = find_sites(model)
     sites = table.select(modules)
     split = _tensor_plan(model, sites, tensor_ranks, plan_file)
@@ -92,7 +93,7 @@ def estimate(
     stored = [np.dtype(stored_dtype(p, source.dtype)).itemsize for p in poolings]
     precisions = tuple(source.dtype if POOLINGS[p].selects else "float32" for p in poolings)
     stored_bits = bits(source.quantization, config)
-    weights = weight_sizes(model, split, stored_bits)
+    weights = weight_sizes(model, split, source.quantization)
     forward = forward_cost(model, sites, poolings, longest, on_cpu=not gpu)
     neurons = tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites)
     by_layer = [
@@ -167,17 +168,18 @@ def is_split(plan: Plan, name: str) -> bool:
     return ("wise" in style or "packed" in style or style == WHOLE_EXPERTS_WEIGHT) and not by_rows
 
 
-def weight_sizes(model: PreTrainedModel, plan: Plan, stored_bits: float | None = None) -> WeightSizes:
+def weight_sizes(model: PreTrainedModel, plan: Plan, quantization: str | None = None) -> WeightSizes:
     """Bytes of a prepared model's base: weights and buffers, by decoder layer, kept whole or split under `plan`.
 
-    A weight of a linear layer takes `stored_bits` bits, where they are given.
+    Weights that are stored in fewer bits, by `quantization` or in the checkpoint already, take as many.
     """
+    stored_bits, fewer = bits(quantization, model.config), converts(quantization, model.config)
     layers_name = decoder_layers_name(model)
     base = model.base_model
     prefix = f"{model.base_model_prefix}." if base is not model else ""
     layers = [[0, 0] for _ in range(len(model.get_submodule(layers_name)))]
     outside = [0, 0]
-    linear = {f"{n}.weight" for n, m in base.named_modules() if isinstance(m, LINEAR) and stored_bits is not None}
+    linear = {f"{n}.weight" for n, m in base.named_modules() if stored_bits is not None and fewer(type(m))}
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         within = (prefix + name).removeprefix(f"{layers_name}.")
         place = layers[int(within.partition(".")[0])] if within != prefix + name else outside

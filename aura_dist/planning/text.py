@@ -58,7 +58,7 @@ def _model(report: Report) -> list[str]:
     lines += [f"  {kind:<9} {n:>5,} modules {neurons:>12,} neurons" for kind, (n, neurons) in report.kinds.items()]
     lines.append(f"  {'captured':<9} {report.captured[0]:>5,} modules {report.captured[1]:>12,} neurons")
     if report.uncaptured:
-        lines.append(f"  {report.uncaptured} expert parameters are 3-D tensors and are not captured")
+        lines.append(f"  {report.uncaptured} expert parameters are in no module that can be captured")
     lines.append(f"  to be loaded: {report.layers} decoder layers, no head, {show_bytes(report.weights_bytes)}")
     return lines
 

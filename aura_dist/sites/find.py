@@ -60,9 +60,17 @@ def find_sites(model: PreTrainedModel) -> SiteTable:
         known = {name.partition(":")[0] for name, _, _ in found}
         # a convolution's weights have three dims too, and are no experts
         known |= {name for name, module in layer.named_modules() if isinstance(module, nn.Conv1d)}
-        stacked = [name for name, p in layer.named_parameters() if p.ndim == 3]
+        stacked = [name for name, p in layer.named_parameters() if _is_stacked(layer, name, p)]
         experts += [f"{prefix}.{name}" for name in stacked if name.rpartition(".")[0] not in known]
     return SiteTable(type(model).__name__, tuple(sites), tuple(experts))
+
+
+def _is_stacked(layer: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds the matrices of several experts: as three dims, or one below the other (DBRX)."""
+    owner = layer.get_submodule(name.rpartition(".")[0])
+    if parameter.ndim != 2 or isinstance(owner, (nn.Linear, Conv1D)):
+        return parameter.ndim == 3 and len(parameter) > 1  # RWKV mixes tokens by vectors of three dims
+    return "Expert" in type(owner).__name__
 
 
 def tap_of(model: PreTrainedModel, site: Site) -> Tap:

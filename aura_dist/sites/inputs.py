@@ -19,7 +19,7 @@ from aura_dist.sites.site import INPUT
 from aura_dist.sites.tap import HOOKS_ONLY, OUTPUT_BLOCKS, Callback, Fold, Handle, OutputTap, Product, Vector, generic
 
 # last parts of names of attention's output projections, in transformers' models
-_OUT = re.compile(r"(o|out|c|wo|dense|output)(_proj|_lin|_linear)?")
+_OUT = re.compile(r"(o|out|c|wo|dense|output)(_proj|_lin|_linear)?", re.IGNORECASE)
 
 
 class InputTap(OutputTap):
@@ -135,4 +135,7 @@ def _output_projection(group: list[Linear], hidden: int) -> Linear | None:
     """The one of attention's linear layers that leads back to the hidden width; by its name, or if no other does."""
     back = [one for one in group if one.num_outputs == hidden]
     named = [one for one in back if any(_OUT.fullmatch(part) for part in one.name.split(".")[-2:])]
-    return named[-1] if named else back[0] if len(back) == 1 else None
+    if named:
+        return named[-1]
+    # keys and values together may be as wide, as in JetMoE, whose output projection is no linear layer
+    return back[0] if len(back) == 1 and back[0].name.rpartition(".")[2][0] not in "qkv" else None

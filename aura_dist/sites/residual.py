@@ -26,7 +26,10 @@ def find_residual(layer: nn.Module) -> dict[str, int]:
 
 
 def hidden_width(layer: nn.Module) -> int:
-    """Width of the hidden state: of the layer's own norms, else of what its first linear layer reads."""
+    """Width of the hidden state: of the layer's own norms, else of what its first linear layer reads.
+
+    Where modules within the layer have the norms, the narrowest counts, because Zamba's attention reads two states.
+    """
     norms = find_norms(layer)
     own = [width for name, width in norms.items() if "." not in name]
-    return (own or list(norms.values()) or [next(linear_layers(layer)).num_inputs])[0]
+    return own[0] if own else min(norms.values(), default=None) or next(linear_layers(layer)).num_inputs

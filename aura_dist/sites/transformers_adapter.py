@@ -86,12 +86,6 @@ def loaded_names(model: PreTrainedModel) -> Callable[[str], tuple[str, str]]:
     return loaded
 
 
-def holds_quantised(model: PreTrainedModel) -> bool:
-    """Whether a weight of a linear layer is no plain tensor of floats."""
-    weights = [m.weight.data for m in model.modules() if isinstance(m, nn.Linear)]
-    return any(type(w) is not Tensor or not w.is_floating_point() for w in weights)
-
-
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype) -> list[str]:
     """Put some of a checkpoint's tensors into `model` as `from_pretrained` does: renamed, joined, cut, in its dtype.
 

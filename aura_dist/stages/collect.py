@@ -339,7 +339,7 @@ def make_spec(
     sites = table.select(config.modules)
     if table.experts:
         logger.warning(
-            "%s keeps %d expert parameters as 3-D tensors (%s, ...): they are not captured",
+            "%s computes with %d expert parameters (%s, ...) in a way of its own: they are not captured",
             table.model_class, len(table.experts), table.experts[0],
         )  # fmt: skip
     intervention, under = None, None

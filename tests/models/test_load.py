@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, GPTNeoXConfig, T5Config
 
 from aura_dist.errors import ConfigError, ModelError
 from aura_dist.models.load import (
@@ -130,9 +130,14 @@ def test_wrong_places_are_errors(tiny_dir, tmp_path):
 
 
 def test_other_kinds_of_model_are_errors():
-    with pytest.raises(ModelError, match="model type 't5' is not a causal language model"):
+    with pytest.raises(ModelError, match="model type 't5' is not a causal language model") as caught:
         skeleton(T5Config())
-    assert skeleton(BertConfig(is_decoder=True)).device.type == "meta"
+    assert len(str(caught.value)) < 250, "without the names of all causal language models"
+    with pytest.raises(ModelError, match=r"model type 'bert' is not a causal language model: .* got an encoder"):
+        skeleton(BertConfig(num_hidden_layers=1))
+    # GPT-NeoX's configuration says that it is no decoder, too
+    for config in (BertConfig(is_decoder=True), GPTNeoXConfig(num_hidden_layers=1)):
+        assert skeleton(config).device.type == "meta"
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)

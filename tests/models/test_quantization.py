@@ -4,6 +4,7 @@ Tests with a library skip where it is not installed.
 """
 
 import json
+import re
 import shutil
 from importlib.util import find_spec
 
@@ -133,10 +134,29 @@ def test_a_part_of_the_model_is_quantised_as_the_whole_is(tmp_path):
         assert type(part) is type(whole.base_model)
 
 
-def test_library_that_finds_nothing_to_quantise_is_refused(tmp_path):
-    source = ModelSource(str(save_tiny("gpt2", tmp_path / "M")), None, "float32", quantization=needs("quanto:int8"))
-    with pytest.raises(ModelError, match=r"quanto:int8: expected linear layers .* found none in GPT2LMHeadModel"):
+@pytest.mark.parametrize(
+    ("spelled", "name"), [("quanto:int8", "gpt2"), ("bitsandbytes:8bit", "falcon-40b-style"), ("torchao:int8", "gpt2")]
+)
+def test_library_that_finds_nothing_to_quantise_is_refused(spelled, name, tmp_path, refused):
+    """By `plan` too, which needs no library."""
+    directory = str(save_tiny(name, tmp_path / "M"))
+    why = rf"{settled(spelled)}: expected linear layers that .* found none in (GPT2LMHead|FalconForCausalLM)"
+    refused(["plan", "--model", directory, "--quantization", spelled, "--num-positive", "4"], why)
+    source = ModelSource(directory, None, "float32", quantization=settled(needs(spelled)))
+    with pytest.raises(ModelError, match=why):
         load_causal(source, World())
+
+
+def test_weights_that_stay_floats_are_counted_and_named(tmp_path, capsys):
+    """A mixture's experts are no linear layers."""
+    directory, rows = str(save_tiny("mixtral", tmp_path / "M")), ["--num-positive", "4", "--num-negative", "4"]
+    figures = []
+    for more in ([], ["--quantization", "quanto:int8"]):
+        assert main(["plan", "--model", directory, *rows, "--modules", "heads", "--json", *more]) == 0
+        written = capsys.readouterr()
+        figures.append(json.loads(written.out[written.out.index("{") :])["weights_bytes"])
+    assert figures[0] - figures[1] == 3 * 3 * (2 * 48 * 48 + 2 * 48 * 24), "attention's alone"
+    assert re.search(r"8\d% of the layers' weights stay floats, because optimum-quanto converts linear", written.err)
 
 
 def test_adapter_is_merged_before_weights_are_quantised(llama, tmp_path):

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, JetMoeConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, RwkvConfig
 
 import aura_dist
 from aura_dist.cli import main
@@ -192,6 +192,14 @@ def test_experts_that_transformers_computes_otherwise_are_named():
     assert "model.layers.0.mlp.output_linear.weight" in table.experts
     with pytest.raises(ModelError, match=r"'experts' matches nothing.* 8 expert parameters .* cannot be captured"):
         table.select(["experts"])
+    assert not any(s.kind == "heads" for s in table.sites), "keys and values are no output projection"
+    attention = {"kv_n_heads": 2, "rope_theta": 1e4}
+    experts = {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2}
+    dbrx = DbrxConfig(d_model=32, n_heads=4, n_layers=1, attn_config=attention, ffn_config=experts)
+    place = "transformer.blocks.0.ffn.experts.mlp"
+    assert find_sites(skeleton(dbrx)).experts == tuple(f"{place}.{name}" for name in ("w1", "v1", "w2"))
+    rwkv = RwkvConfig(**sizes, attention_hidden_size=32, context_length=64)
+    assert not find_sites(skeleton(rwkv)).experts, "vectors of three dims"
 
 
 def test_fused_kernels_are_refused_by_name():

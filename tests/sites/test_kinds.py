@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from transformers import AutoModelForCausalLM
 
 import aura_dist
@@ -57,6 +58,22 @@ def test_neurons_and_heads_are_found_by_their_place(name):
     inputs = {s.name for s in sites if s.name.endswith(":input")}
     assert inputs == {f"{s.name}:input" for s in sites if s.kind in ("mlp", "attention")}, "each linear layer's, once"
     assert [s.name.rpartition(".")[2] for s in sites if s.kind == "residual"] == ["1"]
+
+
+def test_output_projection_with_a_capital_letter_is_found():
+    how = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sites = find_sites(skeleton(hf.ModernBertDecoderConfig(**how))).sites
+    assert [s.name for s in sites if s.kind == "heads"] == ["model.layers.0.attn.Wo:input"]
+
+
+def test_hidden_width_where_attention_reads_two_states():
+    how = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    blocks = {"layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 4}
+    sites = find_sites(skeleton(hf.Zamba2Config(**how, **blocks))).sites
+    assert [s.width for s in sites if s.kind == "residual"] == [48, 48]
+    found = [s.name for s in sites if s.kind in ("neurons", "heads")]
+    within = "model.layers.1.shared_transformer"
+    assert sorted(found) == [f"{within}.feed_forward.down_proj:input", f"{within}.self_attn.o_proj:input"]
 
 
 def test_kind_that_a_model_lacks_is_named_with_what_there_is():

@@ -139,7 +139,10 @@ class _Names:
         """The tensor of the checkpoint that becomes parameter `name`; ModelError if there is not exactly one."""
         found = self._found.get(name, [])
         if len(found) != 1:
-            raise ModelError(f"expected one tensor of the checkpoint for {name!r}, found {len(found)}")
+            raise ModelError(
+                f"expected one tensor of the checkpoint for {name!r}, found {len(found)}: it can neither be folded nor "
+                f"take a bias; fit a method that only scales, or {HOOKS_ONLY}"
+            )
         tensor, how = found[0]
         if how:
             raise ModelError(
