@@ -52,6 +52,13 @@ def test_number_of_buffers_is_the_writers():
     assert NUM_BUFFERS == writer.NUM_BUFFERS
 
 
+def test_page_locked_buffers_are_powers_of_two():
+    buffer = (WORK.rows_chunk + 1) * sum(width for width, _ in WORK.neurons) * WORK.stored_bytes
+    assert 2**23 < buffer < 2**24
+    assert memory(Layout()).host["queue"] == NUM_BUFFERS * 2**24 + buffer
+    assert memory(Layout(), Machine(gpu=False)).host["queue"] == (NUM_BUFFERS + 1) * buffer
+
+
 def test_weights_are_split_as_the_strategy_splits_them():
     def weights(layout, **how):
         device = memory(layout, **how).device
