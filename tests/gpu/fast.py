@@ -1,6 +1,7 @@
 """How fast a device is under the product, against the bare forward and transformers, side by side in one run."""
 
 import json
+import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
@@ -207,32 +208,28 @@ def continuing(place: Place) -> Iterator[Row]:
 
 
 def peak(place: Place) -> Iterator[Row]:
-    """The device's peak memory against what `plan` predicted; on a CPU the process's."""
+    """The device's peak memory against what `plan` predicted; on a CPU what the process holds at the end."""
+    from tests.memory import anonymous_bytes
     from tests.models import tiny_tokenizer
 
     folder, data = place.folder / "planned", data_file(place, 40 if place.tiny else NUM_TEXTS)
     model = falcon(place)
     num_layers = model.config.num_hidden_layers
     tiny_tokenizer().save_pretrained(folder)
-    if place.gpu:
-        model.config.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder)
+    model.config.save_pretrained(folder)
     flags = ["--model", folder, "--data", data, "--concepts", "toxic", "--dtype", "bfloat16"]
     predicted = _planned(place, flags)
+    it = Collection(place, model, ["mlp"])
     if place.gpu:
-        it = Collection(place, model, ["mlp"])
         place.torch.empty_cache()
         place.torch.reset_peak_memory_stats()
-        it.collect()
+    it.collect()
+    if place.gpu:
         free, total = place.torch.mem_get_info()
         outside = total - free - place.torch.memory_reserved()  # the context, if this process is alone on the device
         measured = place.torch.max_memory_reserved() + max(0, outside)
     else:
-        from tests.memory import peak_of
-
-        words = ["collect", *flags, "--store", place.folder / "peak.zarr", "--device", "cpu"]
-        measured = peak_of([str(word) for word in words])
+        measured = anonymous_bytes(os.getpid())
     ratio = predicted / measured
     found = f"{measured / 1e9:.2f} GB measured, {predicted / 1e9:.2f} GB predicted, {ratio:.2f}×"
     yield place.fast(f"peak memory, {num_layers} layers", found, "1 to 1.3×", 1 <= ratio <= 1.3)

@@ -76,10 +76,7 @@ def use(place: Place) -> Iterator[Row]:
     """An intervention in hooks, `generate`, `evaluate` and `export` on the device against the CPU, float32."""
     data, folder = data_file(place, 40), place.folder
     model = small_model(place, "llama")
-    on = ["--model", model, "--device"]
-    command("collect", *on, _flag(place), "--data", data, "--concepts", "toxic", "--store", folder / "s.zarr")
-    command("score", "--store", folder / "s.zarr", "--statistics", "auroc", "--dask", "threads", "--num-workers", 1)
-    command("fit", "--store", folder / "s.zarr", "--concept", "toxic", "--out", folder / "aura")
+    _random_map(model).save(folder / "aura")
     command("export", "--model", model, "--intervention", folder / "aura", "--out", folder / "exported")
     plain, hooked, folded = (
         [_logits(directory, device, map_) for device in ("cpu", place.device)]
@@ -95,9 +92,22 @@ def use(place: Place) -> Iterator[Row]:
     measured = []
     for device in ("cpu", _flag(place)):
         out = folder / f"{device}.json"
-        command("evaluate", *on, device, "--intervention", folder / "aura", "--perplexity-texts", data, "--out", out)
+        where = ["--model", model, "--device", device, "--intervention", folder / "aura"]
+        command("evaluate", *where, "--perplexity-texts", data, "--out", out)
         measured.append(json.loads(out.read_text())["perplexity"]["token_weighted"])
     yield place.same("perplexity", abs(measured[1] / measured[0] - 1), CLOSE)
+
+
+def _random_map(model: Any) -> Any:
+    """Scales of the MLP linears of a model, or of a checkpoint."""
+    import aura_dist
+    from aura_dist.models.load import ModelSource, load_config, skeleton
+    from aura_dist.sites.find import find_sites
+
+    whole = skeleton(load_config(ModelSource(model, None, "float32"))) if isinstance(model, str) else model
+    rng = np.random.default_rng(0)
+    sites = [site for site in find_sites(whole).sites if site.kind == "mlp"]
+    return aura_dist.Intervention({s.name: rng.uniform(0.0, 0.6, s.width).astype(np.float32) for s in sites})
 
 
 def _continued(place: Place, model: str) -> Row:
@@ -207,12 +217,9 @@ def static(place: Place) -> Iterator[Row]:
     from transformers import AutoModelForCausalLM
 
     import aura_dist
-    from aura_dist.sites.find import find_sites
 
     model = AutoModelForCausalLM.from_pretrained(small_model(place, "llama")).to(place.device).eval()
-    sites = [s for s in find_sites(model).sites if s.kind == "mlp"]
-    rng = np.random.default_rng(0)
-    map_ = aura_dist.Intervention({s.name: rng.uniform(0.0, 0.6, s.width).astype(np.float32) for s in sites})
+    map_ = _random_map(model)
     ids = torch.arange(5, 13, device=place.device)[None]
 
     def tokens(**how: Any) -> list[int]:
@@ -250,7 +257,7 @@ def memory(place: Place) -> Iterator[Row]:
     data.write_text("text,toxic\n" + "".join(f"{'you are such a person ' * 60},{i % 2}\n" for i in range(number)))
     words = ["collect", "--model", model, "--data", data, "--concepts", "toxic", "--device", _flag(place)]
     words += ["--store", place.folder / "wide.zarr", "--tokens-per-batch", most]
-    with little_memory(place, 6e8 if place.tiny else 3e9):
+    with little_memory(place, 9e8 if place.tiny else 3e9):
         said = StringIO()
         with redirect_stderr(said):
             code = main([str(word) for word in words])

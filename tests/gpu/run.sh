@@ -5,5 +5,5 @@
 # It takes Python from $PYTHON, else from .venv, else python3; nothing need be installed but what it names.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo "$(cd .venv && pwd -P)/bin/python" || command -v python3)}
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m tests.gpu "$@"
