@@ -33,21 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 if nothing failed and no aim was missed, 2 if it cannot begin."""
     args = _parser().parse_args(arguments)
     target = packages.scratch_target()
-    lacking = packages.lacking()
-    if lacking and args.wheels:
-        lacking = packages.from_wheels(lacking, args.wheels, target)
-    packages.announce(target)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for text in packages.outside_of_range():
-        print(f"note: {text}", flush=True)
-    if lacking:
-        print(f"lacking: {' '.join(lacking)} (python -m pip download them elsewhere, then --wheels DIR)", flush=True)
-    if set(lacking) - set(packages.OPTIONAL):
-        return 2
     try:
-        return _Script(args, lacking).run()
+        lacking = packages.lacking()
+        if lacking and args.wheels:
+            lacking = packages.from_wheels(lacking, args.wheels, target)
+        packages.announce(target)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        for text in packages.outside_of_range():
+            print(f"note: {text}", flush=True)
+        if lacking:
+            print(f"lacking: {' '.join(lacking)} (put their wheels into a directory: --wheels DIR)", flush=True)
+        return 2 if set(lacking) - set(packages.OPTIONAL) else _Script(args, lacking).run()
     finally:
         shutil.rmtree(target, ignore_errors=True)
 

@@ -69,6 +69,8 @@ def test_a_part_that_fails_or_hangs_keeps_its_rows_and_stops_no_other(run, says,
 def test_unknown_parts_and_absent_packages_are_named(monkeypatch, capsys):
     monkeypatch.setattr(packages, "installed", lambda name: None if name in ("zarr", "zarrs") else "1")
     monkeypatch.setattr(packages, "announce", lambda target: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
     assert script.main(["--device", "cpu"]) == 2
     assert "lacking: zarr zarrs (" in capsys.readouterr().out
     assert packages.lacking() == ["zarr", "zarrs"]
