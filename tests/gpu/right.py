@@ -115,7 +115,7 @@ def _continued(place: Place, model: str) -> Row:
     from aura_dist.config.verbs import GenerateConfig
     from aura_dist.stages import generate
 
-    prompts = texts(place, 12, 8)
+    prompts = texts(place, 3 if place.tiny else 12, 8)
     found: list[list[Any]] = []
     for device in ("cpu", _flag(place)):
         how = {"max_new_tokens": 12, "num_samples": 2, "device": device}

@@ -54,7 +54,7 @@ def endless(place):
 @pytest.mark.parametrize(("run", "says"), [(failing, "RuntimeError: broken / here"), (endless, "still running after")])
 def test_a_part_that_fails_or_hangs_keeps_its_rows_and_stops_no_other(run, says, monkeypatch, tmp_path):
     monkeypatch.setitem(PARTS, "store", type(PARTS["store"])(run, 1))
-    args = script._parser().parse_args(["--device", "cpu", "--tiny", "--scratch", str(tmp_path)])
+    args = script._parser().parse_args(["--device", "cpu", "--scratch", str(tmp_path)])
     it = script._Script(args, ["deepspeed"])
     it.server = multiprocessing.get_context("fork")  # the server has not seen the stand-in
     it._part("store", 3 if run is failing else 1, 1, [], "cpu")
