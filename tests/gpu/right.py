@@ -241,6 +241,7 @@ def memory(place: Place) -> Iterator[Row]:
     import transformers as hf
 
     from aura_dist.cli import main
+    from aura_dist.store.grid import rows_per_chunk
     from tests.models import COMMON, tiny_tokenizer
 
     model = place.folder / "wide"
@@ -252,12 +253,12 @@ def memory(place: Place) -> Iterator[Row]:
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     number = 128 if place.tiny else 256
-    most = number * 128  # all texts at once
+    most = rows_per_chunk(number) * 128  # a whole row chunk at once
     data = place.folder / "long.csv"
     data.write_text("text,toxic\n" + "".join(f"{'you are such a person ' * 60},{i % 2}\n" for i in range(number)))
     words = ["collect", "--model", model, "--data", data, "--concepts", "toxic", "--device", _flag(place)]
     words += ["--store", place.folder / "wide.zarr", "--tokens-per-batch", most]
-    with little_memory(place, 9e8 if place.tiny else 3e9):
+    with little_memory(place, 6e8 if place.tiny else 3e9):
         said = StringIO()
         with redirect_stderr(said):
             code = main([str(word) for word in words])
