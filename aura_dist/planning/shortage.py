@@ -40,7 +40,7 @@ def largest(work: Work, spread: Spread, machine: Machine, *, splits: bool) -> st
     if what_fits(work, spread, machine).tokens_per_batch != work.tokens_per_batch:
         others = survey(work, spread.layout.world_size, machine, splits=splits)
         return f"{expected}; {advice(work, spread, machine, others)}"
-    half = work.tokens_per_batch // 2
+    half = work.batch_tokens // 2  # a batch is a row chunk at most, whatever was asked
     if half < work.longest:
         return f"{expected}; give smaller --max-tokens, or another --sharding"
     return f"{expected}, which should fit by `plan`'s estimate; try --tokens-per-batch {half}"

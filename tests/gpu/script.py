@@ -168,6 +168,7 @@ def _end(process: Any) -> None:
     """End a part's process and all that it started."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # if it has no group yet
     process.join(20)
 
 
