@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,14 +33,34 @@ def lacking() -> list[str]:
 
 
 def from_wheels(names: list[str], wheels: Path, target: Path) -> list[str]:
-    """Install what `wheels` has of `names`, with what they need and is not here, into `target`; returns what failed."""
-    left = []
-    for name in names:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", str(wheels)]
-        done = subprocess.run([*install, "--target", str(target), name], capture_output=True, text=True, check=False)
+    """Install what `wheels` has of `names`, with what they need and is not here, into `target`; returns what it lacks.
+
+    pip's own search for what they need would install again what is here, torch among it.
+    """
+    queue, seen, left = list(names), set[str](), []
+    while queue:
+        name = queue.pop(0)
+        if name in seen or installed(name) is not None:
+            continue
+        seen.add(name)
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        where = ["--find-links", str(wheels), "--target", str(target)]
+        done = subprocess.run([*install, *where, name], capture_output=True, text=True, check=False)
         if done.returncode:
             left.append(name)
+        else:
+            queue += _needed_by(name, target)
     return left
+
+
+def _needed_by(name: str, target: Path) -> list[str]:
+    """Packages that a package in `target` needs here."""
+    from packaging.requirements import Requirement
+
+    for found in distributions(name=name, path=[str(target)]):
+        needs = map(Requirement, found.requires or [])
+        return [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return []
 
 
 def announce(target: Path) -> None:

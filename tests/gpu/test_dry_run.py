@@ -3,6 +3,7 @@
 import multiprocessing
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -77,17 +78,21 @@ def test_unknown_parts_and_absent_packages_are_named(monkeypatch, capsys):
     assert "deepspeed" in packages.needed()
 
 
-def test_packages_come_from_a_directory_of_wheels(tmp_path):
-    """A wheel that this test makes; there is no network in it."""
-    import zipfile
-
-    wheel = tmp_path / "wheels" / "aura_absent-1.0-py3-none-any.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as file:
-        file.writestr("aura_absent.py", "here = True\n")
-        about = "aura_absent-1.0.dist-info"
-        file.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: aura-absent\nVersion: 1.0\n")
+def make_wheel(folder, name, needs=""):
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        about = f"{name}-1.0.dist-info"
+        file.writestr(f"{name}.py", "here = True\n")
+        file.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}")
         file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        file.writestr(f"{about}/RECORD", f"aura_absent.py,,\n{about}/METADATA,,\n{about}/WHEEL,,\n{about}/RECORD,,\n")
-    assert packages.from_wheels(["aura-absent", "aura-nowhere"], wheel.parent, tmp_path / "t") == ["aura-nowhere"]
-    assert (tmp_path / "t" / "aura_absent.py").is_file()
+        file.writestr(f"{about}/RECORD", "")
+
+
+def test_packages_come_from_a_directory_of_wheels(tmp_path):
+    """What is here already, such as NumPy, is not looked for; a name that no wheel has is named."""
+    wheels, target = tmp_path / "wheels", tmp_path / "target"
+    wheels.mkdir()
+    needs = "".join(f"Requires-Dist: {n}\n" for n in ("aura_other", "numpy", 'aura_more; extra == "x"', "aura_nowhere"))
+    make_wheel(wheels, "aura_absent", needs)
+    make_wheel(wheels, "aura_other")
+    assert packages.from_wheels(["aura_absent"], wheels, target) == ["aura_nowhere"]
+    assert {path.name for path in target.glob("*.py")} == {"aura_absent.py", "aura_other.py"}
