@@ -196,6 +196,7 @@ def _child(name: str, place: Place, env: dict[str, str], log: str, found: str) -
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
     from tests.gpu.table import PARTS
 
     first = env.get("RANK", "0") == "0"
