@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from aura_dist.evaluation.sampling import Decoding, choose
+from aura_dist.models.load import input_device
 from aura_dist.sites.transformers_adapter import SELECTABLE_LAYERS
 
 
@@ -59,7 +60,7 @@ class Decoder:
 
         `counts` is False for a batch whose result is dropped.
         """
-        device = self.model.device
+        device = input_device(self.model)
         prompts_PT = torch.tensor(rows.prompt_ids, device=device)
         of_B = torch.tensor(rows.prompt_of, device=device)
         keys_B = torch.tensor(rows.keys, dtype=torch.int64, device=device)

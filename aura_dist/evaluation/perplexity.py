@@ -21,7 +21,7 @@ from aura_dist.evaluation.figures import both_sides, summary
 from aura_dist.evaluation.prompts import Prefix
 from aura_dist.interventions.use import LoadedModel
 from aura_dist.models.layerwise import Layerwise, executor_of
-from aura_dist.models.load import check_positions, check_vocabulary
+from aura_dist.models.load import check_positions, check_vocabulary, input_device
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.store.grid import make_batches
@@ -179,12 +179,14 @@ class _Reader:
     texts: TokenizedTexts
     limit: int
     num_context: int
+    device: torch.device = field(init=False)
     _lengths: list[int] = field(init=False)
     _in_pieces: bool = field(init=False)
     _cache: Cache | None = field(default=None, init=False)
     _total: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self.device = input_device(self.model)
         self._lengths = self.texts.num_tokens.tolist()
         # a forward shows what the model caches, because recurrent layers may begin again with each piece (Jamba's do)
         is_long = self._lengths[-1] > self.limit and executor_of(self.model) is None  # there a piece would be a wave
@@ -212,11 +214,11 @@ class _Reader:
         if not self._is_cut(rows):
             return self._whole(batch)
         if piece == 0:
-            self._cache, self._total = None, torch.zeros((), dtype=torch.float64, device=self.model.device)
+            self._cache, self._total = None, torch.zeros((), dtype=torch.float64, device=self.device)
         assert self._total is not None
-        ids_1T = torch.from_numpy(batch.input_ids).to(self.model.device)
+        ids_1T = torch.from_numpy(batch.input_ids).to(self.device)
         start, stop = piece * self.limit, min((piece + 1) * self.limit, ids_1T.shape[1] - 1)
-        mask_1T = torch.ones((1, stop), dtype=torch.int64, device=self.model.device)
+        mask_1T = torch.ones((1, stop), dtype=torch.int64, device=self.device)
         output = self.model(
             input_ids=ids_1T[:, start:stop], attention_mask=mask_1T, past_key_values=self._cache, use_cache=True
         )
@@ -227,7 +229,7 @@ class _Reader:
 
     def read_nothing(self) -> object:
         """Run a forward of one token whose logits nobody needs; return its cache, if the model has one."""
-        ids_1T = torch.zeros((1, 1), dtype=torch.int64, device=self.model.device)
+        ids_1T = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         output = self.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=True)
         return getattr(output, "past_key_values", None)
 
@@ -237,13 +239,13 @@ class _Reader:
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The arguments of the model's forward."""
         return {
-            "input_ids": torch.from_numpy(batch.input_ids).to(self.model.device),
-            "attention_mask": torch.from_numpy(batch.attention_mask).to(self.model.device).long(),
+            "input_ids": torch.from_numpy(batch.input_ids).to(self.device),
+            "attention_mask": torch.from_numpy(batch.attention_mask).to(self.device).long(),
         }
 
     def sums(self, batch: Batch, logits_BTV: Tensor) -> NDArray[np.float64]:
         """[B] summed negative log-likelihoods of the texts of a batch."""
-        ids_BT = torch.from_numpy(batch.input_ids).to(self.model.device)
+        ids_BT = torch.from_numpy(batch.input_ids).to(self.device)
         first = max(1, self.num_context)
         sums = [
             _nll(logits_BTV[b, first - 1 : length - 1], ids_BT[b, first:length])

@@ -185,7 +185,7 @@ class LayerReader:
             self._stream = accelerator.Stream(self._device)
         with accelerator.stream(self._stream):
             for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
-                if tensor.device != self._device:
+                if tensor.device.type != self._device.type:  # a buffer that is not saved stays there
                     _set(layer, name, tensor.detach().pin_memory().to(self._device, non_blocking=True))
             return self._stream.record_event()
 

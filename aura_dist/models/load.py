@@ -322,6 +322,8 @@ class Checkpoint:
                 ignore_mismatched_sizes=True,  # named below
                 **placement,
             )
+        except torch.OutOfMemoryError:  # the stage says what fits
+            raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"--model {name!r} cannot be loaded: {brief(error)}") from error
         finally:
@@ -391,6 +393,13 @@ def _generation(source: ModelSource) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(source.name, revision=source.revision)
     except OSError:
         return None
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where `model` takes its input; its first weight may be away, on the disk or the host, between its uses."""
+    device = model.device
+    hook = getattr(model, "_hf_hook", None)  # accelerate's
+    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
 
 
 def column_plans(

@@ -4,7 +4,8 @@ Pure functions of numbers. The bytes of a rank are the sum of:
 
 - *weights*: the base model to the last captured layer, split by the strategy, and what that gathers at once;
 - *activations*: of the largest batch (`ForwardCost`), and every neuron's pooled value for its rows;
-- *queue*: row buffers of `NUM_BUFFERS` row chunks of the neurons that the rank writes, and one more being encoded;
+- *queue*: row buffers of `NUM_BUFFERS` row chunks of the neurons that the rank writes, page-locked for a GPU, and one
+  more being encoded;
 - *runtime*: interpreter, libraries, a GPU's context (constants below);
 - *texts*: before the weights are read, the tokenizer and the table of texts.
 """
@@ -76,7 +77,8 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     neurons = work.neurons_at_once(strategy.by_layer)
     activations = ceil((CUDA_SLACK if machine.gpu else CPU_SLACK) * _activations(work, spread.layout, neurons))
     owned_bytes = owned_neurons(neurons, spread.layout.tensor) * work.stored_bytes
-    queue = (NUM_BUFFERS + 1) * (work.rows_chunk + 1) * owned_bytes  # 1: a row of counts
+    buffer = (work.rows_chunk + 1) * owned_bytes  # 1: a row of counts
+    queue = NUM_BUFFERS * (_page_locked(buffer) if machine.gpu else buffer) + buffer
     runtime = RUNTIME_BYTES + (CUDA_HOST_BYTES if machine.gpu else 0)
     texts = TABLE_BYTES_PER_FILE_BYTE * work.data_bytes
     preparing = runtime + TOKENIZER_BYTES_PER_FILE_BYTE * work.tokenizer_bytes + texts
@@ -100,6 +102,11 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
         host, device = {**host, **device}, {}
     host = {purpose: size for purpose, size in host.items() if size}
     return RankMemory(device, host, preparing, mapped, held.away.get("disk", 0), sum(held.away.values()))
+
+
+def _page_locked(num_bytes: int) -> int:
+    """Bytes that torch takes for a page-locked block: the next power of two (`CachingHostAllocator.h`)."""
+    return 1 << max(0, num_bytes - 1).bit_length()
 
 
 def _left(limit: int | None, used: int) -> float:

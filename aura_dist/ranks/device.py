@@ -1,33 +1,71 @@
-"""Which accelerator torch can use here. Imports torch when it is asked."""
+"""Which accelerator torch can use here, and what differs between kinds of them. Imports torch when it is asked."""
+
+import platform
+from dataclasses import dataclass
+from typing import Any
 
 from aura_dist.errors import ModelError
 
-# kind of device, as torch calls it (ROCm's is `cuda` too) → the backend of its collectives
-BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of accelerator: the backend of its collectives, and the setting that hides all of them."""
+
+    backend: str
+    hidden_by: str
+
+
+# as torch calls it (ROCm's is `cuda` too) → what differs
+KINDS = {"cuda": Kind("nccl", "CUDA_VISIBLE_DEVICES="), "xpu": Kind("xccl", "ONEAPI_DEVICE_SELECTOR=opencl:cpu")}
 
 
 def accelerator() -> str | None:
-    """Kind of this machine's accelerator, one of `BACKENDS`; None if there is none."""
+    """Kind of this machine's accelerator, one of `KINDS`; None if there is none."""
     import torch
 
     device = torch.accelerator.current_accelerator(check_available=True)
-    return device.type if device is not None and device.type in BACKENDS else None
+    return device.type if device is not None and device.type in KINDS else None
+
+
+def kind_of(device: str) -> str:
+    """`cuda:1` → `cuda`."""
+    return device.partition(":")[0]
 
 
 def backend_of(device: str) -> str:
     """Backend of the collectives among devices such as `cuda:1`; gloo's on a CPU."""
-    return BACKENDS.get(device.partition(":")[0], "gloo")
+    return KINDS[kind_of(device)].backend if kind_of(device) in KINDS else "gloo"
 
 
 def device_memory(device: str) -> int | None:
     """Free bytes of a device such as `cuda:1`; None for a CPU."""
-    import torch
+    return None if device == "cpu" else int(_module(device).mem_get_info(_torch_device(device))[0])
 
+
+def memory_within_reach(device: str) -> int | None:
+    """Free bytes of a device, and those that torch holds for this process; None for a CPU."""
     if device == "cpu":
         return None
-    where = torch.device(device)
-    free, _ = torch.get_device_module(where).mem_get_info(where)
-    return int(free)
+    return (device_memory(device) or 0) + int(_module(device).memory_reserved(_torch_device(device)))
+
+
+def identity(device: str) -> str:
+    """What tells one accelerator from every other on any machine; empty where the driver does not say it."""
+    found = getattr(_module(device).get_device_properties(_torch_device(device)), "uuid", None)
+    return "" if found is None else f"{platform.node()} {found}"
+
+
+def _torch_device(device: str) -> Any:
+    import torch
+
+    return torch.device(device)
+
+
+def _module(device: str) -> Any:
+    """What torch has for a kind of device, such as `torch.cuda`."""
+    import torch
+
+    return torch.get_device_module(_torch_device(device))
 
 
 def wants_gpu(wanted: str) -> bool:

@@ -1,10 +1,12 @@
 """Start and end of a launch as one rank sees it: meet the others, join a replica, leave together."""
 
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -12,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
-from aura_dist.ranks.device import backend_of
+from aura_dist.ranks.device import backend_of, identity, kind_of
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.meeting import TIMEOUT, meet
 from aura_dist.ranks.process import available_cores
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import Place, World, place_from_environment
+
+logger = logging.getLogger(__name__)
 
 _TEAMS = itertools.count()
 
@@ -44,7 +48,9 @@ def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
     layout = sharding.layout(place.world_size)
     world = World(layout, place.global_rank, place.local_rank, _device_of(place, device))
     alone = place.world_size == 1
-    store: Any = HashStore() if alone else PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(place))
+    store: Any = (
+        HashStore() if alone else PrefixStore(f"aura_dist/{next(_TEAMS)}", _launch_store(replace(place, local_rank=0)))
+    )
     team = Team(world, store)
     try:
         if sharding.collective(layout):
@@ -69,6 +75,7 @@ def _device_of(place: Place, device: str) -> str:
         return device
     index = place.local_rank % torch.accelerator.device_count()  # a launcher may show each rank one GPU only
     torch.accelerator.set_device_index(index)
+    os.environ["LOCAL_RANK"] = str(index)  # transformers and DeepSpeed take it for the number of the GPU
     return f"{device}:{index}"
 
 
@@ -83,9 +90,10 @@ def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
 
     torch's default group, in which the strategy's collectives run, is the replica.
     """
-    layout, kind = world.layout, world.device.partition(":")[0]
+    layout = world.layout
+    os.environ.setdefault("LOCAL_RANK", "0")  # transformers and DeepSpeed ask for it also of a process that is alone
     dist.init_process_group(
-        "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{backend_of(kind)}",
+        _backends(world, store),
         store=PrefixStore(f"replica/{world.replica}", store),
         rank=world.rank,
         world_size=layout.replica_size,
@@ -100,3 +108,17 @@ def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
         if first == world.rank - world.column_rank:
             columns = group
     return control, columns
+
+
+def _backends(world: World, store: Store) -> str:
+    """The backend of each kind of device, as torch spells it; gloo's where ranks share a GPU, as NCCL refuses that."""
+    if world.device == "cpu":
+        return "gloo"
+    first, kind = world.global_rank - world.rank, kind_of(world.device)
+    store.set(f"device/{world.global_rank}", identity(world.device))
+    found = [store.get(f"device/{rank}") for rank in range(first, first + world.layout.replica_size)]
+    told = [device for device in found if device]
+    shared = len(set(told)) < len(told)
+    if shared and world.rank == 0:
+        logger.warning("ranks share a GPU: their collectives go through host memory, which is slow")
+    return f"cpu:gloo,{kind}:{'gloo' if shared else backend_of(kind)}"

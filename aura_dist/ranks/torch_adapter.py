@@ -16,6 +16,17 @@ GROUPED_MM = torch.ops.aten._grouped_mm.default  # a mixture's experts in one pr
 READ_SCALAR = torch.ops.aten._local_scalar_dense.default  # `bool(tensor)`, `tensor.item()`
 
 
+# how allocators that raise a plain RuntimeError say it: torch's for a CPU, CUDA's runtime, cuBLAS
+_NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of a device or of the host, did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
 def packet(kernel: Any) -> Any:
     """The operation that a kernel is one form of: the key of torch's table of FLOP formulas."""
     return kernel._overloadpacket

@@ -193,7 +193,7 @@ def _shown_experts(experts: Any, hidden_TH: Tensor, expert_TK: Tensor, weight_TK
     expert_S, order_S = torch.sort(expert_TK.reshape(-1), stable=True)
     token_S = order_S // num_choices
     # under expert parallelism, rows of other ranks' experts come last; kernels leave them undefined
-    elsewhere_S1 = (expert_S >= num_experts)[:, None] if experts._is_expert_parallel else None
+    elsewhere_S1 = (expert_S >= num_experts)[:, None] if are_apart(experts) else None
     product = _LINEAR[shown.chosen](experts, expert_S.clamp(max=num_experts - 1), expert_S)
 
     def linear(name: str, rows: Tensor) -> Tensor:

@@ -47,10 +47,11 @@ from aura_dist.models.load import (
 from aura_dist.models.quantization import check_can_load
 from aura_dist.models.strategies.strategy import Options, Spread
 from aura_dist.models.strategies.table import Sharding, sharding_of
-from aura_dist.planning.budget import with_largest_batch
-from aura_dist.planning.estimate import estimate
+from aura_dist.planning.budget import CUDA_DEVICE_BYTES, with_largest_batch
+from aura_dist.planning.estimate import Estimate, estimate
+from aura_dist.planning.shortage import explained, largest
 from aura_dist.planning.work import Machine
-from aura_dist.ranks.device import device_memory, pick_device
+from aura_dist.ranks.device import device_memory, memory_within_reach, pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank, free_memory, local_ranks
 from aura_dist.ranks.signals import StopFlag
@@ -147,7 +148,8 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
                 left = set(team.from_first("left", lambda: prepare_store(config, subject, spec, samples)))
                 tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
                 if tasks:
-                    collect_tasks(config, subject, spec, tokens, tasks, team, stop)
+                    with explained("texts run", team.world.device, lambda: _what_fits(config, subject, tokens, team)):
+                        collect_tasks(config, subject, spec, tokens, tasks, team, stop)
                 else:
                     logger.info("%s is finished: %d rows; --overwrite collects again", config.store, len(samples))
     if team.world.is_first:
@@ -240,17 +242,32 @@ def _largest_batch(
     config: CollectConfig, subject: OnDisk, tokens: TokenizedTexts, sharding: Sharding, world: World
 ) -> int:
     """Most tokens of a batch for which there is memory, by the estimate that `plan` makes."""
-    num_tokens, gpu = tokens.num_tokens, world.device != "cpu"
+    gpu = world.device != "cpu"
     if gpu and "max_memory" in sharding.strategy.options and not sharding.options.get("max_memory"):
         return config.task_tokens  # accelerate fills a GPU to nine tenths, whatever else needs room
-    found = estimate(
-        subject.source, subject.config, config.modules, config.pooling, num_tokens, config.task_tokens,
-        shortest=int(num_tokens[0]), data_bytes=0, gpu=gpu,
-    )  # fmt: skip
+    work = _estimate(config, subject, tokens, gpu=gpu).work
     machine = Machine(gpu, device_memory(world.device), free_memory(), local_ranks())
-    batch = with_largest_batch(found.work, Spread(world.layout, sharding.options), machine).tokens_per_batch
+    batch = with_largest_batch(work, Spread(world.layout, sharding.options), machine).tokens_per_batch
     logger.info("batches of at most %d tokens, because weights are read for each", batch)
     return batch
+
+
+def _estimate(config: CollectConfig, subject: Subject, tokens: TokenizedTexts, *, gpu: bool) -> Estimate:
+    """What `plan` would say of this collection."""
+    return estimate(
+        subject.source, subject.config, config.modules, config.pooling, tokens.num_tokens, config.task_tokens,
+        shortest=int(tokens.num_tokens[0]), data_bytes=0, gpu=gpu,
+    )  # fmt: skip
+
+
+def _what_fits(config: CollectConfig, subject: Subject, tokens: TokenizedTexts, team: Team) -> str:
+    """The largest setting for which there is memory, for a run that had too little."""
+    sharding, device = sharding_of(config), team.world.device
+    found = _estimate(config, subject, tokens, gpu=device != "cpu")
+    within = memory_within_reach(device)
+    machine = Machine(device != "cpu", None if within is None else within + CUDA_DEVICE_BYTES, free_memory(), 1)
+    text = largest(found.work, Spread(team.world.layout, sharding.options), machine, splits=found.splits)
+    return f"{text}, with --overwrite, because a store belongs to one size of batches" if "per-batch" in text else text
 
 
 def _note_times(group: zarr.Group, team: Team, load_seconds: float, loaded: float) -> None:

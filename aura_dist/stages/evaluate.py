@@ -45,6 +45,7 @@ from aura_dist.interventions.use import LoadedModel, load_for_use
 from aura_dist.models.hub import downloaded
 from aura_dist.models.load import source_of
 from aura_dist.models.strategies.table import sharding_of
+from aura_dist.planning.shortage import HOLDS, explained, smaller
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank
@@ -133,7 +134,8 @@ class _Evaluation:
         """Measure what needs the model; it is freed on return, before rank 0 scores."""
         config, team, prefix, journal = self.config, self.team, None, None
         source = source_of(config)
-        with self._timed("load"), downloaded(team, source):
+        tight = explained("loading", team.world.device, lambda: HOLDS)
+        with self._timed("load"), downloaded(team, source), tight:
             loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)
         if inputs.preprompt is not None:
             prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
@@ -146,8 +148,9 @@ class _Evaluation:
                 tokens = team.once_a_host(
                     "tokens of texts", lambda: tokenize_texts(texts, loaded, prefix, config.max_tokens)
                 )
-                with self._timed("perplexity"), self.stop.deferred():
-                    limit = config.tokens_per_batch
+                limit = config.tokens_per_batch
+                tight = explained("perplexity", team.world.device, lambda: smaller("--tokens-per-batch", limit))
+                with self._timed("perplexity"), self.stop.deferred(), tight:
                     results["perplexity"] = measure(texts, loaded, tokens, prefix, limit, team, self.stop)
             if inputs.prompts is not None:
                 journal = self._continue(loaded, inputs.prompts, prefix, inputs.preprompt, chat)
@@ -202,8 +205,9 @@ class _Evaluation:
         missing = [(p, s) for p in range(len(prompts.texts)) for s in range(how.num_samples) if (p, s) not in kept]
         with self._timed("generation"):
             if missing:
-                with self.stop.deferred(), journal.part(team.world.global_rank) as append:
-                    rows = config.continuations_per_batch
+                rows = config.continuations_per_batch
+                tight = explained("continuing", team.world.device, lambda: smaller("--continuations-per-batch", rows))
+                with self.stop.deferred(), tight, journal.part(team.world.global_rank) as append:
                     generate(loaded, tokenized, missing, how, rows, team, self.stop, append)
         self.seconds["num_generated"] = len(missing)
         self.seconds["continuations_per_second"] = len(missing) / max(self.seconds["generation"], 1e-9)

@@ -9,6 +9,7 @@ from aura_dist.interventions.use import load_for_use
 from aura_dist.models.hub import downloaded
 from aura_dist.models.load import source_of
 from aura_dist.models.strategies.table import sharding_of
+from aura_dist.planning.shortage import HOLDS, explained, smaller
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank
@@ -26,7 +27,7 @@ def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
     """On every rank alike, because a sharded forward needs them all; rank 0 prints."""
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
     source = source_of(config)
-    with downloaded(team, source):
+    with downloaded(team, source), explained("loading", team.world.device, lambda: HOLDS):
         loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)
     how = Decoding(
         config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
@@ -34,11 +35,12 @@ def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
     prefix = None if preprompt is None else make_prefix(preprompt, loaded.tokenizer)
     chat = chat_of_prompts(loaded.tokenizer, preprompt) if config.chat else None
     prompts = tokenize_prompts(config.prompt, loaded.tokenizer, loaded.model.config, how, prefix=prefix, chat=chat)
-    variants = {"plain": continue_alike(loaded, prompts, how, team)}
-    if loaded.intervention is not None:
-        with loaded.intervened(config.strength):
-            method = method_of(loaded.intervention.meta)
-            variants["intervened" if method in variants else method] = continue_alike(loaded, prompts, how, team)
+    with explained("continuing", team.world.device, lambda: smaller("--num-samples", config.num_samples)):
+        variants = {"plain": continue_alike(loaded, prompts, how, team)}
+        if loaded.intervention is not None:
+            with loaded.intervened(config.strength):
+                method = method_of(loaded.intervention.meta)
+                variants["intervened" if method in variants else method] = continue_alike(loaded, prompts, how, team)
     results = [{name: texts[p] for name, texts in variants.items()} for p in range(len(config.prompt))]
     if team.world.is_first:
         for prompt, shown in zip(config.prompt, results, strict=True):

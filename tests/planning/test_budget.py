@@ -52,6 +52,13 @@ def test_number_of_buffers_is_the_writers():
     assert NUM_BUFFERS == writer.NUM_BUFFERS
 
 
+def test_page_locked_buffers_are_powers_of_two():
+    buffer = (WORK.rows_chunk + 1) * sum(width for width, _ in WORK.neurons) * WORK.stored_bytes
+    assert 2**23 < buffer < 2**24
+    assert memory(Layout()).host["queue"] == NUM_BUFFERS * 2**24 + buffer
+    assert memory(Layout(), Machine(gpu=False)).host["queue"] == (NUM_BUFFERS + 1) * buffer
+
+
 def test_weights_are_split_as_the_strategy_splits_them():
     def weights(layout, **how):
         device = memory(layout, **how).device
@@ -85,8 +92,8 @@ def test_without_a_gpu_all_is_in_the_host():
 
 def test_queue_is_the_row_buffers_and_the_one_being_encoded():
     """A buffer has the rows of a row chunk, and one of counts."""
-    assert memory(Layout()).host["queue"] == 4 * 65 * 51_200 * 4
-    assert memory(Layout("tensor", 4, tensor=4)).host["queue"] == 4 * 65 * 12_800 * 4
+    assert memory(Layout(), Machine(gpu=False)).host["queue"] == 4 * 65 * 51_200 * 4
+    assert memory(Layout("tensor", 4, tensor=4), Machine(gpu=False)).host["queue"] == 4 * 65 * 12_800 * 4
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 600)), min_size=1, max_size=4), st.integers(1, 9))

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from aura_dist.errors import ConfigError
 from aura_dist.models.strategies.strategy import Held, Options, Room, Spread, Strategy, WeightSizes
+from aura_dist.ranks.device import accelerator
 from aura_dist.ranks.layout import Layout
+from aura_dist.ranks.process import free_memory
 from aura_dist.ranks.world import World
 from aura_dist.units import parse_bytes
 
@@ -36,6 +38,8 @@ class Dispatch(Strategy):
 
     def load(self, checkpoint: "Checkpoint", world: World, options: Options) -> "PreTrainedModel":
         limits = dict(options.get("max_memory") or {}) or None
+        if world.device == "cpu" and accelerator() is not None:
+            limits = _without_gpus(limits or {"cpu": free_memory()})
         return checkpoint.read(device_map="auto", max_memory=limits, offload_folder=options.get("offload_folder"))
 
     def held(self, weights: WeightSizes, spread: Spread, room: Room) -> Held:
@@ -57,6 +61,17 @@ class Dispatch(Strategy):
     def offers(self, world_size: int, *, gpu: bool, splits: bool) -> Iterator[Spread]:
         if world_size == 1:
             yield Spread(Layout(self.name))
+
+
+def _without_gpus(limits: Mapping[int | str, int]) -> dict[int | str, int]:
+    """`limits`; ConfigError if a GPU is among them. accelerate uses the devices that are named, and else all."""
+    for device in limits:
+        if isinstance(device, int):
+            raise ConfigError(
+                f"--max-memory {device}: expected cpu or disk with --device cpu, got the number of a GPU; leave it "
+                "out, or use --device cuda"
+            )
+    return dict(limits)
 
 
 def memory_limits(entries: Sequence[str]) -> dict[int | str, int]:

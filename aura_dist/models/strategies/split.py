@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aura_dist.errors import ConfigError
 from aura_dist.models.strategies.replicate import Replicate, load_whole
 from aura_dist.models.strategies.strategy import Held, Options, Room, Spread, Strategy, WeightSizes
-from aura_dist.ranks.device import accelerator
+from aura_dist.ranks.device import KINDS, accelerator
 from aura_dist.ranks.layout import Layout, axes_layout, read_axes
 from aura_dist.ranks.world import World
 
@@ -36,7 +36,7 @@ class _Split(Strategy):
         layout = world.layout
         if layout.replica_size == 1:
             return load_whole(checkpoint, world)
-        _check_device(world)
+        check_device(world)
         skeleton = checkpoint.skeleton()
         layers = decoder_layers_name(skeleton)
         plan = tensor_plan(skeleton, layout.tensor, options.get("tensor_plan")) if layout.tensor > 1 else None
@@ -98,9 +98,11 @@ def _replica_sizes(world_size: int) -> list[int]:
     return [k for k in range(2, world_size + 1) if world_size % k == 0 and (k & (k - 1) == 0 or k == world_size)]
 
 
-def _check_device(world: World) -> None:
-    if world.device == "cpu" and accelerator() is not None:
+def check_device(world: World) -> None:
+    """ConfigError for `--device cpu` beside a GPU, because the library that spreads the weights would take the GPU."""
+    found = accelerator()
+    if world.device == "cpu" and found is not None:
         raise ConfigError(
-            f"--device cpu: expected cuda, because --sharding {world.layout.strategy} runs where the GPUs are; "
-            "hide them with CUDA_VISIBLE_DEVICES= to run on the CPU"
+            f"--device cpu: expected cuda or auto, because --sharding {world.layout.strategy} runs where the GPUs are; "
+            f"hide them with {KINDS[found].hidden_by} to run on the CPU"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ConfigError, ModelError, brief
+from aura_dist.models.strategies.split import check_device
 from aura_dist.models.strategies.strategy import Held, Options, Room, Spread, Strategy, WeightSizes
 from aura_dist.ranks.device import accelerator, backend_of
 from aura_dist.ranks.layout import Layout
@@ -43,6 +44,7 @@ class Zero3(Strategy):
 
     def load(self, checkpoint: "Checkpoint", world: World, options: Options) -> "PreTrainedModel":
         """As the other strategies; ModelError if DeepSpeed's compiled part cannot be built."""
+        check_device(world)
         settings = zero_settings(checkpoint.dtype, options.get("offload", "none"))
         prepare_extensions()
         import deepspeed
