@@ -81,7 +81,7 @@ def fit_by_layer(
             logger.info("layer %d: %d of %d units change", layer, of_layer.num_changed, of_layer.num_neurons)
         if layer < last:
             with intervene(model, of_layer):
-                executor.wave(lambda: advance(layer))  # noqa: B023
+                advance(layer)
     warn_of_unscored(spec.sites, seen)
     evidence = [values for scores in seen.values() for values in scores.values()]
     return Intervention(scales, shifts, meta_of(spec, fit, options, evidence, sequential=True))

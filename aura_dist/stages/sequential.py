@@ -146,7 +146,10 @@ def _fit(
     statistics = partial(_statistics, label_N)
     with loaded.intervened(1.0), stop.deferred():
         texts.begin()
-        fitted = fit_by_layer(model, executor, spec, wanted, texts.of, statistics, texts.advance)
+        # one forward, so that the earlier intervention is checked over all layers
+        fitted: Intervention = executor.wave(
+            partial(fit_by_layer, model, executor, spec, wanted, texts.of, statistics, texts.advance)
+        )
     logger.info(
         "fitted in %.1f s; layers were read in %.1f s, of which the forward waited %.1f s",
         time.perf_counter() - begun, executor.reader.read_seconds, executor.reader.waited_seconds,

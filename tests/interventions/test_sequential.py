@@ -58,9 +58,9 @@ CASES = {
         "gemma3", ["model.layers.{}.mlp.*"], "mean-act", "mean", {"dtype": "bfloat16"}, {"strength": 0.5},
     ),
     "the best of each layer": (
-        "qwen3-moe", ["model.layers.{}.self_attn.o_proj*"], "damp", "max", {}, {"top_k": 5, "alpha": 0.25},
+        "qwen3-moe", ["model.layers.{}.self_attn.o_proj"], "damp", "max", {}, {"top_k": 5, "alpha": 0.25},
     ),
-    "significant units": ("gpt2", ["transformer.h.{}.*.c_proj:input"], "aura", "max", {}, {"max_q": 0.2}),
+    "significant units": ("gpt2", ["transformer.h.{}.*.c_proj:input"], "aura", "max", {}, {"max_q": 0.9}),
 }  # fmt: skip
 
 
@@ -102,7 +102,8 @@ def test_settings_of_a_file_come_from_the_section_of_collect(tiny_dir, sentences
     file = tmp_path / "settings.yaml"
     file.write_text(
         f"model: {tiny_dir('llama')}\nconcept: toxic\n"
-        f"collect: {{data: {sentences_csv}, concepts: [toxic], pooling: [max, mean], num_positive: 20, strength: 0.1}}\n"
+        f"collect: {{data: {sentences_csv}, concepts: [toxic], pooling: [max, mean],"
+        " num_positive: 20, strength: 0.1}\n"
         "fit: {method: linear-act, modules: [norm], sequential: true}\n"
     )
     assert main(["fit", "--config", str(file), "--out", str(tmp_path / "out")]) == 0
@@ -119,7 +120,7 @@ def test_settings_of_a_file_come_from_the_section_of_collect(tiny_dir, sentences
         (["--wave-tokens", "5"], "--wave-tokens: expected --sharding layers with all texts in one wave"),
         (["--method", "nudge"], "--method nudge: expected one whose maps of a layer need that layer's responses alone"),
         (["--alpha", "0.1"], "--alpha: expected it with --method damp"),
-        (["--top-k", "1000"], "--top-k: expected at most 176, the units of layer 0"),
+        (["--top-k", "1000"], "--top-k: expected at most 208, the units of layer 0"),
         (["--modules", "nothing"], "matches no"),
         (["--out", "s3://bucket/out"], "--out: expected a local directory"),
     ],
