@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from aura_dist.collecting.capture import Capture
 from aura_dist.collecting.run import Run
 from aura_dist.models.layerwise import Layerwise
-from aura_dist.ranks.progress import Progress
 from aura_dist.sites.site import Site
 from aura_dist.store.schema import tasks_of
 
@@ -24,7 +23,6 @@ class LayerResponses:
     model: PreTrainedModel
     executor: Layerwise
     run: Run
-    progress: Progress
     _batches: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +62,6 @@ class LayerResponses:
         for batch in self._batches:
             self._keep_step()
             self.executor.run(layer, batch.start)
-            self.run.count(batch, self.progress, layer, self.executor.num_layers)
 
     def _capture(self, sites: Sequence[Site]) -> Capture:
         plans = {site.name: self.run.plans[site.name] for site in sites}

@@ -225,7 +225,9 @@ class FitOptions(Settings):
     )  # fmt: skip
     concept: Column = option("data", "concept to whisper down")
     pooling: Pooling | None = option("neurons", "pooling whose scores are used", None, unset="the method's own")
-    modules: list[Module] = option("neurons", "modules of the store, as for `collect --modules`", [], unset="all")
+    modules: list[Module] = option(
+        "neurons", "modules, as for `collect --modules`", [], unset="all of the store; mlp with --sequential"
+    )
     top_k: PositiveInt | None = option(
         "neurons", "only the k units of highest AUROC", None, unset="all, or all above 1/2, as the method does"
     )

@@ -78,7 +78,10 @@ def fit_by_layer(
             shifts |= of_layer.shift
             for name, scores in found.items():
                 seen[name] |= scores
-            logger.info("layer %d: %d of %d units change", layer, of_layer.num_changed, of_layer.num_neurons)
+            logger.info(
+                "layer %d, the last is %d: %d of %d units change", layer, last, of_layer.num_changed,
+                of_layer.num_neurons,
+            )  # fmt: skip
         if layer < last:
             with intervene(model, of_layer):
                 advance(layer)

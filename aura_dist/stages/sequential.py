@@ -37,7 +37,6 @@ from aura_dist.models.strategies.table import sharding_of
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank
-from aura_dist.ranks.progress import Progress
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.scoring.in_memory import statistics_of
@@ -140,8 +139,7 @@ def _fit(
     assert executor is not None
     begun = time.perf_counter()
     plans = column_plans(model, spec.sites, {site.name: site.width for site in spec.sites}, team.world)
-    progress = Progress("fit", len(tokens.num_tokens), int(tokens.num_tokens.sum()))
-    texts = LayerResponses(model, executor, Run(spec, tokens, plans, team, stop), progress)
+    texts = LayerResponses(model, executor, Run(spec, tokens, plans, team, stop))
     wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options)
     statistics = partial(_statistics, label_N)
     with loaded.intervened(1.0), stop.deferred():
