@@ -256,6 +256,12 @@ class FitConfig(FitOptions):
 
     store: Store = option("data", "a store that has been scored")
 
+    def __post_init__(self) -> None:
+        """Refuse what only the command line can turn into another verb."""
+        super().__post_init__()
+        if self.sequential:
+            raise ConfigError("--sequential: expected it with a model and its data, got it with a store; leave it out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialConfig(FitOptions, TextOptions, LoadOptions):

@@ -140,3 +140,5 @@ def test_settings_of_a_sequential_fit_are_refused_without_it(capsys):
     assert "--model: expected it with --sequential, got it without; leave it out" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="data: expected it with sequential, got it without"):
         aura_dist.fit("s.zarr", "toxic", data="comments.csv")
+    with pytest.raises(ConfigError, match="expected it with a model and its data, got it with a store"):
+        FitConfig(store="s.zarr", concept="toxic", out="o", sequential=True)  # as a sweep makes it
