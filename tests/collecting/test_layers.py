@@ -144,7 +144,7 @@ def test_an_adapter(make, plain, tmp_path):
     assert (read_array(open_group(str(expected)), name) != read_array(open_group(str(plain)), name)).any()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_killed_at_random_moments_and_resumed(kills, plain, tiny_dir, sentences_csv, tmp_path):
     """A wave is a task: of its runs of layers each may be the last."""
     store = tmp_path / "store"
@@ -154,7 +154,9 @@ def test_killed_at_random_moments_and_resumed(kills, plain, tiny_dir, sentences_
     }  # fmt: skip
     chance = random.Random(kills)
     moments = [chance.randrange(3, 40) for _ in range(kills)]
-    subprocess.run([sys.executable, "-c", KILLED, json.dumps([settings, moments])], check=True, timeout=200)
+    subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps([settings, moments])], check=True, timeout=100 + 60 * kills
+    )
     assert_equal(store, plain)
 
 
