@@ -32,18 +32,24 @@ OPTIONS = {
     "num_positive": 60, "num_negative": 60, "tokens_per_batch": 256, "modules": ["all"], "concepts": ["toxic"],
 }  # fmt: skip
 LATER = ("progress/done", "progress/nonfinite", "progress/first_token")
-# Forks for each number: the child collects and is killed at that run of a layer; at last a child collects to the end.
+# Forks for each share: the child collects and is killed within the tasks that are left, each of which takes two batches
+# through three layers at least, after two runs of layers for a check. At last a child collects to the end.
 KILLED = """
 import json, os, signal, sys
+from pathlib import Path
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.models.layerwise import Layerwise
 from aura_dist.stages import collect
-settings, moments = json.loads(sys.argv[1])
+from aura_dist.store.access import open_group
+from aura_dist.store.record import unfinished
+settings, shares = json.loads(sys.argv[1])
 run = Layerwise.run
-for moment in [*moments, None]:
+for share in [*shares, None]:
     child = os.fork()
     if child == 0:
-        calls = []
+        calls, begun = [], Path(settings["store"]).exists()
+        left = len(unfinished(open_group(settings["store"]))) if begun else 4
+        moment = None if share is None else 3 + int(share * 6 * left)
         def struck(self, layer, key):
             calls.append(layer)
             if len(calls) == moment:
@@ -53,7 +59,7 @@ for moment in [*moments, None]:
         collect.run(CollectConfig(**settings))
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == (-signal.SIGKILL if moment else 0), (moment, status)
+    assert status == (0 if share is None else -signal.SIGKILL), (share, status)
 """
 
 
@@ -153,10 +159,8 @@ def test_killed_at_random_moments_and_resumed(kills, plain, tiny_dir, sentences_
         "wave_tokens": 1, "max_attempts": 0,
     }  # fmt: skip
     chance = random.Random(kills)
-    moments = [chance.randrange(3, 40) for _ in range(kills)]
-    subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps([settings, moments])], check=True, timeout=100 + 60 * kills
-    )
+    shares = [chance.random() for _ in range(kills)]
+    subprocess.run([sys.executable, "-c", KILLED, json.dumps([settings, shares])], check=True, timeout=100 + 60 * kills)
     assert_equal(store, plain)
 
 
