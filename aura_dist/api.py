@@ -6,17 +6,19 @@ They print nothing: progress goes to the logger `aura_dist`. Errors name paramet
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from aura_dist.config.file import check_taken
 from aura_dist.config.settings import default_of, resolve
-from aura_dist.config.verbs import CollectConfig, FitConfig, ModelOptions, ScoreConfig
+from aura_dist.config.verbs import VERBS, CollectConfig, FitConfig, ModelOptions, ScoreConfig, SequentialConfig
 from aura_dist.errors import AuraError, ConfigError, InputError, ModelError
 from aura_dist.ranks.world import place_from_environment
 from aura_dist.scoring.columns import as_array
@@ -39,13 +41,14 @@ CONCEPT = "concept"  # the name of labels that come without one
 _FROM_ARGUMENTS = {"data", "split", "text_column", "concepts", "clean_negatives"}
 
 
-def _takes(config: type, *not_taken: str) -> Callable[[FunctionT], FunctionT]:
-    """Show the settings of `config` in a function's signature, refuse others, and name parameters in its errors."""
+def _takes(*configs: type, without: Collection[str] = ()) -> Callable[[FunctionT], FunctionT]:
+    """Show the settings of `configs` in a function's signature, refuse others, and name parameters in its errors."""
 
     def decorate(function: FunctionT) -> FunctionT:
         own = [p for p in signature(function).parameters.values() if p.kind != Parameter.VAR_KEYWORD]
         names = {p.name for p in own}
-        taken = {f.name: default_of(f) for f in fields(config) if f.name not in {*names, *not_taken}}
+        every = (f for config in reversed(configs) for f in fields(config))
+        taken = {f.name: default_of(f) for f in every if f.name not in {*names, *without}}
 
         @wraps(function)
         def call(*args: Any, **settings: Any) -> Any:
@@ -64,7 +67,7 @@ def _takes(config: type, *not_taken: str) -> Callable[[FunctionT], FunctionT]:
     return decorate
 
 
-@_takes(CollectConfig, "model", *_FROM_ARGUMENTS)
+@_takes(CollectConfig, without={"model", *_FROM_ARGUMENTS})
 def collect(
     model: "str | Path | PreTrainedModel",
     texts: Sequence[str],
@@ -159,12 +162,15 @@ def score(store: "str | Path | xr.DataTree", *, top: int = 10, **settings: Any) 
     return pd.concat(tables, names=["concept", "pooling"]).reset_index([0, 1]).reset_index(drop=True)
 
 
-@_takes(FitConfig)
-def fit(store: "str | Path | xr.DataTree", concept: str, method: str = "aura", **settings: Any) -> "Intervention":
+@_takes(FitConfig, SequentialConfig)
+def fit(
+    store: "str | Path | xr.DataTree | None" = None, concept: str = "", method: str = "aura", **settings: Any
+) -> "Intervention":
     """Turn a store's scores into an intervention: site → [D] float32 scale, and shift where the method moves neurons.
 
     `store` is as for `score`, and `method` and `settings` as for `aura-dist fit`: `pooling`, `modules`, `top_k`,
-    `strength`, … The intervention is written only if `out` is given.
+    `strength`, … The intervention is written only if `out` is given. With `sequential=True`, `model` and `data` take
+    the store's place: each layer is fitted on responses under the maps of the layers before it.
 
     Raises
     ------
@@ -175,12 +181,17 @@ def fit(store: "str | Path | xr.DataTree", concept: str, method: str = "aura", *
     --------
     >>> with aura_dist.intervene(model, aura_dist.fit("toxic.zarr", "concept", "damp", top_k=100)):
     ...     model.generate(**prompt)
+    >>> aura_dist.fit(concept="toxic", method="linear-act", sequential=True, model="gpt2", data="comments.csv")
     """
     from aura_dist.scoring.view import place_of
-    from aura_dist.stages import fit as stage
 
-    given = {"out": "", **settings, "store": place_of(store), "concept": concept, "method": method}
-    return stage.fit(resolve(FitConfig, given))
+    given = {"out": "", **settings, "method": method, **({"concept": concept} if concept else {})}
+    if store is not None:
+        given["store"] = place_of(store)
+    verb = VERBS["fit"].chosen(given)
+    check_taken("fit", verb, given)
+    fitted: Intervention = resolve_name(f"aura_dist.{verb.stage}").fit(resolve(verb.config, given))
+    return fitted
 
 
 def _plain(value: Any) -> Any:

@@ -10,12 +10,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import Field, fields
+from dataclasses import Field
 from importlib import import_module
 from typing import Any, NoReturn, get_origin
 
 from aura_dist import __version__
-from aura_dist.config.file import merge, read_config_file
+from aura_dist.config.file import chosen, merge, read_config_file
 from aura_dist.config.settings import flag, hints, resolve
 from aura_dist.config.verbs import VERBS
 from aura_dist.errors import AuraError, ConfigError, PeerError, RunInterruptedError
@@ -72,8 +72,9 @@ def build_parser(words: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
             sub.add_argument("--config", action=_Once, default=argparse.SUPPRESS)
             sub.add_argument("--debug", action="store_true")
             sub.add_argument("--check", action="store_true")
-            types = hints(verb.config)
-            for spec in fields(verb.config):
+            types = {} if verb.other is None else hints(verb.other[1].config)
+            types |= hints(verb.config)
+            for spec in verb.settings.values():
                 if not spec.metadata["file_only"]:
                     _add_option(sub, spec, types[spec.name])
     return parser
@@ -97,24 +98,25 @@ def run(argv: Sequence[str] | None = None) -> None:
     flags = vars(build_parser(words).parse_args(words))
     name, config_path, debug, only_check = (flags.pop(key, None) for key in ("verb", "config", "debug", "check"))
     document = read_config_file(config_path) if config_path else {}
-    config: Any = resolve(VERBS[name].config, merge(name, document, flags))
+    settings, verb = merge(name, document, flags), chosen(name, document, flags)
+    config: Any = resolve(verb.config, settings)
     if only_check:
         return
 
     from aura_dist.ranks.process import configure_logging, keep_freed_memory
 
     configure_logging(debug=debug)
-    sections = [s for s in (document, *document.values()) if isinstance(s, dict) and VERBS[name].takes_file]
+    sections = [s for s in (document, *document.values()) if isinstance(s, dict) and verb.takes_file]
     trusts = getattr(config, "trust_remote_code", any(s.get("trust_remote_code") for s in sections))
     if trusts and "trust_remote_code" not in flags:
         logger.warning("%s sets trust_remote_code: code that comes with the model may run on this machine", config_path)
     keep_freed_memory()
     gc.disable()  # what imports make stays, and to look for garbage in between takes an eighth of the time
     try:
-        stage = import_module(f"aura_dist.{VERBS[name].stage}")
+        stage = import_module(f"aura_dist.{verb.stage}")
     finally:
         gc.enable()
-    stage.run(config, *([document] if VERBS[name].takes_file else []))
+    stage.run(config, *([document] if verb.takes_file else []))
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from aura_dist.config.verbs import VERBS
+from aura_dist.config.settings import flag
+from aura_dist.config.verbs import VERBS, Verb
 from aura_dist.errors import ConfigError, brief
 
 MAX_DEPTH = 50
@@ -65,7 +66,7 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
 
     ConfigError if no verb knows a key, a section's verb does not, or a setting on top would act twice.
     """
-    known = {name: {f.name for f in fields(v.config)} for name, v in VERBS.items()}
+    known = {name: set(v.settings) for name, v in VERBS.items()}
     shared = set().union(*known.values())
     for key, value in document.items():
         if key in VERBS:
@@ -75,11 +76,29 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
                 _check_key(str(name), known[key], f"config section {key!r}")
         else:
             _check_key(str(key), shared | set(VERBS), "config file")
-    top = {k: v for k, v in document.items() if k not in VERBS and k in known[verb]}
+    record, own = chosen(verb, document, flags), {**(document.get(verb) or {}), **flags}
+    taken = {f.name for f in fields(record.config)}
+    check_taken(verb, record, own)
+    top = {k: v for k, v in document.items() if k not in VERBS and k in taken}
     for name in top:
         _check_once(verb, document, flags, name)
-    inherited = document.get(VERBS[verb].inherits or "") or {}
-    return {**top, **inherited, **(document.get(verb) or {}), **flags}
+    inherited = document.get(record.inherits or "") or {}
+    return {**top, **{k: v for k, v in inherited.items() if k not in record.not_inherited}, **own}
+
+
+def chosen(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> Verb:
+    """The verb that file and flags ask for: that of this name, or the other one that a setting turns it into."""
+    return VERBS[verb].chosen({**document, **(document.get(verb) or {}), **flags})
+
+
+def check_taken(verb: str, record: Verb, given: dict[str, Any]) -> None:
+    """ConfigError if a setting is given that belongs to another form of the verb than `record`."""
+    taken, other = {f.name for f in fields(record.config)}, VERBS[verb].other
+    for name in given:
+        if name not in taken and other is not None:
+            switch, got = flag(other[0]), ("without" if record is VERBS[verb] else "with")
+            expected = "with" if got == "without" else "without"
+            raise ConfigError(f"{flag(name)}: expected it {expected} {switch}, got it {got}; leave it out")
 
 
 def _check_once(verb: str, document: dict[str, Any], flags: dict[str, Any], name: str) -> None:

@@ -28,11 +28,25 @@ def verb_help(name: str, width: int) -> str:
     required = [_written(*s) for s in specs if default_of(s[0]) is MISSING and not s[0].metadata["file_only"]]
     usage = " ".join([f"usage: aura-dist {name}", *required, "[settings]"])
     blocks = [_wrapped(usage, width, rest=" " * 11), _wrapped(verb.summary, width)]
+    blocks += _groups(specs, width)
+    example = [f"  aura-dist {name} {verb.example}"]
+    if verb.other is not None:
+        switch, other = verb.other
+        types, shared = hints(other.config), {spec.name for spec, _ in specs}
+        only = [(spec, types[spec.name]) for spec in fields(other.config) if spec.name not in shared]
+        blocks += [_wrapped(f"settings with {flag(switch)} alone:", width), *_groups(only, width)]
+        example.append(f"  aura-dist {name} {other.example}")
+    blocks.append("\n".join(["every verb:", *(_entry(written, text, width) for written, text in GENERAL.items())]))
+    return "\n\n".join([*blocks, "\n".join(["example:", *example, ""])])
+
+
+def _groups(specs: list[tuple["Field[Any]", Any]], width: int) -> list[str]:
+    """A block for each heading that some of the settings have."""
+    blocks = []
     for group in GROUPS:
         entries = [_setting(spec, hint, width) for spec, hint in specs if spec.metadata["group"] == group]
         blocks += ["\n".join([f"{group}:", *entries])] if entries else []
-    blocks.append("\n".join(["every verb:", *(_entry(written, text, width) for written, text in GENERAL.items())]))
-    return "\n\n".join([*blocks, f"example:\n  aura-dist {name} {verb.example}\n"])
+    return blocks
 
 
 def _setting(spec: "Field[Any]", hint: Any, width: int) -> str:

@@ -4,7 +4,8 @@ The command line is made from them, and a YAML file is checked against them (`se
 the demo and the command line read this module.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
@@ -64,8 +65,8 @@ MIN_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(Settings):
-    """Which model, how it is loaded, and which intervention is applied to it."""
+class LoadOptions(Settings):
+    """Which model, and how it is loaded."""
 
     model: Model = option("model", "local directory, or Hugging Face hub name")
     revision: Name | None = option("model", "revision of a hub model", None, unset="the hub's main one")
@@ -101,8 +102,6 @@ class ModelOptions(Settings):
         unset="as many as keep reading below a few percent of the time",
     )  # fmt: skip
     tensor_plan: File | None = option(EXECUTION, "tensor: YAML file of module → style", None, unset="the model's")
-    intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
-    strength: Strength = option("intervention", STRENGTH, 1.0)
 
     def __post_init__(self) -> None:
         """Refuse an option that the strategy or the tokenizer would not look at, or weights that it cannot hold."""
@@ -113,13 +112,20 @@ class ModelOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectConfig(ModelOptions):
-    """Run labelled text through the model and store every neuron's pooled response."""
+class ModelOptions(LoadOptions):
+    """Which model, how it is loaded, and which intervention is applied to it."""
+
+    intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
+    strength: Strength = option("intervention", STRENGTH, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(Settings):
+    """Which labelled texts go through a model, and which of their tokens count."""
 
     data: Data = option("data", "labelled text: .csv, .tsv, .jsonl or .parquet file, or a hub data set")
     split: Name = option("data", "split of a hub data set", "train")
     text_column: Column = option("data", "column that holds the text", "text")
-    concepts: list[Column] = option("data", "label columns: 0/1, true/false, or scores with --threshold", distinct=True)
     threshold: float | None = option("data", "label columns are scores: positive from this value on", None)
     clean_negatives: list[Column] = option(
         "data", "leave out negatives of the first concept that are positive in one of these columns (Jigsaw's rule)", []
@@ -137,22 +143,29 @@ class CollectConfig(ModelOptions):
         "data", "upper bound on padded tokens in one forward", None,
         unset=f"{TOKENS_PER_TASK}; where weights are read for every batch, as many as memory has room for",
     )  # fmt: skip
-    modules: list[Module] = option(
-        "sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"], distinct=True
-    )
-    pooling: list[Pooling] = option("sites", "how a text's tokens become a neuron's value", ["max"], distinct=True)
     skip_special_tokens: bool = option("sites", "leave special tokens (BOS, EOS, ...) out of the pooling", False)
     skip_first_tokens: Count = option(
         "sites", "leave the first N tokens of every text out of the pooling; special tokens count among them", 0
     )
-    overwrite: bool = option(EXECUTION, "delete a store that is already there", False)
-    max_attempts: Count = option(EXECUTION, "stop once this many launches in all died in the same task; 0: never", 3)
-    store: Store = option("output", "the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
 
     @property
     def task_tokens(self) -> int:
         """Tokens of a task at least; of a batch at most, unless the strategy runs larger ones."""
         return self.tokens_per_batch or TOKENS_PER_TASK
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig(TextOptions, ModelOptions):
+    """Run labelled text through the model and store every neuron's pooled response."""
+
+    concepts: list[Column] = option("data", "label columns: 0/1, true/false, or scores with --threshold", distinct=True)
+    modules: list[Module] = option(
+        "sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"], distinct=True
+    )
+    pooling: list[Pooling] = option("sites", "how a text's tokens become a neuron's value", ["max"], distinct=True)
+    overwrite: bool = option(EXECUTION, "delete a store that is already there", False)
+    max_attempts: Count = option(EXECUTION, "stop once this many launches in all died in the same task; 0: never", 3)
+    store: Store = option("output", "the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,13 +216,18 @@ class ScoreConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig(Settings):
-    """Turn scores into an intervention."""
+class FitOptions(Settings):
+    """Which method, on which units, and where its intervention goes."""
 
-    store: Store = option("data", "a store that has been scored")
+    sequential: bool = option(
+        "intervention", "fit each layer on responses under the maps of the layers before it, in one pass of the model",
+        False,
+    )  # fmt: skip
     concept: Column = option("data", "concept to whisper down")
     pooling: Pooling | None = option("neurons", "pooling whose scores are used", None, unset="the method's own")
-    modules: list[Module] = option("neurons", "modules of the store, as for `collect --modules`", [], unset="all")
+    modules: list[Module] = option(
+        "neurons", "modules, as for `collect --modules`", [], unset="all of the store; mlp with --sequential"
+    )
     top_k: PositiveInt | None = option(
         "neurons", "only the k units of highest AUROC", None, unset="all, or all above 1/2, as the method does"
     )
@@ -230,6 +248,44 @@ class FitConfig(Settings):
         """Options of methods that were set: name → value."""
         known = resolve_name("aura_dist.interventions.methods:method_options")()
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in known and self.is_set(f)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(FitOptions):
+    """Turn scores into an intervention."""
+
+    store: Store = option("data", "a store that has been scored")
+
+    def __post_init__(self) -> None:
+        """Refuse what only the command line can turn into another verb."""
+        super().__post_init__()
+        if self.sequential:
+            raise ConfigError("--sequential: expected it with a model and its data, got it with a store; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialConfig(FitOptions, TextOptions, LoadOptions):
+    """Fit each layer on responses under the maps of the layers before it, in one pass of the model, without a store."""
+
+    sharding: Sharding = option(EXECUTION, "how the model is spread over processes: layers alone", "layers")
+    modules: list[Module] = option(
+        "sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"], distinct=True
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a strategy or a method that does not go layer by layer."""
+        super().__post_init__()
+        if self.sharding != "layers" or self.wave_tokens is not None:
+            name, got = ("wave_tokens", self.wave_tokens) if self.sharding == "layers" else ("sharding", self.sharding)
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: expected --sharding layers with all texts in one wave, because "
+                f"--sequential fits a layer on all texts before any goes on, got {got}; leave it out"
+            )
+        resolve_name("aura_dist.interventions.methods:check_sequential")(self.method)
+
+    @property
+    def concepts(self) -> list[str]:
+        return [self.concept]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,20 +452,49 @@ class Verb:
     example: str
     inherits: str | None = None
     takes_file: bool = False
+    # of what it inherits, settings that mean something else here
+    not_inherited: frozenset[str] = frozenset()
+    # a setting that turns the verb, where it is true, into another one: its name, and that verb
+    other: "tuple[str, Verb] | None" = None
 
     @property
     def summary(self) -> str:
         return (self.config.__doc__ or "").strip()
 
+    @property
+    def settings(self) -> dict[str, "Field[Any]"]:
+        """All settings that the verb or the other one has, by name."""
+        own = {spec.name: spec for spec in fields(self.config)}
+        return own if self.other is None else {**self.other[1].settings, **own}
+
+    def chosen(self, given: Mapping[str, Any]) -> "Verb":
+        """This verb, or the other one if its setting is true among those that are given."""
+        return self if self.other is None or not given.get(self.other[0]) else self.other[1]
+
 
 _COLLECTED = "--model openai-community/gpt2 --data comments.csv --concepts toxic --store runs/gpt2/store.zarr"
+_TEXTS = "--model openai-community/gpt2 --data comments.csv --out runs/gpt2/sequential"
 _FITTED = "--model openai-community/gpt2 --intervention runs/gpt2/aura"
 _PLANNED = "--config configs/falcon-40b.yaml --world-size 8 --device-memory 80GB"
 VERBS: dict[str, Verb] = {
     "plan": Verb(PlanConfig, "stages.plan", _PLANNED, inherits="collect"),
     "collect": Verb(CollectConfig, "stages.collect", _COLLECTED),
     "score": Verb(ScoreConfig, "stages.score", "--store runs/gpt2/store.zarr"),
-    "fit": Verb(FitConfig, "stages.fit", "--store runs/gpt2/store.zarr --concept toxic --out runs/gpt2/aura"),
+    "fit": Verb(
+        FitConfig,
+        "stages.fit",
+        "--store runs/gpt2/store.zarr --concept toxic --out runs/gpt2/aura",
+        other=(
+            "sequential",
+            Verb(
+                SequentialConfig,
+                "stages.sequential",
+                f"--sequential --method linear-act --concept toxic {_TEXTS}",
+                inherits="collect",
+                not_inherited=frozenset({"pooling", "strength"}),
+            ),
+        ),
+    ),
     "generate": Verb(GenerateConfig, "stages.generate", f"{_FITTED} --prompt 'You are such a'"),
     "evaluate": Verb(
         EvaluateConfig, "stages.evaluate", f"{_FITTED} --perplexity-texts texts.csv --out runs/gpt2/aura.json"

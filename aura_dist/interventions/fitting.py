@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist import __version__
-from aura_dist.errors import InputError
+from aura_dist.errors import ConfigError, InputError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import (
     FromModel,
@@ -26,6 +27,7 @@ from aura_dist.interventions.methods import (
 )
 from aura_dist.sites.kinds import KINDS, choose, except_for
 from aura_dist.sites.site import Site
+from aura_dist.store.access import local_path, store_around
 from aura_dist.store.schema import StoreSpec
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def fit_intervention(
     """
     method, options = find_method(fit.method), settle_options(fit.method, fit.options)
     sites = spec.sites if not fit.modules else choose(spec.sites, fit.modules, partial(_unmatched, spec.sites))
-    sites = _changeable(sites, fit.modules)
+    sites = changeable(sites, fit.modules)
     if isinstance(method, FromModel):
         from aura_dist.interventions.training import train_maps
 
@@ -76,18 +78,24 @@ def fit_intervention(
             values = read(fit.concept, options["pooling"], name)
             statistics[name] = {site.name: values[site.name] for site in sites}
         maps = fit_maps(method, statistics, options)
-        _warn_of_unscored(sites, statistics)
+        warn_of_unscored(sites, statistics)
         evidence = [values for scores in statistics.values() for values in scores.values()]
-    meta = {
+    return replace(Intervention(*maps).at_strength(fit.strength), meta=meta_of(spec, fit, options, evidence))
+
+
+def meta_of(
+    spec: StoreSpec, fit: Fit, options: Mapping[str, Any], evidence: Iterable[NDArray[Any]], **how: Any
+) -> dict[str, Any]:
+    """What an artifact says of a fit to responses that `spec` describes; `how` joins the method's parameters."""
+    return {
         "method": fit.method,
-        "parameters": _parameters(fit, options),
+        "parameters": {**_parameters(fit, options), **how},
         "concept": fit.concept,
         "model": dict(spec.model),
         "data": dict(spec.data),
         "store_digest": _digest(spec, evidence),
         "aura_dist": __version__,
     }
-    return replace(Intervention(*maps).at_strength(fit.strength), meta=meta)
 
 
 def _unmatched(sites: Sequence[Site], word: str) -> InputError:
@@ -97,7 +105,7 @@ def _unmatched(sites: Sequence[Site], word: str) -> InputError:
     )
 
 
-def _changeable(sites: Sequence[Site], modules: Sequence[str]) -> tuple[Site, ...]:
+def changeable(sites: Sequence[Site], modules: Sequence[str]) -> tuple[Site, ...]:
     """The sites that an intervention can change; InputError if `modules` name others, or none is left."""
     fixed = [site for site in sites if site.kind in KINDS and not KINDS[site.kind].acts]
     if fixed and (modules or len(fixed) == len(sites)):
@@ -108,7 +116,7 @@ def _changeable(sites: Sequence[Site], modules: Sequence[str]) -> tuple[Site, ..
     return tuple(site for site in sites if site not in fixed)
 
 
-def _warn_of_unscored(sites: Sequence[Site], statistics: Mapping[str, Scores]) -> None:
+def warn_of_unscored(sites: Sequence[Site], statistics: Mapping[str, Scores]) -> None:
     """Say how many modules and units have no finite statistics; `fit_maps` leaves them as they are."""
     scored = {s.name: np.logical_and.reduce([np.isfinite(of[s.name]) for of in statistics.values()]) for s in sites}
     if unscored := sum(int((~units).sum()) for units in scored.values()):
@@ -159,3 +167,15 @@ def earlier_intervention(store: str, spec: StoreSpec, onto: str | None) -> Inter
             f"(digest {under['digest'][:12]}), got another ({earlier.digest[:12]}); collect with --intervention {onto}"
         )
     return earlier.at_strength(under["strength"])
+
+
+def check_out(out: str, onto: str | None) -> None:
+    """ConfigError unless `out` can be the directory of a new intervention."""
+    if local_path(out) != Path(out):
+        raise ConfigError(f"--out: expected a local directory, got the URL {out!r}; give its path")
+    place = Path(out).resolve()
+    store = store_around(place)
+    if store is not None:
+        raise ConfigError(f"--out: expected a directory outside any store, got {out!r}, within {str(store)!r}")
+    if onto is not None and place == Path(onto).resolve():
+        raise ConfigError(f"--out: expected another directory than --onto, got {out!r} for both")

@@ -33,6 +33,7 @@ class FromStatistics:
     pooling: str  # default of `--pooling`
     experts_only: bool = False  # without `--top-k`, it acts on the units with AUROC > ½, not on all with a score
     own_options: Options = field(default_factory=dict)  # further options that `maps` reads → their defaults
+    by_layer: bool = True  # whether a layer's maps need the statistics of no other layer
 
     @property
     def options(self) -> dict[str, Any]:
@@ -119,6 +120,17 @@ def find_method(name: str) -> FromStatistics | FromModel:
     if name not in METHODS:
         raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def check_sequential(name: str) -> None:
+    """ConfigError if the maps of a layer need more than the responses of that layer."""
+    method = find_method(name)
+    if isinstance(method, FromModel) or not method.by_layer:
+        able = [n for n, row in METHODS.items() if isinstance(row, FromStatistics) and row.by_layer]
+        raise ConfigError(
+            f"--method {name}: expected one whose maps of a layer need that layer's responses alone with --sequential "
+            f"({', '.join(able)}), got one that needs more; fit it from a store, without --sequential"
+        )
 
 
 def method_options() -> set[str]:

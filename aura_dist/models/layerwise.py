@@ -155,11 +155,12 @@ class Layerwise:
     def num_layers(self) -> int:
         return len(self._layers)
 
-    def layers(self) -> Iterator[int]:
-        """The layers in order, each loaded while it is current; the next one comes meanwhile."""
-        for index in range(self.num_layers):
+    def layers(self, num_layers: int | None = None) -> Iterator[int]:
+        """The layers in order, or the first ones, each loaded while it is current; the next one comes meanwhile."""
+        stop = self.num_layers if num_layers is None else num_layers
+        for index in range(stop):
             self.reader.take(index)
-            if index + 1 < self.num_layers:
+            if index + 1 < stop:
                 self.reader.start(index + 1)
             yield index
             self.reader.drop(index)
@@ -169,6 +170,15 @@ class Layerwise:
         """Begin a batch; `inputs` are the arguments of the model's forward. `prepare` comes first."""
         self.reader.start(0)
         self._record(key, inputs)
+
+    @torch.no_grad()
+    def rehearse(self, index: int, key: Hashable) -> None:
+        """Run a batch through a layer that is loaded, for its hooks alone; the batch can run through it again."""
+        args, kwargs = tree_map(
+            lambda leaf: self.waiting.get(key, leaf).clone() if isinstance(leaf, Link) else leaf,
+            self._calls[key][index],
+        )
+        self._layers[index](*args, **kwargs)
 
     @torch.no_grad()
     def run(self, index: int, key: Hashable) -> None:

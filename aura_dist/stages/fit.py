@@ -2,14 +2,13 @@
 
 import logging
 from functools import partial
-from pathlib import Path
 
 from aura_dist.config.verbs import FitConfig
 from aura_dist.errors import ConfigError
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.fitting import Fit, earlier_intervention, fit_intervention
+from aura_dist.interventions.fitting import Fit, check_out, earlier_intervention, fit_intervention
 from aura_dist.scoring.scores import read_scores
-from aura_dist.store.access import local_path, open_group, store_around
+from aura_dist.store.access import open_group
 from aura_dist.store.schema import StoreSpec
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ def fit(config: FitConfig) -> Intervention:
     """The same intervention, written only if `config.out` names a directory."""
     group = open_group(config.store)
     if config.out:
-        _check_out(config)
+        check_out(config.out, config.onto)
     spec = StoreSpec.of(group)
     earlier = earlier_intervention(config.store, spec, config.onto)
     wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options)
@@ -39,14 +38,3 @@ def fit(config: FitConfig) -> Intervention:
             fitted.num_neurons, f", onto {config.onto}" if earlier else "",
         )  # fmt: skip
     return whole
-
-
-def _check_out(config: FitConfig) -> None:
-    if local_path(config.out) != Path(config.out):
-        raise ConfigError(f"--out: expected a local directory, got the URL {config.out!r}; give its path")
-    out = Path(config.out).resolve()
-    store = store_around(out)
-    if store is not None:
-        raise ConfigError(f"--out: expected a directory outside any store, got {config.out!r}, within {str(store)!r}")
-    if config.onto is not None and out == Path(config.onto).resolve():
-        raise ConfigError(f"--out: expected another directory than --onto, got {config.out!r} for both")

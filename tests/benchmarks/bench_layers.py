@@ -1,10 +1,11 @@
 """`--sharding layers` against `dispatch` and the bare arithmetic, for random weights of Falcon-40B's widths.
 
 python tests/benchmarks/bench_layers.py --folder BIG_DISK [--layers 20] [--rows 64] [--tokens 64] [--host-memory 6GiB]
-    [--dispatch] [--megabytes-per-second 400]
+    [--dispatch] [--megabytes-per-second 400 | --balanced]
 
-The checkpoint stays in the folder for the next run. A layer is 1.38 GB. `--megabytes-per-second` slows down the reader
-of layers to that rate, within this benchmark alone.
+The checkpoint stays in the folder for the next run. A layer is 1.38 GB, and `dispatch` writes what does not fit in
+`--host-memory` once more. `--megabytes-per-second` slows down the reading of layers to that rate, within this benchmark
+alone. `--balanced` first runs `layers` unhindered, and then with a reader that takes as long as that run computed.
 """
 
 import argparse
@@ -68,18 +69,28 @@ if rate:
         ahead(self, tensors)
         time.sleep(max(0, size / rate - (time.perf_counter() - begun)))
     LayerReader._read_ahead = slow
+    from accelerate.utils import OffloadedWeightsLoader
+    get = OffloadedWeightsLoader.__getitem__
+    def slow_get(self, key):
+        begun, value = time.perf_counter(), get(self, key)
+        if key not in self.state_dict:
+            time.sleep(max(0, value.nbytes / rate - (time.perf_counter() - begun)))
+        return value
+    OffloadedWeightsLoader.__getitem__ = slow_get
 from aura_dist.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def make_checkpoint(folder: Path, num_layers: int) -> Path:
+def make_checkpoint(folder: Path, num_layers: int, width: int) -> Path:
     """Random weights, a file a layer, written one by one."""
-    directory = folder / f"falcon-40b-widths-{num_layers}"
+    directory = folder / f"falcon-40b-widths-{num_layers}{f'-{width}' if width != 8192 else ''}"
     if (directory / "model.safetensors.index.json").is_file():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    config = hf.FalconConfig(**COMMON, **WIDTHS, num_hidden_layers=num_layers, alibi=False, bias=False)
+    config = hf.FalconConfig(
+        **COMMON, **{**WIDTHS, "hidden_size": width}, num_hidden_layers=num_layers, alibi=False, bias=False
+    )
     config.dtype = "bfloat16"
     config.architectures = ["FalconForCausalLM"]
     config.save_pretrained(directory)
@@ -144,8 +155,11 @@ def main() -> None:
     parser.add_argument("--host-memory", default="6GiB")
     parser.add_argument("--dispatch", action="store_true")
     parser.add_argument("--megabytes-per-second", type=float, default=0.0)
+    parser.add_argument("--balanced", action="store_true")
+    parser.add_argument("--width", type=int, default=8192)
     args = parser.parse_args()
-    model = make_checkpoint(args.folder, args.layers)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    model = make_checkpoint(args.folder, args.layers, args.width)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     texts = [" ".join(WORDS[(i * 7 + j * (i + 3)) % len(WORDS)] for j in range(60)) for i in range(args.rows)]
     lines = [f"{text},{i % 2}" for i, text in enumerate(texts)]
@@ -160,20 +174,31 @@ def main() -> None:
     if args.dispatch:
         offload = ["--max-memory", f"cpu={args.host_memory}", "--offload-folder", str(args.folder / "offloaded")]
         ways["dispatch"] = ["--sharding", "dispatch", *offload]
+    if args.balanced:
+        seconds = run_one(args, model, size, "layers", [*common, *ways["layers"]], 0.0)
+        args.megabytes_per_second = size / seconds / 1e6
+        print(f"now a reader of {args.megabytes_per_second:.0f} MB/s, which takes {seconds:.0f} s too", flush=True)
     for name, how in ways.items():
-        drop_from_cache(model)
-        store = str(args.folder / f"{name}.zarr")
-        found = measure(["collect", *common, *how, "--store", store], args.megabytes_per_second)
-        times = json.loads((Path(store) / "progress" / "zarr.json").read_text())["attributes"]["times"]
-        flops = times["tokens"] * 2 * (size // 2)
-        arithmetic = flops / best_rate(args.tokens_per_batch)
-        print(
-            f"{name}: {found['seconds']:.0f} s, of which {times['seconds']:.0f} s running {times['tokens']} tokens, "
-            f"{arithmetic / times['seconds']:.2f} of the bare arithmetic ({arithmetic:.0f} s); peak anonymous memory "
-            f"{found['peak'] / 1e9:.2f} GB; read {found['read'] / 1e9:.2f} GB of {size / 1e9:.2f} GB, "
-            f"{found['read'] / size:.2f} times",
-            flush=True,
-        )
+        seconds_now = run_one(args, model, size, name, [*common, *how], args.megabytes_per_second)
+        if args.balanced:
+            print(f"{name}: {seconds_now / seconds:.2f} times the longer of reading and computing; aim at most 1.15")
+
+
+def run_one(args: argparse.Namespace, model: Path, size: int, name: str, arguments: list[str], rate: float) -> float:
+    """Collect from a cold cache, and print what it took; returns the seconds without start and loading."""
+    drop_from_cache(model)
+    store = args.folder / f"{name}.zarr"
+    found = measure(["collect", *arguments, "--store", str(store)], rate)
+    times = json.loads((store / "progress" / "zarr.json").read_text())["attributes"]["times"]
+    arithmetic = times["tokens"] * 2 * (size // 2) / best_rate(args.tokens_per_batch)
+    print(
+        f"{name}: {found['seconds']:.0f} s, of which {times['seconds']:.0f} s running {times['tokens']} tokens, "
+        f"{arithmetic / times['seconds']:.2f} of the bare arithmetic ({arithmetic:.0f} s); peak anonymous memory "
+        f"{found['peak'] / 1e9:.2f} GB; read {found['read'] / 1e9:.2f} GB of {size / 1e9:.2f} GB, "
+        f"{found['read'] / size:.2f} times",
+        flush=True,
+    )
+    return float(times["seconds"])
 
 
 if __name__ == "__main__":

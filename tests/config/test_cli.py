@@ -13,7 +13,7 @@ import pytest
 
 import aura_dist
 from aura_dist.cli import build_parser, main
-from aura_dist.config.file import merge, read_config_file
+from aura_dist.config.file import chosen, merge, read_config_file
 from aura_dist.config.help import GENERAL, verb_help
 from aura_dist.config.settings import default_of, flag, hints, resolve, shown_name
 from aura_dist.config.verbs import GROUPS, VERBS
@@ -116,17 +116,20 @@ def test_help_lists_what_there_is(verb, words):
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_ends_with_an_example_that_is_valid(verb, monkeypatch):
     monkeypatch.chdir(ROOT)
-    command = verb_help(verb, 80).splitlines()[-1]
-    program, *words = shlex.split(command)
-    assert (program, words[0]) == ("aura-dist", verb)
-    flags = vars(build_parser().parse_args(words))
-    document = read_config_file(flags["config"]) if "config" in flags else {}
-    settings = {k: v for k, v in flags.items() if k not in ("verb", "config", "debug", "check")}
-    resolve(VERBS[verb].config, merge(verb, document, settings))
+    examples = verb_help(verb, 80).partition("example:\n")[2].splitlines()
+    assert len(examples) == 1 + (VERBS[verb].other is not None)
+    for command in examples:
+        program, *words = shlex.split(command)
+        assert (program, words[0]) == ("aura-dist", verb)
+        flags = vars(build_parser().parse_args(words))
+        document = read_config_file(flags["config"]) if "config" in flags else {}
+        settings = {k: v for k, v in flags.items() if k not in ("verb", "config", "debug", "check")}
+        resolve(chosen(verb, document, settings).config, merge(verb, document, settings))
 
 
 def test_help_fits_the_terminal():
-    too_long = [line for v in VERBS for line in verb_help(v, 78).splitlines()[:-1] if len(line) > 78]
+    pages = [verb_help(verb, 78).partition("example:\n")[0] for verb in VERBS]
+    too_long = [line for page in pages for line in page.splitlines() if len(line) > 78]
     assert not too_long
 
 
