@@ -21,7 +21,7 @@ NUM_RANKS = 2
 SHARDINGS = ("replicate", "fsdp", "tensor")
 # of tiny batches, so that there is a time in which to be struck
 BATCHES = [
-    "--num-positive", "75", "--num-negative", "75", "--tokens-per-batch", "48", "--modules", "all",
+    "--num-positive", "100", "--num-negative", "100", "--tokens-per-batch", "48", "--modules", "all",
     "--pooling", "max", "mean",
 ]  # fmt: skip
 
@@ -173,10 +173,10 @@ def test_dead_rank_does_not_leave_the_other_hanging(sharding, tiny_dir, sentence
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 500 kB; `small_disk.grow()` gives it room."""
+    """A file system of 700 kB; `small_disk.grow()` gives it room."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
     yield place

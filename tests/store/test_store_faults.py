@@ -84,7 +84,7 @@ def test_task_in_which_three_launches_died_stops_the_fourth(whole, tiny_dir, sen
     store = tmp_path / "store.zarr"
     command = arguments(tiny_dir("llama"), sentences_csv, store)
     with pytest.MonkeyPatch.context() as patch:
-        attempt = fail_always(patch, RuntimeError("CUDA out of memory"))
+        attempt = fail_always(patch, RuntimeError("CUDA error: an illegal memory access was encountered"))
         for _ in range(3):
             with pytest.raises(RuntimeError):
                 attempt(command)
