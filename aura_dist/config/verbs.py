@@ -469,7 +469,9 @@ class Verb:
 
     def chosen(self, given: Mapping[str, Any]) -> "Verb":
         """This verb, or the other one if its setting is true among those that are given."""
-        return self if self.other is None or not given.get(self.other[0]) else self.other[1]
+        if self.other is None or str(given.get(self.other[0])).lower() not in ("true", "1"):  # as settings are read
+            return self
+        return self.other[1]
 
 
 _COLLECTED = "--model openai-community/gpt2 --data comments.csv --concepts toxic --store runs/gpt2/store.zarr"
