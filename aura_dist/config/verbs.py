@@ -281,6 +281,11 @@ class SequentialConfig(FitOptions, TextOptions, LoadOptions):
                 f"--{name.replace('_', '-')}: expected --sharding layers with all texts in one wave, because "
                 f"--sequential fits a layer on all texts before any goes on, got {got}; leave it out"
             )
+        if self.quantization is not None:
+            raise ConfigError(
+                "--quantization: expected it without --sequential, because layers are read from the checkpoint one by "
+                f"one, as they are, got {self.quantization}; leave it out, or fit from a store"
+            )
         resolve_name("aura_dist.interventions.methods:check_sequential")(self.method)
 
     @property

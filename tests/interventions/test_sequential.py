@@ -145,8 +145,8 @@ def test_responses_are_described_as_those_of_a_store(sentences_csv, tmp_path, mo
 
 
 def test_a_signal_ends_it_and_nothing_is_written(tiny_dir, sentences_csv, tmp_path, monkeypatch):
-    monkeypatch.setattr(Layerwise, "run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(RunInterruptedError, match="SIGINT received; nothing is written: run the same command again"):
+    monkeypatch.setattr(Layerwise, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunInterruptedError, match="SIGTERM received; nothing is written: run the same command again"):
         at_once(tiny_dir("llama"), sentences_csv, ["model.layers.{}.mlp.*"], "aura", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -215,6 +215,7 @@ def test_settings_of_a_file_come_from_the_section_of_collect(tiny_dir, sentences
         (["--store", "s.zarr"], "--store: expected it without --sequential, got it with"),
         (["--sharding", "replicate"], "--sharding: expected --sharding layers"),
         (["--wave-tokens", "5"], "--wave-tokens: expected --sharding layers with all texts in one wave"),
+        (["--quantization", "quanto:int8"], "--quantization: expected it without --sequential"),
         (["--method", "nudge"], "--method nudge: expected one whose maps of a layer need that layer's responses alone"),
         (["--alpha", "0.1"], "--alpha: expected it with --method damp"),
         (["--top-k", "1000"], "--top-k: expected at most 208, the units of layer 0"),
