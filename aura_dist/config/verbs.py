@@ -273,18 +273,18 @@ class SequentialConfig(FitOptions, TextOptions, LoadOptions):
     )
 
     def __post_init__(self) -> None:
-        """Refuse a strategy or a method that does not go layer by layer."""
+        """Refuse a strategy, a method or a quantisation that does not go layer by layer."""
+        if self.quantization is not None:
+            raise ConfigError(
+                "--quantization: expected it without --sequential, because layers are read from the checkpoint one by "
+                f"one, as they are, got {self.quantization}; leave it out, or fit from a store"
+            )
         super().__post_init__()
         if self.sharding != "layers" or self.wave_tokens is not None:
             name, got = ("wave_tokens", self.wave_tokens) if self.sharding == "layers" else ("sharding", self.sharding)
             raise ConfigError(
                 f"--{name.replace('_', '-')}: expected --sharding layers with all texts in one wave, because "
                 f"--sequential fits a layer on all texts before any goes on, got {got}; leave it out"
-            )
-        if self.quantization is not None:
-            raise ConfigError(
-                "--quantization: expected it without --sequential, because layers are read from the checkpoint one by "
-                f"one, as they are, got {self.quantization}; leave it out, or fit from a store"
             )
         resolve_name("aura_dist.interventions.methods:check_sequential")(self.method)
 
