@@ -174,8 +174,8 @@ def fit(
 
     Raises
     ------
-    ConfigError, InputError, StoreError
-        A setting, the concept or the store cannot be used.
+    ConfigError, InputError, ModelError, StoreError
+        A setting, the concept, the model or the store cannot be used.
 
     Examples
     --------
@@ -185,6 +185,9 @@ def fit(
     """
     from aura_dist.scoring.view import place_of
 
+    if not isinstance(settings.get("model", ""), str):
+        got = type(settings["model"]).__name__
+        raise ConfigError(f"model: expected a name or a directory, because layers are read from its files, got {got}")
     given = {"out": "", **settings, "method": method, **({"concept": concept} if concept else {})}
     if store is not None:
         given["store"] = place_of(store)

@@ -273,7 +273,12 @@ class SequentialConfig(FitOptions, TextOptions, LoadOptions):
     )
 
     def __post_init__(self) -> None:
-        """Refuse a strategy or a method that does not go layer by layer."""
+        """Refuse a strategy, a method or a quantisation that does not go layer by layer."""
+        if self.quantization is not None:
+            raise ConfigError(
+                "--quantization: expected it without --sequential, because layers are read from the checkpoint one by "
+                f"one, as they are, got {self.quantization}; leave it out, or fit from a store"
+            )
         super().__post_init__()
         if self.sharding != "layers" or self.wave_tokens is not None:
             name, got = ("wave_tokens", self.wave_tokens) if self.sharding == "layers" else ("sharding", self.sharding)
@@ -469,7 +474,9 @@ class Verb:
 
     def chosen(self, given: Mapping[str, Any]) -> "Verb":
         """This verb, or the other one if its setting is true among those that are given."""
-        return self if self.other is None or not given.get(self.other[0]) else self.other[1]
+        if self.other is None or str(given.get(self.other[0])).lower() not in ("true", "1"):  # as settings are read
+            return self
+        return self.other[1]
 
 
 _COLLECTED = "--model openai-community/gpt2 --data comments.csv --concepts toxic --store runs/gpt2/store.zarr"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -169,11 +170,27 @@ def earlier_intervention(store: str, spec: StoreSpec, onto: str | None) -> Inter
     return earlier.at_strength(under["strength"])
 
 
+def finish(fitted: Intervention, method: str, earlier: Intervention | None, onto: str | None, out: str) -> Intervention:
+    """`fitted` after the intervention at `onto`, as one, written to the directory `out`, if that is not empty."""
+    whole = fitted if earlier is None else fitted @ earlier
+    if out:
+        whole.save(out)
+        logger.info(
+            "wrote %s: %s changes %d of %d neurons%s", out, method, fitted.num_changed, fitted.num_neurons,
+            f", onto {onto}" if onto else "",
+        )  # fmt: skip
+    return whole
+
+
 def check_out(out: str, onto: str | None) -> None:
-    """ConfigError unless `out` can be the directory of a new intervention."""
+    """ConfigError unless `out` can be the directory of a new intervention; it may take hours to make one."""
     if local_path(out) != Path(out):
         raise ConfigError(f"--out: expected a local directory, got the URL {out!r}; give its path")
     place = Path(out).resolve()
+    there = next(path for path in (place, *place.parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is read-only for you" if there.is_dir() else "is a file"
+        raise ConfigError(f"--out: {out!r} cannot be written, because {str(there)!r} {why}; give another directory")
     store = store_around(place)
     if store is not None:
         raise ConfigError(f"--out: expected a directory outside any store, got {out!r}, within {str(store)!r}")

@@ -41,7 +41,7 @@ def fit_by_layer(
     spec: StoreSpec,
     fit: Fit,
     respond: Callable[[int, Sequence[Site]], Responses],
-    statistics: Callable[[Responses, Sequence[str]], dict[str, Scores]],
+    statistics: Callable[[Responses, Sequence[str]], Mapping[str, Scores]],
     advance: Callable[[int], None],
 ) -> Intervention:
     """The intervention on the sites of `spec`; `top_k` and `max_q` choose among the units of each layer.
@@ -72,7 +72,10 @@ def fit_by_layer(
         of_layer = Intervention({})
         if sites:
             found = statistics(respond(layer, sites), needed_statistics(method, options))
-            maps = fit_maps(method, found, options)
+            try:
+                maps = fit_maps(method, found, options)
+            except InputError as error:
+                raise InputError(f"{error} (--sequential chooses in each layer; this is layer {layer})") from error
             of_layer = Intervention(*maps).at_strength(fit.strength)
             scales |= of_layer.scale
             shifts |= of_layer.shift

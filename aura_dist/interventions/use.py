@@ -11,14 +11,15 @@ from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.folded import check_not_folded
 from aura_dist.interventions.hooks import check_fits, intervene
-from aura_dist.models.extras import find_extras, with_extras
 from aura_dist.models.fingerprints import comparable
-from aura_dist.models.identity import earlier_fingerprint, fingerprint
-from aura_dist.models.load import ModelSource, load_causal, load_config, skeleton, tokenizer_of
+from aura_dist.models.load import ModelSource, load_causal
+from aura_dist.models.on_disk import OnDisk, Subject
 from aura_dist.models.quantization import FLAG, check_can_load
 from aura_dist.models.strategies.strategy import Options
 from aura_dist.ranks.team import Team
-from aura_dist.sites.find import SiteTable, find_sites
+from aura_dist.sites.find import SiteTable
+
+INTERVENTION = "--intervention"
 
 
 @dataclass(frozen=True)
@@ -47,36 +48,52 @@ def load_for_use(
     The weights are hashed once a host. ModelError if the model cannot be loaded, or the intervention was made for
     another one or is in its weights already; StoreError if there is no intervention at `intervention_dir`.
     """
-    config = load_config(source)
-    check_can_load(source.quantization, config, team.world.layout.strategy)
-    whole = skeleton(config, source)
-    extras = find_extras(source, whole)
-    intervention = None
-    if intervention_dir is not None:
-        intervention = load_intervention(intervention_dir, source, config, find_sites(whole))
-    found = with_extras(team.once_a_host(f"fingerprint of {source.name}", lambda: fingerprint(source, config)), extras)
-    if intervention is not None and intervention_dir is not None:
-
-        def earlier() -> str:
-            return with_extras(earlier_fingerprint(source, config), extras)
-
-        check_made_for(intervention, intervention_dir, source, found, earlier)
-    return LoadedModel(load_causal(source, team.world, options), tokenizer_of(source), found, intervention, extras)
+    subject = OnDisk(source, options)
+    check_can_load(source.quantization, subject.config, team.world.layout.strategy)
+    key = f"fingerprint of {source.name}"
+    intervention, found = find_intervention(
+        subject, intervention_dir, lambda: team.once_a_host(key, subject.fingerprint)
+    )
+    model = load_causal(source, team.world, options)
+    return LoadedModel(model, subject.tokenizer, found, intervention, subject.extras())
 
 
-def load_intervention(directory: str, source: ModelSource, config: PretrainedConfig, table: SiteTable) -> Intervention:
+def find_intervention(
+    subject: Subject, directory: str | None, fingerprint: Callable[[], str], flag: str = INTERVENTION
+) -> tuple[Intervention | None, str]:
+    """The intervention at `directory`, if there is one, and the model's fingerprint.
+
+    `fingerprint` is called after all checks that need no weights. `flag` names the directory in errors, which are
+    those of `load_intervention` and `check_made_for`.
+    """
+    if directory is None:
+        return None, fingerprint()
+    intervention = load_intervention(directory, subject.source, subject.config, subject.sites(), flag)
+    found = fingerprint()
+    check_made_for(intervention, directory, subject.source, found, subject.earlier_fingerprint, flag)
+    return intervention, found
+
+
+def load_intervention(
+    directory: str, source: ModelSource, config: PretrainedConfig, table: SiteTable, flag: str = INTERVENTION
+) -> Intervention:
     """The intervention at `directory`, for the model with this configuration and these sites.
 
     ModelError if it does not fit, or the model's weights carry it already; StoreError if there is none.
     """
     intervention = Intervention.load(directory)
     check_fits(table, intervention)
-    check_not_folded(config, intervention, source.name, f"--intervention {directory!r}")
+    check_not_folded(config, intervention, source.name, f"{flag} {directory!r}")
     return intervention
 
 
 def check_made_for(
-    intervention: Intervention, directory: str, source: ModelSource, found: str, earlier: Callable[[], str]
+    intervention: Intervention,
+    directory: str,
+    source: ModelSource,
+    found: str,
+    earlier: Callable[[], str],
+    flag: str = INTERVENTION,
 ) -> None:
     """ModelError if the intervention was made for another model than that of the fingerprint `found`.
 
@@ -84,13 +101,13 @@ def check_made_for(
     """
     made_for = intervention.meta.get("model") or {}
     recorded = str(made_for.get("fingerprint") or "")
-    here = comparable(recorded, found, earlier, f"--intervention {directory}")
+    here = comparable(recorded, found, earlier, f"{flag} {directory}")
     if recorded and here != recorded:
         ways = [
             f"with {FLAG} {q}" if q else f"with no {FLAG}" for q in (made_for.get("quantization"), source.quantization)
         ]
         then, now = (f", {way}" if ways[0] != ways[1] else "" for way in ways)
         raise ModelError(
-            f"--intervention {directory!r} was made for {made_for.get('name')!r} (fingerprint {recorded[:12]}{then}), "
+            f"{flag} {directory!r} was made for {made_for.get('name')!r} (fingerprint {recorded[:12]}{then}), "
             f"but --model {source.name!r} has {here[:12]}{now}; fit one for this model"
         )

@@ -174,23 +174,15 @@ class Layerwise:
     @torch.no_grad()
     def rehearse(self, index: int, key: Hashable) -> None:
         """Run a batch through a layer that is loaded, for its hooks alone; the batch can run through it again."""
-        args, kwargs = tree_map(
-            lambda leaf: self.waiting.get(key, leaf).clone() if isinstance(leaf, Link) else leaf,
-            self._calls[key][index],
-        )
-        self._layers[index](*args, **kwargs)
+        self._through(index, key, Tensor.clone)
 
     @torch.no_grad()
     def run(self, index: int, key: Hashable) -> None:
         """Run a batch through a layer that is loaded; what is needed of its output waits."""
-        args, kwargs = tree_map(
-            lambda leaf: self.waiting.get(key, leaf) if isinstance(leaf, Link) else leaf, self._calls[key][index]
-        )
-        output = self._layers[index](*args, **kwargs)
-        leaves = tree_leaves(output)
-        if tree_structure(output) != tree_structure(self._form) or not all(
-            map(_alike, leaves, tree_leaves(self._form))
-        ):
+        output = self._through(index, key, lambda hidden: hidden)
+        leaves, expected = tree_leaves(output), tree_leaves(self._form)
+        alike = [isinstance(leaf, Tensor) for leaf in leaves] == [isinstance(leaf, Tensor) for leaf in expected]
+        if not alike or tree_structure(output) != tree_structure(self._form):
             raise self._refusal(f"layer {index} returns something else than the first layer")
         for link, last in self._last_use.items():
             if last == index:
@@ -225,6 +217,14 @@ class Layerwise:
         self.reader.close()
         self.waiting.close()
 
+    def _through(self, index: int, key: Hashable, taken: Callable[[Tensor], Tensor]) -> Any:
+        """What a layer that is loaded returns for a batch; it gets `taken` of each tensor that waits."""
+        args, kwargs = tree_map(
+            lambda leaf: taken(self.waiting.get(key, leaf)) if isinstance(leaf, Link) else leaf,
+            self._calls[key][index],
+        )
+        return self._layers[index](*args, **kwargs)
+
     def _record(self, key: Hashable, inputs: Inputs) -> None:
         """Run the model's forward with a recorder in place of every layer, and keep the layers' calls."""
         calls: list[Call] = []
@@ -250,9 +250,8 @@ class Layerwise:
                 self.waiting.put(key, Link(-1, 0), hidden)
             if links.get(id(hidden)) != Link(index - 1, 0):
                 raise self._refusal("it changes the hidden states between its layers")
-            values = {**dict(enumerate(args)), **kwargs}
-            kept = {name: tree_map(linked, value, is_leaf=_may_be_shared) for name, value in values.items()}
-            calls.append((tuple(kept.pop(i) for i in range(len(args))), kept))
+            values, named = tree_map(linked, (args, tuple(kwargs.items())), is_leaf=_may_be_shared)
+            calls.append((values, dict(named)))
             output = self._like(hidden)
             links.update({id(t): Link(index, i) for i, t in enumerate(tree_leaves(output)) if isinstance(t, Tensor)})
             alive.extend((hidden, output))
@@ -274,9 +273,10 @@ class Layerwise:
         """The model's forward up to the last layer that is called; what it raises with recorders is a refusal."""
         try:
             self.model(**inputs, use_cache=False)
-        except (_ForwardEndsError, AuraError, torch.OutOfMemoryError) as error:
-            if not isinstance(error, _ForwardEndsError):
-                raise
+        except _ForwardEndsError:
+            pass
+        except (AuraError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # tensors without data fail in many ways
             raise self._refusal(f"it needs values between its layers ({brief(error, 120)})") from error
 
@@ -368,7 +368,3 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _may_be_shared(value: Any) -> bool:
     """Whether layers can leave values for later ones in `value`: a cache, or a container that is empty so far."""
     return isinstance(value, Cache) or (isinstance(value, dict | list) and not value)
-
-
-def _alike(leaf: Any, expected: Any) -> bool:
-    return isinstance(leaf, Tensor) == isinstance(expected, Tensor)

@@ -132,9 +132,12 @@ def skeleton(config: PretrainedConfig, source: ModelSource | None = None) -> Pre
     # the classes of most vision-language models are no `AutoModelForCausalLM`, and have its forward and its head
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    revision = {"code_revision": source.revision} if source is not None and source.revision else {}
 
     def make(trust: bool) -> Any:
+        # classes of transformers itself do not take the revision of code
+        comes_with_code = trust and kind.__name__ in (getattr(config, "auto_map", None) or {})
+        of = source.revision if source is not None and comes_with_code else None
+        revision = {} if of is None else {"code_revision": of}
         return kind.from_config(copy.deepcopy(config), trust_remote_code=trust, **revision)
 
     with torch.device("meta"):

@@ -19,14 +19,11 @@ _DEVICE, _HOST, _FILE = "device", "host", "file"
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor in memory, or its form and its place in the file."""
+    """A tensor and where it is; of one in the file the form, on the meta device, and its first byte there."""
 
     where: str
-    tensor: Tensor | None
-    nbytes: int
+    tensor: Tensor
     offset: int = 0
-    shape: torch.Size = torch.Size()
-    dtype: torch.dtype = torch.float32
 
 
 class Waiting:
@@ -54,31 +51,30 @@ class Waiting:
 
     def put(self, batch: Hashable, name: Hashable, tensor: Tensor) -> None:
         """Keep a tensor; ModelError if the file cannot be written."""
-        nbytes = tensor.nbytes
-        where = next((w for w, limit in self._limits.items() if self._used[w] + nbytes <= limit), _FILE)
-        if where == _DEVICE or (where == _HOST and tensor.device.type == "cpu"):
-            kept = _Kept(where, tensor, nbytes)
-        elif where == _HOST:
+        where = next((w for w, limit in self._limits.items() if self._used[w] + tensor.nbytes <= limit), _FILE)
+        if where == _FILE:
+            kept = _Kept(where, tensor.to("meta"), self._write(tensor))
+        elif where == _HOST and tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            kept = _Kept(where, host.copy_(tensor, non_blocking=True), nbytes)
+            kept = _Kept(where, host.copy_(tensor, non_blocking=True))
         else:
-            kept = _Kept(where, None, nbytes, self._write(tensor), tensor.shape, tensor.dtype)
-        self._used[where] += nbytes
+            kept = _Kept(where, tensor)
+        self._used[where] += tensor.nbytes
         self._kept[batch][name] = kept
 
     def get(self, batch: Hashable, name: Hashable) -> Tensor:
         """A tensor that is kept, on the device."""
         kept = self._kept[batch][name]
-        tensor = self._read(kept) if kept.tensor is None else kept.tensor
-        return tensor if kept.where == _DEVICE else tensor.to(self._device, non_blocking=True)
+        tensor = self._read(kept) if kept.where == _FILE else kept.tensor
+        return tensor.to(self._device, non_blocking=True)
 
     def drop(self, batch: Hashable, name: Hashable) -> None:
         """Forget a tensor, if it is kept."""
         kept = self._kept[batch].pop(name, None)
         if kept is not None:
-            self._used[kept.where] -= kept.nbytes
+            self._used[kept.where] -= kept.tensor.nbytes
             if kept.where == _FILE:
-                self._free[kept.nbytes].append(kept.offset)
+                self._free[kept.tensor.nbytes].append(kept.offset)
 
     def drop_batch(self, batch: Hashable) -> None:
         """Forget all tensors of a batch."""
@@ -116,7 +112,7 @@ class Waiting:
 
     def _read(self, kept: _Kept) -> Tensor:
         assert self._file is not None
-        tensor = torch.empty(kept.shape, dtype=kept.dtype)
+        tensor = torch.empty(kept.tensor.shape, dtype=kept.tensor.dtype)
         flat, at = as_bytes(tensor.reshape(-1)), 0
         while at < len(flat):
             count = os.preadv(self._file.fileno(), [flat[at:]], kept.offset + at)

@@ -15,9 +15,9 @@ _COLUMNS = 1024  # of a thread's turn
 
 
 def statistics_of(
-    responses: Mapping[str, NDArray[Any]], label_N: NDArray[np.int8], names: Sequence[str]
+    label_N: NDArray[np.int8], responses: Mapping[str, NDArray[Any]], names: Sequence[str]
 ) -> dict[str, dict[str, NDArray[Any]]]:
-    """Statistic → site → [D], from site → [N, D]; label_N holds 1, 0, or −1 for a row that is not labelled.
+    """Statistic → site → [D], from site → [N, D]; label_N [N] holds 1, 0, or −1 for a row that is not labelled.
 
     A statistic over the model, such as the q-value, is one over the units of all sites that are given.
     """

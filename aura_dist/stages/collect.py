@@ -9,43 +9,31 @@ committed.
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import zarr
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from aura_dist.collecting.description import Identity, describe, load_samples
 from aura_dist.collecting.run import Run
 from aura_dist.collecting.stream import stream
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import RunInterruptedError, StoreError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.hooks import laid_over
-from aura_dist.interventions.use import check_made_for, load_intervention
-from aura_dist.models.extras import find_extras, with_extras
+from aura_dist.interventions.use import find_intervention
 from aura_dist.models.fingerprints import comparable
 from aura_dist.models.hub import downloaded
-from aura_dist.models.identity import earlier_fingerprint, fingerprint
 from aura_dist.models.in_memory import InMemory
-from aura_dist.models.layerwise import closing, executor_of
-from aura_dist.models.load import (
-    ModelSource,
-    check_positions,
-    check_vocabulary,
-    column_plans,
-    load_base,
-    load_config,
-    skeleton,
-    source_of,
-    tokenizer_of,
-)
+from aura_dist.models.layerwise import executor_of
+from aura_dist.models.load import column_plans, source_of
+from aura_dist.models.on_disk import OnDisk, Subject
 from aura_dist.models.quantization import check_can_load
-from aura_dist.models.strategies.strategy import Options, Spread
+from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import Sharding, sharding_of
 from aura_dist.planning.budget import CUDA_DEVICE_BYTES, with_largest_batch
 from aura_dist.planning.estimate import Estimate, estimate
@@ -57,7 +45,6 @@ from aura_dist.ranks.process import configure_rank, free_memory, local_ranks
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import World
-from aura_dist.sites.find import SiteTable, find_sites
 from aura_dist.store.access import exists, open_group, zarr_store
 from aura_dist.store.grid import Task
 from aura_dist.store.launches import at_work
@@ -65,6 +52,7 @@ from aura_dist.store.record import (
     COLLECTED,
     add_times,
     check_same,
+    count_without_numbers,
     counted_attempts,
     most_attempted,
     nonfinite_responses,
@@ -72,59 +60,12 @@ from aura_dist.store.record import (
     units_without_numbers,
 )
 from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
-from aura_dist.text.chat import make_chat
-from aura_dist.text.selection import Selection, select
-from aura_dist.text.table import Table, read_table
-from aura_dist.text.tokenizer import DIGEST_RULE, tokenizer_digest
+from aura_dist.text.table import Table
 from aura_dist.text.tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("aura_dist", "torch", "transformers", "zarr", "zarrs", "numpy")
-
-
-@dataclass(frozen=True)
-class OnDisk:
-    """A model on disk or on the hub; each part is read when it is first asked for."""
-
-    source: ModelSource
-    options: Options | None = None
-
-    @cached_property
-    def config(self) -> PretrainedConfig:
-        return load_config(self.source)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        load_config(self.source)  # first, because its error says more about a wrong name
-        return tokenizer_of(self.source)
-
-    def sites(self) -> SiteTable:
-        return find_sites(self.whole)
-
-    @cached_property
-    def whole(self) -> PreTrainedModel:
-        """All modules, without weights."""
-        return skeleton(self.config, self.source)
-
-    def extras(self) -> dict[str, Any]:
-        return find_extras(self.source, self.whole)
-
-    def fingerprint(self) -> str:
-        return with_extras(fingerprint(self.source, self.config), self.extras())
-
-    def earlier_fingerprint(self) -> str:
-        return with_extras(earlier_fingerprint(self.source, self.config), self.extras())
-
-    @contextmanager
-    def base(self, world: World, num_layers: int) -> Iterator[PreTrainedModel]:
-        """The base model, loaded without the decoder layers from `num_layers` on."""
-        model = load_base(self.source, world, self.options, num_layers=num_layers)
-        with closing(model):
-            yield model
-
-
-Subject = OnDisk | InMemory  # what is collected from
 
 
 def run(config: CollectConfig, table: Table | None = None) -> None:
@@ -139,11 +80,8 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         samples, tokens, identity = team.once_a_host("samples", lambda: load_samples(config, subject, table))
         _log_lengths(samples, config.concepts[0])
-        longest = int(samples.num_tokens.max())
         with downloaded(team, subject.source):
-            spec = make_spec(
-                config, subject, identity, longest, lambda: team.once_a_host("fingerprint", subject.fingerprint)
-            )
+            spec = make_spec(config, subject, identity, lambda: team.once_a_host("fingerprint", subject.fingerprint))
             with _marked(config) if team.world.is_first else nullcontext():
                 left = set(team.from_first("left", lambda: prepare_store(config, subject, spec, samples)))
                 tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
@@ -300,37 +238,13 @@ def check_numbers(store: str, spec: StoreSpec) -> None:
     without = units_without_numbers(open_group(store))
     if not without:
         return
-    num_modules, num_units = sum(without.get(s.name) == s.width for s in spec.sites), sum(without.values())
-    total = sum(site.width for site in spec.sites)
-    text = (
-        f"{num_modules} of {len(spec.sites)} modules and {num_units} of {total} units have no finite value in any text"
-    )
-    if 2 * num_units > total or 2 * num_modules > len(spec.sites):
+    text, most = count_without_numbers(without, spec.sites)
+    if most:
         raise StoreError(
             f"--store {store!r}: {text}: expected at most half; check the weights, or collect again with --overwrite "
             "and a --dtype of a larger range (bfloat16, float32); the store is kept"
         )
     logger.warning("%s; they get no scores", text)
-
-
-def load_samples(
-    config: CollectConfig, subject: Subject, table: Table | None = None
-) -> tuple[Samples, TokenizedTexts, dict[str, Any]]:
-    """The rows to run, their token ids, and what identifies tokenizer and data; all of it can be pickled."""
-    which = Selection.of(config)
-    if table is None:
-        table = read_table(config.data, which.columns, split=config.split)
-    row, label, tokens = select(table, which, lambda: subject.tokenizer)
-    check_vocabulary(subject.config, tokens.largest_id)
-    tokenizer = subject.tokenizer
-    identity: dict[str, Any] = {
-        "tokenizer": {"name": tokenizer.name_or_path, "rule": DIGEST_RULE, "sha256": tokenizer_digest(tokenizer)},
-        # token ids last, because a setting that changes them is a better name for what differs
-        "data": {"path": table.source, "sha256": table.sha256, **which.identity, "token_ids": tokens.digest()},
-    }
-    if config.chat is not None:
-        identity["tokenizer"]["chat"] = make_chat(tokenizer, config.chat, config.system).identity
-    return Samples(row, tokens.num_tokens, label), tokens, identity
 
 
 def _log_lengths(samples: Samples, concept: str) -> None:
@@ -342,51 +256,17 @@ def _log_lengths(samples: Samples, concept: str) -> None:
 
 
 def make_spec(
-    config: CollectConfig,
-    subject: Subject,
-    identity: dict[str, Any],
-    longest: int,
-    fingerprint_once: Callable[[], str] | None = None,
+    config: CollectConfig, subject: Subject, identity: Identity, fingerprint: Callable[[], str] | None = None
 ) -> StoreSpec:
-    """What the store will hold. The weights are hashed last, by `fingerprint_once` where several ranks share that."""
-    source = subject.source
-    check_can_load(source.quantization, subject.config, sharding_of(config).strategy.name)
-    check_positions(subject.config, longest, "--max-tokens")
+    """What the store will hold. The weights are hashed last, by `fingerprint` where several ranks share that."""
+    check_can_load(subject.source.quantization, subject.config, sharding_of(config).strategy.name)
     table = subject.sites()
     sites = table.select(config.modules)
-    if table.experts:
-        logger.warning(
-            "%s computes with %d expert parameters (%s, ...) in a way of its own: they are not captured",
-            table.model_class, len(table.experts), table.experts[0],
-        )  # fmt: skip
-    intervention, under = None, None
-    if config.intervention is not None:
-        intervention = load_intervention(config.intervention, source, subject.config, table)
-        under = intervention.identity(config.strength)
-    found = (fingerprint_once or subject.fingerprint)()
-    if intervention is not None and config.intervention is not None:
-        check_made_for(intervention, config.intervention, source, found, subject.earlier_fingerprint)
-    directory = Path(source.name)
-    return StoreSpec(
-        model={
-            "name": str(directory.resolve()) if directory.is_dir() else source.name,  # where it is read from later
-            "revision": source.revision,
-            "class": table.model_class,
-            **subject.extras(),
-            "fingerprint": found,
-        },
-        dtype=source.dtype,
-        max_tokens=config.max_tokens,
-        tokens_per_batch=config.task_tokens,
-        skip_special_tokens=config.skip_special_tokens,
-        skip_first_tokens=config.skip_first_tokens,
-        poolings=tuple(config.pooling),
-        concepts=tuple(config.concepts),
-        sites=sites,
-        uncaptured=table.experts,
-        intervention=under,
-        **identity,
-    )
+    intervention, found = find_intervention(subject, config.intervention, fingerprint or subject.fingerprint)
+    under = None if intervention is None else intervention.identity(config.strength)
+    return describe(
+        config, subject, table, sites, config.pooling, fingerprint=found, under=under, identity=identity
+    )  # fmt: skip
 
 
 def _intervened(model: PreTrainedModel, config: CollectConfig) -> AbstractContextManager[Any]:

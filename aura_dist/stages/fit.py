@@ -1,17 +1,14 @@
 """fit: a scored store → an intervention directory. Imports torch for a trained method alone."""
 
-import logging
 from functools import partial
 
 from aura_dist.config.verbs import FitConfig
 from aura_dist.errors import ConfigError
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.fitting import Fit, check_out, earlier_intervention, fit_intervention
+from aura_dist.interventions.fitting import Fit, check_out, earlier_intervention, finish, fit_intervention
 from aura_dist.scoring.scores import read_scores
 from aura_dist.store.access import open_group
 from aura_dist.store.schema import StoreSpec
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: FitConfig) -> None:
@@ -30,11 +27,4 @@ def fit(config: FitConfig) -> Intervention:
     earlier = earlier_intervention(config.store, spec, config.onto)
     wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options)
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
-    whole = fitted if earlier is None else fitted @ earlier
-    if config.out:
-        whole.save(config.out)
-        logger.info(
-            "wrote %s: %s changes %d of %d neurons%s", config.out, config.method, fitted.num_changed,
-            fitted.num_neurons, f", onto {config.onto}" if earlier else "",
-        )  # fmt: skip
-    return whole
+    return finish(fitted, config.method, earlier, config.onto, config.out)

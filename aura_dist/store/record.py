@@ -10,7 +10,7 @@ Numbers are sums over the launches that ended in an orderly way; the rest is of 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from aura_dist.errors import AuraError, StoreError, brief
+from aura_dist.sites.site import Site
 from aura_dist.store.access import FIX, damaged, get_array, in_whole_chunks, read_array
 from aura_dist.store.schema import ADDED, ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
 
@@ -204,6 +205,17 @@ def units_without_numbers(group: zarr.Group) -> dict[str, int]:
         if bad_D.any():
             found[site.name] = int(np.count_nonzero(bad_D))
     return found
+
+
+def count_without_numbers(without: Mapping[str, int], sites: Sequence[Site]) -> tuple[str, bool]:
+    """In words, how many modules and units of `sites` are never finite; and whether they are more than half of either.
+
+    `without` is site → how many of its units.
+    """
+    num_modules, num_units = sum(without.get(s.name) == s.width for s in sites), sum(without.values())
+    total = sum(site.width for site in sites)
+    text = f"{num_modules} of {len(sites)} modules and {num_units} of {total} units have no finite value in any text"
+    return text, 2 * num_units > total or 2 * num_modules > len(sites)
 
 
 def _never_finite(group: zarr.Group, name: str, width: int) -> NDArray[np.bool_]:

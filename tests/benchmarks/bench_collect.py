@@ -16,15 +16,18 @@ from pathlib import Path
 
 import torch
 
-from aura_dist.collecting.stream import Run, stream
+from aura_dist.collecting.description import load_samples
+from aura_dist.collecting.run import Run
+from aura_dist.collecting.stream import stream
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.models.load import DTYPES, ModelSource, column_plans, load_base
+from aura_dist.models.on_disk import OnDisk
 from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import keep_freed_memory
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.world import World
-from aura_dist.stages.collect import OnDisk, load_samples, make_spec
+from aura_dist.stages.collect import make_spec
 from aura_dist.store.access import open_group
 from aura_dist.store.grid import make_batches, row_chunks, rows_per_chunk
 from aura_dist.store.schema import StoreSpec, chunk_widths, create_store, tasks_of
@@ -110,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     subject = OnDisk(ModelSource(args.model, None, args.dtype))
     samples, tokens, identity = load_samples(config, subject)
-    spec = make_spec(config, subject, identity, int(samples.num_tokens.max()))
+    spec = make_spec(config, subject, identity)
     model = load_base(ModelSource(args.model, None, args.dtype), World())
     bare(model, spec, tokens.take(range(32)))
     ours, base = [], []

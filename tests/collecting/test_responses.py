@@ -114,16 +114,16 @@ def test_odd_architectures(name, tiny_dir, texts_csv, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon-rotary", "gemma3", "minicpm3", "recurrent-gemma"])
 def test_layers_after_the_last_captured_one_are_not_loaded(name, tiny_dir, texts_csv, tmp_path, monkeypatch):
-    from aura_dist.models import load as sharding
-    from aura_dist.stages import collect
+    from aura_dist.models import on_disk
+    from aura_dist.models.load import load_base
 
     loaded = []
 
     def load(*args, **kwargs):
-        loaded.append(sharding.load_base(*args, **kwargs))
+        loaded.append(load_base(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr(collect, "load_base", load)
+    monkeypatch.setattr(on_disk, "load_base", load)
     view, texts = collected(tiny_dir(name), texts_csv, tmp_path / "s.zarr", "--modules", "*.0.*")
     assert not any(".1." in parameter for parameter, _ in loaded[0].named_parameters())
     expected = plain_responses(tiny_dir(name), texts, list(view["activations"]), ["max"])

@@ -29,10 +29,11 @@ class Collection:
     tokens_per_batch: int = 4096
 
     def __post_init__(self) -> None:
+        from aura_dist.collecting.description import load_samples
         from aura_dist.config.settings import resolve
         from aura_dist.config.verbs import CollectConfig
         from aura_dist.models.in_memory import InMemory
-        from aura_dist.stages.collect import load_samples, make_spec
+        from aura_dist.stages.collect import make_spec
         from tests.models import tiny_tokenizer
 
         number = 40 if self.place.tiny else self.num_texts
@@ -47,8 +48,7 @@ class Collection:
             },
         )  # fmt: skip
         self.samples, self.tokens, identity = load_samples(config, self.subject)
-        longest = int(self.samples.num_tokens.max())
-        self.spec = make_spec(config, self.subject, identity, longest, lambda: "random weights")
+        self.spec = make_spec(config, self.subject, identity, lambda: "random weights")
 
     @property
     def num_tokens(self) -> int:

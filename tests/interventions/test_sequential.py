@@ -1,16 +1,25 @@
 """`fit --sequential` gives, in one pass, the maps of one collection a layer, each under the maps before it."""
 
+import os
+import shutil
+import signal
+
 import numpy as np
 import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.config.verbs import CollectConfig, FitConfig, ScoreConfig
-from aura_dist.errors import ConfigError
+from aura_dist.errors import ConfigError, RunInterruptedError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import METHODS, FromModel
 from aura_dist.models.layerwise import Layerwise
 from aura_dist.stages import collect, fit, score
+from aura_dist.store.access import open_group
+from tests.models import COMMON, tiny_causal, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -98,6 +107,94 @@ def test_command_and_call_with_an_earlier_intervention(tiny_dir, sentences_csv, 
     assert site in written.sites
 
 
+def test_an_earlier_intervention_may_change_later_layers(tiny_dir, sentences_csv, tmp_path):
+    """Layers after the last fitted one are not even read."""
+    half = np.full(80, 0.5, np.float32)
+    onto = str(tmp_path / "onto")
+    Intervention({f"model.layers.{layer}.mlp.up_proj": half for layer in range(3)}).save(onto)
+    names, store = ["model.layers.1.mlp.*"], str(tmp_path / "store")
+    model = {"model": str(tiny_dir("llama")), "data": sentences_csv, "modules": names, **DATA}
+    ours = aura_dist.fit(concept="toxic", sequential=True, onto=onto, **model)
+    collect.run(CollectConfig(store=store, concepts=["toxic"], intervention=onto, **model))
+    score.run(ScoreConfig(store=store))
+    assert_close(ours, fit.fit(FitConfig(store=store, concept="toxic", onto=onto, out="")))
+
+
+def save_dbrx(directory):
+    """A mixture whose experts are not captured."""
+    config = hf.DbrxConfig(
+        **COMMON, d_model=32, n_heads=4, n_layers=1, max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1},
+    )  # fmt: skip
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_responses_are_described_as_those_of_a_store(sentences_csv, tmp_path, monkeypatch):
+    settings = {"model": save_dbrx(tmp_path / "model"), "data": sentences_csv, "modules": ["attention"], **DATA}
+    collect.run(CollectConfig(store=str(tmp_path / "store"), concepts=["toxic"], **settings))
+    specs = []
+    fitted = lambda model, executor, spec, *more: (specs.append(spec), Intervention({}))[1]  # noqa: E731
+    monkeypatch.setattr("aura_dist.stages.sequential.fit_by_layer", fitted)
+    aura_dist.fit(concept="toxic", sequential=True, **settings)
+    found, recorded = specs[0].to_attributes(), open_group(str(tmp_path / "store")).attrs
+    assert found["uncaptured"]
+    assert found == {name: recorded[name] for name in found}
+
+
+def test_a_signal_ends_it_and_nothing_is_written(tiny_dir, sentences_csv, tmp_path, monkeypatch):
+    monkeypatch.setattr(Layerwise, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunInterruptedError, match="SIGTERM received; nothing is written: run the same command again"):
+        at_once(tiny_dir("llama"), sentences_csv, ["model.layers.{}.mlp.*"], "aura", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_without_room_is_an_error_of_one_line(tiny_dir, sentences_csv, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Layerwise, "run", fails)
+    assert command(tiny_dir("llama"), sentences_csv, tmp_path / "out", "--tokens-per-batch", 512) == 2
+    assert "expected room for --tokens-per-batch 512; try --tokens-per-batch 256" in capsys.readouterr().err
+
+
+def test_a_model_without_numbers_is_refused(tiny_dir, sentences_csv, tmp_path, capsys):
+    shutil.copytree(tiny_dir("llama"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].fill_(float("nan"))
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert command(tmp_path / "model", sentences_csv, tmp_path / "out") == 2
+    assert "5 of 9 modules and 336 of 624 units have no finite value in any text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(sentences_csv, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert command("nowhere", sentences_csv, tmp_path / "file" / "out") == 2
+    assert f"cannot be written, because '{tmp_path}/file' is a file" in capsys.readouterr().err
+
+
+def test_an_intervention_of_another_model_is_named_by_its_flag(tiny_dir, sentences_csv, tmp_path, capsys):
+    scale = {"model.layers.0.mlp.up_proj": np.zeros(80, np.float32)}
+    Intervention(scale, meta={"model": {"name": "another", "fingerprint": "0" * 64}}).save(tmp_path / "another")
+    assert command(tiny_dir("llama"), sentences_csv, tmp_path / "out", "--onto", tmp_path / "another") == 2
+    assert f"--onto '{tmp_path}/another' was made for 'another'" in capsys.readouterr().err
+
+
+def test_a_quoted_switch_of_a_file_is_read_as_it_says(tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"fit: {{sequential: 'false', store: {tmp_path}/s.zarr, concept: toxic, out: o}}\n")
+    assert main(["fit", "--config", str(file)]) == 2
+    assert "expected a store that `collect` wrote, found none" in capsys.readouterr().err
+
+
+def test_a_model_in_memory_is_refused_by_its_class():
+    with pytest.raises(ConfigError, match=r"model: expected a name .* got LlamaForCausalLM$"):
+        aura_dist.fit(concept="toxic", sequential=True, model=tiny_causal("llama"), data="comments.csv")
+
+
 def test_settings_of_a_file_come_from_the_section_of_collect(tiny_dir, sentences_csv, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text(
@@ -118,6 +215,7 @@ def test_settings_of_a_file_come_from_the_section_of_collect(tiny_dir, sentences
         (["--store", "s.zarr"], "--store: expected it without --sequential, got it with"),
         (["--sharding", "replicate"], "--sharding: expected --sharding layers"),
         (["--wave-tokens", "5"], "--wave-tokens: expected --sharding layers with all texts in one wave"),
+        (["--quantization", "quanto:int8"], "--quantization: expected it without --sequential"),
         (["--method", "nudge"], "--method nudge: expected one whose maps of a layer need that layer's responses alone"),
         (["--alpha", "0.1"], "--alpha: expected it with --method damp"),
         (["--top-k", "1000"], "--top-k: expected at most 208, the units of layer 0"),

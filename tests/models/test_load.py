@@ -28,6 +28,12 @@ def source(directory, dtype="float32"):
     return ModelSource(str(directory), None, dtype)
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_revision_is_not_for_classes_of_transformers(trust, tiny_dir):
+    named = ModelSource(str(tiny_dir("llama")), "main", "float32", trust_remote_code=trust)
+    assert type(skeleton(load_config(named), named)).__name__ == "LlamaForCausalLM"
+
+
 def copy_without(tiny, target, pattern):
     """A copy of a checkpoint that lacks the tensors whose name holds `pattern`."""
     shutil.copytree(tiny, target)

@@ -8,11 +8,13 @@ import transformers as hf
 import zarr
 
 from aura_dist.cli import main
+from aura_dist.collecting.description import load_samples
 from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import CollectConfig, PlanConfig
 from aura_dist.models.load import ModelSource
+from aura_dist.models.on_disk import OnDisk
 from aura_dist.models.strategies.table import STRATEGIES
-from aura_dist.stages import collect, plan
+from aura_dist.stages import plan
 from tests.models import save_tiny
 
 ROWS = ["--num-positive", "500", "--num-negative", "2000"]
@@ -82,7 +84,7 @@ def test_rows_are_those_of_collect(extra, tiny_dir, sentences_csv):
     settings = {"model": str(tiny_dir("llama")), "data": sentences_csv, "concepts": ["toxic"], "store": "s"}
     settings |= {"num_positive": 20, "max_tokens": 12} | extra
     config = resolve(CollectConfig, settings)
-    samples, _, _ = collect.load_samples(config, collect.OnDisk(ModelSource(config.model, None, config.dtype)))
+    samples, _, _ = load_samples(config, OnDisk(ModelSource(config.model, None, config.dtype)))
     num_tokens, shortest, _ = plan.find_rows(
         resolve(PlanConfig, settings), hf.AutoConfig.from_pretrained(tiny_dir("llama"))
     )

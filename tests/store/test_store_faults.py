@@ -126,7 +126,7 @@ def test_linked_store_is_replaced_where_it_lies(whole, tiny_dir, sentences_csv, 
 
 def test_finished_store_is_left_alone(whole, tiny_dir, sentences_csv, monkeypatch):
     before = {f: f.stat().st_mtime_ns for f in whole.rglob("*") if f.is_file()}
-    monkeypatch.setattr("aura_dist.stages.collect.load_base", None)
+    monkeypatch.setattr("aura_dist.models.on_disk.load_base", None)
     assert main(arguments(tiny_dir("llama"), sentences_csv, whole)) == 0
     assert {f: f.stat().st_mtime_ns for f in whole.rglob("*") if f.is_file()} == before
 
