@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aura_dist.errors import ModelError
 from aura_dist.models.weights import as_bytes
+from aura_dist.ranks.device import page_locked_bytes
 
 _DEVICE, _HOST, _FILE = "device", "host", "file"
 
@@ -54,8 +55,11 @@ class Waiting:
 
     def put(self, batch: Hashable, name: Hashable, tensor: Tensor) -> None:
         """Keep a tensor; ModelError if the file cannot be written."""
-        nbytes = tensor.nbytes
-        where = next((w for w, limit in self._limits.items() if self._used[w] + nbytes <= limit), _FILE)
+        sizes = {_DEVICE: tensor.nbytes, _HOST: tensor.nbytes, _FILE: tensor.nbytes}
+        if tensor.device.type != "cpu":
+            sizes[_HOST] = page_locked_bytes(tensor.nbytes)
+        where = next((w for w, limit in self._limits.items() if self._used[w] + sizes[w] <= limit), _FILE)
+        nbytes = sizes[where]
         if where == _DEVICE or (where == _HOST and tensor.device.type == "cpu"):
             kept = _Kept(where, tensor, nbytes)
         elif where == _HOST:

@@ -34,6 +34,7 @@ from aura_dist.models.load import (
     tokenizer_of,
 )
 from aura_dist.models.strategies.table import sharding_of
+from aura_dist.planning.shortage import HOLDS, explained, smaller
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank
@@ -72,11 +73,13 @@ def fit(config: SequentialConfig) -> Intervention:
         source = source_of(config)
         label_N, tokens, identity = _texts(config, source)
         table = find_sites(skeleton(load_config(source), source))
-        with downloaded(team, source):
+        with downloaded(team, source), explained("loading", team.world.device, lambda: HOLDS):
             loaded = load_for_use(source, team, config.onto, sharding_of(config).options)
         with closing(loaded.model):
             spec = _spec(config, source, loaded, table, identity)
-            fitted = _fit(config, loaded, spec, tokens, label_N, team, stop)
+            limit = spec.tokens_per_batch
+            with explained("texts run", team.world.device, lambda: smaller("--tokens-per-batch", limit)):
+                fitted = _fit(config, loaded, spec, tokens, label_N, team, stop)
     whole = fitted if loaded.intervention is None else fitted @ loaded.intervention
     if config.out:
         whole.save(config.out)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, redirect_stderr
 from io import StringIO
@@ -12,7 +13,19 @@ from unittest import mock
 
 import numpy as np
 
-from tests.gpu.place import Place, Row, alone, command, data_file, difference, falcon, small_model, small_models, texts
+from tests.gpu.place import (
+    NOT_HERE,
+    Place,
+    Row,
+    alone,
+    command,
+    data_file,
+    difference,
+    falcon,
+    small_model,
+    small_models,
+    texts,
+)
 
 CLOSE = 1e-4
 _KINDS = ["all", "norm", "heads", "residual"]
@@ -49,14 +62,14 @@ def auroc_outside(path: Path, reference: Path) -> float:
 
     ours, theirs = (aura_dist.open_store(str(p)) for p in (path, reference))
     labels = np.asarray(theirs["samples"]["label"].to_numpy()).reshape(-1)
-    worst = 0.0
+    outside = [0.0]
     for site in theirs["activations"].children:
         found, expected = (s["activations"][site]["max"].to_numpy().astype(np.float64) for s in (ours, theirs))
         move = 1.001 * np.abs(found - expected).max(axis=0) * np.where(labels == 1, 1, -1)[:, None]
         low, high = (np.asarray(aura_dist.auroc(expected + sign * move, labels)) for sign in (-1, 1))
         auroc = np.asarray(aura_dist.auroc(found, labels))
-        worst = max(worst, float(np.maximum(low - auroc, auroc - high).max()))
-    return max(0.0, worst)
+        outside.append(np.maximum(low - auroc, auroc - high).max())
+    return float(np.max(outside))
 
 
 def float32_products(place: Place) -> Row:
@@ -219,6 +232,9 @@ def static(place: Place) -> Iterator[Row]:
 
     import aura_dist
 
+    if place.gpu and not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        yield Row("static cache", "needs a C compiler, because transformers compiles the forward", "–", NOT_HERE)
+        return
     model = AutoModelForCausalLM.from_pretrained(small_model(place, "llama")).to(place.device).eval()
     map_ = _random_map(model)
     ids = torch.arange(5, 13, device=place.device)[None]
@@ -320,6 +336,8 @@ def _hold(device: str, num_bytes: int, held: Any, done: Any) -> None:
 
 def shared(place: Place) -> Iterator[Row]:
     """Each of two ranks runs this: both on one device, so that NCCL refuses and gloo takes over."""
+    from transformers.distributed import DistributedConfig
+
     rank = os.environ["RANK"]
     if rank == "0":
         model, data = small_model(place, "llama"), data_file(place, 40)
@@ -328,7 +346,10 @@ def shared(place: Place) -> Iterator[Row]:
             command("collect", *base, "--store", place.folder / "one.zarr")
         (place.folder / "ready.json").write_text(json.dumps(list(map(str, base))))
     base = _awaited(place.folder / "ready.json")
-    for sharding in ("replicate", "fsdp", "tensor"):
+    for sharding in ("replicate", "tensor", "fsdp"):
+        if sharding == "fsdp" and "fsdp_plan" not in DistributedConfig.__dataclass_fields__:
+            yield Row("two ranks on one device, fsdp", "needs a later transformers", "–", NOT_HERE)
+            continue
         path = place.folder / f"{sharding}.zarr"
         command("collect", *base, "--sharding", sharding, "--store", path)
         if rank == "0":
@@ -355,7 +376,7 @@ def collectives(place: Place) -> Iterator[Row]:
     from aura_dist.models.strategies.table import parse_sharding
     from aura_dist.ranks.launch import start_team
 
-    plain = falcon(place, 2).float() if place.tiny else falcon(place, 2)
+    plain = falcon(place, 2).float()  # in bfloat16 a kernel for another alignment would differ by more than a fault
     ids = torch.arange(3, 67, device=place.device).view(2, 32)
 
     @torch.no_grad()
@@ -375,6 +396,10 @@ def collectives(place: Place) -> Iterator[Row]:
         for layer in cut.transformer.h:
             parallelize_module(layer, mesh, styles)
         yield place.same(f"tensor ({backends})", _error(logits(cut), expected), CLOSE)
+
+
+def zero3(place: Place) -> Iterator[Row]:
+    """DeepSpeed's ZeRO 3 over the device's own collectives, in a world of one rank."""
     data, model = data_file(place, 40), small_model(place, "llama")
     base = ["collect", "--model", model, "--data", data, "--concepts", "toxic", "--device", _flag(place)]
     command(*base, "--store", place.folder / "one.zarr")
