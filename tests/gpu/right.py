@@ -244,6 +244,9 @@ def static(place: Place) -> Iterator[Row]:
         return list(map(int, made[0]))
 
     plain, fixed = tokens(), tokens(cache_implementation="static")
+    if place.gpu:
+        compiled = hasattr(model, "_compiled_call")  # else the rows below would say nothing
+        yield place.holds("the forward was compiled", str(compiled), "True", compiled)
     with aura_dist.intervene(model, map_):
         hooked, both = tokens(), tokens(cache_implementation="static")
     after = tokens(cache_implementation="static")
@@ -282,7 +285,7 @@ def memory(place: Place) -> Iterator[Row]:
         lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
         told = re.search(r"--tokens-per-batch (\d+)(?=[^;]*$)", lines[0]) if lines else None
         print(said.getvalue())
-        one = code == 2 and len(lines) == 1
+        one = code == 2 and len(lines) == 1 and lines[0].startswith("error: out of memory on ")
         yield place.holds("too large a batch", f"code {code}, {len(lines)} line", "code 2, 1 line", one)
         named = int(told[1]) if told else most
         yield place.holds("the line names a smaller batch", str(named), f"< {most}", named < most)

@@ -110,6 +110,8 @@ class _Script:
 
     def run(self) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a part must not outlive the script
+        if self.args.device == "cpu":
+            _hide_gpus()
         found = self._ask()
         if "error" in found:
             return _error(found["error"])
@@ -202,6 +204,15 @@ class _Script:
         finally:
             for process in processes:
                 _end(process)
+
+
+def _hide_gpus() -> None:
+    """So that `--device cpu` is the same on any machine: some strategies run where the GPUs are."""
+    from aura_dist.ranks.device import KINDS
+
+    for kind in KINDS.values():
+        name, _, value = kind.hidden_by.partition("=")
+        os.environ[name] = value
 
 
 def _fault(codes: Sequence[int | None], left: float, lines: Sequence[str], *, whole: bool) -> str | None:

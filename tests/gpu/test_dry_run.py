@@ -184,6 +184,14 @@ def test_a_machine_without_the_gpu_that_is_asked_for_is_an_error(wanted, there, 
         assert list(said["parts"]) == list(PARTS)
 
 
+def test_gpus_are_hidden_from_a_run_on_the_cpu(monkeypatch):
+    names = ("CUDA_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR")
+    for name in names:
+        monkeypatch.setenv(name, "all")
+    script._hide_gpus()
+    assert [os.environ[name] for name in names] == ["", "opencl:cpu"]
+
+
 def test_a_part_that_needs_a_compiler_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.which", lambda name: None)
     (row,) = right.static(Place("cuda", True, str(tmp_path)))
