@@ -288,8 +288,10 @@ def layers(place: Place) -> Iterator[Row]:
         place.torch.empty_cache()
     base = ["collect", "--model", folder, "--data", data_file(place, number), "--concepts", "toxic"]
     base += ["--dtype", "bfloat16", "--device", "cuda" if place.gpu else "cpu"]
-    for name, waves in (("one wave", []), ("four waves", ["--wave-tokens", max(1, it.num_tokens // 4)])):
+    ways = {"one wave": it.num_tokens, "four waves": max(1, it.num_tokens // 4), "waves as the product chooses": None}
+    for name, tokens in ways.items():
         path = place.folder / f"{name.split()[0]}.zarr"
+        waves = [] if tokens is None else ["--wave-tokens", tokens]
         command(*base, "--sharding", "layers", *waves, "--store", path)
         times = json.loads((Path(path) / "progress" / "zarr.json").read_text())["attributes"]["times"]
         seconds = times[0]["seconds"] if isinstance(times, list) else times["seconds"]

@@ -1,6 +1,7 @@
 """What runs on GPUs alone, as far as a CPU can show it: stand-ins for devices, and torch's meta device for one."""
 
 import os
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from aura_dist.errors import BudgetError, ConfigError
 from aura_dist.evaluation.decoding import Decoder
 from aura_dist.models.in_memory import InMemory
 from aura_dist.models.layer_reader import LayerReader
+from aura_dist.models.layerwise import closing, executor_of
+from aura_dist.models.load import ModelSource, load_causal
 from aura_dist.models.strategies import dispatch, split
 from aura_dist.models.strategies.table import STRATEGIES, parse_sharding
 from aura_dist.models.waiting import Waiting
@@ -128,12 +131,12 @@ def test_tf32_is_off_while_a_model_in_memory_runs_however_it_was_turned_on(turn_
 
 
 def test_hidden_states_of_a_gpu_take_whole_page_locked_blocks(monkeypatch):
-    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: torch.zeros(shape, dtype=dtype))
+    hidden = torch.zeros(65, device="meta")  # 260 bytes, of which torch makes 512
+    locked = SimpleNamespace(copy_=lambda tensor, non_blocking: tensor)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: locked)
+    monkeypatch.setattr(Waiting, "_write", lambda self, tensor: 0)
     waiting = Waiting("meta", device_bytes=0, host_bytes=600)
     for batch in range(2):
-        hidden = torch.zeros(65, device="meta")  # 260 bytes, of which torch makes 512
-        monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other, non_blocking: self)
-        monkeypatch.setattr(Waiting, "_write", lambda self, tensor: 0)
         waiting.put(batch, "hidden", hidden)
     assert [kept["hidden"].where for kept in waiting._kept.values()] == ["host", "file"]
 
@@ -221,6 +224,20 @@ def test_what_is_no_lack_of_memory_stays_as_it_is():
         with told, explained("x", "cuda", lambda: "use less"):
             raise RuntimeError(text)
     assert smaller("--num-samples", 1).startswith("expected room for --num-samples 1; use another --sharding, or")
+
+
+def test_the_first_forward_says_nothing_of_the_speed_of_layers(tiny_dir):
+    """On a GPU it loads libraries, for a second or so, and waves would be small for it."""
+    sharding = parse_sharding("layers")
+    model = load_causal(ModelSource(str(tiny_dir("llama")), None, "float32"), World(sharding.layout(1)))
+    with closing(model):
+        executor = executor_of(model)
+        pauses = [0.5]
+        model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(pauses.pop() if pauses else 0))
+        ids = torch.arange(5, 29).view(2, 12)
+        executor.prepare({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert not pauses
+        assert executor._tokens_per_second > 2 * ids.numel() / 0.25
 
 
 def test_embeddings_that_are_away_do_not_say_where_the_input_goes(tiny_dir, tmp_path, sentences_csv):
