@@ -29,12 +29,14 @@ from tests.gpu.place import (
 
 CLOSE = 1e-4
 _KINDS = ["all", "norm", "heads", "residual"]
+_FEW_KINDS = ["mlp", "residual"]  # where all is small: making arrays takes most of the time
 
 
-def kinds_of(model: str) -> list[str]:
+def kinds_of(place: Place, model: str) -> list[str]:
     """The kinds of sites that a checkpoint has."""
     config = json.loads((Path(model) / "config.json").read_text())
-    return [*_KINDS, "experts" if "moe" in config["model_type"] else "neurons"]
+    own = "experts" if "moe" in config["model_type"] else "neurons"
+    return [own, "heads" if own == "neurons" else "norm"] if place.tiny else [*_KINDS, own]
 
 
 def store(place: Place) -> Iterator[Row]:
@@ -42,10 +44,18 @@ def store(place: Place) -> Iterator[Row]:
     data = data_file(place, 40)
     for name, model in small_models(place).items():
         paths = {device: place.folder / f"{name}-{device}.zarr" for device in ("cpu", "device")}
-        modules = ["mlp"] if name == "real model" else kinds_of(model)
+        modules = ["mlp"] if name == "real model" else kinds_of(place, model)
         for device, path in paths.items():
             where = "cpu" if device == "cpu" else _flag(place)
-            how = ["--pooling", "max", "mean", "last", "--tokens-per-batch", 512, "--device", where]
+            how = [
+                "--pooling",
+                "max",
+                *([] if place.tiny else ["mean", "last"]),
+                "--tokens-per-batch",
+                512,
+                "--device",
+                where,
+            ]
             command(
                 "collect", "--model", model, "--data", data, "--concepts", "toxic", "--modules", *modules, *how,
                 "--store", path,
@@ -66,8 +76,11 @@ def auroc_outside(path: Path, reference: Path) -> float:
     for site in theirs["activations"].children:
         found, expected = (s["activations"][site]["max"].to_numpy().astype(np.float64) for s in (ours, theirs))
         move = 1.001 * np.abs(found - expected).max(axis=0) * np.where(labels == 1, 1, -1)[:, None]
-        low, high = (np.asarray(aura_dist.auroc(expected + sign * move, labels)) for sign in (-1, 1))
-        auroc = np.asarray(aura_dist.auroc(found, labels))
+        # rounding keeps the order; of float32 a compiled kernel computes AUROC, of float64 NumPy, far more slowly
+        bounds = [(expected + sign * move).astype(np.float32) for sign in (-1, 1)]
+        auroc, low, high = (
+            np.asarray(aura_dist.auroc(values, labels)) for values in (found.astype(np.float32), *bounds)
+        )
         outside.append(np.maximum(low - auroc, auroc - high).max())
     return float(np.max(outside))
 
@@ -184,7 +197,7 @@ def copies(place: Place) -> Iterator[Row]:
             path = place.folder / f"{how}-{limit}.zarr"
             aura_dist.collect(
                 model, texts(place, number), [i % 2 for i in range(number)], tokenizer=tokenizer, store=str(path),
-                modules=["mlp", "residual"] if place.tiny else _KINDS, pooling=["max", "mean"],
+                modules=_FEW_KINDS if place.tiny else _KINDS, pooling=["max", "mean"],
                 tokens_per_batch=limit,
             )  # fmt: skip
             return path
@@ -344,7 +357,8 @@ def shared(place: Place) -> Iterator[Row]:
     rank = os.environ["RANK"]
     if rank == "0":
         model, data = small_model(place, "llama"), data_file(place, 40)
-        base = ["--model", model, "--data", data, "--concepts", "toxic", "--modules", *_KINDS, "--device", _flag(place)]
+        kinds = _FEW_KINDS if place.tiny else _KINDS
+        base = ["--model", model, "--data", data, "--concepts", "toxic", "--modules", *kinds, "--device", _flag(place)]
         with alone():
             command("collect", *base, "--store", place.folder / "one.zarr")
         (place.folder / "ready.json").write_text(json.dumps(list(map(str, base))))
