@@ -66,9 +66,10 @@ def use_exact_float32() -> None:
     """From here on, GPUs compute float32 products and convolutions in float32: TF32 would change the fourth digit."""
     import torch
 
+    cudnn: Any = torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    for part in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    cudnn.allow_tf32 = False
+    for part in (cudnn.conv, cudnn.rnn):
         part.fp32_precision = "ieee"  # else `torch.backends.fp32_precision` would decide
 
 
@@ -80,8 +81,9 @@ def exact_float32() -> Iterator[None]:
     """
     import torch
 
-    cudnn: Any = torch.backends.cudnn
-    parts: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, cudnn.conv, cudnn.rnn
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
+    parts = backends.cuda.matmul, backends.mkldnn.matmul, cudnn.conv, cudnn.rnn
     with ExitStack() as undo:
         for part in parts:  # these last, because the older ones set them too
             undo.callback(setattr, part, "fp32_precision", part.fp32_precision)
