@@ -18,6 +18,7 @@ from aura_dist.errors import ModelError, brief
 from aura_dist.models.extras import own_code, with_extras
 from aura_dist.models.identity import digest_of
 from aura_dist.models.load import DTYPES, ModelSource, skeleton
+from aura_dist.ranks.device import exact_float32
 from aura_dist.ranks.torch_adapter import own_hooks
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites
@@ -91,16 +92,14 @@ class InMemory:
         holder, _, name = decoder_layers_name(base).rpartition(".")
         parent = base.get_submodule(holder)
         layers, modes = getattr(parent, name), [(module, module.training) for module in self.model.modules()]
-        precision = torch.get_float32_matmul_precision()
         try:
-            torch.set_float32_matmul_precision("highest")  # as for a model that is loaded by name
             setattr(parent, name, layers[:num_layers])
-            yield base.eval()
+            with exact_float32():  # as for a model that is loaded by name
+                yield base.eval()
         finally:
             setattr(parent, name, layers)
             for module, training in modes:
                 module.training = training
-            torch.set_float32_matmul_precision(precision)
 
 
 def _describe_all(values: Mapping[str, Tensor]) -> list[tuple[str, str, list[int], str]]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError, brief
 from aura_dist.models.weights import Source, Stored
+from aura_dist.ranks.torch_adapter import is_out_of_memory
 from aura_dist.sites.transformers_adapter import initialize_rest, is_optional, load_tensors, loaded_names
 
 # so much of a file is read at once
@@ -156,6 +157,8 @@ class LayerReader:
             self._read_ahead(tensors)
             broken = load_tensors(self._model, tensors, self._dtype)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):  # the stage says what fits
+                raise
             raise ModelError(f"--model {self._source!r}: layer {index} cannot be loaded: {brief(error)}") from error
         missing = [name for name, weight in layer.state_dict(keep_vars=True).items() if weight.is_meta]
         self._check(index, missing or [name.removeprefix(f"{self._name}.{index}.") for name in broken])

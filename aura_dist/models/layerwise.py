@@ -107,12 +107,7 @@ class Layerwise:
         """
         if self._form is not None:
             return
-        few = {name: value[:_CHECK_ROWS] for name, value in inputs.items()}
-        begun = time.perf_counter() - self.reader.waited_seconds
-        self._check(few)
-        seconds = time.perf_counter() - self.reader.waited_seconds - begun
-        tokens = next(iter(few.values())).numel()
-        self._tokens_per_second = 2 * min(_CHECK_LAYERS, self.num_layers) * tokens / seconds
+        self._check({name: value[:_CHECK_ROWS] for name, value in inputs.items()})
 
     def tokens_of_a_wave(self) -> int:
         """Tokens for which reading the weights takes a small part of the time, also where nothing hides it."""
@@ -281,7 +276,10 @@ class Layerwise:
             raise self._refusal(f"it needs values between its layers ({brief(error, 120)})") from error
 
     def _check(self, inputs: Inputs) -> None:
-        """Compare the first layers, called one by one, with an ordinary forward; learn the form of their output."""
+        """Compare the first layers, called one by one, with an ordinary forward; learn the form of their output.
+
+        Their speed is the second run's, because on a GPU the first one loads libraries.
+        """
         num, outputs = min(_CHECK_LAYERS, self.num_layers), []
         for index in range(num):
             self.reader.start(index)
@@ -298,6 +296,7 @@ class Layerwise:
             if not outputs or not isinstance(tree_leaves(outputs[0])[0], Tensor):
                 raise self._refusal("its first layer returns no hidden states first")
             self._form = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, outputs[0])
+            begun = time.perf_counter()
             self._record(self, inputs)
             for index in range(num):
                 self.run(index, self)
@@ -305,6 +304,9 @@ class Layerwise:
         expected, found = (tree_leaves(outputs[i])[0] for i in (num - 1, -1))
         if len(outputs) != 2 * num or not torch.allclose(expected, found, rtol=0, atol=0, equal_nan=True):
             raise self._refusal("its layers give other values when they are called one by one")
+        # the comparison has waited until the device was ready
+        tokens = next(iter(inputs.values())).numel()
+        self._tokens_per_second = num * tokens / (time.perf_counter() - begun)
 
     def _like(self, hidden: Tensor) -> Any:
         """What a layer returns for `hidden`, with tensors without data."""

@@ -41,6 +41,8 @@ from aura_dist.models.strategies.strategy import Options
 from aura_dist.models.strategies.table import STRATEGIES
 from aura_dist.models.strategies.tensor_plan import seen_columns
 from aura_dist.models.weights import open_weights
+from aura_dist.ranks.device import use_exact_float32
+from aura_dist.ranks.torch_adapter import is_out_of_memory
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.ownership import ColumnPlan, plan_columns
@@ -208,13 +210,12 @@ def _load(
     options: Options | None,
     num_layers: int | None = None,
 ) -> PreTrainedModel:
-    """The model in eval mode, no gradients; float32 products in float32, because TF32 changes the fourth digit."""
+    """The model in eval mode, no gradients; float32 products in float32."""
     cut = _text_part(model_class, whole, num_layers)
     model = STRATEGIES[world.layout.strategy].load(Checkpoint(cut, source, whole), world, options or {})
     if type(model) is cut:  # FSDP2 puts a class of its own in front
         model.__class__ = model_class
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    use_exact_float32()
     return model.eval().requires_grad_(False)
 
 
@@ -325,9 +326,9 @@ class Checkpoint:
                 ignore_mismatched_sizes=True,  # named below
                 **placement,
             )
-        except torch.OutOfMemoryError:  # the stage says what fits
-            raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):  # the stage says what fits
+                raise
             raise ModelError(f"--model {name!r} cannot be loaded: {brief(error)}") from error
         finally:
             opened.close()

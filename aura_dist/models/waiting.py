@@ -13,16 +13,18 @@ from torch import Tensor
 
 from aura_dist.errors import ModelError
 from aura_dist.models.weights import as_bytes
+from aura_dist.ranks.device import page_locked_bytes
 
 _DEVICE, _HOST, _FILE = "device", "host", "file"
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor and where it is; of one in the file the form, on the meta device, and its first byte there."""
+    """A tensor, where it is and its bytes there; in the file: its form, on the meta device, and its first byte there."""
 
     where: str
     tensor: Tensor
+    nbytes: int
     offset: int = 0
 
 
@@ -51,15 +53,19 @@ class Waiting:
 
     def put(self, batch: Hashable, name: Hashable, tensor: Tensor) -> None:
         """Keep a tensor; ModelError if the file cannot be written."""
-        where = next((w for w, limit in self._limits.items() if self._used[w] + tensor.nbytes <= limit), _FILE)
+        sizes = {_DEVICE: tensor.nbytes, _HOST: tensor.nbytes, _FILE: tensor.nbytes}
+        if tensor.device.type != "cpu":
+            sizes[_HOST] = page_locked_bytes(tensor.nbytes)
+        where = next((w for w, limit in self._limits.items() if self._used[w] + sizes[w] <= limit), _FILE)
+        nbytes = sizes[where]
         if where == _FILE:
-            kept = _Kept(where, tensor.to("meta"), self._write(tensor))
+            kept = _Kept(where, tensor.to("meta"), nbytes, self._write(tensor))
         elif where == _HOST and tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            kept = _Kept(where, host.copy_(tensor, non_blocking=True))
+            kept = _Kept(where, host.copy_(tensor, non_blocking=True), nbytes)
         else:
-            kept = _Kept(where, tensor)
-        self._used[where] += tensor.nbytes
+            kept = _Kept(where, tensor, nbytes)
+        self._used[where] += nbytes
         self._kept[batch][name] = kept
 
     def get(self, batch: Hashable, name: Hashable) -> Tensor:
@@ -72,9 +78,9 @@ class Waiting:
         """Forget a tensor, if it is kept."""
         kept = self._kept[batch].pop(name, None)
         if kept is not None:
-            self._used[kept.where] -= kept.tensor.nbytes
+            self._used[kept.where] -= kept.nbytes
             if kept.where == _FILE:
-                self._free[kept.tensor.nbytes].append(kept.offset)
+                self._free[kept.nbytes].append(kept.offset)
 
     def drop_batch(self, batch: Hashable) -> None:
         """Forget all tensors of a batch."""

@@ -17,6 +17,7 @@ from math import ceil, inf
 from aura_dist.models.strategies.strategy import Room, Spread
 from aura_dist.models.strategies.table import STRATEGIES, title
 from aura_dist.planning.work import Machine, Work
+from aura_dist.ranks.device import page_locked_bytes
 from aura_dist.ranks.layout import Layout
 from aura_dist.sites.ownership import owned_columns, split_columns, width_of
 
@@ -78,7 +79,7 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     activations = ceil((CUDA_SLACK if machine.gpu else CPU_SLACK) * _activations(work, spread.layout, neurons))
     owned_bytes = owned_neurons(neurons, spread.layout.tensor) * work.stored_bytes
     buffer = (work.rows_chunk + 1) * owned_bytes  # 1: a row of counts
-    queue = NUM_BUFFERS * (_page_locked(buffer) if machine.gpu else buffer) + buffer
+    queue = NUM_BUFFERS * (page_locked_bytes(buffer) if machine.gpu else buffer) + buffer
     runtime = RUNTIME_BYTES + (CUDA_HOST_BYTES if machine.gpu else 0)
     texts = TABLE_BYTES_PER_FILE_BYTE * work.data_bytes
     preparing = runtime + TOKENIZER_BYTES_PER_FILE_BYTE * work.tokenizer_bytes + texts
@@ -102,11 +103,6 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
         host, device = {**host, **device}, {}
     host = {purpose: size for purpose, size in host.items() if size}
     return RankMemory(device, host, preparing, mapped, held.away.get("disk", 0), sum(held.away.values()))
-
-
-def _page_locked(num_bytes: int) -> int:
-    """Bytes that torch takes for a page-locked block: the next power of two (`CachingHostAllocator.h`)."""
-    return 1 << max(0, num_bytes - 1).bit_length()
 
 
 def _left(limit: int | None, used: int) -> float:

@@ -1,6 +1,8 @@
 """Which accelerator torch can use here, and what differs between kinds of them. Imports torch when it is asked."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,44 @@ def identity(device: str) -> str:
     """What tells one accelerator from every other on any machine; empty where the driver does not say it."""
     found = getattr(_module(device).get_device_properties(_torch_device(device)), "uuid", None)
     return "" if found is None else f"{platform.node()} {found}"
+
+
+def page_locked_bytes(num_bytes: int) -> int:
+    """Bytes that torch takes for a page-locked block: the next power of two (`CachingHostAllocator.h`)."""
+    return 1 << max(0, num_bytes - 1).bit_length()
+
+
+def use_exact_float32() -> None:
+    """From here on, GPUs compute float32 products and convolutions in float32: TF32 would change the fourth digit."""
+    import torch
+
+    cudnn: Any = torch.backends.cudnn
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False
+    for part in (cudnn.conv, cudnn.rnn):
+        part.fp32_precision = "ieee"  # else `torch.backends.fp32_precision` would decide
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """`use_exact_float32` within the context; on exit all is as it was.
+
+    torch has two ways to set this, and refuses to read the older one where the newer one has set something else.
+    """
+    import torch
+
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
+    parts = backends.cuda.matmul, backends.mkldnn.matmul, cudnn.conv, cudnn.rnn
+    with ExitStack() as undo:
+        for part in parts:  # these last, because the older ones set them too
+            undo.callback(setattr, part, "fp32_precision", part.fp32_precision)
+        with suppress(RuntimeError):
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        with suppress(RuntimeError):
+            undo.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        use_exact_float32()
+        yield
 
 
 def _torch_device(device: str) -> Any:

@@ -16,8 +16,8 @@ GROUPED_MM = torch.ops.aten._grouped_mm.default  # a mixture's experts in one pr
 READ_SCALAR = torch.ops.aten._local_scalar_dense.default  # `bool(tensor)`, `tensor.item()`
 
 
-# how allocators that raise a plain RuntimeError say it: torch's for a CPU, CUDA's runtime, cuBLAS
-_NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# how allocators that raise a plain RuntimeError say it: torch's for a CPU, CUDA's runtime, cuBLAS and cuDNN
+_NO_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

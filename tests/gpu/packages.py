@@ -14,10 +14,15 @@ OPTIONAL = ("deepspeed",)
 TESTED = {"python": ("3.11", "3.13"), "torch": ("2.9", "2.13"), "transformers": ("5.17", "5.23")}
 
 
+def requirements() -> dict[str, str]:
+    """Name of each package that pyproject.toml asks for → what it says of it."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    return {re.split(r"[\[<>=;~! ]", text)[0]: text for text in project["dependencies"]}
+
+
 def needed() -> list[str]:
     """Names of the packages that pyproject.toml asks for."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    return [re.split(r"[\[<>=;~! ]", requirement)[0] for requirement in project["dependencies"]]
+    return list(requirements())
 
 
 def installed(name: str) -> str | None:
@@ -47,6 +52,7 @@ def from_wheels(names: list[str], wheels: Path, target: Path) -> list[str]:
         where = ["--find-links", str(wheels), "--target", str(target)]
         done = subprocess.run([*install, *where, name], capture_output=True, text=True, check=False)
         if done.returncode:
+            print(f"note: pip: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             left.append(name)
         else:
             queue += _needed_by(name, target)
@@ -85,7 +91,19 @@ def outside_of_range() -> list[str]:
         f"{name} {here[name]}, not {low} to {high}"
         for name, (low, high) in TESTED.items()
         if here[name] and not numbers(low) <= numbers(here[name]) <= numbers(high)
-    ]
+    ] + [f"{name} {installed(name)}, not {text}" for name, text in requirements().items() if not _agrees(name, text)]
+
+
+def _agrees(name: str, requirement: str) -> bool:
+    """Whether the package is not here, has a range above, or the version that pyproject.toml asks for."""
+    found = installed(name)
+    if found is None or name in TESTED:
+        return True
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # it comes with transformers
+        return True
+    return Requirement(requirement).specifier.contains(found, prereleases=True)
 
 
 def scratch_target() -> Path:

@@ -45,15 +45,19 @@ def markdown(
     rows: Mapping[str, Sequence[Row]],
     seconds: Mapping[str, float],
     logs: Mapping[str, str],
+    left: int = 0,
 ) -> str:
-    """The report: what ran where, the table, and the end of what each part printed that failed."""
+    """The report: what ran where, the table, and the end of what each part printed that failed.
+
+    `left` parts have not run.
+    """
     head = {
         "hardware": hardware,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": versions(),
         "commit": _commit(),
         "command": f"`{command}`",
-        "result": counts(rows),
+        "result": counts(rows) + (f"; {left} parts had not run" if left else ""),
     }
     lines = [f"# {hardware}", "", *(f"- {name}: {value}" for name, value in head.items()), "", table(rows, seconds)]
     for name, log in logs.items():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, redirect_stderr
 from io import StringIO
@@ -12,16 +13,30 @@ from unittest import mock
 
 import numpy as np
 
-from tests.gpu.place import Place, Row, alone, command, data_file, difference, falcon, small_model, small_models, texts
+from tests.gpu.place import (
+    NOT_HERE,
+    Place,
+    Row,
+    alone,
+    command,
+    data_file,
+    difference,
+    falcon,
+    small_model,
+    small_models,
+    texts,
+)
 
 CLOSE = 1e-4
 _KINDS = ["all", "norm", "heads", "residual"]
+_FEW_KINDS = ["mlp", "residual"]  # where all is small: making arrays takes most of the time
 
 
-def kinds_of(model: str) -> list[str]:
+def kinds_of(place: Place, model: str) -> list[str]:
     """The kinds of sites that a checkpoint has."""
     config = json.loads((Path(model) / "config.json").read_text())
-    return [*_KINDS, "experts" if "moe" in config["model_type"] else "neurons"]
+    own = "experts" if "moe" in config["model_type"] else "neurons"
+    return [own, "heads" if own == "neurons" else "norm"] if place.tiny else [*_KINDS, own]
 
 
 def store(place: Place) -> Iterator[Row]:
@@ -29,10 +44,18 @@ def store(place: Place) -> Iterator[Row]:
     data = data_file(place, 40)
     for name, model in small_models(place).items():
         paths = {device: place.folder / f"{name}-{device}.zarr" for device in ("cpu", "device")}
-        modules = ["mlp"] if name == "real model" else kinds_of(model)
+        modules = ["mlp"] if name == "real model" else kinds_of(place, model)
         for device, path in paths.items():
             where = "cpu" if device == "cpu" else _flag(place)
-            how = ["--pooling", "max", "mean", "last", "--tokens-per-batch", 512, "--device", where]
+            how = [
+                "--pooling",
+                "max",
+                *([] if place.tiny else ["mean", "last"]),
+                "--tokens-per-batch",
+                512,
+                "--device",
+                where,
+            ]
             command(
                 "collect", "--model", model, "--data", data, "--concepts", "toxic", "--modules", *modules, *how,
                 "--store", path,
@@ -49,14 +72,17 @@ def auroc_outside(path: Path, reference: Path) -> float:
 
     ours, theirs = (aura_dist.open_store(str(p)) for p in (path, reference))
     labels = np.asarray(theirs["samples"]["label"].to_numpy()).reshape(-1)
-    worst = 0.0
+    outside = [0.0]
     for site in theirs["activations"].children:
         found, expected = (s["activations"][site]["max"].to_numpy().astype(np.float64) for s in (ours, theirs))
         move = 1.001 * np.abs(found - expected).max(axis=0) * np.where(labels == 1, 1, -1)[:, None]
-        low, high = (np.asarray(aura_dist.auroc(expected + sign * move, labels)) for sign in (-1, 1))
-        auroc = np.asarray(aura_dist.auroc(found, labels))
-        worst = max(worst, float(np.maximum(low - auroc, auroc - high).max()))
-    return max(0.0, worst)
+        # rounding keeps the order; of float32 a compiled kernel computes AUROC, of float64 NumPy, far more slowly
+        bounds = [(expected + sign * move).astype(np.float32) for sign in (-1, 1)]
+        auroc, low, high = (
+            np.asarray(aura_dist.auroc(values, labels)) for values in (found.astype(np.float32), *bounds)
+        )
+        outside.append(np.maximum(low - auroc, auroc - high).max())
+    return float(np.max(outside))
 
 
 def float32_products(place: Place) -> Row:
@@ -154,7 +180,7 @@ def copies(place: Place) -> Iterator[Row]:
     directory = small_model(place, "llama")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).to(place.device).eval()
-    number = 40 if place.tiny else 600
+    number = 20 if place.tiny else 600
     batches = {"many small batches": 64, "few large batches": 16384}
     buffers: list[Any] = []
     make = Run._buffer
@@ -171,7 +197,7 @@ def copies(place: Place) -> Iterator[Row]:
             path = place.folder / f"{how}-{limit}.zarr"
             aura_dist.collect(
                 model, texts(place, number), [i % 2 for i in range(number)], tokenizer=tokenizer, store=str(path),
-                modules=["mlp", "residual"] if place.tiny else _KINDS, pooling=["max", "mean"],
+                modules=_FEW_KINDS if place.tiny else _KINDS, pooling=["max"] if place.tiny else ["max", "mean"],
                 tokens_per_batch=limit,
             )  # fmt: skip
             return path
@@ -219,6 +245,9 @@ def static(place: Place) -> Iterator[Row]:
 
     import aura_dist
 
+    if place.gpu and not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        yield Row("static cache", "needs a C compiler, because transformers compiles the forward", "–", NOT_HERE)
+        return
     model = AutoModelForCausalLM.from_pretrained(small_model(place, "llama")).to(place.device).eval()
     map_ = _random_map(model)
     ids = torch.arange(5, 13, device=place.device)[None]
@@ -228,6 +257,9 @@ def static(place: Place) -> Iterator[Row]:
         return list(map(int, made[0]))
 
     plain, fixed = tokens(), tokens(cache_implementation="static")
+    if place.gpu:
+        compiled = hasattr(model, "_compiled_call")  # else the rows below would say nothing
+        yield place.holds("the forward was compiled", str(compiled), "True", compiled)
     with aura_dist.intervene(model, map_):
         hooked, both = tokens(), tokens(cache_implementation="static")
     after = tokens(cache_implementation="static")
@@ -266,7 +298,7 @@ def memory(place: Place) -> Iterator[Row]:
         lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
         told = re.search(r"--tokens-per-batch (\d+)(?=[^;]*$)", lines[0]) if lines else None
         print(said.getvalue())
-        one = code == 2 and len(lines) == 1
+        one = code == 2 and len(lines) == 1 and lines[0].startswith("error: out of memory on ")
         yield place.holds("too large a batch", f"code {code}, {len(lines)} line", "code 2, 1 line", one)
         named = int(told[1]) if told else most
         yield place.holds("the line names a smaller batch", str(named), f"< {most}", named < most)
@@ -320,15 +352,21 @@ def _hold(device: str, num_bytes: int, held: Any, done: Any) -> None:
 
 def shared(place: Place) -> Iterator[Row]:
     """Each of two ranks runs this: both on one device, so that NCCL refuses and gloo takes over."""
+    from transformers.distributed import DistributedConfig
+
     rank = os.environ["RANK"]
     if rank == "0":
         model, data = small_model(place, "llama"), data_file(place, 40)
-        base = ["--model", model, "--data", data, "--concepts", "toxic", "--modules", *_KINDS, "--device", _flag(place)]
+        kinds = _FEW_KINDS if place.tiny else _KINDS
+        base = ["--model", model, "--data", data, "--concepts", "toxic", "--modules", *kinds, "--device", _flag(place)]
         with alone():
             command("collect", *base, "--store", place.folder / "one.zarr")
         (place.folder / "ready.json").write_text(json.dumps(list(map(str, base))))
     base = _awaited(place.folder / "ready.json")
-    for sharding in ("replicate", "fsdp", "tensor"):
+    for sharding in ("replicate", "tensor", "fsdp"):
+        if sharding == "fsdp" and "fsdp_plan" not in DistributedConfig.__dataclass_fields__:
+            yield Row("two ranks on one device, fsdp", "needs a later transformers", "–", NOT_HERE)
+            continue
         path = place.folder / f"{sharding}.zarr"
         command("collect", *base, "--sharding", sharding, "--store", path)
         if rank == "0":
@@ -355,7 +393,7 @@ def collectives(place: Place) -> Iterator[Row]:
     from aura_dist.models.strategies.table import parse_sharding
     from aura_dist.ranks.launch import start_team
 
-    plain = falcon(place, 2).float() if place.tiny else falcon(place, 2)
+    plain = falcon(place, 2).float()  # in bfloat16 a kernel for another alignment would differ by more than a fault
     ids = torch.arange(3, 67, device=place.device).view(2, 32)
 
     @torch.no_grad()
@@ -375,6 +413,10 @@ def collectives(place: Place) -> Iterator[Row]:
         for layer in cut.transformer.h:
             parallelize_module(layer, mesh, styles)
         yield place.same(f"tensor ({backends})", _error(logits(cut), expected), CLOSE)
+
+
+def zero3(place: Place) -> Iterator[Row]:
+    """DeepSpeed's ZeRO 3 over the device's own collectives, in a world of one rank."""
     data, model = data_file(place, 40), small_model(place, "llama")
     base = ["collect", "--model", model, "--data", data, "--concepts", "toxic", "--device", _flag(place)]
     command(*base, "--store", place.folder / "one.zarr")

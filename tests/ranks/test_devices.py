@@ -1,6 +1,7 @@
 """What runs on GPUs alone, as far as a CPU can show it: stand-ins for devices, and torch's meta device for one."""
 
 import os
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,18 +9,25 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed import HashStore
+from transformers import PreTrainedModel
 
 from aura_dist.cli import main
 from aura_dist.collecting.capture import Capture
 from aura_dist.errors import BudgetError, ConfigError
 from aura_dist.evaluation.decoding import Decoder
+from aura_dist.models.in_memory import InMemory
 from aura_dist.models.layer_reader import LayerReader
+from aura_dist.models.layerwise import closing, executor_of
+from aura_dist.models.load import ModelSource, load_causal
 from aura_dist.models.strategies import dispatch, split
 from aura_dist.models.strategies.table import STRATEGIES, parse_sharding
+from aura_dist.models.waiting import Waiting
 from aura_dist.planning.shortage import explained, smaller
 from aura_dist.ranks import launch
+from aura_dist.ranks.device import use_exact_float32
 from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.world import Place, World
+from tests.models import tiny_causal
 
 NO_ROOM = "CUDA out of memory. Tried to allocate 20.00 GiB"
 
@@ -80,6 +88,59 @@ def test_dispatch_leaves_gpus_alone_with_device_cpu(monkeypatch):
         load(checkpoint, World(), {"max_memory": {1: 5, "cpu": 5}})
 
 
+def precisions():
+    cudnn = torch.backends.cudnn
+    return [part.fp32_precision for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)]
+
+
+@pytest.fixture
+def precisions_as_before():
+    cudnn = torch.backends.cudnn
+    parts = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, cudnn.conv, cudnn.rnn
+    before = [part.fp32_precision for part in parts]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = True
+    torch.backends.fp32_precision = "none"
+    for part, precision in zip(parts, before, strict=True):
+        part.fp32_precision = precision
+
+
+def older_way():
+    torch.set_float32_matmul_precision("high")
+
+
+def newer_way():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def for_all():
+    torch.backends.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("turn_on", [older_way, newer_way, for_all])
+def test_tf32_is_off_while_a_model_in_memory_runs_however_it_was_turned_on(turn_on, precisions_as_before):
+    turn_on()
+    before = precisions()
+    assert "tf32" in before
+    with InMemory(tiny_causal("gpt2"), None).base(World(), 1):
+        assert precisions() == ["ieee"] * 3
+    assert precisions() == before
+    use_exact_float32()
+    assert precisions() == ["ieee"] * 3
+
+
+def test_hidden_states_of_a_gpu_take_whole_page_locked_blocks(monkeypatch):
+    hidden = torch.zeros(65, device="meta")  # 260 bytes, of which torch makes 512
+    locked = SimpleNamespace(copy_=lambda tensor, non_blocking: tensor)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: locked)
+    monkeypatch.setattr(Waiting, "_write", lambda self, tensor: 0)
+    waiting = Waiting("meta", device_bytes=0, host_bytes=600)
+    for batch in range(2):
+        waiting.put(batch, "hidden", hidden)
+    assert [kept["hidden"].where for kept in waiting._kept.values()] == ["host", "file"]
+
+
 def test_a_layer_that_is_read_again_keeps_its_buffers_on_the_device(monkeypatch):
     """The meta device stands for a GPU: its tensors have no index, and cannot be put into page-locked memory either."""
 
@@ -127,6 +188,22 @@ def test_too_little_memory_is_one_line_that_names_what_fits(tiny_dir, sentences_
     refused([*words, "--overwrite"], r"expected room for --tokens-per-batch 512; no number of ranks fits")
 
 
+def test_too_little_memory_for_the_weights(tiny_dir, sentences_csv, tmp_path, monkeypatch, refused):
+    """Not every allocator raises `OutOfMemoryError`."""
+
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", full)
+    on, words = flags(tiny_dir, sentences_csv, tmp_path)
+    refused(words, r"out of memory on cpu while texts run \(CUDA error.*expected room for --tokens-per-batch 512")
+    refused(
+        ["generate", *on, "--prompt", "You"], "while loading .*expected room for the weights; use another --sharding"
+    )
+    fit = ["fit", "--sequential", *on, "--data", sentences_csv, "--concept", "toxic", "--method", "linear-act"]
+    refused([*fit, "--out", tmp_path / "map"], "while loading .*expected room for the weights")
+
+
 def test_too_little_memory_in_continuations_and_in_texts(tiny_dir, sentences_csv, tmp_path, monkeypatch, refused):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(NO_ROOM)
@@ -142,10 +219,25 @@ def test_too_little_memory_in_continuations_and_in_texts(tiny_dir, sentences_csv
 def test_what_is_no_lack_of_memory_stays_as_it_is():
     with pytest.raises(RuntimeError, match=r"^shapes$"), explained("x", "cpu", lambda: ""):
         raise RuntimeError("shapes")
-    told = pytest.raises(BudgetError, match=r"out of memory on cuda while x .*: use less")
-    with told, explained("x", "cuda", lambda: "use less"):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for text in ("DefaultCPUAllocator: can't allocate memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
+        told = pytest.raises(BudgetError, match=r"out of memory on cuda while x .*: use less")
+        with told, explained("x", "cuda", lambda: "use less"):
+            raise RuntimeError(text)
     assert smaller("--num-samples", 1).startswith("expected room for --num-samples 1; use another --sharding, or")
+
+
+def test_the_first_forward_says_nothing_of_the_speed_of_layers(tiny_dir):
+    """On a GPU it loads libraries, for a second or so, and waves would be small for it."""
+    sharding = parse_sharding("layers")
+    model = load_causal(ModelSource(str(tiny_dir("llama")), None, "float32"), World(sharding.layout(1)))
+    with closing(model):
+        executor = executor_of(model)
+        pauses = [0.5]
+        model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(pauses.pop() if pauses else 0))
+        ids = torch.arange(5, 29).view(2, 12)
+        executor.prepare({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert not pauses
+        assert executor._tokens_per_second > 2 * ids.numel() / 0.25
 
 
 def test_embeddings_that_are_away_do_not_say_where_the_input_goes(tiny_dir, tmp_path, sentences_csv):

@@ -44,10 +44,9 @@ class _Split(Strategy):
         split = DistributedConfig(
             tp_size=layout.tensor,
             tp_plan={n: s for n, s in (plan or {}).items() if n not in by_expert} or None,
-            ep_size=layout.tensor if by_expert else None,
-            ep_plan=by_expert or None,
             fsdp_size=layout.fsdp,
             fsdp_plan={f"{layers}.*": "free_full_weight"} if layout.fsdp > 1 else None,
+            **({"ep_size": layout.tensor, "ep_plan": by_expert} if by_expert else {}),  # earlier versions lack them
         )
         model = checkpoint.read(distributed_config=split)
         if layout.fsdp > 1:
