@@ -20,7 +20,7 @@ _DEVICE, _HOST, _FILE = "device", "host", "file"
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor, where it is and its bytes there; in the file: its form, on the meta device, and its first byte there."""
+    """A tensor, where it is and its bytes there; in the file: its form, on the meta device, and its first byte."""
 
     where: str
     tensor: Tensor
