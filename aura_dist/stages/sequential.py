@@ -6,7 +6,7 @@ layer: pooled responses of all texts → statistics → maps → the texts go on
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -29,7 +29,7 @@ from aura_dist.models.load import column_plans, source_of
 from aura_dist.models.on_disk import OnDisk
 from aura_dist.models.quantization import check_can_load
 from aura_dist.models.strategies.table import sharding_of
-from aura_dist.planning.shortage import explained, smaller
+from aura_dist.planning.shortage import HOLDS, explained, smaller
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank
@@ -71,11 +71,13 @@ def fit(config: SequentialConfig) -> Intervention:
         pooling = settle_options(config.method, config.options)["pooling"]
         spec = describe(config, subject, table, sites, [pooling], fingerprint=found, under=under, identity=identity)
         limit = config.task_tokens
-        with (
-            explained("texts run", team.world.device, lambda: smaller("--tokens-per-batch", limit)),
-            subject.base(team.world, num_layers=1 + max(site.layer for site in sites)) as model,
-            nullcontext() if earlier is None else laid_over(model, earlier, 1.0),
-        ):
+        with ExitStack() as stack:
+            with explained("loading", team.world.device, lambda: HOLDS):
+                base = subject.base(team.world, num_layers=1 + max(site.layer for site in sites))
+                model = stack.enter_context(base)
+            stack.enter_context(explained("texts run", team.world.device, lambda: smaller("--tokens-per-batch", limit)))
+            if earlier is not None:
+                stack.enter_context(laid_over(model, earlier, 1.0))
             plans = column_plans(model, spec.sites, {site.name: site.width for site in spec.sites}, team.world)
             fitted = _fit(config, model, Run(spec, tokens, plans, team, stop), samples.label[:, 0])
     return finish(fitted, config.method, earlier, config.onto, config.out)

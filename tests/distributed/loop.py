@@ -16,8 +16,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import aura_dist
+from aura_dist.collecting import description
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import AuraError
+from aura_dist.models import on_disk
 from aura_dist.stages import collect
 from aura_dist.store.writer import ChunkWriter, RowBuffer
 
@@ -54,13 +56,13 @@ def record_writes(written: Counter[str]) -> None:
 
 def record_reads(read: list[str]) -> None:
     """Note each data file that is read from here."""
-    original = collect.read_table
+    original = description.read_table
 
     def recorded(source, *args, **kwargs):
         read.append(source)
         return original(source, *args, **kwargs)
 
-    collect.read_table = recorded
+    description.read_table = recorded
 
 
 def num_whole(model: nn.Module) -> int:
@@ -79,7 +81,7 @@ def num_whole(model: nn.Module) -> int:
 
 def measure_whole(most: list[int]) -> None:
     """Note the most parameters that are gathered at once, looking whenever a linear layer is about to run."""
-    load = collect.load_base
+    load = on_disk.load_base
 
     def measured(*args, **kwargs):
         model = load(*args, **kwargs)
@@ -88,7 +90,7 @@ def measure_whole(most: list[int]) -> None:
                 module.register_forward_pre_hook(lambda *_: most.__setitem__(0, max(most[0], num_whole(model))))
         return model
 
-    collect.load_base = measured
+    on_disk.load_base = measured
 
 
 def run_plan(arguments: Sequence[str]) -> int:

@@ -98,12 +98,17 @@ def precisions_as_before():
     cudnn = torch.backends.cudnn
     parts = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, cudnn.conv, cudnn.rnn
     before = [part.fp32_precision for part in parts]
+
+    def set_back(precisions):
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = True
+        torch.backends.fp32_precision = "none"
+        for part, precision in zip(parts, precisions, strict=True):
+            part.fp32_precision = precision
+
+    set_back(["none"] * len(parts))  # as in a new process, whatever other tests have set
     yield
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32 = True
-    torch.backends.fp32_precision = "none"
-    for part, precision in zip(parts, before, strict=True):
-        part.fp32_precision = precision
+    set_back(before)
 
 
 def older_way():
