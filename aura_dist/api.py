@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from aura_dist.config.file import check_taken
+from aura_dist.config.options import LoadOptions
 from aura_dist.config.settings import default_of, resolve
-from aura_dist.config.verbs import VERBS, CollectConfig, FitConfig, ModelOptions, ScoreConfig, SequentialConfig
+from aura_dist.config.verbs import VERBS, CollectConfig, FitConfig, ScoreConfig, SequentialConfig
 from aura_dist.errors import AuraError, ConfigError, InputError, ModelError
 from aura_dist.ranks.world import place_from_environment
 from aura_dist.scoring.columns import as_array
@@ -113,7 +114,7 @@ def collect(
         config = resolve(CollectConfig, {**given, "model": str(model)})
         stage.run(config, _table(texts, by_concept, config.threshold))
     else:
-        loading = {f.name for f in fields(ModelOptions) if f.metadata["group"] != "intervention"}
+        loading = {f.name for f in fields(LoadOptions)}
         for name in loading & settings.keys():
             raise ConfigError(f"{name}: expected it with a model's name, got it with one in memory; leave it out")
         subject = _in_memory(model, tokenizer)

@@ -30,7 +30,7 @@ READ_CONFIG = ("config", "stages", "sweep", "cli", "demo", "api")
 TOUCH_ENVIRONMENT = ("ranks", "sweep")
 # functions of numbers, arrays and mappings: no torch, no Zarr, no files
 PURE = (
-    "config/help.py", "config/settings.py", "config/verbs.py",
+    "config/help.py", "config/options.py", "config/settings.py", "config/verbs.py",
     "evaluation/figures.py",
     "interventions/methods.py",
     "planning/budget.py", "planning/seconds.py", "planning/text.py", "planning/work.py",

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from msgspec import Meta
 
+from aura_dist.config.options import GROUPS
 from aura_dist.config.settings import default_of, flag, hints, table_of
-from aura_dist.config.verbs import GROUPS, VERBS
+from aura_dist.config.verbs import VERBS
 
 # of every verb: what is written, what it does
 GENERAL = {

@@ -127,7 +127,7 @@ def test_batches_are_larger_where_weights_are_read_for_each(make, tiny_dir, tmp_
     """Under `dispatch` a row chunk is one batch, as far as memory allows; the store is that of small batches."""
     batches, run = [], Capture.run
     monkeypatch.setattr(Capture, "run", lambda self, batch, *more: (batches.append(batch), run(self, batch, *more)))
-    monkeypatch.setattr("aura_dist.config.verbs.TOKENS_PER_TASK", 256)
+    monkeypatch.setattr("aura_dist.config.options.TOKENS_PER_TASK", 256)
     default = {"tokens_per_batch": None}
     expected = make(tiny_dir("llama"), tmp_path / "plain", **default)
     small, chunks = len(batches), len(range(0, 120, 32))

@@ -15,8 +15,9 @@ import aura_dist
 from aura_dist.cli import build_parser, main
 from aura_dist.config.file import chosen, merge, read_config_file
 from aura_dist.config.help import GENERAL, verb_help
+from aura_dist.config.options import GROUPS
 from aura_dist.config.settings import default_of, flag, hints, resolve, shown_name
-from aura_dist.config.verbs import GROUPS, VERBS
+from aura_dist.config.verbs import VERBS
 from aura_dist.errors import StoreError
 from aura_dist.stages import score
 
