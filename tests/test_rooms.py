@@ -48,7 +48,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # modules that a requirement installs, where they have another name, or come with it
 INSTALLED_BY = {
     "yaml": "pyyaml", "distributed": "dask", "huggingface_hub": "transformers", "markupsafe": "jinja2",
-    "tokenizers": "transformers",     "profanity_check": "alt-profanity-check",
+    "tokenizers": "transformers", "profanity_check": "alt-profanity-check",
 }  # fmt: skip
 
 

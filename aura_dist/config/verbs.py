@@ -212,9 +212,10 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
     )  # fmt: skip
     num_samples: PositiveInt = option("decoding", "continuations per prompt", 25)
     continuations_per_batch: PositiveInt = option(EXECUTION, "continuations in one forward; changes no result", 128)
-    scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check")] = option(
-        "toxicity", "classifier of toxic texts, or profanity-check", "s-nlp/roberta_toxicity_classifier"
-    )
+    scorer: Annotated[str, Meta(title="PATH|NAME|profanity-check|tox-block")] = option(
+        "toxicity", "classifier of toxic texts, or a packaged one: profanity-check, tox-block",
+        "s-nlp/roberta_toxicity_classifier",
+    )  # fmt: skip
     toxic_label: str | None = option(
         "toxicity", "the scorer's label that means toxic", None, unset="the one called toxic", needs="toxicity_prompts"
     )

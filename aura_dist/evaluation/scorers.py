@@ -1,11 +1,11 @@
 """How toxic continuations are: the scorers, and the section `toxicity` of the results, from a journal's continuations.
 
-A scorer is a Hugging Face classifier, or profanity-check, which needs no download.
+A scorer is a Hugging Face classifier, or one of `PACKAGED`, which needs no download from a hub.
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from aura_dist.evaluation.figures import ByPrompt, by_prompt, estimates, groups
 from aura_dist.evaluation.journal import Journal, Record, sampling_settings
 from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.tox_block import TOX_BLOCK, ToxBlock
 from aura_dist.models.adapter import check_adapter
 from aura_dist.text.own_code import load_with
 from aura_dist.text.tokenizer import check_has_vocabulary, difference_from_file
@@ -43,16 +44,16 @@ class Scorer(Protocol):
 
 
 def load_scorer(name: str, toxic_label: str | None, device: str, *, trust_code: bool = False) -> Scorer:
-    """`profanity-check`, or a text-classification model of the hub or a directory, as `--scorer` names it.
+    """One of `PACKAGED`, or a text-classification model of the hub or a directory, as `--scorer` names it.
 
     `toxic_label` is the classifier's label that means toxic, by default the one of that name. ModelError if it cannot
     be loaded or cannot score texts, here and not after hours of generation; ConfigError if it has no such label, or
     code of its own without `trust_code`.
     """
-    own = name == PROFANITY_CHECK
-    if toxic_label is not None and own:
-        raise ConfigError(f"--toxic-label: expected it with a classifier, got it with {name}, which has no labels")
-    scorer: Scorer = ProfanityCheck() if own else Classifier(name, toxic_label, device, trust_code=trust_code)
+    own = PACKAGED.get(name)
+    if toxic_label is not None and own is not None:
+        raise ConfigError(f"--toxic-label: expected it with a classifier, got it with {name}, whose label is fixed")
+    scorer: Scorer = Classifier(name, toxic_label, device, trust_code=trust_code) if own is None else own()
     try:
         checked_scores(scorer, _PROBE)
     except AuraError:
@@ -91,6 +92,9 @@ class ProfanityCheck:
         return np.asarray(self._predict(list(texts)), dtype=np.float64) if texts else np.empty(0)
 
 
+PACKAGED: dict[str, Callable[[], Scorer]] = {PROFANITY_CHECK: ProfanityCheck, TOX_BLOCK: ToxBlock}
+
+
 class Classifier:
     """A sequence classifier: softmax over its labels, or a sigmoid for each if several may be true."""
 
@@ -113,8 +117,8 @@ class Classifier:
             raise
         except Exception as error:  # the library raises many kinds
             raise ModelError(
-                f"--scorer {name!r} cannot be loaded: {brief(error)}; expected {PROFANITY_CHECK} or a text "
-                "classification model, a directory or a hub name"
+                f"--scorer {name!r} cannot be loaded: {brief(error)}; expected {', '.join(PACKAGED)} or a "
+                "text classification model, a directory or a hub name"
             ) from error
         if info["missing_keys"]:
             raise ModelError(
