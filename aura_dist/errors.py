@@ -55,6 +55,10 @@ class ClusterError(AuraError):
     """Workers cannot be started, reached or kept."""
 
 
+class ServerError(AuraError):
+    """A server of a model cannot be reached, serves something else, or does not answer as it should."""
+
+
 class PeerError(AuraError):
     """Another rank of the launch has failed and says why; this rank ends silently."""
 

@@ -1,12 +1,12 @@
 """Settings that several verbs have (which model, which texts, how continuations are drawn), and types of settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from aura_dist.config.settings import OneOf, Settings, option
+from aura_dist.config.settings import OneOf, Settings, flag, option
 from aura_dist.errors import ConfigError
 
 # headings of `--help`, in its order; what is under `execution` says how a stage is run, not what it computes
@@ -112,6 +112,40 @@ class ModelOptions(LoadOptions):
 
     intervention: Artifact | None = option("intervention", "intervention directory written by `fit`", None)
     strength: Strength = option("intervention", STRENGTH, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(Settings):
+    """Which server continues and scores texts, in place of a model in this process."""
+
+    server: Annotated[str, Meta(title="URL")] | None = option(
+        "model", "OpenAI-compatible server of --model, such as http://localhost:8000/v1; no weights are loaded here",
+        None,
+    )  # fmt: skip
+    server_model: Name | None = option(
+        "model", "what the server calls the model", None, unset="the name of --model", needs="server"
+    )
+    requests_in_flight: PositiveInt = option(EXECUTION, "requests that the server has at a time", 64, needs="server")
+
+    def __post_init__(self) -> None:
+        """Refuse settings of weights that are loaded here."""
+        super().__post_init__()
+        for spec in fields(self) if self.server else ():
+            of_weights = spec.name in _OF_WEIGHTS or spec.metadata["group"] == EXECUTION
+            if of_weights and spec.name not in self.kept_by_servers and self.is_set(spec):
+                raise ConfigError(
+                    f"{flag(spec.name)}: expected it without --server, got it with one, which has loaded the weights "
+                    "in its own way; leave it out"
+                )
+
+    @property
+    def kept_by_servers(self) -> frozenset[str]:
+        """Settings of execution that count with a server too."""
+        return frozenset({"requests_in_flight"})
+
+
+# beside the settings of execution
+_OF_WEIGHTS = frozenset({"dtype", "adapter", "quantization", "tokens_per_batch"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from aura_dist.config.options import (
     Name,
     Pooling,
     PositiveInt,
+    ServerOptions,
     Sharding,
     Share,
     Size,
@@ -185,7 +186,7 @@ class SequentialConfig(FitOptions, TextOptions, LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelOptions, DecodingOptions):
+class GenerateConfig(ModelOptions, DecodingOptions, ServerOptions):
     """Continue prompts, with and without an intervention side by side."""
 
     prompt: list[str] = option("data", "one or more prompts", empty_text=True)
@@ -197,7 +198,7 @@ class GenerateConfig(ModelOptions, DecodingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelOptions, DecodingOptions):
+class EvaluateConfig(ModelOptions, DecodingOptions, ServerOptions):
     """Measure a model, with or without an intervention: toxicity, perplexity, zero-shot tasks, or several of these."""
 
     toxicity_prompts: File | None = option(
@@ -247,6 +248,11 @@ class EvaluateConfig(ModelOptions, DecodingOptions):
         super().__post_init__()
         if self.toxicity_prompts:
             resolve_name("aura_dist.models.strategies.table:check_generates")(self)
+
+    @property
+    def kept_by_servers(self) -> frozenset[str]:
+        """The scorer of continuations runs here."""
+        return super().kept_by_servers | ({"device"} if self.toxicity_prompts else set())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from aura_dist.errors import StoreError
-from aura_dist.evaluation.generation import stop_ids
 from aura_dist.evaluation.prompts import Pair, PromptFile, TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.files import replacing
-from aura_dist.interventions.use import LoadedModel
-from aura_dist.text.tokenizer import tokenizer_digest
 
 Record = dict[str, Any]
 
@@ -33,22 +30,14 @@ def sampling_settings(how: Decoding) -> dict[str, Any]:
 
 
 def fixing_settings(
-    loaded: LoadedModel,
-    dtype: str,
-    strength: float,
-    preprompt: str | None,
-    prompts: PromptFile,
-    tokenized: TokenizedPrompts,
-    how: Decoding,
+    engine: Mapping[str, Any], preprompt: str | None, prompts: PromptFile, tokenized: TokenizedPrompts, how: Decoding
 ) -> dict[str, Any]:
-    """Everything that a continuation depends on; how many there are of a prompt does not matter."""
-    intervention = loaded.intervention
+    """Everything that a continuation depends on; how many there are of a prompt does not matter.
+
+    `engine` is `Engine.fixing`.
+    """
     return {
-        "model": loaded.fingerprint,
-        "dtype": dtype,
-        "tokenizer": tokenizer_digest(loaded.tokenizer),
-        "stop_ids": sorted(stop_ids(loaded.model, loaded.tokenizer)),  # generation_config.json may name them
-        "intervention": None if intervention is None else [intervention.digest, strength],
+        **engine,
         "preprompt": preprompt,
         "prompts": prompts.sha256,
         **({} if tokenized.changed is None else {"token_ids": tokenized.changed}),

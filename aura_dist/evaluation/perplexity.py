@@ -13,16 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.evaluation.by_layer import through_layers
 from aura_dist.evaluation.decoding import only_attention
 from aura_dist.evaluation.figures import both_sides, summary
 from aura_dist.evaluation.prompts import Prefix
-from aura_dist.interventions.use import LoadedModel
 from aura_dist.models.layerwise import Layerwise, executor_of
 from aura_dist.models.load import check_positions, check_vocabulary, input_device
-from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.store.grid import make_batches
 from aura_dist.text.labels import check_classes, check_texts, parse_labels
@@ -58,7 +56,13 @@ def read_texts(source: str, column: str, label_column: str | None) -> TextFile:
     return TextFile(source, column, label_column, table.sha256, check_texts(table, column), own)
 
 
-def tokenize_texts(file: TextFile, loaded: LoadedModel, prefix: Prefix | None, max_tokens: int) -> TokenizedTexts:
+def tokenize_texts(
+    file: TextFile,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    prefix: Prefix | None,
+    max_tokens: int,
+) -> TokenizedTexts:
     """Token ids, each text cut at `max_tokens` and then put after the pre-prompt.
 
     The last tokens that a tokenizer adds are left out: perplexity is of the text's own tokens, and a text that was cut
@@ -67,36 +71,22 @@ def tokenize_texts(file: TextFile, loaded: LoadedModel, prefix: Prefix | None, m
     Raises InputError for a text that the tokenizer cannot take, ConfigError for one longer than the model's positions,
     ModelError if the tokenizer is another model's.
     """
-    tokens = tokenize(
-        file.texts, loaded.tokenizer, max_tokens=max_tokens, skip_special=False, source=file.source, ended=False
-    )
+    tokens = tokenize(file.texts, tokenizer, max_tokens=max_tokens, skip_special=False, source=file.source, ended=False)
     tokens = tokens if prefix is None else prefix.before(tokens)
-    check_positions(loaded.model.config, int(tokens.num_tokens.max()), "--max-tokens")
-    check_vocabulary(loaded.model.config, tokens.largest_id)
+    check_positions(config, int(tokens.num_tokens.max()), "--max-tokens")
+    check_vocabulary(config, tokens.largest_id)
     return tokens
 
 
-def measure(
-    file: TextFile,
-    loaded: LoadedModel,
-    tokens: TokenizedTexts,
-    prefix: Prefix | None,
-    tokens_per_batch: int,
-    team: Team,
-    stop: StopFlag,
-) -> dict[str, Any]:
-    """The section `perplexity` of the results, on all ranks alike; they share the texts.
+def section(file: TextFile, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> dict[str, Any]:
+    """The section `perplexity` of the results, from what `negative_log_likelihoods` returns.
 
     InputError if no text, or none of one label, has a token that is predicted.
     """
-    sums, counts = negative_log_likelihoods(
-        loaded.model, tokens, tokens_per_batch,
-        num_context=1 if prefix is None else prefix.num_context, team=team, received=lambda: stop.received,
-    )  # fmt: skip
-    section: dict[str, Any] = {"texts": file.source, "column": file.column, "sha256": file.sha256}
+    about: dict[str, Any] = {"texts": file.source, "column": file.column, "sha256": file.sha256}
     if file.labels is not None:
-        section |= {"labels": file.label_column, **both_sides(sums, counts, file.labels)}
-    return {**section, **summary(sums, counts)}
+        about |= {"labels": file.label_column, **both_sides(sums, counts, file.labels)}
+    return {**about, **summary(sums, counts)}
 
 
 @torch.no_grad()

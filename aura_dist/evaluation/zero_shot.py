@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.errors import AuraError, ConfigError, InputError, MissingPackageError, brief
-from aura_dist.evaluation.harness import make_harness
 from aura_dist.ranks.team import Team
 from aura_dist.text.chat import Chat
 from aura_dist.text.own_code import OwnCodeError, code_of_tasks
@@ -66,8 +64,7 @@ class ZeroShot:
 
     def run(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        harness: Any,
         *,
         team: Team,
         num_fewshot: int | None = None,
@@ -77,14 +74,13 @@ class ZeroShot:
     ) -> Figures:
         """Task → metric → figure, as lm-eval computes them; InputError if a task fails or its data cannot be loaded.
 
-        All ranks of `team` must call this. `num_fewshot` is the number of examples in the context (None: the task's
-        own), `limit` the examples of a task, `preprompt` a text before each context. With `chat`, lm-eval puts each
-        context into the tokenizer's chat template, and the system's turn is the chat's. The model and the tokenizer
-        are not changed.
+        `harness` is what `Engine.harness` returns. All ranks of `team` must call this. `num_fewshot` is the number of
+        examples in the context (None: the task's own), `limit` the examples of a task, `preprompt` a text before each
+        context. With `chat`, lm-eval puts each context into the tokenizer's chat template, and the system's turn is the
+        chat's.
         """
         from lm_eval import simple_evaluate
 
-        harness = make_harness(model, tokenizer, preprompt, chat)
         if team.world.layout.num_replicas > 1:
             for kind in _REQUESTS:
                 setattr(harness, kind, _shared(getattr(harness, kind), team, kind))

@@ -391,6 +391,11 @@ def _of_loaded_modules(model: PreTrainedModel, tensors: Sequence[str]) -> list[s
     return [t for t in tensors if any(t.startswith((f"{leaf}.", f"{prefix}{leaf}.")) for leaf in leaves)]
 
 
+def generation_of(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
+    """How the checkpoint generates, as loading finds it."""
+    return _generation(source) or GenerationConfig.from_model_config(config)
+
+
 def _generation(source: ModelSource) -> GenerationConfig | None:
     """How the checkpoint generates, where a file says it; the model's configuration has it otherwise."""
     try:

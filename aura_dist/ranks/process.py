@@ -35,6 +35,11 @@ def configure_logging(*, debug: bool = False) -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
 
 
+def server_key() -> str | None:
+    """The key that servers of models ask for, from the variable that their clients share."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
 def configure_rank(rank: int, world_size: int) -> None:
     """Among several ranks, put the rank in front of each line, and log only warnings of all but rank 0."""
     logger = logging.getLogger("aura_dist")

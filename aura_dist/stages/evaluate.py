@@ -8,18 +8,19 @@ scores the continuations, draws the intervals and writes `--out`. What the file 
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from aura_dist.config.settings import flag
 from aura_dist.config.verbs import EvaluateConfig
+from aura_dist.evaluation.client import Client
 from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
+from aura_dist.evaluation.engines import Asked, Engine, InProcess
 from aura_dist.evaluation.figures import groups
-from aura_dist.evaluation.generation import generate
 from aura_dist.evaluation.journal import Journal, fixing_settings, journal_path, settings_key
-from aura_dist.evaluation.perplexity import TextFile, measure, read_texts, tokenize_texts
+from aura_dist.evaluation.perplexity import TextFile, read_texts, section, tokenize_texts
 from aura_dist.evaluation.prompts import (
     Prefix,
     PromptFile,
@@ -40,15 +41,16 @@ from aura_dist.evaluation.results import (
 )
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, head, load_scorer, score
+from aura_dist.evaluation.server import open_server
 from aura_dist.evaluation.zero_shot import ZeroShot
-from aura_dist.interventions.use import LoadedModel, load_for_use
+from aura_dist.interventions.use import load_for_use
 from aura_dist.models.hub import downloaded
 from aura_dist.models.load import source_of
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.planning.shortage import HOLDS, explained, smaller
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
-from aura_dist.ranks.process import configure_rank
+from aura_dist.ranks.process import configure_rank, server_key
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.text.chat import Chat
@@ -133,34 +135,51 @@ class _Evaluation:
     def _measure(self, inputs: _Inputs) -> tuple[dict[str, Any], Journal | None]:
         """Measure what needs the model; it is freed on return, before rank 0 scores."""
         config, team, prefix, journal = self.config, self.team, None, None
-        source = source_of(config)
-        tight = explained("loading", team.world.device, lambda: HOLDS)
-        with self._timed("load"), downloaded(team, source), tight:
-            loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)
-        if inputs.preprompt is not None:
-            prefix = make_prefix(inputs.preprompt, loaded.tokenizer)
-        chat = chat_of_prompts(loaded.tokenizer, inputs.preprompt) if config.chat else None
-        results = _about(config, loaded, inputs.preprompt, chat)
-        with loaded.intervened(config.strength):
+        with ExitStack() as opened:
+            with self._timed("load"):
+                engine = self._engine(opened)
+            if inputs.preprompt is not None:
+                prefix = make_prefix(inputs.preprompt, engine.tokenizer)
+            chat = chat_of_prompts(engine.tokenizer, inputs.preprompt) if config.chat else None
+            results = _about(config, engine, inputs.preprompt, chat)
+            opened.enter_context(engine.acting())
             # the shortest first, so that an error in a text shows before hours of generation
             if inputs.texts is not None:
-                texts = inputs.texts
-                tokens = team.once_a_host(
-                    "tokens of texts", lambda: tokenize_texts(texts, loaded, prefix, config.max_tokens)
-                )
-                limit = config.tokens_per_batch
-                tight = explained("perplexity", team.world.device, lambda: smaller("--tokens-per-batch", limit))
-                with self._timed("perplexity"), self.stop.deferred(), tight:
-                    results["perplexity"] = measure(texts, loaded, tokens, prefix, limit, team, self.stop)
+                results["perplexity"] = self._perplexity(engine, inputs.texts, prefix)
             if inputs.prompts is not None:
-                journal = self._continue(loaded, inputs.prompts, prefix, inputs.preprompt, chat)
+                journal = self._continue(engine, inputs.prompts, prefix, inputs.preprompt, chat)
             if inputs.tasks is not None:
                 with self._timed("zero_shot"):
                     results["zero_shot"] = inputs.tasks.run(
-                        loaded.model, loaded.tokenizer, team=team,
+                        engine.harness(inputs.preprompt, chat), team=team,
                         num_fewshot=config.num_fewshot, limit=config.limit, preprompt=inputs.preprompt, chat=chat,
                     )  # fmt: skip
         return results, journal
+
+    def _engine(self, opened: ExitStack) -> Engine:
+        """The model in this process, or the server, whose connections `opened` closes."""
+        config, team, stop, source = self.config, self.team, self.stop, source_of(self.config)
+        if config.server is not None:
+            client = opened.enter_context(Client(config.server, config.requests_in_flight, server_key()))
+            return open_server(
+                client, source, config.server_model, config.intervention, config.strength,
+                team=team, chat=config.chat, received=lambda: stop.received,
+            )  # fmt: skip
+        with downloaded(team, source), explained("loading", team.world.device, lambda: HOLDS):
+            loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)
+        limit, rows = config.tokens_per_batch, config.continuations_per_batch
+        return InProcess(loaded, config.dtype, config.strength, team, stop, limit, rows)
+
+    def _perplexity(self, engine: Engine, texts: TextFile, prefix: Prefix | None) -> dict[str, Any]:
+        tokens = self.team.once_a_host(
+            "tokens of texts",
+            lambda: tokenize_texts(texts, engine.tokenizer, engine.config, prefix, self.config.max_tokens),
+        )
+        limit = self.config.tokens_per_batch
+        tight = explained("perplexity", self.team.world.device, lambda: smaller("--tokens-per-batch", limit))
+        with self._timed("perplexity"), self.stop.deferred(), tight:
+            sums, counts = engine.losses(tokens, 1 if prefix is None else prefix.num_context)
+        return section(texts, sums, counts)
 
     def _toxicity(
         self, inputs: _Inputs, prompts: PromptFile, journal: Journal, results: dict[str, Any]
@@ -182,7 +201,7 @@ class _Evaluation:
         self.seconds[part] = time.perf_counter() - start
 
     def _continue(
-        self, loaded: LoadedModel, prompts: PromptFile, prefix: Prefix | None, preprompt: str | None, chat: Chat | None
+        self, engine: Engine, prompts: PromptFile, prefix: Prefix | None, preprompt: str | None, chat: Chat | None
     ) -> Journal:
         """Make the missing continuations, by all ranks."""
         config, team, how = self.config, self.team, self.how
@@ -190,16 +209,17 @@ class _Evaluation:
             "tokens of prompts",
             lambda: tokenize_prompts(
                 prompts.texts,
-                loaded.tokenizer,
-                loaded.model.config,
+                engine.tokenizer,
+                engine.config,
                 how,
                 prefix=prefix,
                 chat=chat,
                 flag="--toxicity-prompts",
             ),
         )
-        fixing = fixing_settings(loaded, config.dtype, config.strength, preprompt, prompts, tokenized, how)
-        journal = Journal(config.out, settings_key(fixing))
+        journal = Journal(
+            config.out, settings_key(fixing_settings(engine.fixing(), preprompt, prompts, tokenized, how))
+        )
         team.from_first("journal", lambda: _fold(journal))
         kept = journal.read().keys()
         missing = [(p, s) for p in range(len(prompts.texts)) for s in range(how.num_samples) if (p, s) not in kept]
@@ -208,31 +228,27 @@ class _Evaluation:
                 rows = config.continuations_per_batch
                 tight = explained("continuing", team.world.device, lambda: smaller("--continuations-per-batch", rows))
                 with self.stop.deferred(), tight, journal.part(team.world.global_rank) as append:
-                    generate(loaded, tokenized, missing, how, rows, team, self.stop, append)
+                    engine.continue_pairs(Asked(tokenized, prompts.texts, chat), missing, how, append)
         self.seconds["num_generated"] = len(missing)
         self.seconds["continuations_per_second"] = len(missing) / max(self.seconds["generation"], 1e-9)
         return journal
 
 
-def _about(config: EvaluateConfig, loaded: LoadedModel, preprompt: str | None, chat: Chat | None) -> dict[str, Any]:
+def _about(config: EvaluateConfig, engine: Engine, preprompt: str | None, chat: Chat | None) -> dict[str, Any]:
     """What was evaluated, and with what."""
-    intervention, found = None, loaded.fingerprint
-    if loaded.intervention is not None:
-        own = {"directory": config.intervention, "digest": loaded.intervention.digest, "strength": config.strength}
-        intervention = {**loaded.intervention.meta, **own}
+    intervention = None
+    if engine.intervention is not None:
+        own = {"directory": config.intervention, "digest": engine.intervention.digest, "strength": config.strength}
+        intervention = {**engine.intervention.meta, **own}
+    engine_says = engine.about()
+    named = {"name": config.model, "revision": config.revision, **engine_says.pop("model")}
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": asdict(config),
         "versions": versions(),
-        "model": {
-            "name": config.model,
-            "revision": config.revision,
-            "dtype": config.dtype,
-            **loaded.extras,
-            "fingerprint": found,
-        },
-        "model_fingerprint": found,
+        "model": named,
+        **engine_says,
         "intervention": intervention,
         "preprompt": preprompt,
         **({} if chat is None else {"chat": chat.identity}),

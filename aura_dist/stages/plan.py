@@ -170,7 +170,8 @@ def _text_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | No
     if not config.perplexity_texts:
         return
     file = read_texts(config.perplexity_texts, config.text_column, config.perplexity_labels)
-    lengths = sorted(tokenize_texts(file, loaded, prefix, config.max_tokens).num_tokens.tolist())
+    tokens = tokenize_texts(file, loaded.tokenizer, loaded.model.config, prefix, config.max_tokens)
+    lengths = sorted(tokens.num_tokens.tolist())
     limit = tokens_at_once(loaded.model, config.tokens_per_batch)
     batches = make_batches(lengths, slice(0, len(lengths)), limit)
     for batch in batches:

@@ -35,16 +35,17 @@ class Chat:
             "template": hashlib.sha256(self.template.encode()).hexdigest(),
         }
 
-    def render(self, text: str) -> str:
-        """The conversation as text, first tokens of its turns left out, because a conversation has them once.
-
-        Raises whatever the template or the library raises.
-        """
+    def turns(self, text: str) -> list[dict[str, str]]:
+        """The conversation as turns, first tokens of each left out, because a conversation has them once."""
         turns = [] if self.system is None else [("system", self.system)]
         turns.append((self.role, text))
+        return [{"role": role, "content": said.removeprefix(self.added.first_text)} for role, said in turns]
+
+    def render(self, text: str) -> str:
+        """The conversation as text. Raises whatever the template or the library raises."""
         return str(
             self.tokenizer.apply_chat_template(
-                [{"role": role, "content": said.removeprefix(self.added.first_text)} for role, said in turns],
+                self.turns(text),
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=self.answered,

@@ -11,7 +11,6 @@ from aura_dist.errors import ConfigError
 from aura_dist.evaluation.perplexity import read_texts, tokenize_texts
 from aura_dist.evaluation.prompts import chat_of_prompts, make_prefix, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.interventions.use import LoadedModel
 from tests.evaluation.test_measurements import plain_loop
 from tests.models import tiny_causal
 from tests.special_tokens import ADDED, CHATML, GEMMA, IDS, LLAMA_3, adding, saved, wordpiece
@@ -122,12 +121,16 @@ def test_perplexity_is_of_the_texts_own_tokens(model, tmp_path):
     (tmp_path / "t.csv").write_text("text\nthe cat sat on the mat\n<bos>the cat sat on the mat\n")
     tokenizer = adding("both")
     own = bare(tokenizer, "the cat sat on the mat")
-    file, loaded = read_texts(str(tmp_path / "t.csv"), "text", None), LoadedModel(model, tokenizer, "", None)
-    assert [ids.tolist() for ids in tokenize_texts(file, loaded, None, 128).ids] == [[0, *own]] * 2
-    assert [ids.tolist() for ids in tokenize_texts(file, loaded, None, 5).ids] == [[0, *own[:4]]] * 2
+    file = read_texts(str(tmp_path / "t.csv"), "text", None)
+
+    def found(prefix, longest):
+        return [ids.tolist() for ids in tokenize_texts(file, tokenizer, model.config, prefix, longest).ids]
+
+    assert found(None, 128) == [[0, *own]] * 2
+    assert found(None, 5) == [[0, *own[:4]]] * 2
     before = bare(tokenizer, "Hi.\n")
     prefix = make_prefix("Hi.\n", tokenizer)
-    assert [ids.tolist() for ids in tokenize_texts(file, loaded, prefix, 5).ids] == [[0, *before, *own[:4]]] * 2
+    assert found(prefix, 5) == [[0, *before, *own[:4]]] * 2
 
 
 def harness(model, tokenizer, preprompt=None, chat=None):

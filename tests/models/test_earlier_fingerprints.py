@@ -16,6 +16,7 @@ import aura_dist
 from aura_dist.cli import main
 from aura_dist.errors import InputError, StoreError
 from aura_dist.evaluation.compare import against_plain
+from aura_dist.evaluation.engines import InProcess
 from aura_dist.evaluation.journal import fixing_settings
 from aura_dist.evaluation.prompts import PromptFile, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
@@ -25,6 +26,7 @@ from aura_dist.models.fingerprints import RULE, comparable, is_earlier
 from aura_dist.models.identity import earlier_fingerprint, fingerprint
 from aura_dist.models.in_memory import InMemory
 from aura_dist.models.load import ModelSource
+from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from tests.models import save_tiny, tiny_causal, tiny_tokenizer
 
@@ -145,7 +147,8 @@ def test_continuations_depend_on_where_texts_end(tmp_path):
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         loaded = load_for_use(ModelSource(str(directory), None, "float32"), Team.alone(), None)
         tokenized = tokenize_prompts(["a"], loaded.tokenizer, loaded.model.config, how)
-        keys.append(fixing_settings(loaded, "float32", 1.0, None, prompts, tokenized, how))
+        engine = InProcess(loaded, "float32", 1.0, Team.alone(), StopFlag(), 1, 1)
+        keys.append(fixing_settings(engine.fixing(), None, prompts, tokenized, how))
     assert keys[0]["model"] == keys[1]["model"]
     assert (keys[0]["stop_ids"], keys[1]["stop_ids"]) == ([1], [1, 7])
 

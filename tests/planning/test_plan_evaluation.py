@@ -49,7 +49,7 @@ def test_operations_are_those_of_the_real_forwards(name, tiny_dir, inputs):
     file = read_texts(config.perplexity_texts, "text", None)
     prompts = read_prompts(config.toxicity_prompts, None, None).texts
     with FlopCounterMode(display=False) as counter:
-        tokens = tokenize_texts(file, loaded, prefix, config.max_tokens)
+        tokens = tokenize_texts(file, loaded.tokenizer, loaded.model.config, prefix, config.max_tokens)
         negative_log_likelihoods(model, tokens, config.tokens_per_batch, num_context=prefix.num_context)
         continue_alike(loaded, tokenize_prompts(prompts, tokenizer, model.config, how, prefix=prefix), how)
     assert plan_evaluation(config).flops == pytest.approx(counter.get_total_flops(), rel=1e-9)

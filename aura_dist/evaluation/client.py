@@ -1,0 +1,215 @@
+"""Requests to a server of a model: many in flight, repeated while their errors may pass, one line where they do not.
+
+Threads of this process wait for the answers; a thread keeps its connection from one request to the next.
+"""
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+
+from aura_dist.errors import ConfigError, ServerError, brief
+from aura_dist.ranks.signals import interruption
+
+# seconds until a connection, an answer about the server, and a completion count as lost
+CONNECT_SECONDS, ANSWER_SECONDS, COMPLETION_SECONDS = 5.0, 10.0, 900.0
+# how long a request is repeated while the server cannot be reached or fails, and while it has too much to do
+PATIENCE_SECONDS, BUSY_SECONDS = 15.0, 600.0
+# what requests in flight may still take once a signal asks for the end
+_LAST_SECONDS = 20.0
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _LOOK_SECONDS = 0.25, 5.0, 0.2
+_TOO_MANY_REQUESTS = 429
+_PASSING = frozenset({_TOO_MANY_REQUESTS, 500, 502, 503, 504})
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class RefusedError(ServerError):
+    """The server's answer to a request is an error; `status` is its HTTP status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Client:
+    """A context of connections to the server at `url`, which ends in `/v1` and may lack just that.
+
+    `key` is sent as the bearer's token, if there is one. Requests raise `RefusedError` for what the server refuses,
+    and ServerError if it cannot be reached or does not answer in time.
+    """
+
+    def __init__(self, url: str, in_flight: int, key: str | None = None) -> None:
+        self.url = _address(url)
+        self._in_flight = in_flight
+        self._ended = threading.Event()
+        self._http = httpx2.Client(
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            limits=httpx2.Limits(max_connections=in_flight, max_keepalive_connections=in_flight),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._http.close()
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The JSON object that answers a request below the server's `/v1`."""
+        return _object(self._ask("POST", f"{self.url}/{path}", COMPLETION_SECONDS, body), path)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """A JSON object that the server has below `/v1`."""
+        return _object(self._ask("GET", f"{self.url}/{path}", ANSWER_SECONDS), path)
+
+    def find(self, path: str) -> str | None:
+        """A text that some servers have beside `/v1`; None where this one has not."""
+        try:
+            return str(self._ask("GET", f"{self.url.removesuffix('/v1')}/{path}", ANSWER_SECONDS).text)
+        except RefusedError:
+            return None
+
+    def each(
+        self, ask: Callable[[Item], Answer], items: Sequence[Item], received: Callable[[], int | None]
+    ) -> Iterator[list[tuple[Item, Answer]]]:
+        """Call `ask` for all items, some at a time, and yield the answers as they come, in any order.
+
+        What `ask` raises is raised once the answers that are there are yielded. Where `received` returns a signal, no
+        further item is asked for; RunInterruptedError once those in flight have come.
+        """
+        todo: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[Item, Answer] | Exception] = queue.SimpleQueue()
+        ended = threading.Event()
+        for item in items:
+            todo.put(item)
+
+        def work() -> None:
+            while not ended.is_set():
+                try:
+                    item = todo.get_nowait()
+                    done.put((item, ask(item)))
+                except queue.Empty:
+                    return
+                except Exception as error:
+                    ended.set()
+                    done.put(error)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._in_flight, len(items)))]
+        for thread in threads:
+            thread.start()
+        try:
+            yield from self._come(done, threads, len(items), ended, received)
+        finally:
+            ended.set()
+
+    def _come(
+        self,
+        done: "queue.SimpleQueue[tuple[Item, Answer] | Exception]",
+        threads: Sequence[threading.Thread],
+        number: int,
+        ended: threading.Event,
+        received: Callable[[], int | None],
+    ) -> Iterator[list[tuple[Item, Answer]]]:
+        deadline: float | None = None
+        while number:
+            found = _drained(done)
+            good = [one for one in found if not isinstance(one, Exception)]
+            if good:
+                yield good
+            number -= len(good)
+            for one in found:
+                if isinstance(one, Exception):
+                    raise one
+            if (signal := received()) is not None:
+                ended.set()
+                deadline = deadline or time.monotonic() + _LAST_SECONDS
+                if time.monotonic() > deadline or not (found or any(thread.is_alive() for thread in threads)):
+                    raise interruption(signal)
+
+    def _ask(self, method: str, url: str, seconds: float, body: dict[str, Any] | None = None) -> httpx2.Response:
+        failing_since, pause = 0.0, _PAUSE_SECONDS
+        timeout = httpx2.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
+        while True:
+            patience = PATIENCE_SECONDS
+            try:
+                answer = self._http.request(method, url, json=body, timeout=timeout)
+            except httpx2.ReadTimeout as error:
+                raise ServerError(
+                    f"--server {self.url}: expected an answer within {seconds:.0f} s, got none; look at the server's "
+                    "log, or give fewer --requests-in-flight"
+                ) from error
+            except (httpx2.HTTPError, OSError) as error:
+                failure: ServerError = ServerError(
+                    f"--server {self.url}: expected a server that answers, got {brief(error)}; start it, or correct "
+                    "the address"
+                )
+            else:
+                if answer.status_code < 400:
+                    return answer
+                failure = RefusedError(
+                    f"--server {self.url}: {url.removeprefix(self.url)} was refused ({answer.status_code}): "
+                    f"{_reason(answer)}",
+                    answer.status_code,
+                )
+                if answer.status_code not in _PASSING:
+                    raise failure
+                patience = BUSY_SECONDS if answer.status_code == _TOO_MANY_REQUESTS else patience
+            failing_since = failing_since or time.monotonic()
+            if time.monotonic() - failing_since > patience or self._ended.is_set():
+                raise failure
+            self._ended.wait(pause * (0.5 + random.random()))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _address(url: str) -> str:
+    """The address with `/v1` at its end; ConfigError unless it is one of HTTP."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(f"--server: expected an address such as http://localhost:8000/v1, got {url!r}")
+    bare = url.rstrip("/")
+    return bare if bare.endswith("/v1") else f"{bare}/v1"
+
+
+def _object(answer: httpx2.Response, path: str) -> dict[str, Any]:
+    try:
+        found = answer.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ServerError(
+            f"{path}: expected a JSON object as OpenAI-compatible servers answer, got {brief(answer.text, 80)!r}; "
+            "correct --server"
+        )
+    return found
+
+
+def _reason(answer: httpx2.Response) -> str:
+    """What the server says is wrong."""
+    try:
+        found = answer.json()
+        error = found.get("error", found)
+        return brief(str(error.get("message", error) if isinstance(error, dict) else error))
+    except (ValueError, AttributeError):
+        return brief(answer.text or answer.reason_phrase)
+
+
+def _drained(done: "queue.SimpleQueue[Any]") -> list[Any]:
+    """What has come, after a wait for the first."""
+    found = []
+    try:
+        found.append(done.get(timeout=_LOOK_SECONDS))
+        while True:
+            found.append(done.get_nowait())
+    except queue.Empty:
+        return found

@@ -1,0 +1,331 @@
+"""`evaluate --server` and `generate --server` against a small server of the test's own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from aura_dist.cli import main
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.statement import Statement, read_statement
+from aura_dist.models.load import ModelSource, load_causal, tokenizer_of
+from aura_dist.ranks.world import World
+from tests.serving.openai_server import SmallServer
+from tests.special_tokens import LLAMA_3
+
+PROMPTS = "text,toxicity\n" + "".join(f'"The {word} said that",0.{i}\n' for i, word in enumerate(("cat", "dog", "man")))
+TEXTS = "text,toxic\nthe cat sat on the mat,0\nYou are such a fool and so is he,1\na,0\nnothing else to see here,0\n"
+ASKED = ["--scorer", "profanity-check", "--num-samples", "2", "--max-new-tokens", "6"]
+
+
+@pytest.fixture(scope="module")
+def directory(tiny_dir):
+    return tiny_dir("llama")
+
+
+@pytest.fixture(scope="module")
+def loaded(directory):
+    source = ModelSource(str(directory), None, "float32")
+    return load_causal(source, World()), tokenizer_of(source)
+
+
+@pytest.fixture
+def server(loaded, directory):
+    with SmallServer(*loaded, str(directory)) as running:
+        yield running
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "prompts.csv").write_text(PROMPTS)
+    (tmp_path / "texts.csv").write_text(TEXTS)
+    return tmp_path
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("aura_dist.evaluation.client.PATIENCE_SECONDS", 0.5)
+
+
+def evaluated(directory, out, *arguments):
+    assert main(["evaluate", "--model", str(directory), *map(str, arguments), "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def lines(out):
+    path = out.with_name(f"{out.stem}.continuations.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("likelihoods", ["prompt_logprobs", "echo"])
+def test_perplexity_is_the_one_of_this_process(likelihoods, server, directory, files):
+    server.likelihoods = likelihoods
+    asked = ["--perplexity-texts", files / "texts.csv", "--perplexity-labels", "toxic"]
+    for more in ([], ["--preprompt", "Be kind."]):
+        here = evaluated(directory, files / "here.json", *asked, *more)["perplexity"]
+        there = evaluated(directory, files / "there.json", *asked, *more, "--server", server.url)["perplexity"]
+        assert there.keys() == here.keys()
+        for name in ("token_weighted", "mean_over_sentences", "token_weighted_low"):
+            assert there[name] == pytest.approx(here[name], rel=1e-5)
+        assert there["num_tokens"] == here["num_tokens"]
+        assert there["positive"]["token_weighted"] == pytest.approx(here["positive"]["token_weighted"], rel=1e-5)
+
+
+def test_greedy_continuations_are_those_of_this_process(server, directory, files):
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    asked = ["--toxicity-prompts", files / "prompts.csv", *ASKED, "--temperature", "0", "--preprompt", "So."]
+    evaluated(directory, files / "here.json", *asked)
+    results = evaluated(directory, files / "there.json", *asked, "--server", server.url)
+    here, there = ({(r["prompt"], r["sample"]): r for r in lines(files / f"{n}.json")} for n in ("here", "there"))
+    assert here.keys() == there.keys()
+    for pair, record in here.items():
+        assert (record["ids"], record["text"], record["num_tokens"]) == tuple(
+            there[pair][key] for key in ("ids", "text", "num_tokens")
+        )
+    assert results["server"]["engine"] == "small"
+    assert results["server"]["version"] == "1.2"
+    assert results["server"]["dialect"] == {"token_ids": True, "extended": True}
+    assert results["server"]["probe"]["num_tokens"] == len(results["server"]["probe"]["ids"])
+    assert results["model"]["dtype"] is None
+    assert results["model_fingerprint"].startswith("served-")
+    assert there[0, 0]["settings"] != here[0, 0]["settings"], "they must not mix in one journal"
+
+
+def test_draws_are_repeated_and_depend_on_the_pair(server, directory, files):
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    asked = ["--toxicity-prompts", files / "prompts.csv", *ASKED, "--server", server.url]
+    server.seconds = 0.02
+    evaluated(directory, files / "a.json", *asked)
+    assert 1 < server.most_at_once <= 6
+    server.most_at_once = 0
+    evaluated(directory, files / "b.json", *asked, "--requests-in-flight", "1")
+    assert server.most_at_once == 1
+    a, b = ({(r["prompt"], r["sample"]): r["ids"] for r in lines(files / f"{n}.json")} for n in "ab")
+    assert a == b
+    assert len({tuple(ids) for ids in a.values()}) == 6
+    seeds = {body["seed"] for _, body in server.requests if body.get("temperature") == 1.0}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    evaluated(directory, files / "c.json", *asked, "--seed", "1")
+    assert {tuple(r["ids"]) for r in lines(files / "c.json")} != {tuple(ids) for ids in a.values()}
+
+
+def test_failures_that_pass_are_asked_again_and_an_end_keeps_what_is_there(
+    server, directory, files, refused, impatient
+):
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    asked = ["--toxicity-prompts", files / "prompts.csv", *ASKED]
+    command = ["evaluate", "--model", directory, *asked, "--server", server.url, "--out", files / "r.json"]
+    server.fails = [503, 429, 500]
+    server.num_until_silent = 3 + 1 + 4  # the probe, and four of six
+    refused([*command, "--requests-in-flight", "1"], "expected a server that answers, got .*; start it")
+    assert sum(path.read_text().count("\n") for path in files.glob("r.continuations*")) == 4
+    server.num_until_silent, before = float("inf"), len(server.requests)
+    evaluated(directory, files / "r.json", *asked, "--server", server.url)
+    made = [body for _, body in server.requests[before:] if body["temperature"] == 1.0]
+    assert len(made) == 2, "what is there is not asked for again"
+    assert sorted((r["prompt"], r["sample"]) for r in lines(files / "r.json")) == [
+        (p, s) for p in range(3) for s in (0, 1)
+    ]
+    with SmallServer(server.model, server.tokenizer, server.name) as again:
+        evaluated(directory, files / "r.json", *asked, "--server", again.url)
+        assert len(again.requests) == 1, "another address of the same server changes nothing: the probe alone"
+
+
+def test_killed_client_goes_on(server, directory, files):
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    server.seconds = 0.15
+    asked = ["--toxicity-prompts", files / "prompts.csv", "--scorer", "profanity-check", "--num-samples", "20"]
+    asked += ["--max-new-tokens", "2", "--server", server.url, "--requests-in-flight", "2"]
+    command = [sys.executable, "-m", "aura_dist", "evaluate", "--model", directory, *asked, "--out", files / "r.json"]
+    process = subprocess.Popen(list(map(str, command)), env=dict(os.environ), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(server.requests) < 12 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(server.requests)
+    assert 12 <= before < 50
+    server.seconds = 0.0
+    evaluated(directory, files / "r.json", *asked)
+    pairs = [(r["prompt"], r["sample"]) for r in lines(files / "r.json")]
+    assert sorted(pairs) == [(p, s) for p in range(3) for s in range(20)], "no pair twice, none missing"
+    assert len(server.requests) - before < 60
+
+
+def test_a_signal_ends_between_requests(server, directory, files, monkeypatch):
+    """Requests in flight end, and are kept; none follows."""
+    from aura_dist.errors import RunInterruptedError
+    from aura_dist.evaluation.client import Client
+
+    asked = []
+
+    def ask(item):
+        asked.append(item)
+        time.sleep(0.05)
+        return item
+
+    got = []
+    with Client(server.url, 2) as client:
+        answers = client.each(ask, range(100), lambda: signal.SIGTERM if len(asked) > 5 else None)
+        with pytest.raises(RunInterruptedError):
+            got.extend(item for some in answers for item, _ in some)
+    assert sorted(got) == sorted(asked)
+    assert len(asked) < 20
+
+
+def test_servers_that_take_less(server, directory, files):
+    """Texts in place of ids; no fields beyond OpenAI's."""
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    asked = ["--toxicity-prompts", files / "prompts.csv", *ASKED, "--temperature", "0", "--server", server.url]
+    evaluated(directory, files / "ids.json", *asked)
+    server.takes_ids, server.takes_more = False, False
+    results = evaluated(directory, files / "texts.json", *asked)
+    assert results["server"]["dialect"] == {"token_ids": False, "extended": False}
+    assert [r["text"] for r in lines(files / "ids.json")] == [r["text"] for r in lines(files / "texts.json")]
+    assert "ids" not in lines(files / "texts.json")[0]
+    assert lines(files / "texts.json")[0]["num_tokens"] == 6
+
+
+def test_chats_by_ids_and_by_turns(loaded, directory, tmp_path, capsys):
+    model, tokenizer = loaded
+    where = tmp_path / "chat"
+    model.save_pretrained(where)
+    tokenizer = type(tokenizer).from_pretrained(directory)
+    tokenizer.chat_template = LLAMA_3
+    tokenizer.save_pretrained(where)
+    command = [
+        "generate",
+        "--model",
+        where,
+        "--chat",
+        "--temperature",
+        "0",
+        "--prompt",
+        "Hi there",
+        "--max-new-tokens",
+        "5",
+    ]
+    shown = []
+    with SmallServer(model, tokenizer, "mine", str(where)) as server:
+        for more, ids in (([], True), (["--server", server.url], True), (["--server", server.url], False)):
+            server.takes_ids = ids
+            assert main([str(a) for a in (*command, *more, "--preprompt", "Be kind.")]) == 0
+            shown.append(capsys.readouterr().out)
+        assert shown[0] == shown[1] == shown[2]
+        path, body = server.requests[-1]
+    assert path == "/v1/chat/completions"
+    assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
+
+
+@pytest.fixture
+def intervention(directory, tmp_path):
+    scale = {"model.layers.0.mlp.down_proj": np.linspace(0, 1, 48, dtype=np.float32)}
+    made = Intervention(scale, {}, {"method": "aura", "model": {"name": "elsewhere/other"}})
+    made.save(tmp_path / "iv")
+    return made, tmp_path / "iv"
+
+
+def test_the_intervention_is_the_one_that_the_server_states(server, directory, intervention, capsys, refused, caplog):
+    made, where = intervention
+    command = ["generate", "--model", directory, "--prompt", "Hi", "--server", server.url, "--max-new-tokens", "2"]
+    given = [*command, "--intervention", where, "--strength", "0.5"]
+    refused(given, "expected a server that states --intervention .* at strength 0.5, got one that states none; start")
+    server.statement = Statement(made.digest, 0.5, 1)
+    assert main([str(a) for a in given]) == 0
+    shown = capsys.readouterr()
+    assert "  aura |" in shown.out
+    assert "was made for 'elsewhere/other'" in shown.err
+    refused(command, "expected a server of the plain model, because no --intervention was given, got one")
+    refused([*given[:-1], "0.25"], "expected a server that states .* at strength 0.25, got one of digest .* 0.5")
+    server.statement = replace(server.statement, digest="0" * 64)
+    refused(given, "got one of digest 000000000000 at strength 0.5; start vLLM with AURA_INTERVENTION=")
+    Intervention({"model.layers.9.mlp": np.ones(4, np.float32)}, {}, {}).save(where)
+    refused(given, "has no module 'model.layers.9.mlp'")
+
+
+def test_statements_are_read_among_metrics():
+    found = Statement("a" * 64, 0.3, 12)
+    labels = ",".join(f'{key}="{value}"' for key, value in reversed(found.labels.items()))
+    assert read_statement(f"other 1\naura_dist_intervention{{{labels}}} 1.0\nlast 2\n") == found
+    assert read_statement("other 1\n") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--server localhost", "expected an address such as http://localhost:8000/v1, got 'localhost'"),
+        ("--server http://127.0.0.1:9/v1", "expected a server that answers, got .*; start it, or correct the address"),
+        ("--server URL --model DEMO", "expected a server of --model .*, got one of .*; start it with that model"),
+        ("--server URL --server-model x", "expected a server of --server-model 'x', got one of "),
+        ("--server URL --dtype bfloat16", "--dtype: expected it without --server, got it with one"),
+        ("--server URL --sharding fsdp", "--sharding: expected it without --server"),
+        ("--server URL --device cpu", "--device: expected it without --server"),
+        ("--server URL --tokens-per-batch 7", "--tokens-per-batch: expected it without --server"),
+        ("--server URL --continuations-per-batch 7", "--continuations-per-batch: expected it without --server"),
+        ("--server-model x", "--server-model: expected it with --server, got it without"),
+        ("--requests-in-flight 3", "--requests-in-flight: expected it with --server, got it without"),
+        ("--server URL --max-tokens 300", "expected at most 256"),
+    ],
+)
+def test_bad_input(options, message, server, directory, files, refused, impatient, tiny_dir):
+    (files / "texts.csv").write_text("text\n" + "word " * 400 + "\n")
+    words = options.replace("URL", server.url).split()
+    if "DEMO" in words:
+        words[words.index("DEMO")] = str(tiny_dir("qwen3"))
+    else:
+        words += ["--model", str(directory)]
+    began = time.monotonic()
+    refused(["evaluate", "--perplexity-texts", files / "texts.csv", "--out", files / "r.json", *words], message)
+    assert time.monotonic() - began < 30
+    assert not (files / "r.json").exists()
+
+
+def test_a_server_without_likelihoods_or_with_a_key(server, directory, files, refused, monkeypatch):
+    command = ["evaluate", "--model", directory, "--perplexity-texts", files / "texts.csv", "--server", server.url]
+    command += ["--out", files / "r.json"]
+    server.likelihoods = None
+    refused(command, "expected one that tells the likelihoods of a prompt's tokens")
+    server.likelihoods, server.key = "echo", "secret"
+    refused(command, "models was refused .401.: Unauthorized")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert main([str(a) for a in command]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    server.name = "other"
+    refused(command, "got one of 'other'; start it with that model, or name by --server-model")
+    assert main([str(a) for a in (*command, "--server-model", "other")]) == 0
+
+
+def test_tasks_have_the_figures_of_this_process(server, directory, files):
+    pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
+    rows = [{"question": f"{a} and {b} make", "choices": [str(a + b), "none"]} for a in range(3) for b in range(2)]
+    (files / "tasks").mkdir()
+    (files / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shared = (
+        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {files}/tasks/rows.jsonl\ntest_split: test\n"
+    )
+    (files / "tasks" / "sums.yaml").write_text(
+        f"task: sums\n{shared}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: 0\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+    )
+    (files / "tasks" / "whole.yaml").write_text(
+        f"task: whole\n{shared}output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{{{question}}}}'\n"
+        "metric_list:\n  - metric: byte_perplexity\n"
+    )
+    (files / "tasks" / "say.yaml").write_text(
+        f"task: say\n{shared}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
+        "doc_to_target: '{{choices[0]}}'\ngeneration_kwargs:\n  until: ['e']\n  max_gen_toks: 5\n"
+        "metric_list:\n  - metric: bleu\n"
+    )
+    asked = ["--tasks", "sums", "whole", "say", "--tasks-path", files / "tasks"]
+    here = evaluated(directory, files / "here.json", *asked)["zero_shot"]
+    there = evaluated(directory, files / "there.json", *asked, "--server", server.url)["zero_shot"]
+    assert there.keys() == here.keys()
+    for task, figures in here.items():
+        assert there[task] == pytest.approx(figures, rel=1e-4)
