@@ -13,6 +13,7 @@ PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "min": lambda acts_TD: acts_TD.min(dim=0).values,
     "last": lambda acts_TD: acts_TD[-1],
     "absmax": lambda acts_TD: acts_TD.abs().max(dim=0).values,
+    "mean_square": lambda acts_TD: acts_TD.square().mean(dim=0),
 }
 
 

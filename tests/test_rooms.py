@@ -32,7 +32,7 @@ TOUCH_ENVIRONMENT = ("ranks", "sweep")
 PURE = (
     "config/help.py", "config/options.py", "config/settings.py", "config/verbs.py",
     "evaluation/figures.py",
-    "interventions/methods.py",
+    "interventions/gates.py", "interventions/methods.py", "interventions/separation.py",
     "planning/budget.py", "planning/seconds.py", "planning/text.py", "planning/work.py",
     "ranks/layout.py",
     "scoring/column_sums.py", "scoring/columns.py", "scoring/kernels.py", "scoring/statistics.py",
@@ -48,7 +48,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # modules that a requirement installs, where they have another name, or come with it
 INSTALLED_BY = {
     "yaml": "pyyaml", "distributed": "dask", "huggingface_hub": "transformers", "markupsafe": "jinja2",
-    "tokenizers": "transformers", "profanity_check": "alt-profanity-check",
+    "tokenizers": "transformers", "profanity_check": "alt-profanity-check", "sklearn": "scikit-learn",
 }  # fmt: skip
 
 

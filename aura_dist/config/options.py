@@ -19,6 +19,7 @@ GROUPS = (
 Dtype = Literal["float32", "bfloat16", "float16"]
 Pooling = Annotated[str, OneOf("aura_dist.sites.pooling.POOLINGS")]
 Method = Annotated[str, OneOf("aura_dist.interventions.methods.METHODS")]
+GateKind = Annotated[str, OneOf("aura_dist.interventions.gates.CHOICES")]
 Launcher = Annotated[str, OneOf("aura_dist.sweep.launchers.LAUNCHERS")]
 Statistic = Annotated[str, OneOf("aura_dist.scoring.statistics.STATISTICS"), Meta(title="STATISTIC")]
 Module = Annotated[str, OneOf("aura_dist.sites.kinds.kind_words", also="GLOB|!GLOB"), Meta(title="KIND|GLOB")]

@@ -23,6 +23,7 @@ from aura_dist.config.options import (
     Dir,
     Dtype,
     File,
+    GateKind,
     Launcher,
     LoadOptions,
     Method,
@@ -126,6 +127,9 @@ class FitOptions(Settings):
     max_q: Share | None = option("neurons", "only units whose q-value (false discovery rate) is at most this", None)
     method: Method = option("intervention", "how a unit's statistics become its map", "aura")
     alpha: Share = option("intervention", "damp: scale of the selected units", 0.5)
+    kp: float = option("intervention", "pid-act: gain of the layer's own difference", 1.0)
+    ki: float = option("intervention", "pid-act: gain of the sum over the layers before it", 0.1)
+    kd: float = option("intervention", "pid-act: gain of the change since the layer before it", 0.1)
     strength: Strength = option("intervention", STRENGTH, 1.0, again_in=("model", "generate", "evaluate", "export"))
     onto: Dir | None = option("intervention", "intervention that was on while collecting; the result does both", None)
     out: Dir = option("output", "directory to write the intervention to", empty_text=True)
@@ -147,10 +151,30 @@ class FitConfig(FitOptions):
     """Turn scores into an intervention."""
 
     store: Store = option("data", "a store that has been scored")
+    control: Store | None = option("data", "store of texts that must stay as they are: negatives of the gate", None)
+    gate: GateKind = option("intervention", "where the map acts", "none")
+    gate_threshold: float | None = option(
+        "intervention", "logit at which a gate is half open", None,
+        unset="units: 0; tokens: in each module, so that 1 % of tokens without the concept exceed it; runs the model",
+    )  # fmt: skip
+    gate_sharpness: Annotated[float, Meta(gt=0.0)] | None = option(
+        "intervention", "what a gate's logit is multiplied by about its threshold", None, unset="1"
+    )
+    gate_min_accuracy: Share | None = option(
+        "intervention", "tokens: leave out modules whose regression tells a smaller share of held-out texts", None
+    )
+
+    @property
+    def gate_fit(self) -> Any:
+        """Which gate to fit, an `interventions.gates.GateFit`; None without one."""
+        names = ("control", "gate_threshold", "gate_sharpness", "gate_min_accuracy")
+        given = {name: getattr(self, name) for name in names}
+        return resolve_name("aura_dist.interventions.gates:settle_gate")(self.gate, given)
 
     def __post_init__(self) -> None:
-        """Refuse what only the command line can turn into another verb."""
+        """Refuse an option that the gate does not read, and what only the command line can turn into another verb."""
         super().__post_init__()
+        self.gate_fit  # noqa: B018
         if self.sequential:
             raise ConfigError("--sequential: expected it with a model and its data, got it with a store; leave it out")
 

@@ -1,8 +1,12 @@
-"""The intervention as a file: `intervention.safetensors` (`<site>.scale`, `<site>.shift`) and `intervention.json`."""
+"""The intervention as a file: `intervention.safetensors` and `intervention.json`.
+
+The tensors are `<site>.scale`, `<site>.shift` and, of a site with a gate, `<site>.gate.<part>`, the parts of its kind.
+"""
 
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from aura_dist.errors import InputError, StoreError
 from aura_dist.files import replacing
+from aura_dist.interventions.gates import GATES, Gate, kind_of
 from aura_dist.interventions.methods import Map, compose, with_strength
 from aura_dist.models.fingerprints import is_earlier
 
@@ -23,19 +28,23 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "intervention.safetensors"
 META_FILE = "intervention.json"
 FORMAT_VERSION = 1
+_PARTS = sorted({part for row in GATES.values() for part in row.parts})
+_TENSOR = re.compile(rf"(?P<site>.+)\.(?P<what>scale|shift|gate\.(?:{'|'.join(_PARTS)}))")
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """One elementwise affine map z ← scale ⊙ z + shift per site.
+    """One elementwise affine map z ← scale ⊙ z + shift per site, which a gate may hold back.
 
-    `b @ a` is `b` after `a`, as one intervention; InputError if their models or widths differ.
+    `b @ a` is `b` after `a`, as one intervention; InputError if their models or widths differ, or if both act at a
+    site where one has a gate.
     """
 
     scale: Mapping[str, NDArray[np.float32]]  # site → [D]
     shift: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # a site without one is not shifted
     # method, parameters, concept, model fingerprint, store digest; `applied_strength` if `at_strength` changed the maps
     meta: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Gate] = field(default_factory=dict)  # a site without one is moved wholly, at every token
 
     @property
     def sites(self) -> list[str]:
@@ -63,10 +72,12 @@ class Intervention:
 
     @property
     def digest(self) -> str:
-        """sha256 of the maps alone, whatever made them and wherever they are saved."""
+        """sha256 of the maps and gates alone, whatever made them and wherever they are saved."""
         digest = hashlib.sha256()
         for site in sorted(self.sites):
-            for name, values in zip(("scale", "shift"), self.map_of(site), strict=True):
+            gate = self.gate[site].parts if site in self.gate else {}
+            parts = zip(("scale", "shift"), self.map_of(site), strict=True)
+            for name, values in (*parts, *((f"gate.{part}", gate[part]) for part in sorted(gate))):
                 if values is not None:
                     digest.update(f"{site}.{name}".encode() + np.ascontiguousarray(values, dtype=np.float32).tobytes())
         return digest.hexdigest()
@@ -88,13 +99,13 @@ class Intervention:
         shifts = {site: shift for site, (_, shift) in maps.items() if shift is not None}
         before = self.meta.get("applied_strength")
         meta = {**self.meta, "applied_strength": strength * (1.0 if before is None else before)}
-        return Intervention({site: scale for site, (scale, _) in maps.items()}, shifts, meta)
+        return Intervention({site: scale for site, (scale, _) in maps.items()}, shifts, meta, self.gate)
 
     def restricted(self, sites: Collection[str]) -> "Intervention":
         """The same on some of its sites."""
         kept = set(sites)
         scale, shift = ({s: v for s, v in maps.items() if s in kept} for maps in (self.scale, self.shift))
-        return Intervention(scale, shift, self.meta)
+        return Intervention(scale, shift, self.meta, {s: gate for s, gate in self.gate.items() if s in kept})
 
     def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload to `user/name` on the Hugging Face hub, with a model card; returns the address of the commit.
@@ -127,6 +138,7 @@ class Intervention:
             if site not in inner.sites or site not in self.sites:
                 maps = (self if site in self.sites else inner).map_of(site)
             else:
+                check_no_gate(site, inner, self)
                 widths = [len(one.map_of(site)[0]) for one in (inner, self)]
                 if widths[0] != widths[1]:
                     raise InputError(f"expected maps of one width at {site!r}, got {widths[0]} and {widths[1]} neurons")
@@ -140,7 +152,7 @@ class Intervention:
             meta["model"] = max(
                 models, key=lambda m: (bool(m.get("fingerprint")), not is_earlier(m.get("fingerprint")))
             )
-        return Intervention(scale, shift, meta)
+        return Intervention(scale, shift, meta, {**inner.gate, **self.gate})
 
     def save(self, directory: str | Path) -> None:
         """Write both files; StoreError if the directory cannot be written, or `load` would refuse the files.
@@ -151,9 +163,12 @@ class Intervention:
         place = Path(directory)
         tensors = {f"{s}.scale": np.asarray(v, dtype=np.float32) for s, v in self.scale.items()}
         tensors |= {f"{s}.shift": np.asarray(v, dtype=np.float32) for s, v in self.shift.items()}
+        tensors |= {
+            f"{s}.gate.{n}": np.asarray(v, np.float32) for s, g in self.gate.items() for n, v in g.parts.items()
+        }
         meta = {**self.meta, "format_version": FORMAT_VERSION, "sites": self.sites}
         try:
-            _check_tensors(tensors)
+            _parsed(tensors)
             place.mkdir(parents=True, exist_ok=True)
             # the weights, whose context ends first, take their place before the description
             with replacing(place / META_FILE) as description, replacing(place / WEIGHTS_FILE) as weights:
@@ -173,7 +188,7 @@ class Intervention:
             order = list(meta.pop("sites"))
             version = meta.pop("format_version")
             _check_description(meta)
-            _check_tensors(tensors)
+            scale, shift, gate = _parsed(tensors)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise StoreError(
                 f"intervention {str(place)!r}: expected {META_FILE} and {WEIGHTS_FILE} as `fit` writes them: {error}"
@@ -183,12 +198,18 @@ class Intervention:
                 f"intervention {str(place)!r}: expected format version {FORMAT_VERSION}, got {version}; "
                 "read it with the version of aura_dist that wrote it"
             )
-        if sorted({name.rpartition(".")[0] for name in tensors}) != sorted(map(str, order)):
+        if sorted({*scale, *shift}) != sorted(map(str, order)):
             raise StoreError(f"intervention {str(place)!r}: {WEIGHTS_FILE} and {META_FILE} name different modules")
-        return cls(
-            {s: tensors[f"{s}.scale"] for s in order if f"{s}.scale" in tensors},
-            {s: tensors[f"{s}.shift"] for s in order if f"{s}.shift" in tensors},
-            meta,
+        scale, shift = ({s: maps[s] for s in order if s in maps} for maps in (scale, shift))
+        return cls(scale, shift, meta, {s: gate[s] for s in order if s in gate})
+
+
+def check_no_gate(site: str, *both: Intervention) -> None:
+    """InputError if an intervention has a gate at a site, because two maps make one only where both always act."""
+    for kind in [one.gate[site].kind for one in both if site in one.gate]:
+        raise InputError(
+            f"{site!r}: expected maps without gates where two interventions act one after the other, got one with a "
+            f"gate of {kind}; let one of them leave this module out, or nest `intervene`"
         )
 
 
@@ -209,7 +230,7 @@ def _methods(meta: Mapping[str, Any]) -> list[str]:
 
 def _check_description(meta: Mapping[str, Any]) -> None:
     """ValueError if a value has another type than its readers expect; null counts as missing."""
-    for name in ("model", "data", "parameters"):
+    for name in ("model", "data", "parameters", "gate"):
         if not isinstance(meta.get(name) or {}, dict):
             raise ValueError(f"{META_FILE} has {name} = {meta[name]!r} where an object belongs")
     model = meta.get("model") or {}
@@ -222,20 +243,38 @@ def _check_description(meta: Mapping[str, Any]) -> None:
     sampling = (meta.get("data") or {}).get("sampling") or {}
     if not isinstance(sampling, dict):
         raise ValueError(f"{META_FILE} has {sampling!r} for the data's sampling, where an object belongs")
+    control = (meta.get("gate") or {}).get("control") or {}
+    if not isinstance(control, dict) or not isinstance(control.get("data") or {}, dict):
+        raise ValueError(f"{META_FILE} has {control!r} for the gate's control, where an object belongs")
     for part in meta.get("composed") or []:
         if not isinstance(part, dict):
             raise ValueError(f"{META_FILE} has {part!r} where a composed intervention's description belongs")
         _check_description(part)
 
 
-def _check_tensors(tensors: Mapping[str, NDArray[Any]]) -> None:
-    """ValueError unless all are scales and shifts, finite, with one value for each neuron of their module."""
-    widths: dict[str, int] = {}
+def _parsed(
+    tensors: Mapping[str, NDArray[Any]],
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]], dict[str, Gate]]:
+    """Site → scale, site → shift, site → gate; ValueError unless all are finite, and of one width for each module."""
+    found: dict[str, dict[str, NDArray[Any]]] = {}
     for name, values in tensors.items():
-        site, _, kind = name.rpartition(".")
-        if kind not in ("scale", "shift") or values.ndim != 1 or values.dtype.kind != "f":
+        parsed = _TENSOR.fullmatch(name)
+        if parsed is None or values.ndim != 1 or values.dtype.kind != "f":
             raise ValueError(f"{WEIGHTS_FILE} has {name!r}, {values.dtype} of shape {values.shape}")
         if not np.isfinite(values).all():
             raise ValueError(f"{WEIGHTS_FILE} has values in {name!r} that are not finite")
-        if widths.setdefault(site, len(values)) != len(values):
-            raise ValueError(f"{WEIGHTS_FILE} has {widths[site]} and {len(values)} neurons for {site!r}")
+        found.setdefault(parsed["site"], {})[parsed["what"]] = values
+    gates = {}
+    for site, of_site in found.items():
+        widths = sorted({len(v) for what, v in of_site.items() if what in ("scale", "shift")})
+        if len(widths) != 1:
+            raise ValueError(f"{WEIGHTS_FILE} has {' and '.join(map(str, widths)) or 'no'} neurons for {site!r}")
+        parts = {what.removeprefix("gate."): v for what, v in of_site.items() if what.startswith("gate.")}
+        if parts:
+            try:
+                gates[site] = Gate(kind_of(parts), parts)
+                gates[site].check(*widths)
+            except ValueError as error:
+                raise ValueError(f"{WEIGHTS_FILE} has for {site!r} {error}") from error
+    scales, shifts = ({s: v[what] for s, v in found.items() if what in v} for what in ("scale", "shift"))
+    return scales, shifts, gates

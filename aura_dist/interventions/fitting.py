@@ -1,4 +1,4 @@
-"""From a store to an intervention on one concept, by any method. Imports torch for a trained method alone."""
+"""From a store to an intervention on one concept, by any method. Imports torch for what runs the model alone."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from aura_dist import __version__
 from aura_dist.errors import ConfigError, InputError
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.gates import GateFit
 from aura_dist.interventions.methods import (
     FromModel,
     Options,
@@ -46,6 +47,7 @@ class Fit:
     modules: Sequence[str] = ()  # kinds and patterns of the store's sites to act on; empty for all
     strength: float = 1.0  # s of `methods.with_strength`
     options: Options = field(default_factory=dict)  # one that is missing or None takes the method's default
+    gate: GateFit | None = None
 
 
 def fit_intervention(
@@ -54,7 +56,7 @@ def fit_intervention(
     """The fitted intervention alone; `result @ earlier` is the one that acts after an earlier intervention.
 
     `read` reads the store's scores. A trained method runs the model under `earlier`, the intervention that the store
-    was collected under.
+    was collected under. So does the fit of a gate of tokens without a threshold.
 
     Raises
     ------
@@ -62,9 +64,9 @@ def fit_intervention(
         An option is given that the method does not read.
     InputError
         The store has no such concept, pooling or modules, or nothing can change these; `top_k` exceeds the units to
-        choose from.
+        choose from; as of `gate_fitting.with_gates`.
     StoreError
-        The store has not been scored.
+        The store has not been scored, or is not finished where a gate needs it.
     """
     method, options = find_method(fit.method), settle_options(fit.method, fit.options)
     sites = spec.sites if not fit.modules else choose(spec.sites, fit.modules, partial(_unmatched, spec.sites))
@@ -81,7 +83,14 @@ def fit_intervention(
         maps = fit_maps(method, statistics, options)
         warn_of_unscored(sites, statistics)
         evidence = [values for scores in statistics.values() for values in scores.values()]
-    return replace(Intervention(*maps).at_strength(fit.strength), meta=meta_of(spec, fit, options, evidence))
+    fitted = Intervention(*maps).at_strength(fit.strength)
+    if fit.gate is None:
+        return replace(fitted, meta=meta_of(spec, fit, options, evidence))
+    from aura_dist.interventions.gate_fitting import with_gates
+
+    gated = with_gates(fitted, group, spec, fit.concept, fit.gate, sites, earlier)
+    meta = meta_of(spec, fit, options, [*evidence, *gated.evidence])
+    return replace(gated.intervention, meta={**meta, "gate": gated.about})
 
 
 def meta_of(
@@ -133,6 +142,8 @@ def _parameters(fit: Fit, options: Mapping[str, Any]) -> dict[str, Any]:
     written = {name: options[name] for name in ("pooling", "top_k") if name in options}
     written["strength"] = fit.strength
     written |= {name: value for name, value in options.items() if name not in written and value is not None}
+    if fit.gate is not None:
+        written |= {"gate": fit.gate.kind, **fit.gate.written}
     return {**written, **({"modules": list(fit.modules)} if fit.modules else {})}
 
 

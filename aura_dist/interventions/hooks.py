@@ -5,17 +5,20 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.callbacks import affine, gated
 from aura_dist.interventions.folded import check_not_folded
+from aura_dist.interventions.gates import Gate
 from aura_dist.interventions.methods import with_strength
 from aura_dist.models.layerwise import whole_forwards
 from aura_dist.models.strategies.tensor_plan import seen_columns
@@ -24,14 +27,14 @@ from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, own
 from aura_dist.sites.kinds import KINDS
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import Callback, Tap, attached
-from aura_dist.sites.transformers_adapter import tensor_place
+from aura_dist.sites.transformers_adapter import tensor_group, tensor_place
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def intervene(model: PreTrainedModel, intervention: Intervention, strength: float = 1.0) -> Iterator[PreTrainedModel]:
-    """Within the context, the values z of each site become scale ⊙ z + shift.
+    """Within the context, the values z of each site become scale ⊙ z + shift, or go as far towards it as a gate says.
 
     Values of bfloat16 and float16 models are changed in float32 and rounded once. Weights are not touched: leaving
     the context restores the model bit for bit, and `strength=0` changes nothing.
@@ -63,11 +66,11 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
             )
         check_not_folded(whole.config, intervention)
         maps = _maps(whole, intervention, strength)
-        check = _EveryForward(*_groups(whole, [tap for tap, _, _ in maps]))
+        check = _EveryForward(*_groups(whole, [one.tap for one in maps]))
     if not maps:
         yield model
         return
-    callbacks = [(tap, affine(tap, scale, shift, check.note)) for tap, scale, shift in maps]
+    callbacks = [(one.tap, one.callback(check.note)) for one in maps]
     with without_compiled_parts(model), attached(whole, callbacks), ExitStack() as hooks:
         for part in whole_forwards(whole):
             hooks.callback(part.register_forward_pre_hook(check.begin).remove)
@@ -76,16 +79,41 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     check.warn_of_uncalled()
 
 
-def _maps(
-    model: PreTrainedModel, intervention: Intervention, strength: float
-) -> list[tuple[Tap, NDArray[np.float32], NDArray[np.float32] | None]]:
-    """The taps of the sites that change, each with the scale and the shift of the columns that it passes."""
+@dataclass(frozen=True)
+class _Map:
+    """What changes a site: the scale, the shift and the gate of the columns that its tap passes."""
+
+    tap: Tap
+    scale: NDArray[np.float32]
+    shift: NDArray[np.float32] | None
+    gate: Gate | None
+    group: Any  # of the ranks that see the site's other columns; None where each sees all
+
+    def callback(self, note: Callable[[str], None]) -> Callback:
+        if self.gate is None:
+            return affine(self.tap, self.scale, self.shift, note)
+        return gated(self.tap, self.scale, self.shift, self.gate, note, self._add_up)
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        return sums
+
+
+def _maps(model: PreTrainedModel, intervention: Intervention, strength: float) -> list[_Map]:
+    """The maps of the sites that change."""
     maps = []
     for site, tap in _taps(model, intervention).items():
         scale, shift = with_strength(*intervention.map_of(site), strength)
         if (scale != 1).any() or (shift is not None and shift.any()):
-            columns = _seen(model, tap)
-            maps.append((tap, scale[columns], None if shift is None else shift[columns]))
+            columns, is_split = _seen(model, tap)
+            gate = intervention.gate.get(site)
+            maps.append(
+                _Map(
+                    tap, scale[columns], None if shift is None else shift[columns],
+                    None if gate is None else gate.restricted(columns), tensor_group(model) if is_split else None,
+                )
+            )  # fmt: skip
     return maps
 
 
@@ -162,13 +190,14 @@ def laid_over(
     return intervene(model, intervention.restricted(kept), strength)
 
 
-def _seen(model: PreTrainedModel, tap: Tap) -> NDArray[np.intp]:
-    """The columns of a site that its tap passes on this rank: all, or its own under tensor parallelism."""
+def _seen(model: PreTrainedModel, tap: Tap) -> tuple[NDArray[np.intp], bool]:
+    """The columns of a site that its tap passes on this rank, and whether other ranks see others of them."""
     rank, num_ranks = tensor_place(model)
     if num_ranks == 1:
-        return np.arange(tap.width)
-    mine = seen_columns(model.tp_plan, tap, num_ranks)[rank]
-    return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in mine)])
+        return np.arange(tap.width), False
+    of_ranks = seen_columns(model.tp_plan, tap, num_ranks)
+    columns = np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in of_ranks[rank])])
+    return columns, any(tuple(seen) != ((0, tap.width),) for seen in of_ranks)
 
 
 def check_fits(
@@ -176,7 +205,8 @@ def check_fits(
 ) -> None:
     """ModelError unless every site of `intervention` is one of `table`'s, with the same width, and can be changed."""
     widths = {s.name: s.width for s in table.sites}
-    fixed = {s.name: s.kind for s in table.sites if not KINDS[s.kind].acts}
+    kinds = {s.name: s.kind for s in table.sites}
+    fixed = {name: kind for name, kind in kinds.items() if not KINDS[kind].acts}
     for site in intervention.sites:
         width = widths.get(own_name(site))
         if width is None:
@@ -186,6 +216,12 @@ def check_fits(
                 f"{site!r}: expected modules that an intervention can change, got one of kind {fixed[own_name(site)]}"
             )
         _check_width(intervention, site, width, table.model_class)
+        gate, kind = intervention.gate.get(site), kinds[own_name(site)]
+        if gate is not None and gate.row.of_token and not KINDS[kind].whole_tokens:
+            raise ModelError(
+                f"{site!r}: expected modules that hold all values of a token together with a gate of {gate.kind}, got "
+                f"one of kind {kind}; leave it out by `fit --modules`, or fit another gate"
+            )
 
 
 def _taps(model: PreTrainedModel, intervention: Intervention) -> dict[str, Tap]:
@@ -226,38 +262,3 @@ def _check_width(intervention: Intervention, site: str, width: int, model_class:
                 f"the intervention does not fit {model_class}: expected {width} neurons at {site!r}, "
                 f"got {values.shape[0]}"
             )
-
-
-def affine(
-    tap: Tap, scale: NDArray[np.float32], shift: NDArray[np.float32] | None, note: Callable[[str], None]
-) -> Callback:
-    """A callback that makes values scale ⊙ values + shift, in float32 at least, rounded once to their dtype.
-
-    `scale` and `shift` are [D] for the columns that the tap passes. The callback tells `note` that the site was called.
-    """
-    constants: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
-
-    def on(device: torch.device) -> tuple[Tensor, Tensor | None]:
-        if device not in constants:
-            with torch.inference_mode(False):  # they outlive this forward, and autograd takes no inference tensors
-                moved = None if shift is None or not shift.any() else torch.tensor(shift, device=device)
-                constants[device] = (torch.tensor(scale, device=device), moved)
-        return constants[device]
-
-    def apply(raw: object, alone: bool) -> Any:
-        note(tap.site)
-
-        def change(values: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
-            scale_D, shift_D = on(values.device)
-            wide = torch.promote_types(values.dtype, torch.float32)
-            if wide == values.dtype and alone:  # fresh memory for a large output costs more than the product
-                changed = values.mul_(along(scale_D))
-            else:
-                changed = values.to(wide) * along(scale_D)
-            if shift_D is not None:
-                changed += along(shift_D)
-            return changed.to(values.dtype)
-
-        return tap.write(raw, len(scale), change)
-
-    return apply

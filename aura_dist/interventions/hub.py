@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,15 +55,19 @@ def card(intervention: Intervention, repo: str) -> str:
     model = (meta.get("model") or {}).get("name")
     header = ["library_name: aura_dist", "tags: [activation-steering, aura_dist]"]
     header += [f"base_model: {model}"] if model and _is_hub_name(model) else []
+    kinds = Counter(gate.kind for gate in intervention.gate.values())
+    gates = "".join(f"- gates of {kind}: {number} modules\n" for kind, number in sorted(kinds.items()))
+    formula = "z ← z + g ⊙ ((ω − 1) ⊙ z + b), with a gate g in [0, 1]," if kinds else "z ← ω ⊙ z + b"
     figures = (
         f"- modules: {len(intervention.sites)}\n"
         f"- neurons changed: {intervention.num_changed:,} of {intervention.num_neurons:,}\n"
+        f"{gates}"
         f"- digest: `{intervention.digest[:16]}`"
     )
     return (
         "---\n" + "\n".join(header) + "\n---\n\n"
         f"# {repo.rpartition('/')[2]}\n\n"
-        "An elementwise affine map z ← ω ⊙ z + b on the outputs of a language model's modules, made with "
+        f"An elementwise map {formula} on the outputs of a language model's modules, made with "
         "`aura_dist`.\n\n"
         f"{_parts(meta)}\n\n## Figures\n\n{figures}\n\n## Use\n\n```python\nimport aura_dist\n\n"
         f'intervention = aura_dist.Intervention.from_hub("{repo}")\n'
@@ -77,6 +82,7 @@ def _parts(meta: Mapping[str, Any]) -> str:
         return "\n\nafter\n\n".join(_parts(m) for m in meta["composed"]) + strength
     model, data = meta.get("model") or {}, meta.get("data") or {}
     sampling, name = data.get("sampling") or {}, model.get("name")
+    control = (meta.get("gate") or {}).get("control") or {}
     rows = ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None)
     lines = {
         "method": method_of(meta),
@@ -84,8 +90,9 @@ def _parts(meta: Mapping[str, Any]) -> str:
         "at strength": meta.get("applied_strength"),
         "concept": meta.get("concept"),
         "model": name and f"{public_name(name)} (fingerprint `{str(model.get('fingerprint'))[:16]}`)",
-        "data": data.get("path") and f"{Path(str(data['path'])).name} (sha256 `{str(data.get('sha256'))[:16]}`)",
+        "data": data.get("path") and f"{_last(data['path'])} (sha256 `{str(data.get('sha256'))[:16]}`)",
         "rows": rows or None,
+        "control": control.get("store") and f"{_last(control['store'])} ({control.get('num_texts')} texts)",
     }
     return "\n".join(f"- {key}: {value}" for key, value in lines.items() if value)
 
@@ -93,12 +100,20 @@ def _parts(meta: Mapping[str, Any]) -> str:
 def without_paths(meta: Mapping[str, Any]) -> dict[str, Any]:
     """A description with only the last part of each local path, as on the card."""
     found = dict(meta)
-    for part, key, shown in (("model", "name", public_name), ("data", "path", lambda path: Path(path).name)):
+    for part, key, shown in (("model", "name", public_name), ("data", "path", _last)):
         if (found.get(part) or {}).get(key):
             found[part] = {**found[part], key: shown(str(found[part][key]))}
+    control = (found.get("gate") or {}).get("control")
+    if control:
+        data = {**control["data"], "path": _last(control["data"].get("path"))} if control.get("data") else {}
+        found["gate"] = {**found["gate"], "control": {**control, "store": _last(control.get("store")), "data": data}}
     if found.get("composed"):
         found["composed"] = [without_paths(inner) for inner in found["composed"]]
     return found
+
+
+def _last(path: Any) -> str:
+    return Path(str(path)).name
 
 
 def public_name(model: str) -> str:

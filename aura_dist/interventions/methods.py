@@ -3,6 +3,7 @@
 A new method is one row of `METHODS` and one function: of a store's statistics, or, in a module of its own, of a model.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +92,24 @@ def _linear_act(statistics: Mapping[str, Scores], options: Options) -> tuple[Sco
     return statistics["linear_act_scale"], statistics["linear_act_shift"]
 
 
+def _pid_act(statistics: Mapping[str, Scores], options: Options) -> tuple[Scores, Scores]:
+    """b_l = K_p r_l + K_i Σ_{j<l} r_j + K_d (r_l − r_{l−1}), r = m₀ − m₁ (Nguyen et al., ICLR 2026, arXiv 2510.04309).
+
+    l counts the layers of sites that have one name but for the layer's number, and one width. The first of them has
+    no term of the derivative. A unit counts as 0 in later layers' sums where its difference is not finite.
+    """
+    shifts: dict[str, NDArray[np.float64]] = {}
+    earlier: dict[tuple[str, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+    for site, positive in statistics["mean_positive"].items():
+        error = statistics["mean_negative"][site] - positive
+        place = re.sub(r"\.\d+(?=\.|$)", ".*", site, count=1), len(error)
+        known = np.where(np.isfinite(error), error, 0.0)
+        total, last = earlier.get(place, (np.zeros_like(known), known))
+        shifts[site] = options["kp"] * error + options["ki"] * total + options["kd"] * (error - last)
+        earlier[place] = total + known, known
+    return {site: np.ones_like(shift) for site, shift in shifts.items()}, shifts
+
+
 METHODS: dict[str, FromStatistics | FromModel] = {
     "aura": FromStatistics(
         summary="α z, α = 1 − 2 (AUROC − ½): damps each expert in proportion to its expertise",
@@ -111,6 +130,11 @@ METHODS: dict[str, FromStatistics | FromModel] = {
     "linear-act": FromStatistics(
         summary="ω z + b: maps the responses to texts with the concept onto those without it",
         maps=_linear_act, statistics=("linear_act_scale", "linear_act_shift"), pooling="mean",
+    ),
+    "pid-act": FromStatistics(
+        summary="z + b: mean-act's shift, with what the layers before it were to move, and by how much it changes",
+        maps=_pid_act, statistics=("mean_positive", "mean_negative"), pooling="mean",
+        own_options={"kp": 1.0, "ki": 0.1, "kd": 0.1}, by_layer=False,
     ),
 }  # fmt: skip
 

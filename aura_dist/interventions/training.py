@@ -1,6 +1,7 @@
 """Run a trained method on the model and the texts that a store was collected from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aura_dist.errors import InputError, ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import FromModel, Scales, Shifts
-from aura_dist.interventions.use import load_for_use
+from aura_dist.interventions.use import LoadedModel, load_for_use
 from aura_dist.models.fingerprints import comparable
 from aura_dist.models.identity import earlier_fingerprint
 from aura_dist.models.load import ModelSource, load_config
@@ -65,6 +66,21 @@ def train_maps(
         raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
     rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, spec.concepts.index(concept)]
     train = resolve_name(method.train)
+    labelled = np.flatnonzero(labels >= 0)
+    with as_collected(group, spec, earlier) as loaded, torch.enable_grad():
+        tokens = stored_tokens(group, spec, rows, loaded.tokenizer)
+        scales, shifts = train(
+            Training(loaded.model, loaded.tokenizer, sites, tokens.take(labelled), labels[labelled] == 1, options)
+        )
+    return (scales, shifts), [rows, labels]
+
+
+@contextmanager
+def as_collected(group: zarr.Group, spec: StoreSpec, earlier: Intervention | None) -> Iterator[LoadedModel]:
+    """Within the context, the model that a store was collected from, in one process, under `earlier`.
+
+    ModelError if it cannot be loaded, or has changed.
+    """
     collected_with: Any = group.attrs.get("config", {})
     how = TokenizerSettings(collected_with.get("tokenizer_ids"), collected_with.get("tokenizer_option", {}))
     adapter, quantization = (spec.model.get("adapter") or {}).get("name"), spec.model.get("quantization")
@@ -82,16 +98,11 @@ def train_maps(
                 f"{source.name!r}: expected the weights that the store was collected from (fingerprint "
                 f"{recorded[:12]}), got others ({here[:12]}); restore them, or collect again"
             )
-        tokens = _tokens(group, spec, rows, loaded.tokenizer)
-        labelled = np.flatnonzero(labels >= 0)
-        with loaded.intervened(1.0), torch.enable_grad():
-            scales, shifts = train(
-                Training(loaded.model, loaded.tokenizer, sites, tokens.take(labelled), labels[labelled] == 1, options)
-            )
-    return (scales, shifts), [rows, labels]
+        with loaded.intervened(1.0):
+            yield loaded
 
 
-def _tokens(
+def stored_tokens(
     group: zarr.Group, spec: StoreSpec, rows: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
 ) -> TokenizedTexts:
     """The store's texts in its order; InputError unless their tokens are those that were collected."""

@@ -23,6 +23,8 @@ class Kind:
     tap: str  # `module:class`
     folds: bool = True  # whether `export` can fold a map of such a site into weights
     acts: bool = True  # whether an intervention can change such a site
+    # whether a tap passes all values of a token together, which a gate of tokens needs
+    whole_tokens: bool = True
     aliases: tuple[str, ...] = ()  # further words of `--modules` that choose this kind, maybe with others
 
     def find(self, layer: Any) -> dict[str, int]:
@@ -78,6 +80,7 @@ KINDS: dict[str, Kind] = {
         "neurons of a mixture's experts after activation, 0 at tokens that the router did not send there",
         finder="aura_dist.sites.experts:find_experts",
         tap="aura_dist.sites.experts:ExpertsTap",
+        whole_tokens=False,
     ),
     "routing": Kind(
         "what a mixture's router sends to each expert: tokens (1 or 0) and weights; nothing can change it",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -126,6 +126,16 @@ def _mean(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
     return tokens.reduce(acts_BTD, lambda run: run.sum(dim=1, dtype=wide), operator.add) / tokens.count_B1
 
 
+def _mean_square(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
+    """Squared and summed in float32 at least."""
+    values = acts_BTD.values_SI if isinstance(acts_BTD, Routed) else acts_BTD
+    wide = values.dtype if values.dtype.itemsize >= 4 else tokens.count_B1.dtype
+    if isinstance(acts_BTD, Routed):
+        squared = replace(acts_BTD, values_SI=values.to(wide).square())
+        return squared.sum(tokens.counted_BT, wide) / tokens.count_B1
+    return tokens.reduce(acts_BTD, lambda run: run.to(wide).square().sum(dim=1), operator.add) / tokens.count_B1
+
+
 def _last(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
     return tokens.at_last(acts_BTD)
 
@@ -150,4 +160,5 @@ POOLINGS = {
     "min": Pooling("the smallest value", _min, selects=True, of_token=lambda acts: acts),
     "last": Pooling("the last counted token's value", _last, selects=True),
     "absmax": Pooling("the largest absolute value", _absmax, selects=True, of_token=lambda acts: acts.abs()),
+    "mean_square": Pooling("the mean of the squares", _mean_square, selects=False),
 }

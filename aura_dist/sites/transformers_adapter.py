@@ -49,6 +49,11 @@ def tensor_place(model: PreTrainedModel) -> tuple[int, int]:
     return (model._device_mesh["tp"].get_local_rank() if num_ranks > 1 else 0), num_ranks
 
 
+def tensor_group(model: PreTrainedModel) -> Any:
+    """The process group of the ranks that tensor parallelism splits `model` over; None where there is one rank."""
+    return model._device_mesh["tp"].get_group() if (getattr(model, "_tp_size", None) or 1) > 1 else None
+
+
 def tied_to(model: PreTrainedModel, parameter: str) -> list[str]:
     """Names of the parameters that are tied to `parameter` when weights are loaded."""
     tied = dict(model.all_tied_weights_keys)

@@ -1,4 +1,4 @@
-"""fit: a scored store → an intervention directory. Imports torch for a trained method alone."""
+"""fit: a scored store → an intervention directory. Imports torch for what runs the model alone."""
 
 from functools import partial
 
@@ -25,6 +25,6 @@ def fit(config: FitConfig) -> Intervention:
         check_out(config.out, config.onto)
     spec = StoreSpec.of(group)
     earlier = earlier_intervention(config.store, spec, config.onto)
-    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options)
+    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options, config.gate_fit)
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
     return finish(fitted, config.method, earlier, config.onto, config.out)

@@ -1,8 +1,10 @@
 """Every rank of a launch runs this: the logits of each model under each of its interventions, under one strategy."""
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.gates import GATES, Gate
 from aura_dist.interventions.hooks import intervene
 from aura_dist.models.load import ModelSource, load_causal, load_config, skeleton
 from aura_dist.models.strategies.table import parse_sharding
@@ -30,6 +33,20 @@ def random_map(model: str) -> Intervention:
     scale = {s.name: rng.uniform(0.2, 1.2, s.width).astype(np.float32) for s in sites}
     shift = {s.name: rng.normal(0, 0.1, s.width).astype(np.float32) for s in sites[::2]}
     return Intervention(scale, shift)
+
+
+def random_gate(rng: np.random.Generator, kind: str, width: int) -> Gate:
+    """A gate that is neither open nor closed at most tokens."""
+    size = {"weight": width**-0.5, "bias": 0.5, "quadratic": 0.3, "linear": 1.0, "constant": 0.5}
+    shapes = {name: width if each else 1 for name, each in GATES[kind].parts.items()}
+    return Gate(kind, {n: rng.normal(0, size[n], num).astype(np.float32) for n, num in shapes.items()})
+
+
+def random_gates(model: str) -> Intervention:
+    """`random_map` with a gate at every site, of each kind in turn."""
+    moved, rng = random_map(model), np.random.default_rng(1)
+    kinds = zip(moved.sites, itertools.cycle(GATES))
+    return replace(moved, gate={s: random_gate(rng, kind, len(moved.scale[s])) for s, kind in kinds})
 
 
 @torch.no_grad()

@@ -13,13 +13,13 @@ from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import METHODS, fit_maps, needed_statistics, settle_options
 from aura_dist.scoring.columns import statistics_by_concept
 from tests.collecting.test_strategies import assert_same
-from tests.distributed.intervened import logits_and_greedy, random_map, run_plan
+from tests.distributed.intervened import logits_and_greedy, random_gates, random_map, run_plan
 from tests.distributed.launch import run_ranks
 
 TOLERANCE = 1e-5
 MODELS = ("llama", "falcon-rotary", "falcon-40b-style", "mpt", "gpt2", "gemma3", "opt")
 # random maps beside the fitted ones: every scale is far from 1, and shifts are as large as responses
-MAPS = ("aura", "linear-act", "random")
+MAPS = ("aura", "linear-act", "random", "gated")
 LAUNCHES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fsdp": (2, "fsdp", {}),
     "tensor": (2, "tensor", {}),
@@ -41,6 +41,7 @@ def maps(tiny_dir, plain_store, tmp_path_factory):
             for method in ("aura", "linear-act"):
                 fitted(str(plain_store(name)), method).save(out / name / method)
             random_map(str(tiny_dir(name))).save(out / name / "random")
+            random_gates(str(tiny_dir(name))).save(out / name / "gated")
         return {kind: str(out / name / kind) for kind in MAPS}
 
     return directories

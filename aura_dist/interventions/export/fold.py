@@ -62,9 +62,9 @@ def plan_folds(
     Raises
     ------
     ModelError
-        A site cannot be folded, because its kind cannot, the checkpoint is quantised, lacks the site's weight or
-        holds it in another layout, the weight is tied to another module's, the module does not compute what its
-        class says, or a shift finds no bias. The message names the site.
+        A site cannot be folded, because its kind cannot, its map has a gate, the checkpoint is quantised, lacks the
+        site's weight or holds it in another layout, the weight is tied to another module's, the module does not
+        compute what its class says, or a shift finds no bias. The message names the site.
     """
     if method := method_of(config):
         raise ModelError(
@@ -82,6 +82,11 @@ def plan_folds(
         shift = shift if shift is not None and shift.any() else None
         if shift is None and (scale == 1).all():
             continue
+        if name in intervention.gate:
+            raise ModelError(
+                f"{name!r}: a map with a gate of {intervention.gate[name].kind} cannot be folded into weights, because "
+                f"it acts at some tokens alone; {HOOKS_ONLY}, or in vLLM by the plugin (AURA_INTERVENTION)"
+            )
         folded.add(name)
         site = sites[name]
         if not KINDS[site.kind].folds:

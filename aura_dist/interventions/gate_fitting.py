@@ -1,0 +1,293 @@
+"""From stores to the gates of an intervention: a site at a time in each of a few threads.
+
+Threads, not Dask workers as in `score`: a site takes seconds, NumPy and scikit-learn compute most of them without
+holding Python's lock, and a process would read the store's description again.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from aura_dist.errors import AuraError, InputError, StoreError
+from aura_dist.interventions.artifact import Intervention, check_no_gate
+from aura_dist.interventions.gates import PASSING_SHARE, Gate, GateFit, posterior
+from aura_dist.interventions.separation import Separation, separate, site_bytes
+from aura_dist.ranks.process import available_cores, free_memory
+from aura_dist.ranks.progress import Progress
+from aura_dist.sites.kinds import KINDS, except_for
+from aura_dist.sites.site import Site
+from aura_dist.store.access import open_group, read_array
+from aura_dist.store.schema import DONE, StoreSpec, activation_path
+
+logger = logging.getLogger(__name__)
+
+MEAN, MEAN_SQUARE = "mean", "mean_square"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Some texts of a finished store, and which of them carry the concept."""
+
+    path: str
+    group: zarr.Group
+    spec: StoreSpec
+    rows: NDArray[np.int64]  # which of the store's rows
+    is_positive: NDArray[np.bool_]  # of these rows
+
+    def responses(self, site: str, pooling: str) -> NDArray[Any]:
+        """[N, D] of its texts; StoreError if a chunk is missing or damaged."""
+        values: NDArray[Any] = read_array(self.group, activation_path(site, pooling), complete=True)[self.rows]
+        return values
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """[N] tokens that are pooled; special ones that are left out count too, because no store has their number."""
+        counts = read_array(self.group, "samples/num_tokens")[self.rows].astype(np.int64)
+        return np.maximum(counts - self.spec.skip_first_tokens, 1)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """An intervention with gates, what its description says of them, and what they depend on."""
+
+    intervention: Intervention
+    about: dict[str, Any]
+    evidence: list[NDArray[Any]]
+
+
+def with_gates(
+    fitted: Intervention,
+    group: zarr.Group,
+    spec: StoreSpec,
+    concept: str,
+    fit: GateFit,
+    sites: Sequence[Site],
+    earlier: Intervention | None,
+) -> Gated:
+    """`fitted` with a gate at each site that it changes; sites and units without a gate are left as they are.
+
+    Raises
+    ------
+    InputError
+        A store lacks a pooling, the control store is of another model or other sites, or no site separates the classes.
+    ModelError
+        A site's values cannot have such a gate; or, where the threshold comes from single tokens, the store's model or
+        texts cannot be loaded.
+    StoreError
+        A store is not finished, or damaged.
+    """
+    changed = [site for site in sites if fitted.restricted([site.name]).num_changed]
+    poolings, find = _KINDS[fit.kind]
+    _check_kinds(fit, changed)
+    if earlier is not None:
+        for site in changed:
+            if site.name in earlier.sites:
+                check_no_gate(site.name, Intervention({}, gate={site.name: Gate(fit.kind, {})}))
+    stores = [_labelled(group, spec, concept)]
+    if fit.control is not None:
+        stores.append(_control(fit.control, stores[0], changed))
+    for store in stores:
+        _check_store(store, poolings)
+    gates, about = find(stores, changed, fit, earlier)
+    evidence = [part for gate in gates.values() for part in gate.parts.values()]
+    if fit.control is not None:
+        control = stores[1]
+        about["control"] = {"store": control.path, "data": dict(control.spec.data), "num_texts": len(control.rows)}
+    return Gated(_closed_where_unknown(fitted.restricted(list(gates)), gates), about, evidence)
+
+
+def _closed_where_unknown(fitted: Intervention, gates: Mapping[str, Gate]) -> Intervention:
+    """`fitted` under `gates`, without the units whose gate is not finite."""
+    scales, shifts, kept = dict(fitted.scale), dict(fitted.shift), {}
+    for site, gate in gates.items():
+        each = [values for name, values in gate.parts.items() if gate.row.parts[name]]
+        known = np.logical_and.reduce([np.isfinite(values) for values in each])
+        kept[site] = Gate(gate.kind, {n: np.where(np.isfinite(v), v, np.float32(0)) for n, v in gate.parts.items()})
+        for maps, neutral in ((scales, 1), (shifts, 0)):
+            if site in maps:
+                maps[site] = np.where(known, maps[site], np.float32(neutral))
+    return Intervention(scales, shifts, fitted.meta, kept)
+
+
+def _check_kinds(fit: GateFit, sites: Sequence[Site]) -> None:
+    parted = [site for site in sites if fit.kind == "tokens" and not KINDS[site.kind].whole_tokens]
+    if parted:
+        raise InputError(
+            f"--gate {fit.kind}: expected modules that hold all values of a token together, got {parted[0].name!r} of "
+            f"kind {parted[0].kind}; leave it out: {except_for(site.name for site in parted)}, or take --gate units"
+        )
+
+
+# stores
+
+
+def _labelled(group: zarr.Group, spec: StoreSpec, concept: str) -> Texts:
+    labels = read_array(group, "samples/label")[:, spec.concepts.index(concept)]
+    rows = np.flatnonzero(labels >= 0)
+    return Texts(str(group.store_path), group, spec, rows, labels[rows] == 1)
+
+
+def _control(path: str, of: Texts, sites: Sequence[Site]) -> Texts:
+    """All texts of the control store, as negatives; InputError unless it was collected as the other one."""
+    group = open_group(path)
+    spec = StoreSpec.of(group)
+    widths = {site.name: site.width for site in spec.sites}
+    if str(group.store_path) == of.path:
+        raise InputError(f"--control {path!r}: expected another store than --store, got the same; collect other texts")
+    for what, ours, theirs in (
+        ("the model", of.spec.model["fingerprint"][:12], spec.model["fingerprint"][:12]),
+        ("the intervention", _under(of.spec), _under(spec)),
+        ("--skip-special-tokens", of.spec.skip_special_tokens, spec.skip_special_tokens),
+        ("--skip-first-tokens", of.spec.skip_first_tokens, spec.skip_first_tokens),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"--control {path!r}: expected a collection with {what} of --store ({ours}), got {theirs}; collect the "
+                "control texts in the same way"
+            )
+    for site in sites:
+        if widths.get(site.name) != site.width:
+            raise InputError(
+                f"--control {path!r}: expected the modules of --store, found no {site.name!r} of {site.width} neurons; "
+                "collect the control texts with the same --modules"
+            )
+    rows = np.arange(len(read_array(group, "samples/row")))
+    return Texts(path, group, spec, rows, np.zeros(len(rows), dtype=np.bool_))
+
+
+def _under(spec: StoreSpec) -> str:
+    under = spec.intervention
+    return "none" if under is None else f"{under['digest'][:12]} at strength {under['strength']}"
+
+
+def _check_store(texts: Texts, poolings: Sequence[str]) -> None:
+    lacks = [pooling for pooling in poolings if pooling not in texts.spec.poolings]
+    if lacks:
+        raise InputError(
+            f"--gate: expected the pooling {' and '.join(poolings)} in {texts.path!r}, found "
+            f"{', '.join(texts.spec.poolings)}; collect with `--pooling {' '.join([*texts.spec.poolings, *lacks])}`"
+        )
+    done = read_array(texts.group, DONE)
+    if not done.all():
+        raise StoreError(
+            f"--store {texts.path!r}: expected a finished store for a gate, found {int(done.sum())} of {len(done)} "
+            "tasks done; run the same `collect` to finish it"
+        )
+
+
+# gates of tokens
+
+
+def _token_gates(
+    stores: Sequence[Texts], sites: Sequence[Site], fit: GateFit, earlier: Intervention | None
+) -> tuple[dict[str, Gate], dict[str, Any]]:
+    is_positive = np.concatenate([store.is_positive for store in stores])
+
+    def of(site: Site) -> Separation | None:
+        return separate(np.concatenate([store.responses(site.name, MEAN) for store in stores]), is_positive)
+
+    item = np.dtype(np.float32).itemsize
+    bytes_of = [2 * site_bytes(len(is_positive), site.width, item) for site in sites]
+    found = {site.name: one for site, one in _each(of, sites, bytes_of) if one is not None}
+    if len(found) < len(sites):
+        logger.warning(
+            "%d of %d modules have NaN or infinite responses, so no gate: they are left as they are",
+            len(sites) - len(found), len(sites),
+        )  # fmt: skip
+    kept = {name: one for name, one in found.items() if one.accuracy >= (fit.min_accuracy or 0.0)}
+    if sites and not kept:
+        best = max((one.accuracy for one in found.values()), default=float("nan"))
+        raise InputError(
+            f"--gate-min-accuracy: expected a share that some module's regression reaches, got {fit.min_accuracy}; the "
+            f"best of {len(found)} separates {best:.3f} of held-out texts"
+        )
+    if kept:
+        accuracies = [one.accuracy for one in kept.values()]
+        logger.info(
+            "gates of %d of %d modules: of held-out texts they tell %.1f %% to %.1f %% rightly", len(kept), len(sites),
+            100 * min(accuracies), 100 * max(accuracies),
+        )  # fmt: skip
+    gates = {name: one.gate for name, one in kept.items()}
+    thresholds = dict.fromkeys(kept, fit.threshold)
+    if fit.threshold is None and kept:
+        thresholds = _from_tokens(stores, [site for site in sites if site.name in kept], gates, earlier)
+    about = {
+        "kind": fit.kind,
+        "threshold": f"{PASSING_SHARE:.0%} of tokens without the concept" if fit.threshold is None else fit.threshold,
+        "sharpness": fit.sharpness,
+        "sites": {
+            name: {
+                "accuracy": one.accuracy, "inverse_strength": one.inverse_strength, "threshold": thresholds[name],
+            }
+            for name, one in kept.items()
+        },
+    }  # fmt: skip
+    return {name: gate.moved(thresholds[name], fit.sharpness) for name, gate in gates.items()}, about
+
+
+def _from_tokens(
+    stores: Sequence[Texts], sites: Sequence[Site], gates: Mapping[str, Gate], earlier: Intervention | None
+) -> dict[str, float]:
+    """Site → threshold, from a forward over the negatives."""
+    from aura_dist.interventions.token_thresholds import token_thresholds
+
+    negatives = [(store.group, store.spec, store.rows[~store.is_positive]) for store in stores]
+    try:
+        return token_thresholds(negatives, sites, gates, earlier, PASSING_SHARE)
+    except AuraError as error:
+        raise type(error)(f"{error}; or give --gate-threshold, such as 0, which needs no model and no texts") from error
+
+
+def _each(work: Callable[[Site], Any], sites: Sequence[Site], bytes_of: Sequence[int]) -> Iterator[tuple[Site, Any]]:
+    """What `work` makes of each site, in as many threads as there are cores, and room for."""
+    from threadpoolctl import threadpool_limits
+
+    room = free_memory() // 2 // max(bytes_of, default=1)
+    num_threads = max(1, min(available_cores(), len(sites), room))
+    progress = Progress("gates", len(sites), sum(bytes_of), unit="modules", cost_unit="bytes")
+    # one thread for each product, so that the number of workers changes no sum
+    with threadpool_limits(1), ThreadPoolExecutor(num_threads) as pool:
+        for site, num_bytes, made in zip(sites, bytes_of, pool.map(work, sites), strict=True):
+            progress.advance(1, num_bytes)
+            yield site, made
+    progress.finish()
+
+
+# gates of units
+
+
+def _unit_gates(
+    stores: Sequence[Texts], sites: Sequence[Site], fit: GateFit, earlier: Intervention | None
+) -> tuple[dict[str, Gate], dict[str, Any]]:
+    weight_of = [(store.num_tokens.astype(np.float64), store.is_positive) for store in stores]
+
+    def of(site: Site) -> Gate:
+        moments = []
+        for pooling in (MEAN, MEAN_SQUARE):
+            sums, counts = np.zeros((2, site.width)), np.zeros(2)
+            for store, (tokens_N, is_positive_N) in zip(stores, weight_of, strict=True):
+                values_ND = store.responses(site.name, pooling)
+                for which, rows in enumerate((is_positive_N, ~is_positive_N)):
+                    counts[which] += tokens_N[rows].sum()
+                    sums[which] += tokens_N[rows] @ values_ND[rows]
+            moments.append(sums / counts[:, None])
+        (m1, m0), (square1, square0) = moments
+        return posterior((m1, m0), (square1, square0))
+
+    bytes_of = [16 * sum(len(store.rows) for store in stores) * site.width for site in sites]
+    found = {site.name: gate.moved(fit.threshold or 0.0, fit.sharpness) for site, gate in _each(of, sites, bytes_of)}
+    about = {"kind": fit.kind, "threshold": fit.threshold or 0.0, "sharpness": fit.sharpness, "prior_odds": 1.0}
+    return found, about
+
+
+# kind of gate → the poolings that it is fitted from, and what fits it
+_KINDS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[dict[str, Gate], dict[str, Any]]]]] = {
+    "tokens": ((MEAN,), _token_gates),
+    "units": ((MEAN, MEAN_SQUARE), _unit_gates),
+}
