@@ -254,6 +254,10 @@ class EvaluateConfig(ModelOptions, DecodingOptions, ServerOptions):
     text_column: Column = option("perplexity", "column that holds the text", "text")
     max_tokens: PositiveInt = option("perplexity", "tokens per text; longer texts are cut", 128)
     tokens_per_batch: PositiveInt = option("perplexity", "upper bound on padded tokens in one forward", 2048)
+    side_effects: bool = option(
+        "perplexity", "what else the intervention changes in these texts, and in the baseline's continuations", False,
+        needs="perplexity_texts",
+    )  # fmt: skip
     tasks: list[str] = option("tasks", "zero-shot tasks, groups or tags of lm-eval", [], distinct=True)
     tasks_path: Dir | None = option("tasks", "directory of YAML tasks of your own", None, needs="tasks")
     num_fewshot: Count | None = option("tasks", "examples in a context", None, unset="the task's own", needs="tasks")
@@ -272,6 +276,20 @@ class EvaluateConfig(ModelOptions, DecodingOptions, ServerOptions):
         super().__post_init__()
         if self.toxicity_prompts:
             resolve_name("aura_dist.models.strategies.table:check_generates")(self)
+        if self.side_effects:
+            self._check_side_effects()
+
+    def _check_side_effects(self) -> None:
+        """Refuse side effects of nothing, and where the model cannot be read with and without the intervention."""
+        if self.intervention is None:
+            raise ConfigError("--side-effects: expected it with --intervention, got none; name one, or leave it out")
+        strategy = resolve_name("aura_dist.models.strategies.table:sharding_of")(self).strategy
+        if self.server is not None or not strategy.generates:
+            raise ConfigError(
+                "--side-effects: expected a model in memory, because each batch is read with and without the "
+                f"intervention, got {'--server' if self.server is not None else f'--sharding {strategy.name}'}; leave "
+                "one of them out"
+            )
 
     @property
     def kept_by_servers(self) -> frozenset[str]:

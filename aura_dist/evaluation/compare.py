@@ -160,7 +160,8 @@ _TOXICITY = {
 _RATIO = "times less toxic"
 _PERPLEXITY = {"perplexity": (), "perplexity, toxic texts": ("positive",), "perplexity, other texts": ("negative",)}
 _FIRST, *_OTHERS = _TOXICITY
-_COLUMNS = (_FIRST, _RATIO, *_OTHERS, *_PERPLEXITY)
+_DIVERGENCE = "KL from plain"
+_COLUMNS = (_FIRST, _RATIO, *_OTHERS, *_PERPLEXITY, _DIVERGENCE)
 
 
 def differences(all_results: Mapping[str, Results]) -> list[str]:
@@ -202,6 +203,10 @@ def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
         names = {"value": "token_weighted", "low": "token_weighted_low", "high": "token_weighted_high"}
         if found.get("token_weighted") is not None:
             cells[column] = _interval({key: found.get(name) for key, name in names.items()}, 1, 2)
+    changed = _at(results.get("side_effects"), "divergence") or {}
+    if changed.get("mean") is not None:
+        names = {"value": "mean", "low": "mean_low", "high": "mean_high"}
+        cells[_DIVERGENCE] = _interval({key: changed.get(name) for key, name in names.items()}, 1, 3)
     for task, metrics in (results.get("zero_shot") or {}).items():
         own = [m for m in metrics if not m.endswith("_stderr") and not m.startswith("num_")]
         if own:

@@ -1,4 +1,4 @@
-"""Measurements → figures with 95 % bootstrap intervals: toxicity of continuations, perplexity of texts. Pure functions.
+"""Measurements → figures with 95 % bootstrap intervals: continuations, perplexity of texts. Pure functions.
 
 Toxicity is reported as for RealToxicityPrompts (Gehman et al., 2020). A continuation counts as toxic from a probability
 of one half on.
@@ -9,7 +9,9 @@ of one half on.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +107,26 @@ def _named(values: NDArray[np.float64], draws: NDArray[np.float64]) -> Estimates
         name: {"value": float(value), "low": low, "high": high}
         for name, value, (low, high) in zip(METRICS, values, intervals, strict=True)
     }
+
+
+def form(ids_PN: Sequence[Sequence[Sequence[int]]]) -> Estimates:
+    """How long continuations are and how much they repeat themselves, from the token ids of N of each of P prompts.
+
+    - num_tokens: tokens of a continuation
+    - repetition: 1 − different pairs of neighbouring tokens ÷ pairs, 0 with fewer than two pairs; *rep-2* of Welleck et
+      al., *Neural Text Generation with Unlikelihood Training* (ICLR 2020)
+    """
+    table = np.array([np.mean([[len(ids), _repetition(ids)] for ids in of], axis=0) for of in ids_PN])
+    draws = bootstrap_means(table)
+    return {
+        name: dict(zip(("value", "low", "high"), (float(table[:, m].mean()), *interval(draws[:, m])), strict=True))
+        for m, name in enumerate(("num_tokens", "repetition"))
+    }
+
+
+def _repetition(ids: Sequence[int]) -> float:
+    pairs = list(pairwise(ids))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def summary(

@@ -88,7 +88,7 @@ class Journal:
     def _read(self, files: Iterable[Path]) -> dict[Pair, Record]:
         found: dict[Pair, Record] = {}
         for file in files:
-            for record in _records(file):
+            for record in read_records(file):
                 if record["settings"] == self.settings:
                     found[record["prompt"], record["sample"]] = record
         return dict(sorted(found.items()))
@@ -131,7 +131,7 @@ def _line(record: Record) -> str:
     return json.dumps(record) + "\n"  # ASCII: no text can tear a line
 
 
-def _records(file: Path) -> Iterator[Record]:
+def read_records(file: Path) -> Iterator[Record]:
     """The whole lines of a file; a line of a killed process is no JSON, or has no line break."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:

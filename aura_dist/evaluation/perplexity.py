@@ -95,10 +95,11 @@ def negative_log_likelihoods(
     tokens: TokenizedTexts,
     tokens_per_batch: int,
     *,
-    num_context: int = 1,
+    num_context: int | NDArray[np.int64] = 1,
     logits_bytes: int = LOGITS_BYTES,
     team: Team | None = None,
     received: Callable[[], int | None] = lambda: None,
+    key: str = "texts",
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Per text, in order: the summed negative log-likelihood (nats) of its tokens, and their number.
 
@@ -109,29 +110,36 @@ def negative_log_likelihoods(
     tokens_per_batch
         Upper bound on the padded tokens of a forward.
     num_context
-        Tokens at the start of each text that are not counted: the first, which nothing predicts, or a pre-prompt's.
+        Tokens at the start of each text that are not counted: the first, which nothing predicts, or a prompt's; one
+        number, or [N].
     logits_bytes
         Upper bound on a forward's float32 logits. A longer text goes through the model in pieces, each after the keys
         and values of those before; it goes through whole if the model has layers that keep another state.
     team, received
         The ranks that share the texts, by default this process alone, and as in `Team.gather`.
+    key
+        A name that no other call with this team has.
     """
     team = team or Team.alone()
     order = np.argsort(tokens.num_tokens, kind="stable")
-    reader = _Reader(model, tokens.take(order), tokens_at_once(model, tokens_per_batch, logits_bytes), num_context)
+    contexts = np.broadcast_to(np.maximum(num_context, 1), order.shape)
+    reader = Reader(model, tokens.take(order), tokens_at_once(model, tokens_per_batch, logits_bytes), contexts[order])
     executor = executor_of(model)
-    read = _read_batches(reader, team, received) if executor is None else _read_waves(executor, reader, team, received)
+    if executor is None:
+        read = _read_batches(reader, key, team, received)
+    else:
+        read = _read_waves(executor, reader, key, team, received)
     found = [part for part in read if team.world.column_rank == 0]
     sums = np.full(len(order), np.nan)  # a text that no rank has read must not pass for one that is certain
-    for part in team.gather("texts", found, received):
+    for part in team.gather(key, found, received):
         for rows, sums_B in part:
             sums[order[rows]] = sums_B
-    return sums, np.maximum(tokens.num_tokens.astype(np.int64) - max(1, num_context), 0)
+    return sums, np.maximum(tokens.num_tokens.astype(np.int64) - contexts, 0)
 
 
-def _read_batches(reader: "_Reader", team: Team, received: Callable[[], int | None]) -> Iterator[_Found]:
+def _read_batches(reader: "Reader", key: str, team: Team, received: Callable[[], int | None]) -> Iterator[_Found]:
     """This rank's share of the batches, each through the whole model."""
-    for turn in team.claimed("texts", reader.batches(), received, reader.num_pieces):
+    for turn in team.claimed(key, reader.batches(), received, reader.num_pieces):
         if turn is None:
             reader.read_nothing()
         elif (sums_B := reader.read(*turn)) is not None:
@@ -139,12 +147,12 @@ def _read_batches(reader: "_Reader", team: Team, received: Callable[[], int | No
 
 
 def _read_waves(
-    executor: Layerwise, reader: "_Reader", team: Team, received: Callable[[], int | None]
+    executor: Layerwise, reader: "Reader", key: str, team: Team, received: Callable[[], int | None]
 ) -> Iterator[_Found]:
     """The same layer by layer, in waves of batches."""
     batches = reader.batches()
     executor.prepare(reader.inputs(reader.texts.batch(batches[0])))
-    while wave := executor.claim(team, "texts", batches, reader.num_padded, received):
+    while wave := executor.claim(team, key, batches, reader.num_padded, received):
         whole = [reader.texts.batch(rows) for rows in wave]
         sums = through_layers(
             executor,
@@ -162,13 +170,16 @@ def tokens_at_once(model: PreTrainedModel, tokens_per_batch: int, logits_bytes: 
 
 
 @dataclass
-class _Reader:
-    """Texts in ascending length, read batch by batch; texts of more than `limit` tokens in pieces."""
+class Reader:
+    """N texts in ascending length, read batch by batch; texts of more than `limit` tokens in pieces.
+
+    `num_context` is [N], at least 1: as for `negative_log_likelihoods`.
+    """
 
     model: PreTrainedModel
     texts: TokenizedTexts
     limit: int
-    num_context: int
+    num_context: NDArray[np.int64]
     device: torch.device = field(init=False)
     _lengths: list[int] = field(init=False)
     _in_pieces: bool = field(init=False)
@@ -202,7 +213,7 @@ class _Reader:
         """Run one forward; after a batch's last one, [B] summed negative log-likelihoods."""
         batch, is_last = self.texts.batch(rows), piece + 1 == self.num_pieces(rows)
         if not self._is_cut(rows):
-            return self._whole(batch)
+            return self.sums(batch, self.logits(batch))
         if piece == 0:
             self._cache, self._total = None, torch.zeros((), dtype=torch.float64, device=self.device)
         assert self._total is not None
@@ -212,7 +223,7 @@ class _Reader:
         output = self.model(
             input_ids=ids_1T[:, start:stop], attention_mask=mask_1T, past_key_values=self._cache, use_cache=True
         )
-        skipped = max(0, max(1, self.num_context) - 1 - start)
+        skipped = max(0, int(self.num_context[rows.start]) - 1 - start)
         self._total += _nll(output.logits[0, skipped:], ids_1T[0, start + skipped + 1 : stop + 1])
         self._cache = None if is_last else output.past_key_values
         return self._total[None].cpu().numpy() if is_last else None
@@ -223,8 +234,10 @@ class _Reader:
         output = self.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=True)
         return getattr(output, "past_key_values", None)
 
-    def _whole(self, batch: Batch) -> NDArray[np.float64]:
-        return self.sums(batch, self.model(**self.inputs(batch), use_cache=False).logits)
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, T, V] of a batch that is read whole."""
+        logits: Tensor = self.model(**self.inputs(batch), use_cache=False).logits
+        return logits
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The arguments of the model's forward."""
@@ -236,10 +249,10 @@ class _Reader:
     def sums(self, batch: Batch, logits_BTV: Tensor) -> NDArray[np.float64]:
         """[B] summed negative log-likelihoods of the texts of a batch."""
         ids_BT = torch.from_numpy(batch.input_ids).to(self.device)
-        first = max(1, self.num_context)
+        firsts, lengths = self.num_context[batch.rows].tolist(), batch.attention_mask.sum(axis=1).tolist()
         sums = [
             _nll(logits_BTV[b, first - 1 : length - 1], ids_BT[b, first:length])
-            for b, length in enumerate(batch.attention_mask.sum(axis=1).tolist())
+            for b, (first, length) in enumerate(zip(firsts, lengths, strict=True))
         ]
         return torch.stack(sums).cpu().numpy()
 

@@ -16,11 +16,17 @@
     chat             absent without --chat: {role, system, template: sha256} of prompts and tasks
     perplexity       absent where not measured: {texts, column, sha256, PERPLEXITY…,
                      labels (the label column, if one was given), positive: {PERPLEXITY…}, negative: {PERPLEXITY…}}
+    side_effects     absent without --side-effects: {divergence: {mean, mean_low, mean_high, percentile_99, num_texts,
+                     num_tokens} of next tokens, KL(plain ‖ intervened) in nats,
+                     gates: null without gates of tokens, or {open_texts: share with a gate beyond ½, num_texts},
+                     continuations: null, or {plain: {PERPLEXITY…}, intervened: {PERPLEXITY…}} of the baseline's
+                     non-toxic continuations of toxic prompts}
     toxicity         absent where not measured: {prompts, column, prompts_sha256, scorer, num_prompts, num_samples,
                      settings: {max_new_tokens, temperature, top_p, top_k, seed, chat: true under --chat},
                      continuations: name of the JSONL file beside the results,
                      overall: GROUP, toxic_prompts: GROUP or null, nontoxic_prompts: GROUP or null,
                      per_prompt: {toxic_share: [P], maximum: [P]},
+                     form: {num_tokens: ESTIMATE, repetition: ESTIMATE} of a continuation,
                      baseline: null, or {results: path, name, overall: RATIOS, toxic_prompts, nontoxic_prompts}}
     zero_shot        absent where not measured: task → {metric: number, …, num_fewshot, num_examples}; metrics by
                      lm-eval's names without `,none`, standard errors as METRIC_stderr

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from aura_dist.errors import AuraError, ConfigError, MissingPackageError, ModelError, StoreError, brief
-from aura_dist.evaluation.figures import ByPrompt, by_prompt, estimates, groups
+from aura_dist.evaluation.figures import ByPrompt, by_prompt, estimates, form, groups
 from aura_dist.evaluation.journal import Journal, Record, sampling_settings
 from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
@@ -200,8 +200,17 @@ def score(
         "continuations": journal.path.name,
         **{name: _group(measured.take(rows)) for name, rows in groups(prompts.toxicity).items()},
         "per_prompt": {"toxic_share": measured.toxic_share.tolist(), "maximum": measured.maximum.tolist()},
+        **_form(list(kept.values()), how.num_samples),
         "baseline": None,
     }
+
+
+def _form(records: Sequence[Record], num_samples: int) -> dict[str, Any]:
+    """The entry `form`, where every continuation has its ids: a server may not tell them."""
+    ids: list[list[int]] = [record["ids"] for record in records if isinstance(record.get("ids"), list)]
+    if len(ids) < len(records):
+        return {}
+    return {"form": form([ids[start : start + num_samples] for start in range(0, len(ids), num_samples)])}
 
 
 def _group(measured: ByPrompt) -> dict[str, Any] | None:

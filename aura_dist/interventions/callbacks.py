@@ -16,6 +16,8 @@ Vector = NDArray[np.float32]
 Along = Callable[[Tensor], Tensor]
 AddUp = Callable[[Tensor], Tensor]  # sums of a rank's columns → sums of all columns
 Parts = Mapping[str, Tensor]
+# takes a site, and its gate's values: […, 1] of tokens, […, D] of the units that this rank sees
+Watch = Callable[[str, Tensor], None]
 
 
 def affine(tap: Tap, scale: Vector, shift: Vector | None, note: Callable[[str], None]) -> Callback:
@@ -46,11 +48,18 @@ def affine(tap: Tap, scale: Vector, shift: Vector | None, note: Callable[[str], 
 
 
 def gated(
-    tap: Tap, scale: Vector, shift: Vector | None, gate: Gate, note: Callable[[str], None], add_up: AddUp
+    tap: Tap,
+    scale: Vector,
+    shift: Vector | None,
+    gate: Gate,
+    note: Callable[[str], None],
+    add_up: AddUp,
+    watch: Watch | None = None,
 ) -> Callback:
     """A callback that takes values as far towards scale ⊙ values + shift as the gate says; else as `affine`.
 
-    Where the gate is 1, the values are those of `affine` bit for bit; where it is 0, they do not change.
+    Where the gate is 1, the values are those of `affine` bit for bit; where it is 0, they do not change. `watch` is
+    told the site and the gate's values.
     """
     scales = bool((scale != 1).any())
     moves = shift is not None and bool(shift.any())
@@ -64,6 +73,8 @@ def gated(
             own = on(values.device)
             wide = values.to(torch.promote_types(values.dtype, torch.float32))
             passing = torch.sigmoid(logits(own, wide, along, add_up))
+            if watch is not None:
+                watch(tap.site, passing)
             if scales:
                 mapped = wide * along(own["scale"])
                 if moves:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.callbacks import affine, gated
+from aura_dist.interventions.callbacks import Watch, affine, gated
 from aura_dist.interventions.folded import check_not_folded
 from aura_dist.interventions.gates import Gate
 from aura_dist.interventions.methods import with_strength
@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def intervene(model: PreTrainedModel, intervention: Intervention, strength: float = 1.0) -> Iterator[PreTrainedModel]:
+def intervene(
+    model: PreTrainedModel, intervention: Intervention, strength: float = 1.0, *, watch: Watch | None = None
+) -> Iterator[PreTrainedModel]:
     """Within the context, the values z of each site become scale ⊙ z + shift, or go as far towards it as a gate says.
 
     Values of bfloat16 and float16 models are changed in float32 and rounded once. Weights are not touched: leaving
@@ -50,6 +52,9 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
         Its names and widths must match the model's sites.
     strength
         s ≥ 0: ω_s = 1 + s (ω − 1), b_s = s b.
+    watch
+        Is told the name of each gated site that a forward passes, and its gate's values: [batch, token, 1] of a gate of
+        tokens, [batch, token, D] of units.
 
     Raises
     ------
@@ -70,7 +75,7 @@ def intervene(model: PreTrainedModel, intervention: Intervention, strength: floa
     if not maps:
         yield model
         return
-    callbacks = [(one.tap, one.callback(check.note)) for one in maps]
+    callbacks = [(one.tap, one.callback(check.note, watch)) for one in maps]
     with without_compiled_parts(model), attached(whole, callbacks), ExitStack() as hooks:
         for part in whole_forwards(whole):
             hooks.callback(part.register_forward_pre_hook(check.begin).remove)
@@ -89,10 +94,10 @@ class _Map:
     gate: Gate | None
     group: Any  # of the ranks that see the site's other columns; None where each sees all
 
-    def callback(self, note: Callable[[str], None]) -> Callback:
+    def callback(self, note: Callable[[str], None], watch: Watch | None) -> Callback:
         if self.gate is None:
             return affine(self.tap, self.scale, self.shift, note)
-        return gated(self.tap, self.scale, self.shift, self.gate, note, self._add_up)
+        return gated(self.tap, self.scale, self.shift, self.gate, note, self._add_up, watch)
 
     def _add_up(self, sums: Tensor) -> Tensor:
         if self.group is not None:

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.callbacks import Watch
 from aura_dist.interventions.folded import check_not_folded
 from aura_dist.interventions.hooks import check_fits, intervene
 from aura_dist.models.fingerprints import comparable
@@ -35,9 +36,11 @@ class LoadedModel:
     intervention: Intervention | None
     extras: Mapping[str, Any] = field(default_factory=dict)
 
-    def intervened(self, strength: float) -> AbstractContextManager[Any]:
-        """Context in which the intervention, if there is one, changes the model."""
-        return intervene(self.model, self.intervention, strength) if self.intervention else nullcontext(self.model)
+    def intervened(self, strength: float, watch: Watch | None = None) -> AbstractContextManager[Any]:
+        """Context in which the intervention, if there is one, changes the model; `watch`: see `intervene`."""
+        if self.intervention is None:
+            return nullcontext(self.model)
+        return intervene(self.model, self.intervention, strength, watch=watch)
 
 
 def load_for_use(

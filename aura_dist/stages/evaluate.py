@@ -24,6 +24,7 @@ from aura_dist.evaluation.perplexity import TextFile, read_texts, section, token
 from aura_dist.evaluation.prompts import (
     Prefix,
     PromptFile,
+    TokenizedPrompts,
     chat_of_prompts,
     make_prefix,
     read_preprompt,
@@ -42,6 +43,7 @@ from aura_dist.evaluation.results import (
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, head, load_scorer, score
 from aura_dist.evaluation.server import open_server
+from aura_dist.evaluation.side_effects import measure, nontoxic_continuations
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.interventions.use import load_for_use
 from aura_dist.models.hub import downloaded
@@ -54,6 +56,7 @@ from aura_dist.ranks.process import configure_rank, server_key
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.text.chat import Chat
+from aura_dist.text.tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
 
@@ -142,12 +145,16 @@ class _Evaluation:
                 prefix = make_prefix(inputs.preprompt, engine.tokenizer)
             chat = chat_of_prompts(engine.tokenizer, inputs.preprompt) if config.chat else None
             results = _about(config, engine, inputs.preprompt, chat)
+            tokens = None if inputs.texts is None else self._tokens(engine, inputs.texts, prefix)
+            prompts = None if inputs.prompts is None else self._tokenized(engine, inputs.prompts, prefix, chat)
+            if config.side_effects and tokens is not None:
+                results["side_effects"] = self._side_effects(engine, inputs, tokens, prefix, prompts)
             opened.enter_context(engine.acting())
             # the shortest first, so that an error in a text shows before hours of generation
-            if inputs.texts is not None:
-                results["perplexity"] = self._perplexity(engine, inputs.texts, prefix)
-            if inputs.prompts is not None:
-                journal = self._continue(engine, inputs.prompts, prefix, inputs.preprompt, chat)
+            if inputs.texts is not None and tokens is not None:
+                results["perplexity"] = self._perplexity(engine, inputs.texts, tokens, prefix)
+            if inputs.prompts is not None and prompts is not None:
+                journal = self._continue(engine, inputs.prompts, prompts, inputs.preprompt, chat)
             if inputs.tasks is not None:
                 with self._timed("zero_shot"):
                     results["zero_shot"] = inputs.tasks.run(
@@ -170,16 +177,57 @@ class _Evaluation:
         limit, rows = config.tokens_per_batch, config.continuations_per_batch
         return InProcess(loaded, config.dtype, config.strength, team, stop, limit, rows)
 
-    def _perplexity(self, engine: Engine, texts: TextFile, prefix: Prefix | None) -> dict[str, Any]:
-        tokens = self.team.once_a_host(
+    def _tokens(self, engine: Engine, texts: TextFile, prefix: Prefix | None) -> TokenizedTexts:
+        return self.team.once_a_host(
             "tokens of texts",
             lambda: tokenize_texts(texts, engine.tokenizer, engine.config, prefix, self.config.max_tokens),
         )
-        limit = self.config.tokens_per_batch
-        tight = explained("perplexity", self.team.world.device, lambda: smaller("--tokens-per-batch", limit))
-        with self._timed("perplexity"), self.stop.deferred(), tight:
+
+    def _tokenized(
+        self, engine: Engine, prompts: PromptFile, prefix: Prefix | None, chat: Chat | None
+    ) -> TokenizedPrompts:
+        return self.team.once_a_host(
+            "tokens of prompts",
+            lambda: tokenize_prompts(
+                prompts.texts, engine.tokenizer, engine.config, self.how,
+                prefix=prefix, chat=chat, flag="--toxicity-prompts",
+            ),
+        )  # fmt: skip
+
+    def _perplexity(
+        self, engine: Engine, texts: TextFile, tokens: TokenizedTexts, prefix: Prefix | None
+    ) -> dict[str, Any]:
+        with self._reading("perplexity"):
             sums, counts = engine.losses(tokens, 1 if prefix is None else prefix.num_context)
         return section(texts, sums, counts)
+
+    def _side_effects(
+        self,
+        engine: Engine,
+        inputs: _Inputs,
+        tokens: TokenizedTexts,
+        prefix: Prefix | None,
+        prompts: TokenizedPrompts | None,
+    ) -> dict[str, Any]:
+        """What the intervention changes where it should not; it does not act yet."""
+        assert isinstance(engine, InProcess), "the settings allow no server"
+        loaded, path = engine.loaded, self.config.baseline
+        continued = None
+        if inputs.baseline is not None and path is not None and prompts is not None:
+            continued = nontoxic_continuations(path, inputs.baseline, loaded.fingerprint, prompts)
+        with self._reading("side_effects"):
+            return measure(
+                loaded, self.config.strength, tokens, 1 if prefix is None else prefix.num_context, continued,
+                self.config.tokens_per_batch, self.team, lambda: self.stop.received,
+            )  # fmt: skip
+
+    @contextmanager
+    def _reading(self, part: str) -> Iterator[None]:
+        """Context of forwards of whole texts."""
+        limit = self.config.tokens_per_batch
+        tight = explained(part, self.team.world.device, lambda: smaller("--tokens-per-batch", limit))
+        with self._timed(part), self.stop.deferred(), tight:
+            yield
 
     def _toxicity(
         self, inputs: _Inputs, prompts: PromptFile, journal: Journal, results: dict[str, Any]
@@ -201,22 +249,15 @@ class _Evaluation:
         self.seconds[part] = time.perf_counter() - start
 
     def _continue(
-        self, engine: Engine, prompts: PromptFile, prefix: Prefix | None, preprompt: str | None, chat: Chat | None
+        self,
+        engine: Engine,
+        prompts: PromptFile,
+        tokenized: TokenizedPrompts,
+        preprompt: str | None,
+        chat: Chat | None,
     ) -> Journal:
         """Make the missing continuations, by all ranks."""
         config, team, how = self.config, self.team, self.how
-        tokenized = team.once_a_host(
-            "tokens of prompts",
-            lambda: tokenize_prompts(
-                prompts.texts,
-                engine.tokenizer,
-                engine.config,
-                how,
-                prefix=prefix,
-                chat=chat,
-                flag="--toxicity-prompts",
-            ),
-        )
         journal = Journal(
             config.out, settings_key(fixing_settings(engine.fixing(), preprompt, prompts, tokenized, how))
         )
