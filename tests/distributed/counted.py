@@ -31,7 +31,7 @@ def run_counted(arguments: Sequence[str]) -> int:
     note(prompts, "read_table", "read", lambda source, columns: [source])
     note(perplexity, "tokenize", "tokenized", lambda texts, tokenizer: texts)
     note(evaluate, "tokenize_prompts", "tokenized", lambda texts, tokenizer, config, how: texts)
-    note(perplexity._Reader, "read", "rows", lambda reader, rows, piece: [[rows.start, rows.stop, piece]])
+    note(perplexity.Reader, "read", "rows", lambda reader, rows, piece: [[rows.start, rows.stop, piece]])
     note(HFLM, "loglikelihood", "requests", lambda model, requests: [[r.doc_id, r.idx] for r in requests])
     code = main(arguments[1:])
     (Path(arguments[0]) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(noted))
@@ -45,7 +45,7 @@ def run_failing(arguments: Sequence[str]) -> int:
     def fail(*given: object, **more: object) -> None:
         raise ModelError("this rank has had enough")
 
-    owner, name = {"texts": (perplexity._Reader, "read"), "tasks": (HFLM, "loglikelihood")}[arguments[0]]
+    owner, name = {"texts": (perplexity.Reader, "read"), "tasks": (HFLM, "loglikelihood")}[arguments[0]]
     if os.environ["RANK"] == "1":
         setattr(owner, name, fail)
     return main(arguments[1:])
