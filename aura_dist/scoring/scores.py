@@ -163,18 +163,16 @@ def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
 def begin(group: zarr.Group, basis: Basis) -> bool:
     """Make `scores` ready for `basis`; returns whether scores of other rows were there and are discarded.
 
-    The arrays are removed before the attributes name the new basis, so that no score of other rows counts for it if
-    this is interrupted.
+    They are removed before the attributes name the new basis, so that no score of other rows counts for it if this is
+    interrupted.
     """
     scores = _scores_of(group)
     had_scores = scores is not None and "digest" in scores.attrs
     if scores is not None and scores.attrs.get("digest") == basis.digest:
         return False
     forget_consolidated(group)
-    scores = group.create_group("scores") if scores is None else scores
-    for site in list(scores.group_keys()):
-        del scores[site]
-    scores.attrs.put({**asdict(basis), TIMES: {}})
+    del group["scores"]  # also where its description alone is lost
+    group.create_group("scores", attributes={**asdict(basis), TIMES: {}})
     return had_scores
 
 
@@ -243,7 +241,7 @@ def score_layout(num_concepts: int, width: int, chunk: int) -> ArrayLayout:
 def make_array(group: zarr.Group, spec: StoreSpec, site: str, pooling: str) -> None:
     """Make the array of one site and pooling if it is not there yet, or lacks statistics that the table has."""
     path = score_path(site, pooling)
-    if is_there(group, path) and STATISTICS.keys() <= set(_names(get_array(group, path))):
+    if is_there(group, path) and STATISTICS.keys() <= set(_names(group, get_array(group, path))):
         return
     responses = get_array(group, activation_path(site, pooling))
     layout = score_layout(len(spec.concepts), responses.shape[1], responses.chunks[1])
@@ -253,7 +251,7 @@ def make_array(group: zarr.Group, spec: StoreSpec, site: str, pooling: str) -> N
 
 def write_span(group: zarr.Group, array: "zarr.Array[Any]", columns: slice, made: Mapping[str, NDArray[Any]]) -> None:
     """Add statistics, name → [C, span], to those of a span, and write its file again."""
-    names = _names(array)
+    names = _names(group, array)
     held = read_region(group, array, (slice(0, len(names)), slice(0, array.shape[1]), columns))
     for name, values in made.items():
         held[names.index(name)] = values
@@ -262,10 +260,12 @@ def write_span(group: zarr.Group, array: "zarr.Array[Any]", columns: slice, made
         run_in_zarr(write())
 
 
-def _names(array: "zarr.Array[Any]") -> list[str]:
-    """Names of the first dim's places."""
-    names: Any = array.attrs["statistics"]
-    return list(names)
+def _names(group: zarr.Group, array: "zarr.Array[Any]") -> list[str]:
+    """Names of the first dim's places; StoreError if the array does not say them."""
+    names = array.attrs.get("statistics")
+    if not isinstance(names, list) or len(names) != array.shape[0] or names[0] != MADE:
+        raise damaged(group, array.path, f"its attribute `statistics` is {names!r}")
+    return list(map(str, names))
 
 
 def _as_bits(made: NDArray[np.float64]) -> NDArray[np.uint64]:
@@ -329,7 +329,7 @@ def stored_statistic(group: zarr.Group, site: str, pooling: str, name: str) -> S
     if not is_current(group):
         return StoredStatistic(group, get_array(group, f"{path}/{name}"), None, dtype)
     array = get_array(group, path)
-    return StoredStatistic(group, array, _names(array).index(name), dtype)
+    return StoredStatistic(group, array, _names(group, array).index(name), dtype)
 
 
 def read_statistic(group: zarr.Group, site: str, pooling: str, name: str) -> NDArray[Any]:
