@@ -130,7 +130,7 @@ def _new_directory(out: str) -> Iterator[Path]:
 
 def _to_datasets(source: Source, place: Path) -> None:
     """A Parquet file a row chunk, in its memory; columns: row, num_tokens, the concepts, and SITE/POOLING."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     samples = source.samples
