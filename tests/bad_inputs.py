@@ -389,7 +389,7 @@ def attribute(name: str, value: Any) -> Callable[[Path], object]:
 
 
 RESPONSES = "activations/model.layers.1.mlp.up_proj/max"
-AUROC = "scores/model.layers.1.mlp.up_proj/max/auroc"
+SCORED = "scores/model.layers.1.mlp.up_proj/max"
 # of a store that is to be scored
 STORES: dict[str, Callable[[Path], object]] = {
     "no root": lambda it: (it / "zarr.json").unlink(),
@@ -431,12 +431,19 @@ STORES: dict[str, Callable[[Path], object]] = {
 # of a store that is to be fitted from
 SCORES: dict[str, Callable[[Path], object]] = {
     "no scores": lambda it: shutil.rmtree(it / "scores"),
-    "scores that lack a chunk": lambda it: next(f for f in sorted((it / AUROC).glob("c/**/*")) if f.is_file()).unlink(),
-    "scores cut off": lambda it: each_chunk(it, f"{AUROC}/c/**/*", lambda b: b[: len(b) // 2]),
-    "one site is not scored": lambda it: shutil.rmtree(it / Path(AUROC).parents[1]),
+    "scores that lack a file": lambda it: next(f for f in sorted((it / SCORED).glob("c/**/*")) if f.is_file()).unlink(),
+    "scores cut off": lambda it: each_chunk(it, f"{SCORED}/c/**/*", lambda b: b[: len(b) // 2]),
+    "one site is not scored": lambda it: shutil.rmtree(it / Path(SCORED).parent),
     "description of scores is text": put("scores/zarr.json", "nonsense"),
-    "no marker": lambda it: shutil.rmtree(it / Path(AUROC).parent / "scored"),
+    "no description of a site's scores": lambda it: (it / SCORED / "zarr.json").unlink(),
+    "scores without names": lambda it: unnamed(it / SCORED / "zarr.json"),
 }
+
+
+def unnamed(description: Path) -> None:
+    described = json.loads(description.read_text())
+    described["attributes"].clear()
+    description.write_text(json.dumps(described))
 
 
 def reshaped(description: Path) -> None:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import zarr
 
 from aura_dist.sites.site import Site
 from aura_dist.store.access import get_array, open_group
 from aura_dist.store.record import commit
 from aura_dist.store.schema import Samples, StoreSpec, activation_path, create_store, tasks_of
+from aura_dist.store.shards import shard_writes
+from aura_dist.store.zarr_adapter import run_in_zarr
 
 TOKENS_PER_BATCH = 256
 
@@ -37,6 +40,14 @@ def make_labels(rng: np.random.Generator, num_rows: int, num_concepts: int) -> n
     return label
 
 
+def write_responses(array: zarr.Array, values: np.ndarray) -> None:
+    """Write the first rows of a site's responses, whole row chunks or all, as the product does."""
+    rows = array.shards[0]
+    for start in range(0, len(values), rows):
+        for write in shard_writes(array, (start, 0), values[start : start + rows]):
+            run_in_zarr(write())
+
+
 def make_store(
     path: Path,
     num_rows: int,
@@ -58,13 +69,13 @@ def make_store(
     there = tasks[len(tasks) - num_unfinished].start if num_unfinished else num_rows
     for site in spec.sites:
         array = get_array(group, activation_path(site.name, "max"))
+        values = np.empty((num_rows, site.width), array.dtype)
         for first in range(0, site.width, array.chunks[1]):
             width = min(array.chunks[1], site.width - first)
-            values = rng.standard_normal((num_rows, width), np.float32)
-            values += (rng.random(width) < 0.1) * 0.5 * (samples.label[:, :1] == 1)
-            if bfloat16:
-                values = values.astype(ml_dtypes.bfloat16)
-            array[:there, first : first + width] = values[:there].astype(array.dtype)
+            part = rng.standard_normal((num_rows, width), np.float32)
+            part += (rng.random(width) < 0.1) * 0.5 * (samples.label[:, :1] == 1)
+            values[:, first : first + width] = part.astype(ml_dtypes.bfloat16) if bfloat16 else part
+        write_responses(array, values[:there])
     for task in tasks[: len(tasks) - num_unfinished]:
         commit(group, task.index, {})
     return path

@@ -23,6 +23,7 @@ from aura_dist.config.options import (
     Dir,
     Dtype,
     File,
+    Form,
     GateKind,
     Launcher,
     LoadOptions,
@@ -43,7 +44,7 @@ from aura_dist.config.options import (
     Strength,
     TextOptions,
 )
-from aura_dist.config.settings import Settings, option
+from aura_dist.config.settings import Settings, flag, option
 from aura_dist.errors import ConfigError
 
 
@@ -311,6 +312,27 @@ class ExportConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig(Settings):
+    """Write the responses of a store in a form that other tools read, or renew a store of an earlier version."""
+
+    store: Store = option("data", "a finished store that `collect` wrote")
+    to: Form = option("output", "the form to write")
+    modules: list[Module] = option("sites", "modules, as for `collect --modules`", [], unset="all of the store")
+    pooling: list[Pooling] = option("sites", "poolings", [], unset="all of the store", distinct=True)
+    out: Dir = option("output", "directory to write; it must not exist yet")
+
+    def __post_init__(self) -> None:
+        """Refuse to choose parts where all are taken."""
+        super().__post_init__()
+        forms = resolve_name("aura_dist.store.conversion:FORMS")
+        given = [flag(name) for name in ("modules", "pooling") if getattr(self, name)]
+        if given and forms[self.to].whole:
+            raise ConfigError(
+                f"{given[0]}: expected none with --to {self.to}, which takes all of a store; leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig(Settings):
     """The whole pipeline on a small model and a bundled data set, in a few minutes."""
 
@@ -422,6 +444,7 @@ VERBS: dict[str, Verb] = {
         EvaluateConfig, "stages.evaluate", f"{_FITTED} --perplexity-texts texts.csv --out runs/gpt2/aura.json"
     ),
     "export": Verb(ExportConfig, "stages.export", f"{_FITTED} --out gpt2-whispered"),
+    "convert": Verb(ConvertConfig, "stages.convert", "--store runs/gpt2/store.zarr --to datasets --out runs/gpt2/data"),
     "report": Verb(ReportConfig, "stages.report", "runs/gpt2 --out runs/gpt2/report.html"),
     "status": Verb(StatusConfig, "stages.status", "runs/gpt2"),
     "sweep": Verb(SweepConfig, "stages.sweep", "--config configs/sweep-gemma.yaml --dry-run", takes_file=True),

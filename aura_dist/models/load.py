@@ -45,7 +45,7 @@ from aura_dist.ranks.device import use_exact_float32
 from aura_dist.ranks.torch_adapter import is_out_of_memory
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import decoder_layers_name, tap_of
-from aura_dist.sites.ownership import ColumnPlan, plan_columns
+from aura_dist.sites.ownership import ColumnPlan, deal_shards, plan_columns
 from aura_dist.sites.site import Site
 from aura_dist.text.own_code import load_with
 from aura_dist.text.tokenizer import TokenizerSettings, load_tokenizer
@@ -412,13 +412,14 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def column_plans(
-    model: PreTrainedModel, sites: Sequence[Site], chunks: Mapping[str, int], world: World
+    model: PreTrainedModel, sites: Sequence[Site], shards: Mapping[str, int], world: World
 ) -> dict[str, ColumnPlan]:
-    """Site → what this rank sees and writes of it; `chunks` holds each site's columns of one chunk of the store."""
+    """Site → what this rank sees and writes of it; `shards` holds each site's columns of one shard of the store."""
     num_ranks = world.layout.tensor
+    dealt = deal_shards([(site.width, shards[site.name]) for site in sites], num_ranks)
     plans = {}
-    for site in sites:
+    for site, owners in zip(sites, dealt, strict=True):
         whole = [((0, site.width),)]
         seen = whole if num_ranks == 1 else seen_columns(model.tp_plan, tap_of(model, site), num_ranks)
-        plans[site.name] = plan_columns(site.width, chunks[site.name], seen)[world.column_rank]
+        plans[site.name] = plan_columns(site.width, shards[site.name], seen, owners)[world.column_rank]
     return plans

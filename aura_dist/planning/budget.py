@@ -19,7 +19,7 @@ from aura_dist.models.strategies.table import STRATEGIES, title
 from aura_dist.planning.work import Machine, Work
 from aura_dist.ranks.device import page_locked_bytes
 from aura_dist.ranks.layout import Layout
-from aura_dist.sites.ownership import owned_columns, split_columns, width_of
+from aura_dist.sites.ownership import deal_shards
 
 NUM_BUFFERS = 3
 MAX_RANKS = 1024
@@ -110,16 +110,12 @@ def _left(limit: int | None, used: int) -> float:
 
 
 def owned_neurons(neurons: Sequence[tuple[int, int]], num_ranks: int) -> int:
-    """Neurons that the rank with most writes, whether each site's output is split or replicated over the ranks."""
-    known: dict[tuple[int, int], int] = {}
-    for width, chunk in set(neurons):
-        if num_ranks == 1:
-            known[width, chunk] = width
-            continue
-        whole: list[tuple[tuple[int, int], ...]] = [((0, width),)] * num_ranks
-        owned = [*owned_columns(width, chunk, split_columns(width, num_ranks)), *owned_columns(width, chunk, whole)]
-        known[width, chunk] = max(map(width_of, owned))
-    return sum(known[site] for site in neurons)
+    """Neurons that the rank with most writes, of sites of (width, columns of a shard)."""
+    loads = [0] * num_ranks
+    for (width, shard), owners in zip(neurons, deal_shards(neurons, num_ranks), strict=True):
+        for first, owner in zip(range(0, width, shard), owners, strict=True):
+            loads[owner] += min(shard, width - first)
+    return max(loads)
 
 
 def _activations(work: Work, layout: Layout, neurons: Sequence[tuple[int, int]]) -> int:

@@ -32,15 +32,16 @@ from aura_dist.planning.seconds import (
 )
 from aura_dist.planning.text import Report
 from aura_dist.planning.trace import forward_cost
-from aura_dist.planning.work import ForwardCost, Machine, Work, store_size
+from aura_dist.planning.work import ForwardCost, Machine, StoreSize, Work, store_size
+from aura_dist.scoring.scores import score_layout, score_path
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, tap_of
 from aura_dist.sites.kinds import KINDS
 from aura_dist.sites.pooling import POOLINGS
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import generic
 from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS_WEIGHT
-from aura_dist.store.grid import columns_per_chunk, rows_per_chunk
-from aura_dist.store.schema import stored_dtype, tasks_of
+from aura_dist.store.grid import columns_per_chunk, columns_per_shard, rows_per_chunk
+from aura_dist.store.schema import num_files, progress_layouts, response_layouts, stored_dtype, tasks_of
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -53,6 +54,8 @@ class Estimate:
     num_tokens: NDArray[np.int32]  # of the rows, ascending
     table: SiteTable  # all sites of the model
     sites: tuple[Site, ...]  # the captured ones
+    poolings: tuple[str, ...]
+    chunks: dict[int, int]  # width of a site → columns of a chunk
     quantization: str  # of the weights, for people; empty where they are floats
     precisions: tuple[str, ...]  # dtype of each pooling's values: the forward's, or float32 where values are averaged
     splits: bool  # whether tensor parallelism can split the decoder layers
@@ -95,7 +98,9 @@ def estimate(
     stored_bits = bits(source.quantization, config)
     weights = weight_sizes(model, split, source.quantization)
     forward = forward_cost(model, sites, poolings, longest, on_cpu=not gpu)
-    neurons = tuple((s.width, columns_per_chunk(s.width, num_rows, max(stored))) for s in sites)
+    item_bytes, rows_chunk = max(stored), rows_per_chunk(num_rows)
+    chunks = {s.width: columns_per_chunk(s.width, num_rows, item_bytes) for s in sites}
+    neurons = tuple((s.width, columns_per_shard(s.width, chunks[s.width], rows_chunk, item_bytes)) for s in sites)
     by_layer = [
         tuple(n for n, s in zip(neurons, sites, strict=True) if s.layer == at) for at in {s.layer for s in sites}
     ]
@@ -108,7 +113,7 @@ def estimate(
         hidden_bytes=int(num_tokens.sum()) * hidden_size(config) * DTYPES[source.dtype].itemsize,
         stored_bytes=sum(stored),
         pooled_bytes=sum(DTYPES[p].itemsize for p in precisions),
-        rows_chunk=rows_per_chunk(num_rows),
+        rows_chunk=rows_chunk,
         shortest=shortest,
         longest=longest,
         tokens_per_batch=tokens_per_batch,
@@ -118,7 +123,9 @@ def estimate(
     )
     splits, quantization = any(part for _, part in weights.layers), source.quantization or method_of(config)
     num_tasks = len(tasks_of(num_tokens, tokens_per_batch))
-    return Estimate(source, num_tokens, table, sites, quantization, precisions, splits, work, num_tasks)
+    return Estimate(
+        source, num_tokens, table, sites, tuple(poolings), chunks, quantization, precisions, splits, work, num_tasks
+    )
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -207,10 +214,13 @@ def collection_report(
     machine: Machine,
     tflops: float | None = None,
     rates: Rates = USUAL_RATES,
+    *,
+    first_tokens: bool = True,
 ) -> Report:
     """All figures of a collection under `spread`, with advice if it does not fit.
 
-    The rows come from `origin`. Each rank computes `tflops` TFLOP/s, by default as many as a usual rank.
+    The rows come from `origin`; `first_tokens` says whether the store counts these. Each rank computes `tflops`
+    TFLOP/s, by default as many as a usual rank.
     """
     work, num_tokens, world_size = found.work, found.num_tokens, spread.layout.world_size
     wanted = what_fits(work, spread, machine)
@@ -231,9 +241,9 @@ def collection_report(
         captured=(len(widths), sum(widths)),
         uncaptured=len(found.table.experts),
         rows=origin,
-        store=store_size(len(num_tokens), work.rows_chunk, widths, found.precisions),
+        store=_store_size(found, spread.layout.tensor, first_tokens=first_tokens),
         rows_chunk=work.rows_chunk,
-        columns_chunk=tuple(sorted({c for _, c in work.neurons})),
+        columns_chunk=tuple(sorted(set(found.chunks.values()))),
         num_tasks=found.num_tasks,
         batches=batches,
         longest=work.longest,
@@ -258,6 +268,20 @@ def collection_report(
         ),
         advice="" if wanted.tokens_per_batch == work.tokens_per_batch else advice(work, spread, machine, others),
     )
+
+
+def _store_size(found: Estimate, num_ranks: int, *, first_tokens: bool) -> StoreSize:
+    """Size of the store and its files, where `num_ranks` ranks share the columns."""
+    sites, poolings, num_rows = found.sites, found.poolings, len(found.num_tokens)
+    size = store_size(num_rows, found.work.rows_chunk, [site.width for site in sites], found.precisions)
+    arrays = response_layouts(sites, poolings, found.source.dtype, num_rows)
+    arrays |= progress_layouts(sites, poolings, (num_rows, 1), found.num_tasks, first_tokens=first_tokens)
+    scores = {
+        score_path(site.name, pooling): score_layout(1, site.width, found.chunks[site.width])
+        for site in sites
+        for pooling in poolings
+    }
+    return replace(size, num_files=1 + num_files(arrays, num_ranks), score_files=num_files(scores))
 
 
 def estimate_evaluation(

@@ -69,6 +69,7 @@ def _store(report: Report) -> list[str]:
         f"store    {store.num_rows:,} rows × {store.num_neurons:,} neurons, {store.num_arrays:,} arrays, "
         f"{store.num_chunks:,} chunks of {report.rows_chunk} rows × {columns} columns",
         f"  {show_bytes(store.raw_bytes)} raw, about {show_bytes(store.compressed_bytes)} on disk",
+        f"  {store.num_files:,} files, and {store.score_files:,} of scores",
     ]
 
 

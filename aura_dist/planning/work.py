@@ -41,7 +41,7 @@ class Work:
 
     weights: WeightSizes  # in the dtype of the forward, as its cost
     forward: ForwardCost
-    neurons: tuple[tuple[int, int], ...]  # (width, columns of a chunk) of each captured site
+    neurons: tuple[tuple[int, int], ...]  # (width, columns of a shard) of each captured site
     stored_bytes: int  # of one neuron's values of one row, over all poolings, in the store
     pooled_bytes: int  # of the same in the forward
     rows_chunk: int  # rows of a row chunk
@@ -85,7 +85,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class StoreSize:
-    """Rows, neurons, arrays and chunks of a store, its bytes, and those expected on disk."""
+    """Rows, neurons, arrays and chunks of a store, its bytes, those expected on disk, and its files.
+
+    `score_files` are what `score` adds to `num_files`.
+    """
 
     num_rows: int
     num_neurons: int
@@ -93,6 +96,8 @@ class StoreSize:
     num_chunks: int
     raw_bytes: int
     compressed_bytes: int
+    num_files: int = 0
+    score_files: int = 0
 
 
 def store_size(num_rows: int, rows_chunk: int, widths: Sequence[int], precisions: Sequence[str]) -> StoreSize:

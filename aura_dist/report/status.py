@@ -12,7 +12,7 @@ from aura_dist.errors import AuraError
 from aura_dist.interventions.artifact import META_FILE, WEIGHTS_FILE, method_of
 from aura_dist.report.evaluations import read_evaluation
 from aura_dist.report.rundir import INTERVENTIONS, JOBS, JOBS_FILE, RESULTS, RunDirectory, is_run_directory, open_run
-from aura_dist.scoring.scores import MARKER, count_columns, score_attributes, score_path, scored_statistics
+from aura_dist.scoring.scores import count_columns, score_attributes, score_path, scored_statistics
 from aura_dist.store.access import local_path, open_group, read_array
 from aura_dist.store.schema import DONE, StoreSpec, activation_path, tasks_of
 
@@ -190,5 +190,6 @@ def _store_places(store: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AuraError):
         return [store]
     names = [(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
-    chunks = [DONE, activation_path(*names[0]), *(score_path(*name, MARKER) for name in names)]
-    return [store, *(store / name / "c" for name in chunks)]
+    chunks = [store / name / "c" for name in (DONE, activation_path(*names[0]))]
+    spans = [store / score_path(*name) / "c" / "0" / "0" for name in names]  # the directory of their files
+    return [store, *chunks, *spans]

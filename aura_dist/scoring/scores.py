@@ -1,22 +1,27 @@
 """Scores of a store: the rows that they are made from, the arrays that hold them, and which of them are there.
 
 ```
-scores                                   attributes: see `Basis`; `adjusted`, the poolings that have their q-values
-scores/<site>/<pooling>/<statistic>      [concept, neuron], chunked as the activations' columns
-scores/<site>/<pooling>/scored           [chunk column] uint32, one chunk each, the *marker*: bit i for statistic i of
-                                         the table, set once a task has written all statistics of the column
+scores                      attributes: see `Basis`
+scores/<site>/<pooling>     [statistic, concept, neuron] float64, attribute `statistics`: the names of the first dim's
+                            places. A file holds a *span*: all statistics of a run of whole chunk columns
 ```
-One task writes all of a chunk column (`Column`). q-values need every p-value of the model, so one process writes
-them at the end and then adds the pooling to `adjusted`.
+The first place is `made`, a bit mask of the statistics that a span has: bit i for statistic i of the table. So a file
+itself says what is in it, and the one task that makes a span writes its file whole. To add statistics, a task reads the
+file and writes it again. Files have room for `ROOM` statistics, so that the array may grow by those that are new in the
+table. q-values need every p-value of the model, so one process adds them at the end.
+
+Stores of schema 3 are read: an array a statistic, with a *marker*, the bit masks of all chunk columns, and `adjusted`,
+an attribute of `scores` that holds the poolings with q-values.
 """
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -24,14 +29,18 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import ConfigError, InputError, StoreError
 from aura_dist.scoring.statistics import STATISTICS
-from aura_dist.store.access import damaged, errors_of_writing, get_array, is_there, prepare_write, read_array
+from aura_dist.store.access import damaged, errors_of_writing, get_array, is_current, is_there, read_array, read_region
+from aura_dist.store.consolidated import forget_consolidated
+from aura_dist.store.grid import columns_per_span
 from aura_dist.store.record import TIMES
 from aura_dist.store.schema import DONE, ArrayLayout, StoreSpec, activation_path, create_arrays, tasks_of
+from aura_dist.store.shards import PARTIAL, shard_writes
 from aura_dist.store.zarr_adapter import run_in_zarr
 
 logger = logging.getLogger(__name__)
 
-MARKER, ADJUSTED = "scored", "adjusted"
+MADE = "made"
+ROOM = 32  # places of the first dim in a file
 BITS = {name: 1 << i for i, name in enumerate(STATISTICS)}
 # Made at the end: a statistic that needs the whole model → the one that it is made from, and the function.
 OVER_MODEL = {s.name: s.over_model for s in STATISTICS.values() if s.over_model is not None}
@@ -82,52 +91,61 @@ def _check_classes(path: str, spec: StoreSpec, labels_NC: NDArray[np.int8], runs
 
 
 @dataclass(frozen=True)
-class Column:
-    """One chunk column of one site and pooling, neurons [start, stop), and the statistics to make of it."""
+class Span:
+    """Neurons [start, stop) of one site and pooling, whole chunk columns, and the statistics to make of them."""
 
     site: str
     pooling: str
     index: int
     start: int
     stop: int
+    chunk: int  # columns of a chunk of responses
     statistics: tuple[str, ...]
-    marker: int  # its marker after `statistics` are written
 
-    def precedes(self, other: "Column") -> bool:
-        """Whether `other` is the next column of the same site and pooling."""
+    @property
+    def num_columns(self) -> int:
+        """Number of chunk columns."""
+        return ceil((self.stop - self.start) / self.chunk)
+
+    def columns(self) -> Iterator[slice]:
+        """The neurons of each chunk column."""
+        for start in range(self.start, self.stop, self.chunk):
+            yield slice(start, min(start + self.chunk, self.stop))
+
+    def precedes(self, other: "Span") -> bool:
+        """Whether `other` is the next span of the same site and pooling."""
         return (self.site, self.pooling, self.index + 1) == (other.site, other.pooling, other.index)
 
 
 @dataclass(frozen=True)
 class Pending:
-    """What one site and pooling lacks: `missing[i]` holds the bits of the statistics that chunk column i lacks."""
+    """What one site and pooling lacks: `missing[i]` holds the bits of the statistics that span i lacks."""
 
     site: str
     pooling: str
     width: int
     chunk: int
+    span: int
     item_bytes: int
-    markers: NDArray[np.uint32]
-    missing: NDArray[np.uint32]
+    missing: NDArray[np.uint64]
 
     @property
     def num_columns(self) -> int:
-        return int(np.count_nonzero(self.missing))
+        return sum(span.num_columns for span in self.spans())
 
     @property
     def num_neurons(self) -> int:
-        starts = np.flatnonzero(self.missing) * self.chunk
-        return int((np.minimum(starts + self.chunk, self.width) - starts).sum())
+        return sum(span.stop - span.start for span in self.spans())
 
-    def columns(self) -> Iterator[Column]:
+    def spans(self) -> Iterator[Span]:
         for i in np.flatnonzero(self.missing).tolist():
-            names = tuple(name for name, bit in BITS.items() if bit & self.missing[i])
-            stop, marker = min((i + 1) * self.chunk, self.width), int(self.markers[i] | self.missing[i])
-            yield Column(self.site, self.pooling, i, i * self.chunk, stop, names, marker)
+            names = tuple(name for name, bit in BITS.items() if bit & int(self.missing[i]))
+            stop = min((i + 1) * self.span, self.width)
+            yield Span(self.site, self.pooling, i, i * self.span, stop, self.chunk, names)
 
 
-def score_path(site: str, pooling: str, name: str) -> str:
-    return f"scores/{site}/{pooling}/{name}"
+def score_path(site: str, pooling: str) -> str:
+    return f"scores/{site}/{pooling}"
 
 
 def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
@@ -142,38 +160,36 @@ def resolve_statistics(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in STATISTICS if name in wanted)
 
 
-def begin(group: zarr.Group, spec: StoreSpec, basis: Basis) -> bool:
+def begin(group: zarr.Group, basis: Basis) -> bool:
     """Make `scores` ready for `basis`; returns whether scores of other rows were there and are discarded.
 
-    The markers are cleared before the attributes name the new basis, so that no score of other rows counts for it
-    if this is interrupted.
+    They are removed before the attributes name the new basis, so that no score of other rows counts for it if this is
+    interrupted.
     """
     scores = _scores_of(group)
     had_scores = scores is not None and "digest" in scores.attrs
-    if scores is None:
-        scores = group.create_group("scores")
-    elif scores.attrs.get("digest") == basis.digest:
+    if scores is not None and scores.attrs.get("digest") == basis.digest:
         return False
-    scores.attrs[ADJUSTED] = []
-    for marker in _markers(group, spec):
-        get_array(group, marker)[...] = 0
-    scores.attrs.update({**asdict(basis), TIMES: {}})
+    forget_consolidated(group)
+    del group["scores"]  # also where its description alone is lost
+    group.create_group("scores", attributes={**asdict(basis), TIMES: {}})
     return had_scores
 
 
-def discard(group: zarr.Group, spec: StoreSpec) -> None:
+def discard(group: zarr.Group) -> None:
     """Remove all scores, damaged ones too; their attributes first, so that none counts if this is interrupted."""
+    forget_consolidated(group)
     with suppress(StoreError):  # a damaged description goes with the rest
         if (scores := _scores_of(group)) is not None:
             scores.attrs.put({})
-    for name in (*_markers(group, spec, damaged_too=True), "scores"):
-        del group[name]
+    del group["scores"]
 
 
-def _markers(group: zarr.Group, spec: StoreSpec, *, damaged_too: bool = False) -> list[str]:
-    """Paths of the markers that are there, or with `damaged_too` of all that there may be."""
-    names = [score_path(site.name, pooling, MARKER) for site in spec.sites for pooling in spec.poolings]
-    return names if damaged_too else [name for name in names if is_there(group, name)]
+def is_scored(group: zarr.Group, spec: StoreSpec, basis: Basis, names: Sequence[str]) -> bool:
+    """Whether every neuron has these statistics, made from the rows of `basis`."""
+    sites = [(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
+    same = score_attributes(group).get("digest") == basis.digest
+    return same and all(set(names) <= set(scored_statistics(group, *site)) for site in sites)
 
 
 def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str], *, overwrite: bool = False) -> list[Pending]:
@@ -181,19 +197,20 @@ def pending(group: zarr.Group, spec: StoreSpec, names: Sequence[str], *, overwri
 
     With `overwrite` as if no score were there.
     """
-    wanted = sum(BITS[name] for name in names if name not in OVER_MODEL)
+    wanted = np.uint64(sum(BITS[name] for name in names if name not in OVER_MODEL))
     found = []
     for site in spec.sites:
         for pooling in spec.poolings:
             responses = get_array(group, activation_path(site.name, pooling))
             if responses.shape[1] != site.width:
                 raise damaged(group, responses.path, f"it has {responses.shape[1]} columns, not {site.width}")
-            chunk, marker = responses.chunks[1], score_path(site.name, pooling, MARKER)
-            counts = not overwrite and is_there(group, marker)
-            markers = read_array(group, marker) if counts else np.zeros(ceil(site.width / chunk), np.uint32)
-            missing = np.uint32(wanted) & ~markers
-            item = Pending(site.name, pooling, site.width, chunk, responses.dtype.itemsize, markers, missing)
-            if item.num_columns:
+            chunk = responses.chunks[1]
+            span = columns_per_span(site.width, chunk)
+            made = np.zeros(ceil(site.width / span), np.uint64)
+            if not overwrite and is_there(group, score_path(site.name, pooling)):
+                made, span = _made(group, site.name, pooling)
+            item = Pending(site.name, pooling, site.width, chunk, span, responses.dtype.itemsize, wanted & ~made)
+            if item.missing.any():
                 found.append(item)
     return found
 
@@ -203,42 +220,122 @@ def count_columns(group: zarr.Group, spec: StoreSpec) -> tuple[int, int]:
     scored = total = 0
     for site in spec.sites:
         for pooling in spec.poolings:
-            marker = score_path(site.name, pooling, MARKER)
-            if is_there(group, marker):
-                markers = read_array(group, marker)
-                scored, total = scored + int(np.count_nonzero(markers)), total + len(markers)
-            else:
-                total += ceil(site.width / get_array(group, activation_path(site.name, pooling)).chunks[1])
+            chunk = get_array(group, activation_path(site.name, pooling)).chunks[1]
+            total += ceil(site.width / chunk)
+            if is_there(group, score_path(site.name, pooling)):
+                made, span = _made(group, site.name, pooling)
+                starts = np.flatnonzero(made) * span
+                scored += int(np.ceil((np.minimum(starts + span, site.width) - starts) / chunk).sum())
     return scored, total
 
 
-def make_arrays(group: zarr.Group, spec: StoreSpec, site: str, pooling: str, names: Sequence[str]) -> None:
-    """Make the arrays of one site and pooling that are not there yet, and its marker."""
-    place, (_, chunk) = f"scores/{site}/{pooling}", get_array(group, activation_path(site, pooling)).chunks
-    width = next(s.width for s in spec.sites if s.name == site)
-    num_concepts, layouts = len(spec.concepts), {}
-    for name in names:
-        dtype, dims = STATISTICS[name].dtype, ("concept", "neuron")
-        missing = np.nan if dtype == "float64" else 0
-        layouts[name] = ArrayLayout((num_concepts, width), (num_concepts, chunk), dtype, dims, missing)
-    layouts[MARKER] = ArrayLayout((ceil(width / chunk),), (1,), "uint32", ("chunk_column",), 0)
+def score_layout(num_concepts: int, width: int, chunk: int) -> ArrayLayout:
+    """Layout of the scores of one site and pooling, with `chunk` columns in a chunk of its responses."""
+    names = (MADE, *STATISTICS)
+    assert len(names) <= ROOM, names
+    shape, span = (len(names), num_concepts, width), columns_per_span(width, chunk)
+    chunks, shards, dims = (1, num_concepts, span), (ROOM, num_concepts, span), ("statistic", "concept", "neuron")
+    return ArrayLayout(shape, chunks, "float64", dims, np.nan, shards, names)
+
+
+def make_array(group: zarr.Group, spec: StoreSpec, site: str, pooling: str) -> None:
+    """Make the array of one site and pooling if it is not there yet, or lacks statistics that the table has."""
+    path = score_path(site, pooling)
+    if is_there(group, path) and STATISTICS.keys() <= set(_names(group, get_array(group, path))):
+        return
+    responses = get_array(group, activation_path(site, pooling))
+    layout = score_layout(len(spec.concepts), responses.shape[1], responses.chunks[1])
     with errors_of_writing(str(group.store_path), "a score"):
-        create_arrays(group, {f"{place}/{name}": layout for name, layout in layouts.items()})
+        create_arrays(group, {path: layout}, replace=True)
+
+
+def write_span(group: zarr.Group, array: "zarr.Array[Any]", columns: slice, made: Mapping[str, NDArray[Any]]) -> None:
+    """Add statistics, name → [C, span], to those of a span, and write its file again."""
+    names = _names(group, array)
+    held = read_region(group, array, (slice(0, len(names)), slice(0, array.shape[1]), columns))
+    for name, values in made.items():
+        held[names.index(name)] = values
+    held[0] = _as_bits(held[0]) | np.uint64(sum(BITS[name] for name in made))
+    for write in shard_writes(array, (0, 0, columns.start), held, f".{uuid4().hex}{PARTIAL}"):  # Dask may run it twice
+        run_in_zarr(write())
+
+
+def _names(group: zarr.Group, array: "zarr.Array[Any]") -> list[str]:
+    """Names of the first dim's places; StoreError if the array does not say them."""
+    names = array.attrs.get("statistics")
+    if not isinstance(names, list) or len(names) != array.shape[0] or names[0] != MADE:
+        raise damaged(group, array.path, f"its attribute `statistics` is {names!r}")
+    return list(map(str, names))
+
+
+def _as_bits(made: NDArray[np.float64]) -> NDArray[np.uint64]:
+    """Bit masks from how they are stored: NaN where a span is missing."""
+    return np.nan_to_num(made).astype(np.uint64)
+
+
+def _made(group: zarr.Group, site: str, pooling: str) -> tuple[NDArray[np.uint64], int]:
+    """[span] bit masks of the statistics that are made, and the neurons of a span; the scores must be there."""
+    path = score_path(site, pooling)
+    if not is_current(group):
+        chunk = get_array(group, activation_path(site, pooling)).chunks[1]
+        return read_array(group, f"{path}/scored").astype(np.uint64), chunk
+    array = get_array(group, path)
+    _, num_concepts, width = array.shape
+    span = array.chunks[2]
+    first = read_region(group, array, (slice(0, 1), slice(0, num_concepts), slice(0, width)))
+    return _as_bits(first[0, 0, ::span]), span
 
 
 def scored_statistics(group: zarr.Group, site: str, pooling: str) -> tuple[str, ...]:
     """Statistics that every neuron of a site has, in the table's order."""
-    marker, about = score_path(site, pooling, MARKER), score_attributes(group)
-    if "digest" not in about or not is_there(group, marker):  # of unknown rows, or not there
+    about = score_attributes(group)
+    if "digest" not in about or not is_there(group, score_path(site, pooling)):  # of unknown rows, or not there
         return ()
-    bits = int(np.bitwise_and.reduce(read_array(group, marker)))
-    over_model = set(OVER_MODEL) if pooling in about[ADJUSTED] else set()
-    return tuple(name for name in STATISTICS if name in over_model or bits & BITS[name])
+    bits = int(np.bitwise_and.reduce(_made(group, site, pooling)[0]))
+    adjusted = set(OVER_MODEL) if pooling in about.get("adjusted", ()) else set()  # schema 3
+    return tuple(name for name in STATISTICS if name in adjusted or bits & BITS[name])
+
+
+@dataclass(frozen=True)
+class StoredStatistic:
+    """One statistic of a site and pooling as it is stored."""
+
+    group: zarr.Group
+    array: "zarr.Array[Any]"
+    place: int | None  # in the first dim; None where the array holds it alone
+    dtype: np.dtype[Any]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_concepts, width = self.array.shape[-2:]
+        return num_concepts, width
+
+    @property
+    def columns(self) -> int:
+        """Neurons that are read at once."""
+        return self.array.chunks[-1]
+
+    def read(self, neurons: slice) -> NDArray[Any]:
+        """[C, neurons] of whole spans; StoreError if some are missing or damaged."""
+        places = () if self.place is None else (slice(self.place, self.place + 1),)
+        region = (*places, slice(0, self.shape[0]), neurons)
+        values = read_region(self.group, self.array, region, complete=True)
+        return values.reshape(values.shape[-2:]).astype(self.dtype, copy=False)
+
+
+def stored_statistic(group: zarr.Group, site: str, pooling: str, name: str) -> StoredStatistic:
+    """A statistic that was scored; StoreError if its array is missing or damaged."""
+    path, dtype = score_path(site, pooling), np.dtype(STATISTICS[name].dtype)
+    if not is_current(group):
+        return StoredStatistic(group, get_array(group, f"{path}/{name}"), None, dtype)
+    array = get_array(group, path)
+    return StoredStatistic(group, array, _names(group, array).index(name), dtype)
 
 
 def read_statistic(group: zarr.Group, site: str, pooling: str, name: str) -> NDArray[Any]:
-    """[C, D] a statistic that was scored; StoreError if its array is missing, damaged or lacks a chunk."""
-    return read_array(group, score_path(site, pooling, name), complete=True)
+    """[C, D] a statistic that was scored; StoreError if its array is missing, damaged or lacks a part."""
+    stored = stored_statistic(group, site, pooling, name)
+    return stored.read(slice(0, stored.shape[1]))
 
 
 def read_scores(
@@ -272,7 +369,7 @@ def read_scores(
 
 
 def score_attributes(group: zarr.Group) -> dict[str, Any]:
-    """The fields of `Basis`, the poolings that have q-values, and the times; empty if there are no scores."""
+    """The fields of `Basis`, and the times; empty if there are no scores."""
     scores = _scores_of(group)
     return {} if scores is None else dict(scores.attrs)
 
@@ -291,19 +388,16 @@ def _scores_of(group: zarr.Group) -> zarr.Group | None:
 
 
 def adjust(group: zarr.Group, spec: StoreSpec) -> None:
-    """Make the statistics that need the whole model, for every pooling that lacks them: the q-values.
-
-    Call it when every p-value is written. If it is interrupted, the next call does it again.
-    """
-    with errors_of_writing(str(group.store_path), "a score"):
-        adjusted = score_attributes(group).get(ADJUSTED, [])
-        for pooling in [p for p in spec.poolings if p not in adjusted]:
-            for name in OVER_MODEL:
-                _adjust(group, spec, pooling, name)
-            group["scores"].attrs[ADJUSTED] = adjusted = [*adjusted, pooling]
+    """Make the statistics that need the whole model, for each pooling that lacks one in some span."""
+    for pooling in spec.poolings:
+        for name in OVER_MODEL:
+            if any(not (_made(group, site.name, pooling)[0] & np.uint64(BITS[name])).all() for site in spec.sites):
+                with errors_of_writing(str(group.store_path), "a score"):
+                    _adjust(group, spec, pooling, name)
 
 
 def _adjust(group: zarr.Group, spec: StoreSpec, pooling: str, name: str) -> None:
+    forget_consolidated(group)
     source, make = OVER_MODEL[name]
     widths = [site.width for site in spec.sites]
     all_CD = np.empty((len(spec.concepts), sum(widths)))
@@ -313,6 +407,7 @@ def _adjust(group: zarr.Group, spec: StoreSpec, pooling: str, name: str) -> None
     for values_D in all_CD:
         values_D[...] = make(values_D)
     for site, part in zip(spec.sites, parts, strict=True):
-        make_arrays(group, spec, site.name, pooling, [name])
-        write = prepare_write(get_array(group, score_path(site.name, pooling, name)), (0, 0), part)
-        run_in_zarr(write())
+        array = get_array(group, score_path(site.name, pooling))
+        for start in range(0, site.width, array.chunks[2]):
+            span = slice(start, min(start + array.chunks[2], site.width))
+            write_span(group, array, span, {name: part[:, span]})

@@ -10,9 +10,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from aura_dist.errors import InputError, StoreError
-from aura_dist.scoring.scores import score_attributes, score_path, scored_statistics
-from aura_dist.store.access import check_complete, damaged, get_array, in_whole_chunks, open_group, read_array
+from aura_dist.errors import InputError
+from aura_dist.scoring.scores import StoredStatistic, score_attributes, scored_statistics, stored_statistic
+from aura_dist.store.access import get_array, open_group, read_array, read_region
 from aura_dist.store.schema import StoreSpec, activation_path
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ def open_store(path: str | Path) -> xr.DataTree:
         units = np.arange(site.width)
         of_site = {"site": site.name, "neuron": units, "unit": ("neuron", units)}
         nodes[f"/activations/{site.name}"] = xr.Dataset(
-            {p: (("sample", "neuron"), _lazy(group, activation_path(site.name, p))) for p in spec.poolings},
+            {p: (("sample", "neuron"), _responses(group, activation_path(site.name, p))) for p in spec.poolings},
             coords={**by_sample, **of_site},
             attrs={"kind": site.kind, "layer": site.layer},
         )
         for pooling in spec.poolings:
             names = scored_statistics(group, site.name, pooling)
             if names:
-                lazy = {s: _lazy(group, score_path(site.name, pooling, s), complete=True) for s in names}
+                lazy = {s: _statistic(stored_statistic(group, site.name, pooling, s)) for s in names}
                 nodes[f"/scores/{site.name}/{pooling}"] = xr.Dataset(
                     {s: (("concept", "neuron"), values) for s, values in lazy.items()},
                     coords={"concept": list(spec.concepts), **of_site},
@@ -77,38 +77,34 @@ def place_of(store: str | Path | xr.DataTree) -> str:
     return str(source)
 
 
-def _lazy(group: zarr.Group, name: str, *, complete: bool = False) -> Any:
+def _responses(group: zarr.Group, name: str) -> Any:
+    """Lazy responses: Dask's chunks are the array's, because a chunk is what is read alone."""
+    array = get_array(group, name)
+    return _lazy(array, array.chunks, _Responses(group))
+
+
+def _statistic(stored: StoredStatistic) -> Any:
+    return _lazy(stored, (stored.shape[0], stored.columns), _read_statistic)
+
+
+def _lazy(source: Any, chunks: tuple[int, ...], getter: Any) -> Any:
+    """Dask asks a getter that is not its own for whole chunks."""
     import dask.array as da
 
-    array = get_array(group, name)
     # no digest for a name: it would take longer than all else here
-    meta = np.empty((0,) * array.ndim, array.dtype)
-    return da.from_array(array, chunks=array.chunks, name=False, getitem=_Blocks(group, complete), meta=meta)
+    meta = np.empty((0,) * len(source.shape), source.dtype)
+    return da.from_array(source, chunks=chunks, name=False, getitem=getter, meta=meta)
 
 
 @dataclass
-class _Blocks:
-    """Dask's getter of one array's chunks: it decodes each chunk in full, because only then is it checked.
-
-    Dask asks a getter that is not its own for whole chunks. The handle for whole chunks is made when the first is
-    read, because making it takes a fifth of the time of reading a chunk and most arrays are never read.
-    """
+class _Responses:
+    """Dask's getter of responses; StoreError if a chunk is damaged."""
 
     group: zarr.Group
-    complete: bool
-    whole: zarr.Array[Any] | None = None
 
     def __call__(self, array: zarr.Array[Any], index: tuple[slice, ...]) -> NDArray[Any]:
-        """One chunk; StoreError if it is damaged, or is missing although `complete`."""
-        whole = self.whole = in_whole_chunks(array) if self.whole is None else self.whole
-        chunk = tuple(slice(i.start, i.start + width) for i, width in zip(index, array.chunks, strict=True))
-        if self.complete:
-            place = tuple(i.start // width for i, width in zip(index, array.chunks, strict=True))
-            check_complete(self.group, array, [place])
-        try:
-            values = np.asarray(whole[chunk])
-        except StoreError:  # the store could not be reached
-            raise
-        except Exception as error:  # the codec pipeline raises its own kinds
-            raise damaged(self.group, array.path, error) from error
-        return values[tuple(slice(i.stop - i.start) for i in index)]
+        return read_region(self.group, array, index)
+
+
+def _read_statistic(stored: StoredStatistic, index: tuple[slice, slice]) -> NDArray[Any]:
+    return stored.read(index[1])

@@ -1,9 +1,8 @@
-"""A worker's part of scoring: read a chunk column, score it, write it, on any machine that sees the store."""
+"""A worker's part of scoring: read chunk columns, score them, write their span, on any machine that sees the store."""
 
-import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache, reduce
 from math import ceil
@@ -16,19 +15,10 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import StoreError
 from aura_dist.scoring.columns import statistics_by_concept
-from aura_dist.scoring.scores import MARKER, Column, score_path
-from aura_dist.store.access import (
-    chunk_name,
-    errors_of_writing,
-    get_array,
-    in_whole_chunks,
-    missing_chunks,
-    open_group,
-    prepare_write,
-    read_array,
-)
+from aura_dist.scoring.scores import Span, score_path, write_span
+from aura_dist.store.access import errors_of_writing, get_array, open_group, read_array
 from aura_dist.store.schema import activation_path
-from aura_dist.store.zarr_adapter import read_into, run_in_zarr, set_values
+from aura_dist.store.shards import ShardError, read_chunks
 
 _thread = threading.local()
 
@@ -58,30 +48,35 @@ class Scored:
         return Scored(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
-def score_columns(source: Source, columns: Sequence[Column]) -> Scored:
-    """Read, score and write chunk columns, one after the other in the memory of one.
+def score_spans(source: Source, spans: Sequence[Span]) -> Scored:
+    """Read and score the chunk columns of spans one after the other in the memory of one; write each span at once.
 
-    StoreError if a chunk is missing or damaged, and then nothing is written for its column; or if a score cannot be.
+    StoreError if a chunk is missing or damaged, and then nothing is written for its span; or if a score cannot be.
     """
     try:
-        return reduce(add, (_score_column(source, column) for column in columns))
+        return reduce(add, (_score_span(source, span) for span in spans))
     except StoreError as error:
         # without its cause: not every library's errors can be sent to another process
         bare = StoreError(str(error))
     raise bare
 
 
-def _score_column(source: Source, column: Column) -> Scored:
+def _score_span(source: Source, span: Span) -> Scored:
+    read = computed = 0.0
+    labels_CN, parts = _labels(source), []
+    for columns in span.columns():
+        start = time.perf_counter()
+        values_NM = read_columns(source, span.site, span.pooling, columns)
+        read -= start - (start := time.perf_counter())
+        parts.append(statistics_by_concept(values_NM, labels_CN, span.statistics))
+        del values_NM
+        computed += time.perf_counter() - start
     start = time.perf_counter()
-    labels_CN = _labels(source)
-    values_NM = read_columns(source, column.site, column.pooling, slice(column.start, column.stop))
-    read = time.perf_counter()
-    made = statistics_by_concept(values_NM, labels_CN, column.statistics)
-    del values_NM
-    computed = time.perf_counter()
+    made = {name: np.concatenate([part[name] for part in parts], axis=1) for name in span.statistics}
     with errors_of_writing(source.path, "a score"):
-        _write(source, column, made)
-    return Scored(_num_unscored(made), read - start, computed - read, time.perf_counter() - computed)
+        array = _opened(source, score_path(span.site, span.pooling))
+        write_span(_opened_group(source), array, slice(span.start, span.stop), made)
+    return Scored(_num_unscored(made), read, computed, time.perf_counter() - start)
 
 
 def _num_unscored(made: Mapping[str, NDArray[Any]]) -> int:
@@ -91,41 +86,12 @@ def _num_unscored(made: Mapping[str, NDArray[Any]]) -> int:
     return int(np.count_nonzero(np.isnan(next(iter(made.values()))).any(axis=0)))
 
 
-def _write(source: Source, column: Column, made: Mapping[str, NDArray[Any]]) -> None:
-    """Write all statistics at once, then the marker that makes them count, in zarr's event loop.
-
-    A loop of our own for each column, with its threads, would take longer than the writing.
-    """
-    arrays = {name: _opened(source, score_path(column.site, column.pooling, name)) for name in (*made, MARKER)}
-    writes = [prepare_write(arrays[name], (0, column.start), values) for name, values in made.items()]
-
-    async def write_all() -> None:
-        # all end before an error is raised, so that none still writes when the column counts as failed
-        for error in await asyncio.gather(*(write() for write in writes), return_exceptions=True):
-            if error is not None:
-                raise error
-        await set_values(arrays[MARKER], column.index, column.marker)
-
-    run_in_zarr(write_all())
-
-
 def read_columns(source: Source, site: str, pooling: str, columns: slice) -> NDArray[Any]:
     """[N, M] responses of some neurons in the rows to score; StoreError with a chunk's path if one is unusable."""
-    array = _opened_whole(source, activation_path(site, pooling))
-    # a missing chunk would read as fill values
-    for chunk in missing_chunks(array, (c for c, _ in _chunks_of(array, source.runs, columns))):
-        raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is missing; {_AGAIN}")
     try:
-        return _read_runs(array, source.runs, columns)
-    except StoreError:  # the store could not be reached
-        raise
-    except Exception:  # the codec pipeline raises its own kinds, which do not name the chunk
-        for chunk, region in _chunks_of(array, source.runs, columns):
-            try:
-                array[region]
-            except Exception as error:
-                raise StoreError(f"the chunk {chunk_name(array, chunk)!r} is damaged: {error}; {_AGAIN}") from error
-        raise
+        return _read_runs(_opened(source, activation_path(site, pooling)), source.runs, columns)
+    except ShardError as error:
+        raise StoreError(f"{error}; {_AGAIN}") from error
 
 
 _AGAIN = "collect again with --overwrite"
@@ -147,7 +113,7 @@ def _read_runs(array: "zarr.Array[Any]", runs: Runs, columns: slice) -> NDArray[
     filled = 0
     for (start, _), stop in zip(runs, stops, strict=True):
         part = values_NM[filled : filled + stop - start]
-        read_into(array, (slice(start, stop), whole_columns), part)
+        read_chunks(array, (slice(start, stop), whole_columns), part, complete=True)
         filled += stop - start
     kept_NM = values_NM[: sum(stop - start for start, stop in runs), : columns.stop - columns.start]
     return kept_NM if kept_NM.flags.c_contiguous else np.ascontiguousarray(kept_NM)
@@ -162,31 +128,15 @@ def _own_memory(num_bytes: int) -> NDArray[np.uint8]:
     return memory[:num_bytes]
 
 
-def _chunks_of(
-    array: "zarr.Array[Any]", runs: Runs, columns: slice
-) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
-    """Index and region of every chunk that holds some of `columns` in `runs`, which are runs of whole row chunks."""
-    rows, width = array.chunks
-    for start, stop in runs:
-        for r in range(start // rows, ceil(stop / rows)):
-            for c in range(columns.start // width, ceil(columns.stop / width)):
-                yield (r, c), (slice(r * rows, (r + 1) * rows), slice(c * width, (c + 1) * width))
-
-
 @lru_cache(maxsize=1)
 def _opened_group(source: Source) -> zarr.Group:
-    return open_group(source.path)
+    return open_group(source.path, to_write=True)
 
 
 @lru_cache(maxsize=256)
 def _opened(source: Source, name: str) -> "zarr.Array[Any]":
     """A worker's handle on an array, kept because opening takes longer than reading a chunk."""
     return get_array(_opened_group(source), name)
-
-
-@lru_cache(maxsize=256)
-def _opened_whole(source: Source, name: str) -> "zarr.Array[Any]":
-    return in_whole_chunks(_opened(source, name))
 
 
 @lru_cache(maxsize=1)

@@ -1,14 +1,14 @@
 """Neurons → intervals → owners: which columns of a site a rank sees, which it writes, and what ranks send each other.
 
 Under tensor parallelism a rank sees a slice of a site's columns, or all where the strategy replicates the site. The
-chunk grid does not depend on that: the rank that sees a chunk's first column owns the chunk, and ranks that see others
-of its columns send it their pooled values. Ranks share a replicated site's chunks evenly. Columns are half-open
-intervals.
+grid of shards does not depend on that. The shards of all sites are dealt to the ranks, whatever these see, and ranks
+that see columns of a shard send their pooled values to its owner. Columns are half-open intervals.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from heapq import heapify, heapreplace
+from itertools import product
 from math import ceil
 
 Interval = tuple[int, int]
@@ -27,7 +27,7 @@ class ColumnPlan:
     """What one rank does with the columns of one site."""
 
     num_seen: int  # columns that the rank's tap passes
-    owned: tuple[Interval, ...]  # columns that the rank writes, as whole chunks, ascending; empty where it owns none
+    owned: tuple[Interval, ...]  # columns that the rank writes, as whole shards, ascending; empty where it owns none
     keeps: tuple[Move, ...]  # from the seen columns to the rank's own buffer: the owned columns side by side
     sends: dict[int, tuple[Interval, ...]]  # rank → intervals of the seen columns that it is sent
     receives: dict[int, tuple[Interval, ...]]  # rank → intervals of the own buffer that it fills, in its order
@@ -56,18 +56,31 @@ def split_columns(width: int, num_ranks: int, num_blocks: int = 1) -> list[tuple
     ]
 
 
-def owned_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> list[tuple[Interval, ...]]:
-    """What every rank writes, for the arguments of `plan_columns`; fast for thousands of ranks too."""
-    num_ranks, replicated = len(seen), _is_replicated(width, seen)
-    assert replicated or sum(map(width_of, seen)) == width, "every column is seen once, or by all"
-    chunks = [(first, min(first + chunk, width)) for first in range(0, width, chunk)]
-    if replicated:  # runs of chunks whose lengths differ by one at most
-        owners = [chunk * num_ranks // len(chunks) for chunk in range(len(chunks))]
+def deal_shards(sites: Sequence[tuple[int, int]], num_ranks: int) -> list[tuple[int, ...]]:
+    """The rank that owns each shard of each site, for (width, columns of a shard) of every site.
+
+    The widest shards go first, each to the rank with the fewest columns so far; so ranks write about equally much.
+    """
+    shards = [(min(shard, width - at), s) for s, (width, shard) in enumerate(sites) for at in range(0, width, shard)]
+    if num_ranks == 1:
+        owners = [0] * len(shards)
     else:
-        owners = [next(r for r, mine in enumerate(seen) if _holds(mine, first)) for first, _ in chunks]
+        owners, loads = [0] * len(shards), [(0, rank) for rank in range(num_ranks)]
+        heapify(loads)
+        for i in sorted(range(len(shards)), key=lambda i: -shards[i][0]):
+            load, owners[i] = loads[0]
+            heapreplace(loads, (load + shards[i][0], owners[i]))
+    dealt: list[list[int]] = [[] for _ in sites]
+    for (_, site), owner in zip(shards, owners, strict=True):
+        dealt[site].append(owner)
+    return [tuple(owners) for owners in dealt]
+
+
+def owned_columns(width: int, shard: int, owners: Sequence[int], num_ranks: int) -> list[tuple[Interval, ...]]:
+    """What every rank writes of a site whose shards of `shard` columns have these `owners`."""
     of_rank: dict[int, list[Interval]] = {}
-    for one, owner in zip(chunks, owners, strict=True):
-        of_rank.setdefault(owner, []).append(one)
+    for first, owner in zip(range(0, width, shard), owners, strict=True):
+        of_rank.setdefault(owner, []).append((first, min(first + shard, width)))
     return [_joined(of_rank.get(rank, [])) for rank in range(num_ranks)]
 
 
@@ -75,21 +88,24 @@ def _is_replicated(width: int, seen: Sequence[Sequence[Interval]]) -> bool:
     return all(tuple(s) == ((0, width),) for s in seen)
 
 
-def plan_columns(width: int, chunk: int, seen: Sequence[Sequence[Interval]]) -> list[ColumnPlan]:
-    """The column plan of every rank, for a site of `width` columns in chunks of `chunk`.
+def plan_columns(width: int, shard: int, seen: Sequence[Sequence[Interval]], owners: Sequence[int]) -> list[ColumnPlan]:
+    """The column plan of every rank, for a site of `width` columns in shards of `shard`, which `owners` write.
 
     `seen` holds for each rank the columns that it sees, in the order of its tap: disjoint and together all of the
     site's, or all of them on every rank.
     """
-    num_ranks, owned, replicated = len(seen), owned_columns(width, chunk, seen), _is_replicated(width, seen)
+    num_ranks, replicated = len(seen), _is_replicated(width, seen)
+    assert replicated or sum(map(width_of, seen)) == width, "every column is seen once, or by all"
+    owned = owned_columns(width, shard, owners, num_ranks)
     plans = [
         ColumnPlan(width_of(seen[r]), owned[r], tuple(_moves(seen[r], owned[r])), {}, {}) for r in range(num_ranks)
     ]
-    for rank, owner in permutations(range(num_ranks), 2):
-        moves = [] if replicated else _moves(seen[rank], owned[owner])
-        if moves:
-            plans[rank].sends[owner] = tuple(m.source for m in moves)
-            plans[owner].receives[rank] = tuple(m.target for m in moves)
+    for owner in [] if replicated else sorted(set(owners)):
+        for rank in range(num_ranks):
+            moves = _moves(seen[rank], owned[owner])
+            if moves and rank != owner:
+                plans[rank].sends[owner] = tuple(m.source for m in moves)
+                plans[owner].receives[rank] = tuple(m.target for m in moves)
     return plans
 
 
@@ -101,10 +117,6 @@ def _moves(seen: Sequence[Interval], owned: Sequence[Interval]) -> list[Move]:
         if a < b:
             moves.append(Move((place + a - start, place + b - start), (target + a - first, target + b - first)))
     return moves
-
-
-def _holds(intervals: Sequence[Interval], column: int) -> bool:
-    return any(start <= column < stop for start, stop in intervals)
 
 
 def _joined(intervals: Sequence[Interval]) -> tuple[Interval, ...]:

@@ -45,7 +45,8 @@ from aura_dist.ranks.process import configure_rank, free_memory, local_ranks
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import World
-from aura_dist.store.access import exists, open_group, zarr_store
+from aura_dist.store.access import check_writable, exists, open_group, zarr_store
+from aura_dist.store.consolidated import consolidate
 from aura_dist.store.grid import Task
 from aura_dist.store.launches import at_work
 from aura_dist.store.record import (
@@ -59,7 +60,7 @@ from aura_dist.store.record import (
     unfinished,
     units_without_numbers,
 )
-from aura_dist.store.schema import Samples, StoreSpec, chunk_widths, create_store, tasks_of
+from aura_dist.store.schema import Samples, StoreSpec, create_store, shard_widths, tasks_of
 from aura_dist.text.table import Table
 from aura_dist.text.tokens import TokenizedTexts
 
@@ -93,12 +94,15 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
     if team.world.is_first:
         if tasks:
             report(config.store, samples, spec)
+        consolidate(open_group(config.store, to_write=True))
         check_numbers(config.store, spec)
 
 
 def _marked(config: CollectConfig) -> AbstractContextManager[None]:
     """Context in which the store is this launch's: to make it or continue it, or to replace it, which none may read."""
-    exists(config.store)  # refuses what is not a store, before anything is written there
+    # refuses what is not a store, and what is only read, before anything is written there
+    if exists(config.store) and not config.overwrite and unfinished(group := open_group(config.store)):
+        check_writable(config.store, group)
     against = ("collect", "score") if config.overwrite else ("collect",)
     return at_work(config.store, zarr_store(config.store), "collect", against=against, wait=not config.overwrite)
 
@@ -150,7 +154,7 @@ def collect_tasks(
     begun = time.perf_counter()
     with subject.base(team.world, num_layers=1 + max(s.layer for s in spec.sites)) as model:
         group = open_group(config.store)
-        plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
+        plans = column_plans(model, spec.sites, shard_widths(group, spec), team.world)
         run = Run(spec, tokens, plans, team, stop, batch_tokens, by_layer=executor_of(model) is not None)
         loaded = time.perf_counter()
         try:

@@ -14,6 +14,7 @@ stdout and stderr are left to what libraries print.
     seconds        of all ranks together
     gpu            whether these are seconds of a GPU
     store_bytes    written by a collection
+    store_files    files of the store, with its scores
     left_out       what the figures do not count, in words
     refused        why it cannot be planned, or does not fit; the figures are there if they are known
 """
@@ -94,7 +95,9 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
     )
     if config.tokens_per_batch is None and sharding.strategy.reads_every_batch(sharding.options):
         found = replace(found, work=with_largest_batch(found.work, spread, machine))
-    report = collection_report(found, origin, spread, machine, config.tflops, _rates(config))
+    report = collection_report(
+        found, origin, spread, machine, config.tflops, _rates(config), first_tokens=not config.skip_first_tokens
+    )
     return report, refusal(report, config.device_memory, config.host_memory)
 
 
@@ -212,6 +215,7 @@ def _collection(settings: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": config.world_size * (report.compute_seconds + report.stream_seconds),
         "gpu": report.machine.gpu,
         "store_bytes": int(report.store.compressed_bytes),
+        "store_files": report.store.num_files + report.store.score_files,
         "refused": refused,
     }
 

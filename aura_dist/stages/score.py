@@ -1,8 +1,8 @@
 """score: every statistic of every neuron of a store, chunk column by chunk column. Never imports torch.
 
-Data flow: rows that are finished → chunk columns that lack a statistic → Dask tasks, one a column (several small
-columns share a task), a bounded number in flight → each reads, scores and writes its columns → q-values over the model
-→ tables and histograms.
+Data flow: rows that are finished → spans that lack a statistic → Dask tasks, one a span (several small spans share a
+task), a bounded number in flight → each reads and scores the chunk columns of its spans, and writes their files →
+q-values over the model → tables and histograms.
 """
 
 import asyncio
@@ -26,19 +26,21 @@ from aura_dist.scoring.column_sums import scoring_bytes
 from aura_dist.scoring.scores import (
     OVER_MODEL,
     Basis,
-    Column,
     Pending,
+    Span,
     adjust,
     basis_of,
     begin,
     discard,
-    make_arrays,
+    is_scored,
+    make_array,
     pending,
     resolve_statistics,
 )
 from aura_dist.scoring.tables import best_neurons, by_layer, confounding_warning, score_table, top_table
-from aura_dist.scoring.worker import Scored, Source, compile_kernels, score_columns
-from aura_dist.store.access import errors_of_writing, open_group, zarr_store
+from aura_dist.scoring.worker import Scored, Source, compile_kernels, score_spans
+from aura_dist.store.access import check_writable, errors_of_writing, is_current, open_group, zarr_store
+from aura_dist.store.consolidated import consolidate, forget_consolidated
 from aura_dist.store.first_token import first_token_warnings
 from aura_dist.store.launches import at_work
 from aura_dist.store.record import SCORED, add_times
@@ -53,9 +55,9 @@ NUM_SHOWN = 10
 # Tasks known to the scheduler at once, per thread: enough to keep workers busy, few enough to keep this process small.
 IN_FLIGHT = 4
 MIN_IN_FLIGHT = 32
-# Chunk columns share a task up to so many bytes of responses: Dask takes milliseconds a task, as long as 5 MB take.
+# Spans share a task up to so many bytes of responses: Dask takes milliseconds a task, as long as 5 MB take.
 TASK_BYTES = 32 * 2**20
-# Tasks for each thread at least, where there are as many columns, so that the threads end at about the same time.
+# Tasks for each thread at least, where there are as many spans, so that the threads end at about the same time.
 TASKS_PER_THREAD = 8
 
 
@@ -73,21 +75,32 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
     names = resolve_statistics(config.statistics)
     shape = worker_shape(config.dask, config.num_workers, config.memory_limit, config.slurm)
     store = config.store if "://" in config.store else str(Path(config.store).resolve())
-    open_group(store)  # before a mark is written, because there may be no store
+    group = open_group(store)  # before a mark is written, because there may be no store
+    if not is_current(group):
+        return group, _check_scored(config, store, group, names), names
     with at_work(store, zarr_store(store), "score", against=("score",), wait=not config.overwrite):
         return *_score_store(config, store, names, shape), names
+
+
+def _check_scored(config: ScoreConfig, store: str, group: zarr.Group, names: Sequence[str]) -> StoreSpec:
+    """The spec of a store that is only read; StoreError unless its scores are there."""
+    spec = StoreSpec.of(group)
+    basis = basis_of(store, group, spec, partial=config.partial)
+    if config.overwrite or not is_scored(group, spec, basis, names):
+        check_writable(store, group)
+    return spec
 
 
 def _score_store(
     config: ScoreConfig, store: str, names: Sequence[str], shape: tuple[int, int]
 ) -> tuple[zarr.Group, StoreSpec]:
-    group = open_group(store)
+    group = open_group(store, to_write=True)
     spec = StoreSpec.of(group)
     basis = basis_of(store, group, spec, partial=config.partial)
     if basis.partial:
         logger.warning("%d of %d rows are there: these scores are of them alone", basis.num_rows, basis.total_rows)
     if not config.overwrite:
-        _begin(store, group, spec, basis)
+        _begin(store, group, basis)
     left = pending(group, spec, names, overwrite=config.overwrite)
     if left:
         if not config.dask.startswith(SCHEMES):
@@ -96,27 +109,29 @@ def _score_store(
         source = Source(store, basis.runs, uuid.uuid4().hex)
         with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
             if config.overwrite:  # only now that the workers are there
-                _begin(store, group, spec, basis, overwrite=True)
+                _begin(store, group, basis, overwrite=True)
             if config.dask == "processes":  # every worker loads its kernels now, not within its first column
                 client.run(compile_kernels)
+            forget_consolidated(group)
             try:
-                _score(client, group, spec, source, left, names)
+                _score(client, group, spec, source, left)
             except StoreError as error:
                 if config.dask in LOCAL_KINDS:
                     raise
                 raise StoreError(f"{error} (from a worker, which must see the store under the same path)") from error
     if not OVER_MODEL.keys().isdisjoint(names):
         adjust(group, spec)
+    consolidate(group)
     for warning in first_token_warnings(group, spec):
         logger.warning(warning)
     return group, spec
 
 
-def _begin(store: str, group: zarr.Group, spec: StoreSpec, basis: Basis, *, overwrite: bool = False) -> None:
+def _begin(store: str, group: zarr.Group, basis: Basis, *, overwrite: bool = False) -> None:
     with errors_of_writing(store, "a score"):
         if overwrite:
-            discard(group, spec)
-        if begin(group, spec, basis):
+            discard(group)
+        if begin(group, basis):
             logger.warning("%s was scored on other rows than are there now: all scores are computed again", store)
 
 
@@ -130,22 +145,23 @@ def _check_memory(left: list[Pending], basis: Basis, num_concepts: int, limit: i
         )
 
 
-def _score(
-    client: "Client", group: zarr.Group, spec: StoreSpec, source: Source, left: list[Pending], names: Sequence[str]
-) -> None:
+def _score(client: "Client", group: zarr.Group, spec: StoreSpec, source: Source, left: list[Pending]) -> None:
     """Score what is left, and log where the time went and how many neurons have no score."""
     num_columns, num_neurons = (sum(getattr(p, what) for p in left) for what in ("num_columns", "num_neurons"))
     num_rows = sum(stop - start for start, stop in source.runs)
     neuron_bytes = {(p.site, p.pooling): num_rows * p.item_bytes for p in left}
     num_unscored, seconds = 0, np.zeros(3)
     progress = Progress("score", num_columns, num_neurons, unit="chunk columns", cost_unit="neurons")
-    most = max(1, num_columns // max(1, TASKS_PER_THREAD * sum(client.nthreads().values())))
-    tasks = _tasks(_columns(group, spec, left, names), neuron_bytes, most)
+    num_spans = sum(int(np.count_nonzero(p.missing)) for p in left)
+    most = max(1, num_spans // max(1, TASKS_PER_THREAD * sum(client.nthreads().values())))
+    tasks = _tasks(_spans(group, spec, left), neuron_bytes, most)
     for task, scored in _results(client, source, tasks):
         num_unscored += scored.num_unscored
         seconds += scored.read_seconds, scored.compute_seconds, scored.write_seconds
         neurons = task[-1].stop - task[0].start
-        progress.advance(len(task), neurons, neurons * neuron_bytes[task[0].site, task[0].pooling])
+        progress.advance(
+            sum(span.num_columns for span in task), neurons, neurons * neuron_bytes[task[0].site, task[0].pooling]
+        )
     progress.finish()
     workers = sum(client.nthreads().values())  # counted at the end, because a cluster's jobs may start late
     add_times(group, SCORED, {"seconds": progress.elapsed_seconds, "neurons": num_neurons}, {"workers": workers})
@@ -156,32 +172,30 @@ def _score(
         logger.warning("%d neurons have NaN responses and so no score", num_unscored)
 
 
-def _columns(group: zarr.Group, spec: StoreSpec, left: list[Pending], names: Sequence[str]) -> Iterator[Column]:
-    """The chunk columns to score; a site's arrays are made when its first one is asked for."""
+def _spans(group: zarr.Group, spec: StoreSpec, left: list[Pending]) -> Iterator[Span]:
+    """The spans to score; a site's array is made when its first one is asked for."""
     for item in left:
-        make_arrays(group, spec, item.site, item.pooling, names)
-        yield from item.columns()
+        make_array(group, spec, item.site, item.pooling)
+        yield from item.spans()
 
 
-def _tasks(
-    columns: Iterator[Column], neuron_bytes: Mapping[tuple[str, str], int], most: int
-) -> Iterator[tuple[Column, ...]]:
-    """Neighbouring columns of one site and pooling, as many as hold `TASK_BYTES` of responses, and at most `most`."""
-    task: list[Column] = []
-    for column in columns:
+def _tasks(spans: Iterator[Span], neuron_bytes: Mapping[tuple[str, str], int], most: int) -> Iterator[tuple[Span, ...]]:
+    """Neighbouring spans of one site and pooling, as many as hold `TASK_BYTES` of responses, and at most `most`."""
+    task: list[Span] = []
+    for span in spans:
         if task:
-            num_bytes = (column.stop - task[0].start) * neuron_bytes[task[0].site, task[0].pooling]
-            if len(task) == most or num_bytes > TASK_BYTES or not task[-1].precedes(column):
+            num_bytes = (span.stop - task[0].start) * neuron_bytes[task[0].site, task[0].pooling]
+            if len(task) == most or num_bytes > TASK_BYTES or not task[-1].precedes(span):
                 yield tuple(task)
                 task = []
-        task.append(column)
+        task.append(span)
     if task:
         yield tuple(task)
 
 
 def _results(
-    client: "Client", source: Source, tasks: Iterator[tuple[Column, ...]]
-) -> Iterator[tuple[tuple[Column, ...], Scored]]:
+    client: "Client", source: Source, tasks: Iterator[tuple[Span, ...]]
+) -> Iterator[tuple[tuple[Span, ...], Scored]]:
     """Each task's report as it comes, a bounded number of them in flight.
 
     StoreError of a task: a chunk that is missing or damaged, a store that a worker cannot see or write to. ClusterError
@@ -189,7 +203,7 @@ def _results(
     """
     from distributed import Future, KilledWorker, as_completed
 
-    in_flight: dict[str, tuple[Future, tuple[Column, ...]]] = {}
+    in_flight: dict[str, tuple[Future, tuple[Span, ...]]] = {}
     finished = as_completed(loop=client.loop)
 
     def submit() -> int:
@@ -197,7 +211,7 @@ def _results(
         bound: int = max(MIN_IN_FLIGHT, IN_FLIGHT * sum(client.nthreads().values()))
         batch = list(islice(tasks, max(0, bound - len(in_flight))))
         keys = [f"score-{source.token}-{task[0].site}-{task[0].pooling}-{task[0].index}" for task in batch]
-        for future, task in zip(client.map(partial(score_columns, source), batch, key=keys), batch, strict=True):
+        for future, task in zip(client.map(partial(score_spans, source), batch, key=keys), batch, strict=True):
             in_flight[future.key] = future, task
             finished.add(future)
         return bound // 2

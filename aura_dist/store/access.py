@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ from zarr.storage import LocalStore
 from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.store.launches import MARK, others_at_work
 from aura_dist.store.remote import RemoteStore, open_remote
-from aura_dist.store.zarr_adapter import chunk_key, fast_codecs, run_in_zarr, same_chunks, set_values
+from aura_dist.store.shards import Region, chunk_name, read_chunks
+from aura_dist.store.zarr_adapter import chunk_key, fast_codecs, run_in_zarr, same_chunks
 
 # Written with the group itself: a group that has it, even half-made, may be replaced; nothing else may.
 FORMAT = "aura_dist"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+# Stores of these versions are read; `check_writable` refuses to write into those of an earlier one.
+READ_VERSIONS = (3, SCHEMA_VERSION)
 # The groups directly under a store's root.
 MEMBERS = ("activations", "progress", "samples", "scores")
 # s3://…, and chained drivers such as simplecache::s3://…
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
 FIX = "fix the cause and run the same command again"
-
-Write = Callable[[], Coroutine[Any, Any, None]]
 
 
 def clear(path: str) -> None:
@@ -72,7 +74,7 @@ def is_there(group: zarr.Group, name: str) -> bool:
 
 
 def in_whole_chunks(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
-    """A handle on the same chunks whose shape is a multiple of theirs: reading from it reads whole chunks.
+    """A handle on the same chunks, not in shards, whose shape is a multiple of theirs: it reads whole chunks.
 
     The Rust pipeline checks the checksum of a chunk only where it decodes all of the chunk.
     """
@@ -83,22 +85,35 @@ def in_whole_chunks(array: "zarr.Array[Any]") -> "zarr.Array[Any]":
 def read_array(group: zarr.Group, name: str, *, complete: bool = False) -> NDArray[Any]:
     """All of an array of the store; StoreError if it is missing or damaged, or lacks a chunk although `complete`."""
     array = get_array(group, name)
+    return read_region(group, array, tuple(slice(0, n) for n in array.shape), complete=complete)
+
+
+def read_region(group: zarr.Group, array: "zarr.Array[Any]", region: Region, *, complete: bool = False) -> NDArray[Any]:
+    """Values of a region that begins with a chunk; whole chunks are read, because only then are they checked.
+
+    StoreError if a chunk is damaged, or is missing although `complete`; else what is missing reads as fill values.
+    """
+    stops = [ceil(s.stop / chunk) * chunk for s, chunk in zip(region, array.chunks, strict=True)]
+    whole = tuple(slice(s.start, stop) for s, stop in zip(region, stops, strict=True))
     try:
-        if complete:
-            check_complete(group, array)
-        return np.asarray(in_whole_chunks(array)[...])[tuple(slice(n) for n in array.shape)]
+        if array.shards is not None:
+            values = read_chunks(array, whole, complete=complete)
+        else:
+            if complete:
+                _check_complete(array, whole)
+            values = np.asarray(in_whole_chunks(array)[whole])
     except StoreError:  # the store could not be reached
         raise
     except Exception as error:  # the codec pipeline raises its own kinds
-        raise damaged(group, name, error) from error
+        raise damaged(group, array.path, error) from error
+    return values[tuple(slice(s.stop - s.start) for s in region)]
 
 
-def check_complete(
-    group: zarr.Group, array: "zarr.Array[Any]", chunks: Iterable[tuple[int, ...]] | None = None
-) -> None:
-    """StoreError if one of `chunks` (default: all) is missing, because it would read as fill values."""
-    for chunk in missing_chunks(array, np.ndindex(*array.cdata_shape) if chunks is None else chunks):
-        raise damaged(group, array.path, f"the chunk {chunk_name(array, chunk)!r} is not there")
+def _check_complete(array: "zarr.Array[Any]", whole: Region) -> None:
+    """ValueError if a chunk of a region is missing."""
+    grid = [range(s.start // chunk, s.stop // chunk) for s, chunk in zip(whole, array.chunks, strict=True)]
+    for chunk in missing_chunks(array, product(*grid)):
+        raise ValueError(f"the chunk {chunk_name(array, chunk)!r} is missing")
 
 
 def damaged(group: zarr.Group, name: str, why: BaseException | str) -> StoreError:
@@ -188,14 +203,18 @@ def _has_root(place: str | RemoteStore) -> bool:
     return (Path(place) / "zarr.json").is_file()
 
 
-def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
-    """The store's root group; StoreError if it is missing, half-made, of another schema or no store."""
+def open_group(path: str, *, must_be_created: bool = True, to_write: bool = False) -> zarr.Group:
+    """The store's root group; StoreError if it is missing, half-made, of another schema or no store.
+
+    At a URL, what only reads takes the consolidated metadata, which are one request.
+    """
     place = store_at(path)
+    consolidated = None if isinstance(place, RemoteStore) and must_be_created and not to_write else False
     try:
         with fast_codecs():
             # a URL does not tell beforehand whether it can be written
             writable = isinstance(place, RemoteStore) or os.access(place, os.W_OK)
-            group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3)
+            group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3, use_consolidated=consolidated)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # zarr.json may hold any JSON
         raise StoreError(f"--store {path!r}: expected a store that `collect` wrote, found none: {error}") from error
     if not must_be_created:
@@ -206,12 +225,27 @@ def open_group(path: str, *, must_be_created: bool = True) -> zarr.Group:
         what_to_do = others_at_work(group.store, "collect") or "run `collect` again"
         raise StoreError(f"--store {path!r} was never finished being made; {what_to_do}")
     version = group.attrs.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READ_VERSIONS:
         raise StoreError(
             f"--store {path!r}: expected schema version {SCHEMA_VERSION}, got {version}; "
             "read it with the version of aura_dist that wrote it"
         )
     return group
+
+
+def is_current(group: zarr.Group) -> bool:
+    """Whether the store is of this schema; stores of earlier ones are only read."""
+    return group.attrs.get("schema_version") == SCHEMA_VERSION
+
+
+def check_writable(path: str, group: zarr.Group) -> None:
+    """StoreError for a store of an earlier schema."""
+    version = group.attrs["schema_version"]
+    if not is_current(group):
+        raise StoreError(
+            f"--store {path!r}: expected schema version {SCHEMA_VERSION} to write into, got {version}, which is only "
+            f"read; renew it with `aura-dist convert --store {path} --to store --out NEW`"
+        )
 
 
 def missing_chunks(array: "zarr.Array[Any]", chunks: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -222,44 +256,6 @@ def missing_chunks(array: "zarr.Array[Any]", chunks: Iterable[tuple[int, ...]]) 
     assert isinstance(array.store, RemoteStore)
     there = array.store.existing([chunk_key(array, c) for c in wanted])
     return [c for c, exists in zip(wanted, there, strict=True) if not exists]
-
-
-def chunk_name(array: "zarr.Array[Any]", chunk: tuple[int, ...]) -> str:
-    """The path of a chunk's file, or its URL; for messages."""
-    place = array.store.root if isinstance(array.store, LocalStore) else array.store
-    return f"{place}/{chunk_key(array, chunk)}"
-
-
-def prepare_write(array: "zarr.Array[Any]", start: tuple[int, ...], values: NDArray[Any]) -> Write:
-    """A function that writes `values` from `start` on: whole chunks, or up to the end of the array.
-
-    The Rust pipeline leaves out chunks that hold only fill values (zarrs 0.2.3, whatever `write_empty_chunks` says).
-    Python's pipeline writes these, because a missing chunk counts as lost. Call this outside of zarr's event loop: it
-    may open an array, for which it takes a lock that another thread may hold while it waits for the loop.
-    """
-    assert all(first % chunk == 0 for first, chunk in zip(start, array.chunks, strict=True)), (start, array.chunks)
-    left_out = list(_chunks_of_fill_values(array, values)) if isinstance(array.store, LocalStore) else []
-    plain = same_chunks(array, by_python=True) if left_out else array
-
-    def region(part: Sequence[slice]) -> tuple[slice, ...]:
-        return tuple(slice(first + s.start, first + s.stop) for first, s in zip(start, part, strict=True))
-
-    async def write() -> None:
-        await set_values(array, region([slice(0, n) for n in values.shape]), values)
-        for part in left_out:
-            await set_values(plain, region(part), values[part])
-
-    return write
-
-
-def _chunks_of_fill_values(array: "zarr.Array[Any]", values: NDArray[Any]) -> Iterator[tuple[slice, ...]]:
-    """The chunks of `values` that hold only the array's fill value; their first values are looked at first."""
-    is_fill = np.isnan if np.isnan(array.fill_value) else array.fill_value.__eq__
-    for index in np.argwhere(is_fill(values[tuple(slice(None, None, chunk) for chunk in array.chunks)])).tolist():
-        bounds = zip(index, array.chunks, values.shape, strict=True)
-        part = tuple(slice(i * chunk, min((i + 1) * chunk, n)) for i, chunk, n in bounds)
-        if is_fill(values[part]).all():
-            yield part
 
 
 @contextmanager

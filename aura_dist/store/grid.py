@@ -1,8 +1,9 @@
-"""Who computes what: samples → row chunks → tasks and batches; neurons → chunk columns.
+"""Who computes what: samples → row chunks → tasks and batches; neurons → chunk columns, in shards and spans.
 
 Pure functions of numbers. Samples are sorted by token count; a *row chunk* is the rows of one Zarr chunk,
 a *batch* never leaves its row chunk, and a *task* is a run of whole row chunks: the unit of balance,
-commit and resume. None of it depends on ranks or sharding, so that any launch can finish any store.
+commit and resume. A *shard* is a file: a row chunk of a run of whole chunk columns. A *span* is the run of chunk
+columns whose scores are in one file. None of it depends on ranks or sharding, so that any launch can finish any store.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ FEW_ROWS_PER_CHUNK = 100
 MAX_ROWS_PER_CHUNK = 256
 MAX_COLUMNS_PER_CHUNK = 1024
 MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
+MAX_BYTES_PER_SHARD = 64 * 2**20
+MIN_COLUMNS_PER_SPAN = 4096
 ALIGNED_RANKS = 16
 # Cost of a forward beside its tokens, in tokens: launches, and reading the weights once.
 BATCH_OVERHEAD_TOKENS = 64
@@ -54,6 +57,20 @@ def columns_per_chunk(width: int, num_rows: int, item_bytes: int) -> int:
     limit = max(1, min(MAX_COLUMNS_PER_CHUNK, MAX_BYTES_PER_CHUNK_COLUMN // max(1, num_rows * item_bytes)))
     best = max(c for c in range(1, min(share, limit) + 1) if share % c == 0)
     return best if 8 * best >= min(share, limit) else min(share, limit)
+
+
+def columns_per_shard(width: int, chunk: int, rows_chunk: int, item_bytes: int) -> int:
+    """Columns of one shard, in whole chunks of `chunk` columns: all of a site's, in even cuts of at most 64 MiB."""
+    num_chunks = ceil(width / chunk)
+    most = max(1, MAX_BYTES_PER_SHARD // (rows_chunk * item_bytes * chunk))
+    return chunk * ceil(num_chunks / ceil(num_chunks / most))
+
+
+def columns_per_span(width: int, chunk: int) -> int:
+    """Columns whose scores are in one file, in whole chunks: 4,096 or a few more, or all of a narrower site's."""
+    num_chunks = ceil(width / chunk)
+    least = ceil(MIN_COLUMNS_PER_SPAN / chunk)
+    return chunk * ceil(num_chunks / max(1, num_chunks // least))
 
 
 def make_tasks(num_tokens: Sequence[int], rows_chunk: int, tokens_per_batch: int) -> list[Task]:

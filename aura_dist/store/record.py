@@ -21,7 +21,7 @@ from zarr.storage import LocalStore
 
 from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.sites.site import Site
-from aura_dist.store.access import FIX, damaged, get_array, in_whole_chunks, read_array
+from aura_dist.store.access import FIX, get_array, read_array, read_region
 from aura_dist.store.schema import ADDED, ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
 
 logger = logging.getLogger(__name__)
@@ -221,15 +221,9 @@ def count_without_numbers(without: Mapping[str, int], sites: Sequence[Site]) -> 
 def _never_finite(group: zarr.Group, name: str, width: int) -> NDArray[np.bool_]:
     """[D] whether a unit's responses are all NaN or infinite; reads a chunk column at a time."""
     array = get_array(group, name)
-    whole, step = in_whole_chunks(array), array.chunks[1]
-    try:
-        blocks = (np.asarray(whole[:, i : i + step])[: array.shape[0]] for i in range(0, width, step))
-        parts = [~np.isfinite(block).any(axis=0) for block in blocks]
-    except StoreError:  # the store could not be reached
-        raise
-    except Exception as error:  # the codec pipeline raises its own kinds
-        raise damaged(group, name, error) from error
-    return np.concatenate(parts)[:width]
+    num_rows, step = array.shape[0], array.chunks[1]
+    regions = ((slice(0, num_rows), slice(i, min(i + step, width))) for i in range(0, width, step))
+    return np.concatenate([~np.isfinite(read_region(group, array, region)).any(axis=0) for region in regions])
 
 
 def response_names(group: zarr.Group) -> list[str]:

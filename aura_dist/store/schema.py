@@ -4,19 +4,20 @@
 STORE.zarr                             attributes: see `StoreSpec`; `created`, written last
   at_work-ID                           a launch that is at work (see `launches.py`)
   samples/{row, num_tokens, label}     [sample], [sample], [sample, concept]
-  activations/<site>/<pooling>         [sample, neuron]
+  activations/<site>/<pooling>         [sample, neuron], in shards: a file holds a row chunk of all or many columns
   progress/done                        [task] uint8, one chunk each
   progress/attempts                    [task] uint8, one chunk each: launches that died in it (see `record.py`)
   progress/nonfinite                   [task, response array] int64, one chunk a task: NaN and infinite responses
   progress/first_token                 [task, rank, unit] uint32, where the first token counts (see `first_token.py`)
-  scores/<site>/<pooling>/<statistic>  [concept, neuron]   (see `scores.py`)
+  scores/<site>/<pooling>              [statistic, concept, neuron]   (see `scores.py`)
 ```
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from math import ceil, prod
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,7 +33,7 @@ from aura_dist.errors import StoreError, brief
 from aura_dist.sites.pooling import POOLINGS
 from aura_dist.sites.site import Site
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, errors_of_writing, get_array, store_at
-from aura_dist.store.grid import Task, columns_per_chunk, make_tasks, rows_per_chunk
+from aura_dist.store.grid import Task, columns_per_chunk, columns_per_shard, make_tasks, rows_per_chunk
 from aura_dist.store.zarr_adapter import description, fast_codecs, run_in_zarr
 
 DONE, ATTEMPTS, NONFINITE = "progress/done", "progress/attempts", "progress/nonfinite"
@@ -127,9 +128,10 @@ def first_token_columns(spec: StoreSpec) -> dict[tuple[str, str], slice]:
     return columns
 
 
-def chunk_widths(group: zarr.Group, spec: StoreSpec) -> dict[str, int]:
-    """Site → columns of one chunk, the same for all poolings."""
-    return {s.name: get_array(group, activation_path(s.name, spec.poolings[0])).chunks[1] for s in spec.sites}
+def shard_widths(group: zarr.Group, spec: StoreSpec) -> dict[str, int]:
+    """Site → columns of one shard, the same for all poolings."""
+    arrays = {site.name: get_array(group, activation_path(site.name, spec.poolings[0])) for site in spec.sites}
+    return {name: array.shards[1] for name, array in arrays.items() if array.shards is not None}
 
 
 def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mapping[str, Any]) -> None:
@@ -158,57 +160,108 @@ def create_store(path: str, spec: StoreSpec, samples: Samples, provenance: Mappi
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """Shape, chunks, dtype and names of the dims of an array of a store, and the value that missing chunks read as."""
+    """Shape, chunks, dtype and names of the dims of an array of a store, and the value that missing chunks read as.
+
+    `shards`: chunks are in files of this shape; None: each chunk is a file. `names`: of the first dim's places, an
+    attribute of the array that is called as the dim in the plural.
+    """
 
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: str
     dims: tuple[str, ...]
     fill_value: float
+    shards: tuple[int, ...] | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def num_files(self) -> int:
+        """Files when all of it is written, and one that describes it."""
+        return 1 + prod(ceil(n / size) for n, size in zip(self.shape, self.shards or self.chunks, strict=True))
 
 
 def _layouts(spec: StoreSpec, samples: Samples, num_tasks: int) -> dict[str, ArrayLayout]:
     """Path → layout of every array that `collect` fills."""
-    num_rows, num_arrays = len(samples), len(spec.sites) * len(spec.poolings)
+    counted = not spec.skip_first_tokens
+    return {
+        **progress_layouts(spec.sites, spec.poolings, samples.label.shape, num_tasks, first_tokens=counted),
+        **response_layouts(spec.sites, spec.poolings, spec.dtype, len(samples)),
+    }
+
+
+def progress_layouts(
+    sites: Sequence[Site], poolings: Sequence[str], labels: tuple[int, ...], num_tasks: int, *, first_tokens: bool
+) -> dict[str, ArrayLayout]:
+    """Path → layout of the arrays of `samples` and `progress`.
+
+    `labels` is [rows, concepts]; `first_tokens` says whether these are counted.
+    """
+    num_arrays, num_rows = len(sites) * len(poolings), labels[0]
     found = {
         "samples/row": ArrayLayout((num_rows,), (num_rows,), "int64", ("sample",), 0),
         "samples/num_tokens": ArrayLayout((num_rows,), (num_rows,), "int32", ("sample",), 0),
-        "samples/label": ArrayLayout(samples.label.shape, samples.label.shape, "int8", ("sample", "concept"), 0),
+        "samples/label": ArrayLayout(labels, labels, "int8", ("sample", "concept"), 0),
         DONE: ArrayLayout((num_tasks,), (1,), "uint8", ("task",), 0),
         ATTEMPTS: ArrayLayout((num_tasks,), (1,), "uint8", ("task",), 0),
         NONFINITE: ArrayLayout((num_tasks, num_arrays), (1, num_arrays), "int64", ("task", "array"), 0),
     }
-    num_units = max((columns.stop for columns in first_token_columns(spec).values()), default=0)
-    if num_units and not spec.skip_first_tokens:
+    num_units = sum(site.width for site in sites) * sum(POOLINGS[pooling].of_token is not None for pooling in poolings)
+    if num_units and first_tokens:
         shape, dims = (num_tasks, MAX_TENSOR_RANKS, num_units), ("task", "rank", "unit")
         found[FIRST_TOKEN] = ArrayLayout(shape, (1, 1, num_units), "uint32", dims, 0)
-    dtypes = {pooling: stored_dtype(pooling, spec.dtype) for pooling in spec.poolings}
-    largest = max(np.dtype(dtype).itemsize for dtype in dtypes.values())
-    for site in spec.sites:
+    return found
+
+
+def response_layouts(
+    sites: Sequence[Site], poolings: Sequence[str], dtype: str, num_rows: int
+) -> dict[str, ArrayLayout]:
+    """Path → layout of the responses' arrays; `dtype` is the forward's."""
+    found = {}
+    dtypes = {pooling: stored_dtype(pooling, dtype) for pooling in poolings}
+    largest = max(np.dtype(stored).itemsize for stored in dtypes.values())
+    for site in sites:
         # the same for all poolings, because a rank owns the same columns of each
-        chunks = (rows_per_chunk(num_rows), columns_per_chunk(site.width, num_rows, largest))
-        for pooling, dtype in dtypes.items():
-            layout = ArrayLayout((num_rows, site.width), chunks, dtype, ("sample", "neuron"), np.nan)
+        rows, columns = rows_per_chunk(num_rows), columns_per_chunk(site.width, num_rows, largest)
+        shards, dims = (rows, columns_per_shard(site.width, columns, rows, largest)), ("sample", "neuron")
+        for pooling, stored in dtypes.items():
+            layout = ArrayLayout((num_rows, site.width), (rows, columns), stored, dims, np.nan, shards)
             found[activation_path(site.name, pooling)] = layout
     return found
 
 
-def create_arrays(group: zarr.Group, layouts: Mapping[str, ArrayLayout]) -> None:
+def num_files(layouts: Mapping[str, ArrayLayout], num_ranks: int = 1) -> int:
+    """Files of these arrays, and of the groups below the root that they are in, when all is written.
+
+    `num_ranks` ranks write first tokens. No task has attempts then, and no response is taken to be NaN or infinite.
+    """
+    files = {name: layout.num_files for name, layout in layouts.items()}
+    files |= {name: 1 for name in (ATTEMPTS, NONFINITE) if name in files}
+    if FIRST_TOKEN in files:
+        files[FIRST_TOKEN] = 1 + (num_ranks * layouts[FIRST_TOKEN].shape[0] if num_ranks <= MAX_TENSOR_RANKS else 0)
+    return len(_parents(layouts)) + sum(files.values())
+
+
+def _parents(layouts: Iterable[str]) -> set[str]:
+    return {str(parent) for name in layouts for parent in PurePosixPath(name).parents} - {"."}
+
+
+def create_arrays(group: zarr.Group, layouts: Mapping[str, ArrayLayout], *, replace: bool = False) -> None:
     """Make the arrays that are not there yet, without chunks, and the groups around them; many at a time.
+
+    `replace`: arrays that are there are described again, and keep their files.
 
     If some cannot be made, the first OSError is raised after all were tried.
     """
     arrays = {name: _description(layout) for name, layout in layouts.items()}
-    parents = {str(parent) for name in layouts for parent in PurePosixPath(name).parents} - {"."}
 
     async def make(name: str, files: Mapping[str, Buffer]) -> None:
         for file, described in files.items():
             key = "/".join(filter(None, (group.path, name, file)))
-            if not await group.store.exists(key):
+            if (replace and name in arrays) or not await group.store.exists(key):
                 await group.store.set(key, described)
 
     async def make_all() -> None:
-        for nodes in (dict.fromkeys(sorted(parents), description(None)), arrays):
+        for nodes in (dict.fromkeys(sorted(_parents(layouts)), description(None)), arrays):
             # all end before an error is raised
             for error in await asyncio.gather(*map(make, nodes, nodes.values()), return_exceptions=True):
                 if error is not None:
@@ -228,10 +281,12 @@ def _description(layout: ArrayLayout) -> dict[str, Buffer]:
         MemoryStore(),
         shape=layout.shape,
         chunks=layout.chunks,
+        shards=layout.shards,
         dtype=layout.dtype,
         fill_value=layout.fill_value,
         serializer=BytesCodec(),
         compressors=(BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()),
         dimension_names=layout.dims,
+        attributes={f"{layout.dims[0]}s": list(layout.names)} if layout.names else None,
     )
     return description(array)

@@ -1,4 +1,4 @@
-"""The background writer: one thread that encodes and writes whole chunks, fed by a fixed set of row buffers.
+"""The background writer: one thread that encodes and writes whole shards, fed by a fixed set of row buffers.
 
 The forward takes a free buffer, fills one row chunk of its columns of every site, and hands it over; the buffer is free
 again when it is written. The number of buffers bounds the memory: where the disk is slow the forward waits.
@@ -17,10 +17,11 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.sites.ownership import Interval
-from aura_dist.store.access import Write, get_array, prepare_write
+from aura_dist.store.access import get_array
 from aura_dist.store.first_token import FirstTokenCounts
 from aura_dist.store.record import writing_failed
 from aura_dist.store.schema import activation_path
+from aura_dist.store.shards import Write, shard_writes
 
 NUM_BUFFERS = 3
 _POLL_SECONDS = 0.1
@@ -36,7 +37,7 @@ class ChunkWriter:
     Parameters
     ----------
     owned
-        Site → intervals of its columns that are written here, whole chunks; they are side by side in the buffers.
+        Site → intervals of its columns that are written here, whole shards; they are side by side in the buffers.
     commit
         Called with a task's index and the number of its NaN and infinite responses by array, when everything that was
         handed over before is written.
@@ -133,13 +134,13 @@ class ChunkWriter:
         self._free.put(buffer)
 
     def _writes(self, rows: slice, buffer: RowBuffer) -> list[Write]:
-        """The writes of the buffer, site by site."""
-        writes = []
+        """The writes of the buffer, site by site: one a shard."""
+        writes: list[Write] = []
         for key, values in buffer.items():
             place = 0
             for start, stop in self._owned[key[0]]:
                 part = values[: rows.stop - rows.start, place : place + stop - start]
-                writes.append(prepare_write(self._arrays[key], (rows.start, start), part))
+                writes += shard_writes(self._arrays[key], (rows.start, start), part)
                 place += stop - start
         return writes
 

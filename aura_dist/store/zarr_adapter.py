@@ -2,11 +2,9 @@
 
 - `zarr.core.sync.sync`: runs a coroutine in zarr's event loop
 - `Array.async_array`, `AsyncArray.config`, `AsyncArray(metadata, …)`: another handle on the same chunks
-- `Array.metadata.update_shape`, `encode_chunk_key`, `to_buffer_dict`; `zarr.core.group.GroupMetadata`: the contents of
-  `zarr.json`, and the keys of chunks
-- `zarr.core.codec_pipeline.BatchedCodecPipeline`: the name of Python's codec pipeline
+- `Array.metadata.update_shape`, `encode_chunk_key`, `to_buffer_dict`; `zarr.core.group.GroupMetadata`,
+  `ConsolidatedMetadata`: the contents of `zarr.json`, and the keys of chunks
 - settings `codec_pipeline.*` and `array.write_empty_chunks`: an array keeps those that it was opened with
-- `get_basic_selection(…, out=NDBuffer)`: reading into memory of our own
 """
 
 import threading
@@ -15,10 +13,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import zarr
-from numpy.typing import NDArray
 from zarr.abc.buffer import Buffer
 from zarr.buffer import default_buffer_prototype
-from zarr.buffer.cpu import NDBuffer
 from zarr.core.group import GroupMetadata
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync
@@ -30,7 +26,6 @@ _OPENED_WITH = {
     "codec_pipeline.chunk_concurrent_maximum": 1,
     "array.write_empty_chunks": True,  # a chunk that is not there is one that was not written
 }
-_PYTHON_PIPELINE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 _OPENING = threading.RLock()  # such settings are of the whole process
 
 
@@ -49,29 +44,18 @@ def fast_codecs() -> Iterator[None]:
         yield
 
 
-def same_chunks(
-    array: "zarr.Array[Any]", shape: tuple[int, ...] | None = None, *, by_python: bool = False
-) -> "zarr.Array[Any]":
-    """Another handle on the chunks of an array: in another shape, or by Python's codec pipeline."""
+def same_chunks(array: "zarr.Array[Any]", shape: tuple[int, ...]) -> "zarr.Array[Any]":
+    """Another handle on the chunks of an array, in another shape."""
     assert isinstance(array.metadata, ArrayV3Metadata)
-    metadata = array.metadata if shape is None else array.metadata.update_shape(shape)
-    with fast_codecs(), zarr.config.set(_PYTHON_PIPELINE if by_python else {}):
-        return zarr.Array(zarr.AsyncArray(metadata, array.store_path, array.async_array.config))
+    with fast_codecs():
+        return zarr.Array(
+            zarr.AsyncArray(array.metadata.update_shape(shape), array.store_path, array.async_array.config)
+        )
 
 
 def run_in_zarr(work: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine, run in zarr's event loop from a thread without a loop of its own."""
     return sync(work)
-
-
-async def set_values(array: "zarr.Array[Any]", region: tuple[slice, ...] | int, values: Any) -> None:
-    """Write `values` into a region, as part of a larger coroutine."""
-    await array.async_array.setitem(region, values)
-
-
-def read_into(array: "zarr.Array[Any]", region: tuple[slice, ...], memory: NDArray[Any]) -> None:
-    """Read a region into `memory`, an array of its shape and dtype."""
-    array.get_basic_selection(region, out=NDBuffer.from_numpy_array(memory))
 
 
 def chunk_key(array: "zarr.Array[Any]", chunk: tuple[int, ...]) -> str:

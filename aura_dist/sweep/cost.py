@@ -38,6 +38,7 @@ class Cost:
     gpu_hours: float = 0.0
     cpu_hours: float = 0.0
     store_bytes: int = 0
+    store_files: int = 0
     num_unknown: int = 0
     reason: str = ""
     left_out: str = ""
@@ -49,6 +50,7 @@ class Cost:
         hours = [f"{self.gpu_hours:.3g} GPU-hours"] if self.gpu_hours or not self.cpu_hours else []
         hours += [f"{self.cpu_hours:.3g} hours of CPU ranks"] if self.cpu_hours else []
         more = [f"{self.store_bytes / 1e9:.3g} GB on disk"] if self.store_bytes else []
+        more += [f"{self.store_files:,} files"] if self.store_files else []
         more += [f"and {self.num_unknown} not known"] if self.num_unknown else []
         more += [f"without {self.left_out}"] if self.left_out else []
         return ", ".join([" + ".join(hours), *more])
@@ -58,8 +60,8 @@ class Cost:
         known = [cost for cost in costs if not cost.reason]
         gpu_hours, cpu_hours = sum(c.gpu_hours for c in known), sum(c.cpu_hours for c in known)
         left_out = ", ".join(dict.fromkeys(c.left_out for c in known if c.left_out))
-        size = sum(c.store_bytes for c in known)
-        return Cost(gpu_hours, cpu_hours, size, len(costs) - len(known), left_out=left_out)
+        size, files = (sum(getattr(c, what) for c in known) for what in ("store_bytes", "store_files"))
+        return Cost(gpu_hours, cpu_hours, size, files, len(costs) - len(known), left_out=left_out)
 
 
 def dry_run(
@@ -139,5 +141,5 @@ def _answers(questions: Sequence[str]) -> "tuple[list[dict[str, Any]], subproces
 def _cost(answer: Mapping[str, Any]) -> Cost:
     """The cost in an answer of `aura_dist.stages.plan`."""
     hours = {"gpu_hours" if answer.get("gpu") else "cpu_hours": answer.get("seconds", 0.0) / 3600}
-    size, reason, left_out = answer.get("store_bytes", 0), answer.get("refused", ""), answer.get("left_out", "")
-    return Cost(**hours, store_bytes=size, reason=reason, left_out=left_out)
+    sizes = {name: answer.get(name, 0) for name in ("store_bytes", "store_files")}
+    return Cost(**hours, **sizes, reason=answer.get("refused", ""), left_out=answer.get("left_out", ""))

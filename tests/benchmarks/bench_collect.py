@@ -30,7 +30,7 @@ from aura_dist.ranks.world import World
 from aura_dist.stages.collect import make_spec
 from aura_dist.store.access import open_group
 from aura_dist.store.grid import make_batches, row_chunks, rows_per_chunk
-from aura_dist.store.schema import StoreSpec, chunk_widths, create_store, tasks_of
+from aura_dist.store.schema import StoreSpec, create_store, shard_widths, tasks_of
 from aura_dist.text.tokenizer import load_tokenizer
 from aura_dist.text.tokens import TokenizedTexts
 
@@ -57,7 +57,7 @@ def collect(model, spec: StoreSpec, samples, tokens: TokenizedTexts, path: str) 
     create_store(path, spec, samples, {})
     group = open_group(path)
     with start_team(parse_sharding("replicate"), "cpu") as team:
-        plans = column_plans(model, spec.sites, chunk_widths(group, spec), team.world)
+        plans = column_plans(model, spec.sites, shard_widths(group, spec), team.world)
         run = Run(spec, tokens, plans, team, StopFlag())
         start = time.perf_counter()
         with run.writer(group) as writer:

@@ -73,7 +73,7 @@ class Xpu:
 def test_copies_run_beside_the_forward_on_any_accelerator(monkeypatch):
     model, site = tiny_causal("llama"), "model.layers.0.mlp.up_proj"
     sites = find_sites(model).select([site])
-    plans = {site: plan_columns(sites[0].width, 16, [((0, sites[0].width),)])[0]}
+    plans = {site: plan_columns(sites[0].width, sites[0].width, [((0, sites[0].width),)], [0])[0]}
     tokens = TokenizedTexts([np.arange(3, 8), np.arange(4, 12)], np.array([0]), skip_special=False)
     expected, buffer = ({(site, "max"): np.full((4, sites[0].width), np.nan, np.float32)} for _ in range(2))
 

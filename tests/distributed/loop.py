@@ -1,7 +1,7 @@
 """Every rank of a launch runs this: collect each model under one strategy, and note what happened.
 
 The plan: `sharding`, `options` (further settings of collect), `runs` (model directory → store), `data`, `notes` (a
-directory: rank 0 notes the models that were refused, every rank the data it read, the chunks it wrote and how many
+directory: rank 0 notes the models that were refused, every rank the data it read, the shards it wrote and how many
 parameters were whole at once).
 """
 
@@ -36,18 +36,18 @@ def modules_of(model: str) -> list[str]:
 
 
 def record_writes(written: Counter[str]) -> None:
-    """Count how often each chunk is written from here, and that it is written whole."""
+    """Count how often each shard is written from here, and check that it is written whole."""
     writes = ChunkWriter._writes
 
     def recorded(self: ChunkWriter, rows: slice, buffer: RowBuffer) -> list:
         for key in buffer:
             array = self._arrays[key]
-            assert rows.start % array.chunks[0] == 0
-            assert rows.stop % array.chunks[0] == 0 or rows.stop == array.shape[0]
+            assert rows.start % array.shards[0] == 0
+            assert rows.stop == min(rows.start + array.shards[0], array.shape[0])
             for start, stop in self._owned[key[0]]:
-                assert start % array.chunks[1] == 0
-                assert stop % array.chunks[1] == 0 or stop == array.shape[1]
-                for column in range(start, stop, array.chunks[1]):
+                assert start % array.shards[1] == 0
+                assert stop % array.shards[1] == 0 or stop == array.shape[1]
+                for column in range(start, stop, array.shards[1]):
                     written[f"{array.store_path} {rows.start} {column}"] += 1
         return writes(self, rows, buffer)
 

@@ -100,7 +100,7 @@ class Collection:
         from aura_dist.ranks.launch import start_team
         from aura_dist.ranks.signals import StopFlag
         from aura_dist.store.access import open_group
-        from aura_dist.store.schema import chunk_widths, create_store, tasks_of
+        from aura_dist.store.schema import create_store, shard_widths, tasks_of
 
         create_store(str(self.path), self.spec, self.samples, {})
         group = open_group(str(self.path))
@@ -109,7 +109,7 @@ class Collection:
             start_team(parse_sharding("replicate"), self.place.device) as team,
             self.subject.base(team.world, num_layers) as base,
         ):
-            plans = column_plans(base, self.spec.sites, chunk_widths(group, self.spec), team.world)
+            plans = column_plans(base, self.spec.sites, shard_widths(group, self.spec), team.world)
             run = Run(self.spec, self.tokens, plans, team, StopFlag())
             with run.writer(group) as writer:
                 stream(base, run, tasks_of(self.samples.num_tokens, self.tokens_per_batch), writer)

@@ -13,7 +13,7 @@ import aura_dist
 from aura_dist.cli import main
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import METHODS, FromModel
-from aura_dist.scoring.scores import score_path
+from aura_dist.scoring.scores import read_statistic
 from tests.models import tiny_causal
 
 FIRST, LAST = "model.layers.0.mlp.gate_proj", "model.layers.2.mlp.gate_proj"
@@ -119,7 +119,7 @@ def test_only_units_with_a_low_q_value(store, tmp_path):
     group = zarr.open_group(store, mode="r")
     for site, scale in Intervention.load(tmp_path / "out").scale.items():
         auroc = scores[site]["max"]["auroc"].values[0]
-        chosen = (auroc > 0.5) & (np.asarray(group[score_path(site, "max", "q_value")])[0] <= 0.3)
+        chosen = (auroc > 0.5) & (read_statistic(group, site, "max", "q_value")[0] <= 0.3)
         np.testing.assert_allclose(scale, np.where(chosen, 1 - 2 * (auroc - 0.5), 1), atol=1e-7)
     assert json.loads((tmp_path / "out" / "intervention.json").read_text())["parameters"]["max_q"] == 0.3
 

@@ -59,6 +59,10 @@ def refused(capsys, *arguments):
     return error
 
 
+def count_files(store):
+    return sum(f.is_file() for f in store.rglob("*"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_plan_says_what_collect_makes(dtype, tmp_path, sentences_csv, capsys):
     model = save_tiny("llama", tmp_path / "model")
@@ -67,9 +71,13 @@ def test_plan_says_what_collect_makes(dtype, tmp_path, sentences_csv, capsys):
     flags += ["--device", "cpu", "--dtype", dtype]
     report, _ = planned(capsys, *flags)
     assert main(["collect", *flags, "--store", str(tmp_path / "s.zarr")]) == 0
+    store = report["store"]
+    assert store["num_files"] == count_files(tmp_path / "s.zarr")
+    assert main(["score", "--store", str(tmp_path / "s.zarr")]) == 0
+    assert store["num_files"] + store["score_files"] == count_files(tmp_path / "s.zarr")
     group = zarr.open_group(tmp_path / "s.zarr", mode="r")
     arrays = [a for _, a in group["activations"].members(max_depth=None) if isinstance(a, zarr.Array)]
-    store, batches = report["store"], report["batches"]
+    batches = report["batches"]
     assert store["num_rows"] == 70
     assert store["num_arrays"] == len(arrays)
     assert store["num_neurons"] * 2 == sum(a.shape[1] for a in arrays)
@@ -105,6 +113,7 @@ def test_without_data_rows_are_an_upper_bound(falcon_shallow, capsys):
 def test_neurons_of_falcon_40b(falcon_40b, capsys):
     report, _ = planned(capsys, *falcon_40b)
     assert report["kinds"]["mlp"] == [120, 60 * (32768 + 8192)]
+    assert report["store"]["num_files"] + report["store"]["score_files"] <= 6_000
     assert report["kinds"]["attention"] == [120, 60 * (8192 + 16 * 64 + 8192)]
     assert report["weights_bytes"] == pytest.approx(82.6e9, rel=0.01)  # 41.3 billion parameters without the head
     # 2 operations a weight of a linear layer and token

@@ -28,9 +28,11 @@ from aura_dist.scoring.cluster import dask_client
 from aura_dist.scoring.columns import statistics_by_concept
 from aura_dist.scoring.statistics import STATISTICS
 from aura_dist.stages import score as stage
+from aura_dist.store import grid
 from aura_dist.store.access import open_group
 from aura_dist.store.record import SCORED, read_times
 from aura_dist.store.schema import tasks_of
+from aura_dist.store.shards import PARTIAL
 from tests.stores import TOKENS_PER_BATCH, make_store
 
 WIDTHS, CONCEPTS, NUM_ROWS = (320, 200, 96), ("toxic", "insult"), 250
@@ -43,7 +45,7 @@ def score(store, *more):
 
 
 def score_files(store: Path) -> dict[str, bytes]:
-    """Every chunk of scores by its path."""
+    """Every file of scores by its path."""
     return {str(f.relative_to(store)): f.read_bytes() for f in sorted(store.glob("scores/**/c/**/*")) if f.is_file()}
 
 
@@ -146,7 +148,13 @@ def test_nothing_is_computed_by_accident(scored):
         assert len(computed) == 1, "the scheduler that counts is the one in use"
 
 
-def test_a_chunk_column_is_in_one_task_and_a_chunk_read_once(store, monkeypatch):
+@pytest.fixture
+def short_spans(monkeypatch):
+    """Scores of few neurons in a file, so that small stores have many files."""
+    monkeypatch.setattr(grid, "MIN_COLUMNS_PER_SPAN", 64)
+
+
+def test_a_chunk_column_is_in_one_task_and_a_chunk_read_once(store, short_spans, monkeypatch):
     from distributed import Client
 
     tasks, reads, sorts, client_map = [], [], [], Client.map
@@ -162,10 +170,10 @@ def test_a_chunk_column_is_in_one_task_and_a_chunk_read_once(store, monkeypatch)
     monkeypatch.setattr(worker, "statistics_by_concept", counted(sorts, worker.statistics_by_concept))
     with dask.config.set(scheduler=lambda *_, **__: pytest.fail("a computation beside the tasks")):
         assert score(store) == 0
-    markers = [f for f in score_files(store) if "/scored/" in f]
     warm_up = 1  # compile_kernels
-    columns = [column for task in tasks for column in task]
-    assert len(columns) == len(set(columns)) == len(reads) == len(sorts) - warm_up == len(markers)
+    spans = [span for task in tasks for span in task]
+    assert len(spans) == len(set(spans)) == len(score_files(store)) == 5 + 3 + 1
+    assert sum(span.num_columns for span in spans) == len(reads) == len(sorts) - warm_up == 3 * 16
     regions = {(array.path, columns.start, columns.stop) for array, _, columns in reads}
     assert len(regions) == len(reads)
 
@@ -173,24 +181,23 @@ def test_a_chunk_column_is_in_one_task_and_a_chunk_read_once(store, monkeypatch)
 def test_small_neighbours_share_a_task(monkeypatch):
     monkeypatch.setattr(stage, "TASK_BYTES", 96 * 4)
     places = [("a", 0), ("a", 1), ("a", 2), ("a", 3), ("a", 5), ("b", 0), ("b", 1)]
-    columns = [worker.Column(site, "max", i, i * 32, (i + 1) * 32, ("auroc",), 1) for site, i in places]
+    spans = [worker.Span(site, "max", i, i * 32, (i + 1) * 32, 16, ("auroc",)) for site, i in places]
     neuron_bytes = {("a", "max"): 4, ("b", "max"): 16}
-    tasks = [[(c.site, c.index) for c in task] for task in stage._tasks(iter(columns), neuron_bytes, 24)]
+    tasks = [[(c.site, c.index) for c in task] for task in stage._tasks(iter(spans), neuron_bytes, 24)]
     assert tasks == [places[:3], places[3:4], places[4:5], places[5:6], places[6:]]
-    assert [len(task) for task in stage._tasks(iter(columns[:4]), neuron_bytes, 2)] == [2, 2]
+    assert [len(task) for task in stage._tasks(iter(spans[:4]), neuron_bytes, 2)] == [2, 2]
 
 
 def test_narrowed_then_widened_equals_all_at_once(store, scored):
     assert score(store, "--statistics", "auroc", "mean_positive") == 0
-    first = score_files(store)
-    assert {f.split("/")[3] for f in first} == {"auroc", "mean_positive", "scored"}
     assert set(aura_dist.open_store(store)["scores"]["layers.0.up"]["max"].data_vars) == {"auroc", "mean_positive"}
-    written = {f: (store / f).stat().st_mtime_ns for f in first if "/scored/" not in f}
     assert score(store, "--statistics", "q_value") == 0
     assert set(aura_dist.open_store(store)["scores"]["layers.0.up"]["max"].data_vars) >= {"p_value", "q_value"}
     assert score(store) == 0
     assert score_files(store) == score_files(scored)
-    assert {f: (store / f).stat().st_mtime_ns for f in written} == written, "what stands is not made again"
+    written = {f: (store / f).stat().st_mtime_ns for f in score_files(store)}
+    assert score(store, "--statistics", "auroc", "q_value") == score(store) == 0
+    assert {f: (store / f).stat().st_mtime_ns for f in written} == written, "what is there is not made again"
 
 
 def test_unknown_statistic_is_named(store, capsys):
@@ -267,20 +274,19 @@ def test_part_without_a_class_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("row_chunk", ["0", "2"], ids=["full", "the last, in part"])
-def test_damaged_chunk_is_named_and_nothing_written_for_its_column(row_chunk, store, capsys):
-    chunk = store / "activations" / "layers.1.up" / "max" / "c" / row_chunk / "3"
-    flip(chunk)
+def test_damaged_shard_is_named_and_nothing_written_for_its_span(row_chunk, store, capsys):
+    shard = store / "activations" / "layers.1.up" / "max" / "c" / row_chunk / "0"
+    flip(shard)
     assert score(store) == 2
-    assert str(chunk) in capsys.readouterr().err
-    assert not [f for f in score_files(store) if f.startswith("scores/layers.1.up/max") and f.endswith("/0/3")]
+    assert f"the chunk {str(shard)!r} is damaged" in capsys.readouterr().err
+    assert not [f for f in score_files(store) if f.startswith("scores/layers.1.up/max")]
 
 
 def test_score_that_cannot_be_written_is_named(store, capfd):
     assert score(store, "--statistics", "auroc", "num_distinct") == 0
-    (directory,) = store.glob("scores/layers.1.up/max/auroc/c/0")
+    directory = store / "scores" / "layers.1.up" / "max" / "c" / "0"
     shutil.rmtree(directory)
     directory.write_text("in the way of the directory")
-    (store / "scores" / "layers.1.up" / "max" / "scored" / "c" / "2").unlink()
     capfd.readouterr()
     assert score(store, "--statistics", "auroc", "num_distinct") == 2
     shown = capfd.readouterr().err
@@ -308,10 +314,13 @@ def test_damaged_chunks_are_not_read_in_part(scored, tmp_path):
     responses = aura_dist.open_store(str(store))["activations"]["layers.1.up"]["max"]
     assert np.isfinite(responses[240:245, :3].values).all()
     flip(store / "activations" / "layers.1.up" / "max" / "c" / "2" / "0")
-    with pytest.raises(Exception, match="checksum"):
-        responses[240:245, :3].compute()
-    flip(store / "scores" / "layers.1.up" / "max" / "auroc" / "c" / "0" / "0")
-    with pytest.raises(StoreError, match=r"'scores/layers\.1\.up/max/auroc', found it missing or damaged"):
+    with pytest.raises(StoreError, match="checksum"):
+        [responses[240:245, i : i + 13].compute() for i in range(0, 200, 13)]
+    flip(store / "scores" / "layers.1.up" / "max" / "c" / "0" / "0" / "0")
+    with pytest.raises(StoreError, match=r"'scores/layers\.1\.up/max', found it missing or damaged"):
+        [aura_dist.open_store(str(store))["scores"]["layers.1.up"]["max"][name].values for name in STATISTICS]
+    shutil.rmtree(store / "scores" / "layers.1.up" / "max" / "c")
+    with pytest.raises(StoreError, match=r"layers\.1\.up has not been scored"):
         aura_dist.top_neurons(str(store), "toxic", 5)
 
 
@@ -319,9 +328,9 @@ def test_error_of_a_worker_reaches_the_client_as_it_is(tmp_path):
     from distributed.core import clean_exception, error_message
 
     (tmp_path / "no-store").mkdir()
-    column = worker.Column("site", "max", 0, 0, 16, ("auroc",), 1)
+    span = worker.Span("site", "max", 0, 0, 16, 16, ("auroc",))
     with pytest.raises(StoreError, match="expected a store that `collect` wrote") as raised:
-        worker.score_columns(worker.Source(str(tmp_path / "no-store"), ((0, 32),), "token"), [column])
+        worker.score_spans(worker.Source(str(tmp_path / "no-store"), ((0, 32),), "token"), [span])
     message = error_message(raised.value)
     _, received, _ = clean_exception(message["exception"].data, None)
     assert isinstance(received, StoreError)
@@ -368,8 +377,8 @@ def test_scheduler_that_does_not_answer(store, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def long_store(tmp_path_factory):
-    """A store of many chunk columns, so that there is a middle to be killed in."""
-    return make_store(tmp_path_factory.mktemp("long") / "store.zarr", 400, (512,) * 6, CONCEPTS)
+    """A store of many sites, so that there is a middle to be killed in."""
+    return make_store(tmp_path_factory.mktemp("long") / "store.zarr", 400, (128,) * 24, CONCEPTS)
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +388,11 @@ def long_scores(long_store, tmp_path_factory):
     return score_files(store)
 
 
+def finished_files(store: Path) -> dict[str, bytes]:
+    """The files of scores, without those that a killed process had begun."""
+    return {name: content for name, content in score_files(store).items() if not name.endswith(PARTIAL)}
+
+
 def started(store: Path, *more: str, start_new_session: bool = False) -> subprocess.Popen:
     command = [sys.executable, "-m", "aura_dist", "score", "--store", str(store), *more]
     return subprocess.Popen(
@@ -386,49 +400,51 @@ def started(store: Path, *more: str, start_new_session: bool = False) -> subproc
     )
 
 
-def wait_for_columns(store: Path, process: subprocess.Popen, count: int) -> None:
+def wait_for_spans(store: Path, process: subprocess.Popen, count: int) -> None:
     end = time.monotonic() + DEADLINE_SECONDS
-    while len(list(store.glob("scores/*/*/scored/c/*"))) < count:
+    while len(list(store.glob("scores/*/*/c/0/0/0"))) < count:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < end
         time.sleep(0.005)
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_client_killed_and_restarted(kind, long_store, long_scores, tmp_path):
+def test_client_killed_and_restarted(kind, long_store, long_scores, tmp_path, monkeypatch):
     store = Path(shutil.copytree(long_store, tmp_path / "store.zarr"))
-    total = sum("/scored/" in f for f in long_scores)
     process = started(store, "--dask", kind, "--num-workers", "2")
-    wait_for_columns(store, process, 5)
+    wait_for_spans(store, process, 5)
     tree = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate(timeout=DEADLINE_SECONDS)
     psutil.wait_procs(tree, timeout=DEADLINE_SECONDS)
-    kept = [f for f in score_files(store) if "/scored/" in f]
-    assert 5 <= len(kept) < total, "it was killed in the middle"
+    kept = [f for f in score_files(store) if f.endswith("/c/0/0/0")]
+    assert 5 <= len(kept) < len(long_scores), "it was killed in the middle"
+    monkeypatch.setattr(stage, "adjust", lambda *_: None)  # which writes every file again
     written = {f: (store / f).stat().st_mtime_ns for f in kept}
     assert score(store) == 0
-    assert score_files(store) == long_scores
-    assert {f: (store / f).stat().st_mtime_ns for f in kept} == written, "finished columns are kept"
+    assert {f: (store / f).stat().st_mtime_ns for f in kept} == written, "finished spans are kept"
+    monkeypatch.undo()
+    assert score(store) == 0
+    assert finished_files(store) == long_scores
 
 
 def test_worker_killed(long_store, long_scores, tmp_path):
     store = Path(shutil.copytree(long_store, tmp_path / "store.zarr"))
     process = started(store, "--dask", "processes", "--num-workers", "2")
-    wait_for_columns(store, process, 5)
+    wait_for_spans(store, process, 5)
     workers = [c for c in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(c.cmdline())]
     assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, output
-    assert score_files(store) == long_scores
+    assert finished_files(store) == long_scores
 
 
 def test_interrupt_at_a_terminal(long_store, tmp_path):
     """Ctrl-C reaches the workers' processes too: they leave the word to the client."""
     store = Path(shutil.copytree(long_store, tmp_path / "store.zarr"))
     process = started(store, "--dask", "processes", "--num-workers", "2", start_new_session=True)
-    wait_for_columns(store, process, 5)
+    wait_for_spans(store, process, 5)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 130, output
@@ -437,7 +453,7 @@ def test_interrupt_at_a_terminal(long_store, tmp_path):
 
 
 def test_an_error_of_a_task_is_one_line(store):
-    flip(store / "activations" / "layers.1.up" / "max" / "c" / "0" / "3")
+    flip(store / "activations" / "layers.1.up" / "max" / "c" / "0" / "0")
     output, _ = (process := started(store)).communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 2
     assert output.splitlines()[-1].startswith("error: the chunk")

@@ -1,19 +1,24 @@
 """Scores that are missing or damaged are named, never read as fill values; `score --overwrite` makes them again."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zarr
 
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.errors import StoreError
-from aura_dist.scoring import cluster
+from aura_dist.scoring import cluster, columns, scores, statistics
+from aura_dist.scoring.scores import ROOM
+from aura_dist.scoring.statistics import STATISTICS
 from tests.scoring.test_score import score, score_files
 from tests.stores import make_store
 
-ARRAY = "scores/layers.1.up/max/auroc"
+ARRAY = "scores/layers.1.up/max"
+FILE = f"{ARRAY}/c/0/0/0"
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +37,19 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-def flip(path: Path) -> None:
+def flip_first(path: Path) -> None:
+    """A bit of the bit masks, which every verb reads."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[20] ^= 1
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        (f"{ARRAY}/c/0/1", Path.unlink),
-        (f"{ARRAY}/c/0/1", cut),
-        (f"{ARRAY}/c/0/1", flip),
-        (f"{ARRAY}/zarr.json", Path.unlink),
+        (FILE, cut),
+        (FILE, flip_first),
         (f"{ARRAY}/zarr.json", cut),
-        ("scores/layers.1.up/max/scored/zarr.json", cut),
         ("scores/zarr.json", cut),
     ],
 )
@@ -60,12 +63,12 @@ def test_damaged_scores_are_named_and_made_again(name, damage, store, scored, tm
     for verb, command in commands.items():
         assert main([str(word) for word in command]) == 2, verb
         error = capsys.readouterr().err.splitlines()[-1]
-        assert f"expected an array '{Path(name).parent if 'zarr.json' in name else ARRAY}'" in error, verb
+        assert f"expected an array '{Path(name).parent if name.startswith('scores/zarr') else ARRAY}'" in error, verb
         assert error.endswith("score again with --overwrite"), verb
     with pytest.raises(StoreError, match="score again with --overwrite"):
         aura_dist.top_neurons(store, "toxic", 3)
     with pytest.raises(StoreError, match="score again with --overwrite"):
-        aura_dist.open_store(store)[ARRAY].values.sum()
+        aura_dist.open_store(store)
     assert score(store, "--overwrite") == 0
     assert score_files(store) == score_files(scored)
 
@@ -85,13 +88,41 @@ def test_lost_description_of_the_scores_brings_none_of_other_rows_back(tmp_path)
     assert score_files(part) == score_files(whole)
 
 
-def test_q_values_are_not_made_from_missing_p_values(scored, store, capsys):
-    adjusted = store / "scores" / "zarr.json"
-    adjusted.write_text(adjusted.read_text().replace('"adjusted": [\n      "max"\n    ]', '"adjusted": []'))
-    assert adjusted.read_text() != (scored / "scores" / "zarr.json").read_text()
-    (store / "scores" / "layers.0.up" / "max" / "p_value" / "c" / "0" / "2").unlink()
-    assert score(store) == 2
-    assert "layers.0.up/max/p_value/c/0/2' is not there" in capsys.readouterr().err
+def test_lost_file_of_scores_is_made_again(store, scored):
+    """It says itself what is in it: q-values are made again too, and none is taken for one that is there."""
+    (store / FILE).unlink()
+    with pytest.raises(StoreError, match=r"layers\.1\.up has not been scored"):
+        aura_dist.top_neurons(store, "toxic", 3)
+    assert score(store, "--statistics", "auroc") == 0
+    assert "q_value" not in aura_dist.open_store(store)["scores"]["layers.1.up"]["max"]
+    assert aura_dist.top_neurons(store, "toxic", 3)["q_value"].isna().all()
+    assert score(store) == 0
+    assert score_files(store) == score_files(scored)
+
+
+def test_damage_of_one_statistic_is_named_where_it_is_read(store):
+    content = bytearray((store / FILE).read_bytes())
+    (made, size), (auroc, _) = np.frombuffer(content[-ROOM * 16 - 4 : -4], "<u8").reshape(-1, 2)[:2].tolist()
+    assert auroc == made + size
+    content[auroc + 30] ^= 1
+    (store / FILE).write_bytes(content)
+    found = aura_dist.open_store(store)[ARRAY]
+    assert np.isfinite(found["p_value"].values).all()
+    with pytest.raises(StoreError, match=f"{FILE}' is damaged: the checksum of a chunk.*score again with --overwrite"):
+        found["auroc"].values.sum()
+
+
+def test_statistics_that_are_new_in_the_table_find_room(store, scored, monkeypatch):
+    """As a later version has them: what an earlier one made is kept."""
+    new = replace(STATISTICS["mean_positive"], name="new")
+    before = aura_dist.open_store(store)["scores"]["layers.1.up"]["max"].to_dataset().load()
+    for module in (statistics, scores, columns):
+        monkeypatch.setattr(module, "STATISTICS", {**STATISTICS, "new": new})
+    monkeypatch.setattr(scores, "BITS", {**scores.BITS, "new": 1 << len(STATISTICS)})
+    assert score(store, "--dask", "threads") == 0
+    after = aura_dist.open_store(store)["scores"]["layers.1.up"]["max"].to_dataset().load()
+    np.testing.assert_array_equal(after["new"], after["mean_positive"])
+    assert after.drop_vars("new").equals(before)
 
 
 def test_removal_that_is_cut_off_leaves_nothing_that_counts(store, scored, monkeypatch, capsys):
@@ -100,7 +131,7 @@ def test_removal_that_is_cut_off_leaves_nothing_that_counts(store, scored, monke
     def cut_off(group, name):
         if name != "scores":
             return remove(group, name)
-        for array in store.glob("scores/*/*/q_value"):
+        for array in store.glob("scores/layers.0.up"):
             shutil.rmtree(array)
         raise KeyboardInterrupt
 

@@ -61,17 +61,17 @@ def test_cancelled_job_is_submitted_again(slurm, tmp_path):
         env=slurm.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     end = time.monotonic() + DEADLINE_SECONDS
-    while not list(store.glob("scores/*/*/scored/c/*")):
+    while not list(store.glob("scores/*/*/c/0/0/*")):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < end, "no column was scored"
         time.sleep(0.01)
     (first,) = slurm.queue()
     slurm.run("scancel", first)
-    num_scored = len(list(store.glob("scores/*/*/scored/c/*")))
+    num_scored = len(list(store.glob("scores/*/*/c/0/0/*")))
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, output
     assert "1 of 1 jobs have ended before the work: submitting as many again (try 1 of 5)" in output
-    assert num_scored < 12 * 16, "it was cancelled in the middle"
+    assert num_scored < 12, "it was cancelled in the middle"
     done = slurm.run(*command, threads, timeout=DEADLINE_SECONDS)
     assert done.returncode == 0, done.stderr
     assert score_files(store) == score_files(threads)

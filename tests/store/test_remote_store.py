@@ -194,7 +194,7 @@ def test_missing_and_damaged_chunks_and_overwrite(s3, command, capsys):
     store = f"{s3}/holes.zarr"
     few = command(store, rows=20)
     assert main(few) == 0
-    chunk = f"{store}/activations/{SITE}/max/c/1/3"
+    chunk = f"{store}/activations/{SITE}/max/c/1/0"
     files = s3fs.S3FileSystem(use_listings_cache=False)
     content = bytearray(files.cat_file(chunk))
     content[len(content) // 2] ^= 1

@@ -10,7 +10,7 @@ from aura_dist.planning.work import store_size
 from aura_dist.store import grid as partition
 from aura_dist.store.access import get_array, open_group
 from aura_dist.store.record import check_same
-from aura_dist.store.schema import Samples, activation_path, chunk_widths, create_store
+from aura_dist.store.schema import Samples, activation_path, create_store, shard_widths
 from tests.stores import make_spec
 
 
@@ -25,7 +25,9 @@ def test_poolings_of_a_site_have_the_same_chunks(poolings, tmp_path, monkeypatch
     group = open_group(str(tmp_path / "s"))
     arrays = [get_array(group, activation_path("layers.0.up", pooling)) for pooling in poolings]
     assert {a.dtype.itemsize for a in arrays} == {2, 4}
-    assert {a.chunks[1] for a in arrays} == {32} == set(chunk_widths(group, spec).values())
+    assert {a.chunks[1] for a in arrays} == {32}
+    assert {a.shards for a in arrays} == {(32, 1024)}
+    assert set(shard_widths(group, spec).values()) == {1024}
     planned = store_size(num_rows, 32, [width], ["float16", "float32"])
     assert planned.num_chunks == sum(a.nchunks for a in arrays)
 

@@ -1,0 +1,21 @@
+"""convert: the responses of a store in another form. Never imports torch."""
+
+from aura_dist.config.verbs import ConvertConfig
+from aura_dist.store.conversion import FORMS, convert, open_source
+
+
+def run(config: ConvertConfig) -> None:
+    """Write `config.out`.
+
+    Raises
+    ------
+    ConfigError
+        The target is a URL.
+    InputError
+        The store has no such module or pooling.
+    StoreError
+        The store lacks rows or is damaged; the target exists, or cannot be written.
+    """
+    source = open_source(config.store, config.modules, config.pooling)
+    convert(source, FORMS[config.to], config.out)
+    print(f"wrote {config.out}: {len(source.samples)} texts, {len(source.arrays)} arrays of responses")
