@@ -115,9 +115,13 @@ class GateFit:
 
     kind: str
     threshold: float | None = None  # in logits; None: see `PASSING_SHARE` for tokens, 0 for units
-    sharpness: float = DEFAULT_SHARPNESS
+    sharpness: float | None = None  # None: `DEFAULT_SHARPNESS`
     control: str | None = None  # a store of texts that must stay as they are
     min_accuracy: float | None = None
+
+    @property
+    def settled_sharpness(self) -> float:
+        return DEFAULT_SHARPNESS if self.sharpness is None else self.sharpness
 
     @property
     def written(self) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def test_with_a_threshold_nothing_imports_torch(place, tmp_path):
 def test_options_of_gates_are_settled():
     assert settle_gate("none", {"control": None}) is None
     found = settle_gate("tokens", {"gate_threshold": 0.0, "control": "c.zarr", "gate_min_accuracy": None})
-    assert (found.kind, found.threshold, found.sharpness, found.control) == ("tokens", 0.0, 1.0, "c.zarr")
+    assert (found.kind, found.threshold, found.settled_sharpness, found.control) == ("tokens", 0.0, 1.0, "c.zarr")
     with pytest.raises(
         ConfigError, match="--gate-min-accuracy: expected it with --gate tokens alone, got it with units"
     ):
