@@ -101,6 +101,11 @@ class Gate:
                 raise ValueError(f"{name!r} of a gate, {values.dtype} of shape {values.shape}: not {wanted} numbers")
 
 
+def gate_options() -> set[str]:
+    """Names of the options that some gate reads."""
+    return {option for row in GATES.values() for option in row.options}
+
+
 def kind_of(parts: Mapping[str, Any]) -> str:
     """The kind that has these parts; ValueError if there is none."""
     for name, row in GATES.items():

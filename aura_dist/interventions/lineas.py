@@ -17,7 +17,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from aura_dist.interventions.training import Training
 from aura_dist.models.load import input_device
 from aura_dist.ranks.signals import StopFlag, interruption
 from aura_dist.sites.find import tap_of
-from aura_dist.sites.kinds import KINDS, except_for
+from aura_dist.sites.routed import Routed
 from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.text.tokens import Batch, TokenizedTexts
 
@@ -89,16 +89,9 @@ class _Learned:
 def train(training: Training) -> tuple[Scales, Shifts]:
     """Site → scale, and site → shift; with no steps the identity.
 
-    InputError if there are too few texts, or a site's tap passes parts of tokens; ModelError if responses or the loss
-    are not finite.
+    InputError if there are too few texts; ModelError if responses or the loss are not finite.
     """
     options, model = training.options, training.model
-    parted = [site.name for site in training.sites if not KINDS[site.kind].whole_tokens]
-    if parted:
-        raise InputError(
-            f"--method lineas: expected modules that hold all values of a token together, got {parted[0]!r}; leave "
-            f"them out: {except_for(parted)}"
-        )
     source, target = _drawn(training)
     learned = _prepared(model, [tap_of(model, site) for site in training.sites], target)
     state = _State(training.unfinished, _key(training, source, target), learned)
@@ -155,10 +148,14 @@ def _forward(model: PreTrainedModel, rows: Batch, callbacks: Sequence[tuple[Tap,
         )
 
 
-def _pool(rows: Batch, acts_BTD: Tensor) -> Tensor:
-    """[B, D] means of the counted tokens."""
-    counted_BT1 = torch.from_numpy(rows.pool_mask).to(acts_BTD)[..., None]
-    return (acts_BTD.reshape(*rows.pool_mask.shape, -1) * counted_BT1).sum(dim=1) / counted_BT1.sum(dim=1)
+def _pool(rows: Batch, acts_BTD: Tensor | Routed) -> Tensor:
+    """[B, D] means of the counted tokens, float32 at least."""
+    counted_BT = torch.from_numpy(rows.pool_mask).to(acts_BTD.device)
+    count_B1 = counted_BT.sum(dim=1, keepdim=True)
+    if isinstance(acts_BTD, Routed):
+        return acts_BTD.sum(counted_BT, torch.float32) / count_B1
+    wide_BTD = acts_BTD.reshape(*counted_BT.shape, -1).to(torch.promote_types(acts_BTD.dtype, torch.float32))
+    return (wide_BTD * counted_BT[..., None]).sum(dim=1) / count_B1
 
 
 @torch.no_grad()
@@ -168,9 +165,7 @@ def _prepared(model: PreTrainedModel, taps: Sequence[Tap], target: TokenizedText
 
     def listening(tap: Tap) -> Callback:
         def listen(raw: Any, alone: bool) -> None:
-            acts_BTD = tap.read(raw, tap.width, rows.input_ids.shape)
-            assert isinstance(acts_BTD, Tensor), tap.site
-            pooled[tap.site] = _pool(rows, acts_BTD.float())
+            pooled[tap.site] = _pool(rows, tap.read(raw, tap.width, rows.input_ids.shape))
 
         return listen
 
@@ -195,13 +190,16 @@ def _loss(model: PreTrainedModel, learned: Sequence[_Learned], rows: Batch) -> T
     """Sum of all sites' distances, of texts that run under the maps."""
 
     def mapping(site: _Learned) -> Callback:
-        def change(values: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
-            wide = values.to(torch.promote_types(values.dtype, torch.float32))
-            mapped = wide * site.scale + site.shift
-            site.pooled_ND = _pool(rows, mapped)
-            return mapped.to(values.dtype)
+        def write(raw: Any, alone: bool) -> Any:
+            def change(values: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
+                wide = values.to(torch.promote_types(values.dtype, torch.float32))
+                mapped = wide * along(site.scale) + along(site.shift)
+                site.pooled_ND = _pool(rows, replace(raw, values_SI=mapped) if isinstance(raw, Routed) else mapped)
+                return mapped.to(values.dtype)
 
-        return lambda raw, alone: site.tap.write(raw, site.tap.width, change)
+            return site.tap.write(raw, site.tap.width, change)
+
+        return write
 
     _forward(model, rows, [(site.tap, mapping(site)) for site in learned])
     distances = [site.distance() for site in learned]

@@ -282,6 +282,17 @@ def test_options_of_gates_are_settled():
         settle_gate("units", {"gate_min_accuracy": 0.5})
 
 
+def test_a_sweep_over_gates_drops_what_a_cells_gate_does_not_read():
+    from aura_dist.sweep.stage_specs import STAGE_SPECS
+
+    settle, varied = STAGE_SPECS["fit"].settle, {"gate", "gate_threshold"}
+    assert "gate_threshold" in settle({"fit": {"gate": "none", "gate_threshold": 1}, "collect": {}}, varied)
+    left = settle({"fit": {"gate": "units", "gate_threshold": 1}, "collect": {}}, varied)
+    assert "gate_threshold" not in left
+    assert "gate_min_accuracy" in left
+    assert settle({"fit": {"gate": "none", "gate_threshold": 1}, "collect": {}}, {"top_k"}) == set(), "refused as usual"
+
+
 def test_pid_act_sums_over_the_layers_before(place, tmp_path):
     assert fit(place, tmp_path / "out", "--kp", 0.7, "--ki", 0.2, "--kd", -0.3, method="pid-act") == 0
     assert fit(place, tmp_path / "mean") == 0

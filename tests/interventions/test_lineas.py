@@ -135,6 +135,17 @@ def test_the_maps_by_hand_give_the_same_logits(store, tiny_dir, tmp_path):
         torch.testing.assert_close(model(input_ids=ids).logits, ours, rtol=1e-5, atol=1e-5)
 
 
+def test_experts_learn_too(tiny_dir, sentences_csv, tmp_path, capsys):
+    words = ["collect", "--model", str(tiny_dir("qwen3-moe")), "--data", sentences_csv, "--concepts", "toxic"]
+    words += ["--num-positive", "9", "--num-negative", "9", "--modules", "*.1.mlp.experts", "*.2.mlp.experts"]
+    assert main([*words, "--store", str(tmp_path / "store.zarr")]) == 0
+    capsys.readouterr()
+    assert fit(tmp_path / "store.zarr", tmp_path / "out", "--num-steps", 10, "--learning-rate", 1) == 0
+    losses = [float(found[1]) for found in re.finditer(r"mean squared distance ([0-9.]+)", capsys.readouterr().err)]
+    assert losses[-1] < losses[0]
+    assert Intervention.load(tmp_path / "out").num_changed > 0
+
+
 def test_odd_input_is_refused(store, tmp_path, capsys):
     assert (
         main(["fit", "--store", str(store), "--concept", "toxic", "--method", "lineas", "--out", str(tmp_path / "o")])

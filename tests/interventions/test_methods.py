@@ -158,7 +158,7 @@ def test_statistics_that_a_fit_needs():
         "linear_act_scale", "linear_act_shift", "auroc", "q_value",
     )  # fmt: skip
     with pytest.raises(
-        InputError, match="expected one of aura, damp, det0, mean-act, linear-act, pid-act, got 'magic'"
+        InputError, match="expected one of aura, damp, det0, mean-act, linear-act, pid-act, lineas, got 'magic'"
     ):
         find_method("magic")
 
