@@ -34,6 +34,7 @@ from aura_dist.config.options import (
     Name,
     Pooling,
     PositiveInt,
+    Seed,
     ServerOptions,
     Sharding,
     Share,
@@ -131,6 +132,16 @@ class FitOptions(Settings):
     kp: float = option("intervention", "pid-act: gain of the layer's own difference", 1.0)
     ki: float = option("intervention", "pid-act: gain of the sum over the layers before it", 0.1)
     kd: float = option("intervention", "pid-act: gain of the change since the layer before it", 0.1)
+    num_texts: PositiveInt = option("data", "lineas: texts of each class that it learns from", 32)
+    num_steps: Count = option("intervention", "lineas: steps of gradient descent", 1000)
+    learning_rate: Annotated[float, Meta(gt=0.0)] = option(
+        "intervention", "lineas: rate of the first step; it falls to 0 as a cosine does", 0.1
+    )
+    l1: Annotated[float, Meta(ge=0.0)] = option("intervention", "lineas: penalty that leaves single units unmoved", 0.0)
+    group_lasso: Annotated[float, Meta(ge=0.0)] = option(
+        "intervention", "lineas: penalty that leaves whole modules unmoved", 0.0
+    )
+    training_seed: Seed = option("data", "lineas: seed of the choice of texts", 0)
     strength: Strength = option("intervention", STRENGTH, 1.0, again_in=("model", "generate", "evaluate", "export"))
     onto: Dir | None = option("intervention", "intervention that was on while collecting; the result does both", None)
     out: Dir = option("output", "directory to write the intervention to", empty_text=True)

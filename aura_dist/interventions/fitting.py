@@ -48,6 +48,7 @@ class Fit:
     strength: float = 1.0  # s of `methods.with_strength`
     options: Options = field(default_factory=dict)  # one that is missing or None takes the method's default
     gate: GateFit | None = None
+    unfinished: Path | None = None  # where a trained method keeps what it has learned when it is interrupted
 
 
 def fit_intervention(
@@ -74,7 +75,7 @@ def fit_intervention(
     if isinstance(method, FromModel):
         from aura_dist.interventions.training import train_maps
 
-        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier)
+        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier, fit.unfinished)
     else:
         statistics: dict[str, Scores] = {}
         for name in needed_statistics(method, options):

@@ -220,7 +220,7 @@ def _token_gates(
     about = {
         "kind": fit.kind,
         "threshold": f"{PASSING_SHARE:.0%} of tokens without the concept" if fit.threshold is None else fit.threshold,
-        "sharpness": fit.sharpness,
+        "sharpness": fit.settled_sharpness,
         "sites": {
             name: {
                 "accuracy": one.accuracy, "inverse_strength": one.inverse_strength, "threshold": thresholds[name],
@@ -228,7 +228,7 @@ def _token_gates(
             for name, one in kept.items()
         },
     }  # fmt: skip
-    return {name: gate.moved(thresholds[name], fit.sharpness) for name, gate in gates.items()}, about
+    return {name: gate.moved(thresholds[name], fit.settled_sharpness) for name, gate in gates.items()}, about
 
 
 def _from_tokens(
@@ -281,8 +281,10 @@ def _unit_gates(
         return posterior((m1, m0), (square1, square0))
 
     bytes_of = [16 * sum(len(store.rows) for store in stores) * site.width for site in sites]
-    found = {site.name: gate.moved(fit.threshold or 0.0, fit.sharpness) for site, gate in _each(of, sites, bytes_of)}
-    about = {"kind": fit.kind, "threshold": fit.threshold or 0.0, "sharpness": fit.sharpness, "prior_odds": 1.0}
+    found = {
+        site.name: gate.moved(fit.threshold or 0.0, fit.settled_sharpness) for site, gate in _each(of, sites, bytes_of)
+    }
+    about = {"kind": fit.kind, "threshold": fit.threshold or 0.0, "sharpness": fit.settled_sharpness, "prior_odds": 1.0}
     return found, about
 
 

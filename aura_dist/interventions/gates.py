@@ -101,6 +101,11 @@ class Gate:
                 raise ValueError(f"{name!r} of a gate, {values.dtype} of shape {values.shape}: not {wanted} numbers")
 
 
+def gate_options() -> set[str]:
+    """Names of the options that some gate reads."""
+    return {option for row in GATES.values() for option in row.options}
+
+
 def kind_of(parts: Mapping[str, Any]) -> str:
     """The kind that has these parts; ValueError if there is none."""
     for name, row in GATES.items():
@@ -115,9 +120,13 @@ class GateFit:
 
     kind: str
     threshold: float | None = None  # in logits; None: see `PASSING_SHARE` for tokens, 0 for units
-    sharpness: float = DEFAULT_SHARPNESS
+    sharpness: float | None = None  # None: `DEFAULT_SHARPNESS`
     control: str | None = None  # a store of texts that must stay as they are
     min_accuracy: float | None = None
+
+    @property
+    def settled_sharpness(self) -> float:
+        return DEFAULT_SHARPNESS if self.sharpness is None else self.sharpness
 
     @property
     def written(self) -> dict[str, Any]:

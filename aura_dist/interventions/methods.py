@@ -136,6 +136,14 @@ METHODS: dict[str, FromStatistics | FromModel] = {
         maps=_pid_act, statistics=("mean_positive", "mean_negative"), pooling="mean",
         own_options={"kp": 1.0, "ki": 0.1, "kd": 0.1}, by_layer=False,
     ),
+    "lineas": FromModel(
+        summary="ω z + b: learns all maps together, so that responses to texts with the concept get the distribution "
+        "of those without it",
+        train="aura_dist.interventions.lineas:train",
+        options={
+            "num_texts": 32, "num_steps": 1000, "learning_rate": 0.1, "l1": 0.0, "group_lasso": 0.0, "training_seed": 0,
+        },
+    ),
 }  # fmt: skip
 
 

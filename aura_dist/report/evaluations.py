@@ -89,9 +89,15 @@ class Evaluation:
 
     @property
     def variant(self) -> str:
-        """Further parameters of the fit, such as `q ≤ 0.05` or `α 0.3`; empty without any."""
-        shown = (("max_q", "q ≤ {:g}"), ("alpha", "α {:g}"))
-        return ", ".join(form.format(self._parameters[n]) for n, form in shown if is_number(self._parameters.get(n)))
+        """Further parameters of the fit, such as `q ≤ 0.05`, `α 0.3` or `gate of tokens`; empty without any."""
+        shown = (("max_q", "q ≤ {:g}"), ("alpha", "α {:g}"), *((name, f"{name} {{:g}}") for name in ("kp", "ki", "kd")))
+        found = [form.format(self._parameters[n]) for n, form in shown if is_number(self._parameters.get(n))]
+        gate = _mapping(self._intervention.get("gate"))
+        if gate:
+            found.append(f"gate of {gate.get('kind')}" + (" with controls" if gate.get("control") else ""))
+        moved = (("threshold", "logit − {:g}"), ("sharpness", "sharpness {:g}"), ("min_accuracy", "accuracy ≥ {:g}"))
+        settings = {name: (self._parameters.get(f"gate_{name}"), form) for name, form in moved}
+        return ", ".join([*found, *(form.format(value) for value, form in settings.values() if is_number(value))])
 
     @property
     def modules(self) -> tuple[str, ...] | None:

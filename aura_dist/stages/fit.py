@@ -1,6 +1,7 @@
 """fit: a scored store → an intervention directory. Imports torch for what runs the model alone."""
 
 from functools import partial
+from pathlib import Path
 
 from aura_dist.config.verbs import FitConfig
 from aura_dist.errors import ConfigError
@@ -25,6 +26,8 @@ def fit(config: FitConfig) -> Intervention:
         check_out(config.out, config.onto)
     spec = StoreSpec.of(group)
     earlier = earlier_intervention(config.store, spec, config.onto)
-    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options, config.gate_fit)
+    out = Path(config.out)
+    kept = out.with_name(f".{out.name}.unfinished") if config.out else None
+    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options, config.gate_fit, kept)
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
     return finish(fitted, config.method, earlier, config.onto, config.out)

@@ -82,7 +82,8 @@ def _collection_label(settings: Settings, needed: Sequence[str]) -> list[str]:
 
 
 def _fit_label(settings: Settings, needed: Sequence[str]) -> list[str]:
-    return [str(settings.get("method", "aura")), *([f"top{settings['top_k']}"] if "top_k" in settings else [])]
+    top = [f"top{settings['top_k']}"] if "top_k" in settings else []
+    return [str(settings.get("method", "aura")), *top, *([str(settings["gate"])] if "gate" in settings else [])]
 
 
 def _evaluation_label(settings: Settings, needed: Sequence[str]) -> list[str]:
@@ -91,15 +92,18 @@ def _evaluation_label(settings: Settings, needed: Sequence[str]) -> list[str]:
 
 
 def _settle_fit(settings: Mapping[str, dict[str, Any]], varied: Collection[str]) -> set[str]:
-    """The concept is the first that was collected; an option of other methods than the cell's has no effect."""
+    """The concept is the first that was collected; options of other methods or gates than the cell's have no effect."""
     fit, concepts = settings["fit"], settings["collect"].get("concepts")
     if "concept" not in fit and concepts:
         fit["concept"] = concepts[0] if isinstance(concepts, list) else concepts
+    from aura_dist.interventions.gates import GATES, NO_GATE, gate_options
     from aura_dist.interventions.methods import METHODS, method_options
 
-    method = METHODS.get(str(fit.get("method", "aura")))
-    unread = set() if method is None else method_options() - set(method.options)
-    return {name for name in unread if name in varied or "method" in varied}
+    method, gate = METHODS.get(str(fit.get("method", "aura"))), GATES.get(str(fit.get("gate", NO_GATE)))
+    of_methods = set() if method is None else method_options() - set(method.options)
+    of_gates = gate_options() - set(() if gate is None else gate.options)
+    chosen_by = (("method", of_methods), ("gate", of_gates))
+    return {name for choice, unread in chosen_by for name in unread if name in varied or choice in varied}
 
 
 def _finished_tasks(store: Path) -> int:

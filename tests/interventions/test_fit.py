@@ -87,7 +87,7 @@ def test_statistic_that_was_not_computed_is_named(store, tmp_path, capsys):
     assert fit(copy, tmp_path / "aura", "aura") == 0
 
 
-@pytest.mark.parametrize("method", ["damp", "det0", "mean-act", "linear-act"])
+@pytest.mark.parametrize("method", ["damp", "det0", "mean-act", "linear-act", "pid-act"])
 def test_top_k_changes_exactly_k(method, store, tmp_path):
     assert fit(store, tmp_path / "out", method, "--top-k", 11) == 0
     assert Intervention.load(tmp_path / "out").num_changed == 11
@@ -270,7 +270,7 @@ def test_trained_method_is_a_module_and_a_row(nudge, store, tiny_dir, sentences_
 
 def test_trained_method_refuses_what_it_does_not_read(nudge, store, tmp_path, capsys):
     assert fit(store, tmp_path / "out", "nudge", "--max-q", 0.1) == 2
-    takers = "aura or damp or det0 or mean-act or linear-act"
+    takers = "aura or damp or det0 or mean-act or linear-act or pid-act"
     assert f"--max-q: expected it with --method {takers} alone, got it with nudge; leave" in capsys.readouterr().err
     assert (
         main(["fit", "--store", str(store), "--concept", "x", "--method", "nudge", "--out", str(tmp_path / "o")]) == 2

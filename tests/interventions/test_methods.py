@@ -126,7 +126,7 @@ def test_a_map_that_is_not_finite_is_left_out():
     assert shifts["a"][:3].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("method", ["damp", "det0", "mean-act", "linear-act"])
+@pytest.mark.parametrize("method", ["damp", "det0", "mean-act", "linear-act", "pid-act"])
 def test_top_k_is_exactly_k_under_every_method(method):
     scales, shifts = maps(method, statistics(), top_k=4)
     assert Intervention(scales, shifts).num_changed == 4
@@ -136,7 +136,7 @@ def test_top_k_is_exactly_k_under_every_method(method):
     assert sorted(scores[changed]) == sorted(auroc)[-4:]
 
 
-@pytest.mark.parametrize("method", ["aura", "damp", "det0", "mean-act", "linear-act"])
+@pytest.mark.parametrize("method", ["aura", "damp", "det0", "mean-act", "linear-act", "pid-act"])
 def test_only_units_below_a_q_value(method):
     found = statistics()
     found["q_value"]["b"][0], found["q_value"]["b"][1] = 0.4, np.nextafter(0.4, 1)
@@ -157,7 +157,9 @@ def test_statistics_that_a_fit_needs():
     assert needed_statistics(METHODS["linear-act"], {"top_k": 3, "max_q": 0.1}) == (
         "linear_act_scale", "linear_act_shift", "auroc", "q_value",
     )  # fmt: skip
-    with pytest.raises(InputError, match="expected one of aura, damp, det0, mean-act, linear-act, got 'magic'"):
+    with pytest.raises(
+        InputError, match="expected one of aura, damp, det0, mean-act, linear-act, pid-act, lineas, got 'magic'"
+    ):
         find_method("magic")
 
 

@@ -1,0 +1,310 @@
+"""fit --gate end to end: the regression, thresholds of single tokens, controls, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+import aura_dist
+from aura_dist.cli import main
+from aura_dist.errors import ConfigError
+from aura_dist.interventions import gate_fitting
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.gates import settle_gate
+from aura_dist.interventions.separation import separate
+from aura_dist.text.table import read_table
+from aura_dist.text.tokenizer import load_tokenizer
+from tests.models import tiny_causal
+
+SITE = "model.layers.1.mlp.up_proj"
+MODULES = ("*.mlp.up_proj", "*.input_layernorm")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_dir, sentences_csv, tmp_path_factory):
+    """A store with the moments of tokens that was scored, one of other texts (`control`), and one that lacks them."""
+    place = tmp_path_factory.mktemp("gates")
+    collect = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
+    collect += ["--tokens-per-batch", "512", "--modules", *MODULES]
+    moments = ["--pooling", "max", "mean", "mean_square", "--skip-first-tokens", "1"]
+    some = ["--num-positive", "30", "--num-negative", "40"]
+    assert main([*collect, *some, *moments, "--store", str(place / "store.zarr")]) == 0
+    others = ["--num-positive", "12", "--num-negative", "20", "--seed", "3", *moments]
+    assert main([*collect, *others, "--store", str(place / "control.zarr")]) == 0
+    assert main([*collect, "--num-positive", "9", "--num-negative", "9", "--store", str(place / "bare.zarr")]) == 0
+    assert main(["score", "--store", str(place / "store.zarr")]) == 0
+    return place
+
+
+def fit(place, out, *more, method="mean-act", store="store.zarr"):
+    words = ["fit", "--store", str(place / store), "--concept", "toxic", "--method", method, "--out", str(out)]
+    return main([*words, *map(str, more)])
+
+
+def responses(place, site, pooling, store="store.zarr"):
+    view = aura_dist.open_store(place / store)
+    return view["activations"][site][pooling].values, view["samples"]["label"].values[:, 0] == 1
+
+
+def separated(rng, num_rows, width):
+    is_positive = rng.random(num_rows) < 0.3
+    values = rng.normal(size=(num_rows, width)) * rng.uniform(0.1, 10, width) + rng.normal(size=width) * 5
+    values[:, : width // 4] += is_positive[:, None] * 0.5 * values.std(axis=0)[: width // 4]
+    values[:, -1] = 3.0  # constant
+    return values.astype(np.float32), is_positive
+
+
+@pytest.mark.parametrize("width", [24, 300])
+def test_the_regression_is_scikit_learns_on_standardised_units(width):
+    """Wider than there are texts, too, where it runs in the texts' span."""
+    values, is_positive = separated(np.random.default_rng(0), 120, width)
+    found = separate(values, is_positive)
+    spread = values.astype(np.float64).std(axis=0)
+    standard = (values - values.mean(axis=0, dtype=np.float64)) / np.where(spread > 1e-9, spread, np.inf)
+    plain = LogisticRegression(C=found.inverse_strength, class_weight="balanced", tol=1e-9, max_iter=10_000)
+    expected = plain.fit(standard, is_positive).decision_function(standard)
+    gate = found.gate.values(values)[:, 0]
+    np.testing.assert_allclose(gate, 1 / (1 + np.exp(-expected)), atol=2e-3)
+    assert found.gate.parts["weight"][-1] == 0
+    assert 0.6 < found.accuracy <= 1
+    right = (gate[is_positive] > 0.5).mean() + (gate[~is_positive] < 0.5).mean()
+    assert found.accuracy <= right / 2 + 0.02, "held-out texts are no easier than those of the fit"
+
+
+def test_texts_that_nothing_separates_are_told_as_well_as_by_chance():
+    rng = np.random.default_rng(1)
+    found = separate(rng.normal(size=(200, 30)).astype(np.float32), np.arange(200) % 4 == 0)
+    assert 0.35 < found.accuracy < 0.65
+    assert found.inverse_strength <= 1e-3
+    values, is_positive = separated(rng, 50, 12)
+    values[3, 4] = np.inf
+    assert separate(values, is_positive) is None
+
+
+def test_the_gate_of_tokens_is_the_regression_of_the_stored_means(place, tmp_path):
+    assert fit(place, tmp_path / "out", "--gate", "tokens", "--gate-threshold", 0.25, "--gate-sharpness", 2) == 0
+    made = Intervention.load(tmp_path / "out")
+    assert fit(place, tmp_path / "plain") == 0
+    plain = Intervention.load(tmp_path / "plain")
+    assert made.sites == list(made.gate) == plain.sites
+    for site in made.sites:
+        np.testing.assert_array_equal(made.shift[site], plain.shift[site])
+        found = separate(*responses(place, site, "mean"))
+        expected = found.gate.moved(0.25, 2.0)
+        for name, values in expected.parts.items():
+            np.testing.assert_allclose(made.gate[site].parts[name], values, rtol=1e-5, atol=1e-7)
+        assert made.meta["gate"]["sites"][site] == {
+            "accuracy": found.accuracy, "inverse_strength": found.inverse_strength, "threshold": 0.25,
+        }  # fmt: skip
+    parameters = made.meta["parameters"]
+    assert (parameters["gate"], parameters["gate_threshold"], parameters["gate_sharpness"]) == ("tokens", 0.25, 2.0)
+    assert made.meta["store_digest"] != plain.meta["store_digest"]
+
+
+@pytest.fixture(scope="module")
+def by_tokens(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tokens") / "out"
+    assert fit(place, out, "--gate", "tokens", "--control", place / "control.zarr") == 0
+    return out
+
+
+def logits_of_tokens(place, tiny, sentences_csv, store, gate, *, negatives):
+    """The gate's logit at every counted token of the texts, by plain hooks."""
+    view = aura_dist.open_store(place / store)
+    keep = view["samples"]["label"].values[:, 0] == 0 if negatives else slice(None)
+    texts, found = read_table(sentences_csv, ["text"]).columns["text"], []
+    tokenizer, model = load_tokenizer(str(tiny)), tiny_causal("llama")
+    weight, bias = (torch.tensor(gate.parts[name]) for name in ("weight", "bias"))
+    model.get_submodule(SITE).register_forward_hook(lambda _m, _a, z: found.append((z @ weight + bias)[0, 1:].numpy()))
+    for row in view["samples"]["row"].values[keep]:
+        with torch.no_grad():
+            model(input_ids=tokenizer(texts[int(row)], return_tensors="pt")["input_ids"][:, :128])
+    return np.concatenate(found)
+
+
+def test_one_token_in_a_hundred_of_negatives_and_controls_passes(place, by_tokens, tiny_dir, sentences_csv):
+    gate = Intervention.load(by_tokens).gate[SITE]
+    logits = np.concatenate([
+        logits_of_tokens(place, tiny_dir("llama"), sentences_csv, "store.zarr", gate, negatives=True),
+        logits_of_tokens(place, tiny_dir("llama"), sentences_csv, "control.zarr", gate, negatives=False),
+    ])  # fmt: skip
+    allowed = int(0.01 * len(logits))
+    assert allowed >= 5
+    assert allowed - 1 <= (logits > 1e-5).sum() <= allowed, "the largest that may not pass is at the threshold"
+
+
+def test_control_texts_are_further_negatives(place, by_tokens):
+    made = Intervention.load(by_tokens)
+    ours, is_positive = responses(place, SITE, "mean")
+    theirs, _ = responses(place, SITE, "mean", "control.zarr")
+    found = separate(np.concatenate([ours, theirs]), np.concatenate([is_positive, np.zeros(len(theirs), bool)]))
+    np.testing.assert_allclose(made.gate[SITE].parts["weight"], found.gate.parts["weight"], rtol=1e-5, atol=1e-7)
+    control = made.meta["gate"]["control"]
+    assert (control["store"], control["num_texts"]) == (str(place / "control.zarr"), len(theirs))
+    assert control["data"]["token_ids"]
+
+
+def test_any_number_of_workers_fits_the_same(place, tmp_path, monkeypatch):
+    digests = []
+    for cores in (1, 2):
+        monkeypatch.setattr(gate_fitting, "available_cores", lambda cores=cores: cores)
+        assert fit(place, tmp_path / str(cores), "--gate", "tokens", "--gate-threshold", 0) == 0
+        digests.append(Intervention.load(tmp_path / str(cores)).digest)
+    assert digests[0] == digests[1]
+
+
+def test_modules_that_do_not_separate_are_not_moved(place, tmp_path, capsys):
+    options = ["--gate", "tokens", "--gate-threshold", 0]
+    assert fit(place, tmp_path / "all", *options) == 0
+    whole = Intervention.load(tmp_path / "all")
+    accuracy = {site: about["accuracy"] for site, about in whole.meta["gate"]["sites"].items()}
+    least = sorted(accuracy.values())[len(accuracy) // 2]
+    assert fit(place, tmp_path / "some", *options, "--gate-min-accuracy", least) == 0
+    some = Intervention.load(tmp_path / "some")
+    assert some.sites == [site for site in whole.sites if accuracy[site] >= least]
+    assert 0 < len(some.sites) < len(whole.sites)
+    assert fit(place, tmp_path / "none", *options, "--gate-min-accuracy", 1) == 2
+    assert "--gate-min-accuracy: expected a share that some module's" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_modules_that_change_get_gates(place, tmp_path):
+    assert fit(place, tmp_path / "out", "--gate", "tokens", "--gate-threshold", 0, "--top-k", 2, method="det0") == 0
+    made = Intervention.load(tmp_path / "out")
+    assert 1 <= len(made.sites) <= 2
+    assert made.num_changed == 2
+    assert made.sites == list(made.gate)
+
+
+def test_the_gate_of_units_is_of_single_tokens(place, tiny_dir, sentences_csv, tmp_path):
+    assert fit(place, tmp_path / "out", "--gate", "units", method="linear-act") == 0
+    gate = Intervention.load(tmp_path / "out").gate[SITE]
+    view = aura_dist.open_store(place / "store.zarr")
+    texts = read_table(sentences_csv, ["text"]).columns["text"]
+    tokenizer, model, seen = load_tokenizer(str(tiny_dir("llama"))), tiny_causal("llama"), []
+    model.get_submodule(SITE).register_forward_hook(lambda _m, _a, z: seen.append(z[0, 1:].numpy()))
+    for row in view["samples"]["row"].values:
+        with torch.no_grad():
+            model(input_ids=tokenizer(texts[int(row)], return_tensors="pt")["input_ids"][:, :128])
+    is_positive = view["samples"]["label"].values[:, 0] == 1
+    with_concept, without = (
+        np.concatenate([z for z, label in zip(seen, is_positive, strict=True) if label == of]) for of in (1, 0)
+    )
+    z = seen[0]
+    densities = [np.exp(-0.5 * ((z - x.mean(0)) / x.std(0)) ** 2) / x.std(0) for x in (with_concept, without)]
+    np.testing.assert_allclose(gate.values(z), densities[0] / sum(densities), atol=2e-3)
+
+
+def test_a_gated_intervention_generates_and_is_collected_under(
+    place, by_tokens, tiny_dir, sentences_csv, tmp_path, capsys
+):
+    model = ["--model", str(tiny_dir("llama")), "--intervention", str(by_tokens)]
+    assert main(["generate", *model, "--prompt", "You are", "--max-new-tokens", "3"]) == 0
+    assert "mean-act" in capsys.readouterr().out
+    words = ["collect", *model, "--data", sentences_csv, "--concepts", "toxic", "--num-positive", "8"]
+    words += ["--num-negative", "8", "--modules", SITE, "--store", str(tmp_path / "under.zarr")]
+    assert main(words) == 0
+    made = Intervention.load(by_tokens)
+    assert aura_dist.open_store(tmp_path / "under.zarr").attrs["intervention"]["digest"] == made.digest
+    assert main(["export", *model, "--out", str(tmp_path / "exported")]) == 2
+    assert "a map with a gate of tokens cannot be folded into weights" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
+    out = tmp_path / "onto"
+    assert fit(place, out, "--gate", "tokens", "--gate-threshold", 0, "--onto", by_tokens) == 2
+    assert "expected maps without gates where two interventions act" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gate-threshold", 1], "--gate-threshold: expected it with --gate units or tokens alone, got it with none"),
+        (["--control", "x"], "--control: expected it with --gate units or tokens alone, got it with none"),
+        (["--gate", "units", "--gate-min-accuracy", 0.6], "--gate-min-accuracy: expected it with --gate tokens alone"),
+        (["--gate", "tokens", "--gate-sharpness", 0], "--gate-sharpness: expected a number above 0"),
+        (["--gate", "tokens", "--gate-threshold", "nan"], "--gate-threshold: expected a"),
+        (["--gate", "texts"], "--gate: expected one of none, units, tokens, got 'texts'"),
+        (["--gate", "tokens", "--control", "nowhere.zarr"], "expected a store that `collect` wrote"),
+        (["--gate", "tokens", "--control", "STORE"], "expected another store than --store"),
+        (
+            ["--gate", "units", "--control", "BARE"],
+            "expected a collection with --skip-first-tokens of --store (1), got 0",
+        ),
+    ],
+)
+def test_odd_options_are_refused(more, message, place, tmp_path, capsys):
+    stores = {"STORE": place / "store.zarr", "BARE": place / "bare.zarr"}
+    assert fit(place, tmp_path / "out", *(stores.get(word, word) for word in more)) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_stores_that_lack_what_a_gate_needs_are_refused(place, tmp_path, capsys):
+    assert main(["score", "--store", str(place / "bare.zarr"), "--statistics", "auroc"]) == 0
+    assert fit(place, tmp_path / "out", "--gate", "units", store="bare.zarr", method="aura") == 2
+    assert "expected the pooling mean and mean_square in" in capsys.readouterr().err
+    copy = shutil.copytree(place / "store.zarr", tmp_path / "store.zarr")
+    document = json.loads((copy / "zarr.json").read_text())
+    document["attributes"]["model"]["fingerprint"] = "0" * 64
+    (copy / "zarr.json").write_text(json.dumps(document))
+    assert fit(place, tmp_path / "out", "--gate", "tokens", "--control", copy) == 2
+    assert "expected a collection with the model of --store" in capsys.readouterr().err
+    assert fit(tmp_path, tmp_path / "out", "--gate", "tokens") == 2
+    assert "expected the weights that the store was collected from" in (shown := capsys.readouterr().err)
+    assert "or give --gate-threshold" in shown
+    sequential = ["fit", "--sequential", "--gate", "tokens", "--model", "x", "--data", "x", "--concept", "toxic"]
+    assert main([*sequential, "--method", "mean-act", "--out", str(tmp_path / "o")]) == 2
+    assert "--gate: expected it without --sequential" in capsys.readouterr().err
+
+
+def test_with_a_threshold_nothing_imports_torch(place, tmp_path):
+    words = ["fit", "--store", str(place / "store.zarr"), "--concept", "toxic", "--gate", "tokens"]
+    words += ["--gate-threshold", "0", "--method", "mean-act", "--out", str(tmp_path / "out")]
+    code = f"import sys; from aura_dist.cli import main; main({words!r}); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert shown.stdout.strip() == "False"
+    assert (tmp_path / "out" / "intervention.json").exists()
+
+
+def test_options_of_gates_are_settled():
+    assert settle_gate("none", {"control": None}) is None
+    found = settle_gate("tokens", {"gate_threshold": 0.0, "control": "c.zarr", "gate_min_accuracy": None})
+    assert (found.kind, found.threshold, found.settled_sharpness, found.control) == ("tokens", 0.0, 1.0, "c.zarr")
+    with pytest.raises(
+        ConfigError, match="--gate-min-accuracy: expected it with --gate tokens alone, got it with units"
+    ):
+        settle_gate("units", {"gate_min_accuracy": 0.5})
+
+
+def test_a_sweep_over_gates_drops_what_a_cells_gate_does_not_read():
+    from aura_dist.sweep.stage_specs import STAGE_SPECS
+
+    settle, varied = STAGE_SPECS["fit"].settle, {"gate", "gate_threshold"}
+    assert "gate_threshold" in settle({"fit": {"gate": "none", "gate_threshold": 1}, "collect": {}}, varied)
+    left = settle({"fit": {"gate": "units", "gate_threshold": 1}, "collect": {}}, varied)
+    assert "gate_threshold" not in left
+    assert "gate_min_accuracy" in left
+    assert settle({"fit": {"gate": "none", "gate_threshold": 1}, "collect": {}}, {"top_k"}) == set(), "refused as usual"
+
+
+def test_pid_act_sums_over_the_layers_before(place, tmp_path):
+    assert fit(place, tmp_path / "out", "--kp", 0.7, "--ki", 0.2, "--kd", -0.3, method="pid-act") == 0
+    assert fit(place, tmp_path / "mean") == 0
+    assert fit(place, tmp_path / "p", "--ki", 0, "--kd", 0, method="pid-act") == 0
+    made, mean, alone = (Intervention.load(tmp_path / name) for name in ("out", "mean", "p"))
+    assert alone.digest == mean.digest
+    for name in ("mlp.up_proj", "input_layernorm"):
+        errors = [mean.shift[f"model.layers.{layer}.{name}"] for layer in range(3)]
+        for layer, error in enumerate(errors):
+            before = sum(errors[:layer], np.zeros_like(error))
+            change = error - errors[layer - 1] if layer else 0
+            expected = 0.7 * error + 0.2 * before - 0.3 * change
+            np.testing.assert_allclose(made.shift[f"model.layers.{layer}.{name}"], expected, rtol=1e-4, atol=1e-6)
+    parameters = made.meta["parameters"]
+    assert (parameters["kp"], parameters["ki"], parameters["kd"]) == (0.7, 0.2, -0.3)
