@@ -1,7 +1,7 @@
 """Lay an intervention over a served model: while the model reads its checkpoint, find the sites; then map them.
 
-Every name of the intervention is found among the checkpoint's tensors or the model's layers, or is an error. A mixture's
-experts run in kernels that show no neurons, so their scales go into the down projections as these are read.
+Every name of the intervention is found among the checkpoint's tensors or the model's layers, or is an error. A
+mixture's experts run in kernels that show no neurons, so their scales go into the down projections as these are read.
 """
 
 import re
@@ -103,7 +103,9 @@ class Laying:
                 "theirs; fit a method that only scales, without a gate, or leave the module out"
             )
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise ModelError(f"{site.name!r}: expected float weights of experts, got {tensor.dtype}; leave the module out")
+            raise ModelError(
+                f"{site.name!r}: expected float weights of experts, got {tensor.dtype}; leave the module out"
+            )
         self._folded.add(site.name)
         if down["expert"] is not None:
             width = tensor.shape[1]
@@ -116,7 +118,7 @@ class Laying:
     def lay(self) -> str:
         """Map all sites; returns what was done, in a few words. ModelError names a site that cannot be mapped."""
         modules: dict[tuple[str, bool], list[tuple[_Site, Place]]] = defaultdict(list)
-        num_sites = len(self._folded)
+        num_sites = 0
         for key, sites in sorted(self._sites.items()):
             for site in sites:
                 if site.name in self._folded:
@@ -134,12 +136,14 @@ class Laying:
         for (name, at_input), here in modules.items():
             self._lay_module(name, here, at_input=at_input)
         self.done = True
-        return f"laid maps of {num_sites} sites on {len(self._maps)} modules of this rank; {len(self._folded)} of experts"
+        folded = f", and scaled the weights of {len(self._folded)} sites of experts" if self._folded else ""
+        return f"laid maps of {num_sites} sites on {len(self._maps)} modules of this rank{folded}"
 
     def _missing(self, site: _Site) -> ModelError:
         return ModelError(
-            f"{site.name!r}: expected a module of the served model {type(self.model).__name__}, found none that has it; "
-            "fit for the model that is served, leave the module out, or serve what `export` writes"
+            f"{site.name!r} of {len(site.scale)} units: expected it in the served model {type(self.model).__name__}, "
+            "found no module that has them; fit for the model that is served, leave the module out, or serve what "
+            "`export` writes"
         )
 
     def _lay_layer(self, site: _Site) -> int:
@@ -160,7 +164,7 @@ class Laying:
 
     def _lay_module(self, name: str, here: list[tuple[_Site, Place]], *, at_input: bool) -> None:
         """Map the sites of one side of one module."""
-        site, place = here[0]
+        site = here[0][0]
         try:
             module = self.model.get_submodule(name)
             device = next(module.parameters()).device
@@ -171,12 +175,12 @@ class Laying:
         numbers = []
         for one, at in here:
             index = at.inputs if at_input else at.outputs
-            if index is None or tuple(module.weight.shape) != at.shape:
+            if index is None or tuple(module.get_parameter("weight").shape) != at.shape:
                 raise self._missing(one)
             if at_input and bool((at.outputs == ELSEWHERE).any()):
                 raise ModelError(
-                    f"{one.name!r}: expected an input that one linear layer reads, got one that vLLM reads for several at "
-                    f"once ({name}); leave the module out, or serve what `export` writes"
+                    f"{one.name!r}: expected an input that one linear layer reads, got one that vLLM reads for several "
+                    f"at once ({name}); leave the module out, or serve what `export` writes"
                 )
             numbers.append((one, index.numpy()))
         partial = not at_input and self.ranks.number > 1 and self.ranks.partial(module)
@@ -198,6 +202,8 @@ class Laying:
         for site, numbers in sites:
             here = np.flatnonzero(numbers != ELSEWHERE)
             columns = numbers[here]
+            if (columns >= len(site.scale)).any():
+                raise self._missing(site)
             holders = self._holders(columns, len(site.scale), device)
             if not holders.all():
                 raise self._missing(site)
@@ -226,7 +232,7 @@ class Laying:
 
     def _holders(self, columns: NDArray[np.intp], width: int, device: torch.device) -> NDArray[np.float32]:
         """[width] how many ranks hold each column; all ranks ask alike."""
-        mine = torch.zeros(width, device=device)
+        mine = torch.zeros(width, dtype=torch.float32, device=device)  # vLLM has the model's dtype as default
         mine[torch.from_numpy(columns).to(device)] = 1
         whole = mine if self.ranks.number == 1 else self.ranks.reduce(mine[None])[0]
         held: NDArray[np.float32] = whole.cpu().numpy()
@@ -246,7 +252,8 @@ class Laying:
         if left and not (compiled and not self.called):
             raise ModelError(
                 f"module {left[0]!r} was not called in the forward pass, so that nothing can be changed there: vLLM "
-                "computes without it, or in a kernel that takes its weights; leave it out, or serve what `export` writes"
+                "computes without it, or in a kernel that takes its weights; leave it out, or serve what `export` "
+                "writes"
             )
 
 

@@ -30,6 +30,14 @@ def _note(name: str) -> bool:
 class SiteGate(nn.Module):
     """The gate of one of the sites of a module, and the map that it holds back: zeros for units of other sites."""
 
+    less: Tensor
+    shift: Tensor
+    weight: Tensor
+    bias: Tensor
+    quadratic: Tensor
+    linear: Tensor
+    constant: Tensor
+
     def __init__(self, moved: dict[str, Tensor], parts: dict[str, Tensor], reduce: Callable[[Tensor], Tensor] | None):
         super().__init__()
         for name, values in (moved | parts).items():
@@ -50,6 +58,9 @@ class SiteGate(nn.Module):
 
 class SiteMap(nn.Module):
     """The maps of all sites of one side of a module."""
+
+    scale: Tensor
+    shift: Tensor | None
 
     def __init__(self, name: str, scale: Tensor, shift: Tensor, whole: Callable[[Tensor], Tensor] | None) -> None:
         super().__init__()
@@ -95,7 +106,7 @@ def attach_residual(layer: nn.Module, site_map: SiteMap) -> None:
 
 
 @cache
-def _mapped(kind: type[Any], adds_bias: bool) -> type[Any]:
+def _mapped(kind: Any, adds_bias: bool) -> type[Any]:
     class Mapped(kind):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if self.aura_dist_in is not None:
@@ -116,7 +127,7 @@ def _mapped(kind: type[Any], adds_bias: bool) -> type[Any]:
 
 
 @cache
-def _mapped_layer(kind: type[Any]) -> type[Any]:
+def _mapped_layer(kind: Any) -> type[Any]:
     class MappedLayer(kind):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             result = kind.forward(self, *args, **kwargs)

@@ -1,7 +1,7 @@
 """vLLM's plugin: `AURA_INTERVENTION=DIR[@STRENGTH] vllm serve MODEL` serves the model under an intervention.
 
-vLLM calls `register` in each of its processes: those that answer requests, and the workers that hold the model. Names of
-vLLM that are not its interface are used here alone. Seen with vLLM 0.32.
+vLLM calls `register` in each of its processes: those that answer requests, and the workers that hold the model. Names
+of vLLM that are not its interface are used here alone. Seen with vLLM 0.32.
 """
 
 import logging
@@ -60,7 +60,9 @@ def chosen(given: str) -> "tuple[Intervention, float]":
         except ValueError:
             strength = math.nan
         if not 0 <= strength <= 1000:
-            raise ConfigError(f"{VARIABLE}={given}: expected DIR@STRENGTH with a strength from 0 to 1000, got {after!r}")
+            raise ConfigError(
+                f"{VARIABLE}={given}: expected DIR@STRENGTH with one strength from 0 to 1000, got {after!r}"
+            )
     if not Path(directory).is_dir():
         raise StoreError(f"{VARIABLE}={given}: expected a directory that `fit` wrote, found none at {directory!r}")
     return Intervention.load(directory), strength
@@ -172,8 +174,10 @@ def _check_not_folded(model_config: Any, intervention: "Intervention") -> None:
 
 
 def _keep_compiled_apart(vllm_config: Any, intervention: "Intervention", strength: float) -> None:
-    """Make the maps a part of the key of vLLM's cache, which else might hand out what was compiled of the plain model."""
+    """Make the maps a part of the key of vLLM's cache, which might else return what was compiled of the plain model."""
     own = {_CACHE_KEY: f"{intervention.digest}@{strength}"}
     if not isinstance(vllm_config.additional_config, dict):
-        raise ConfigError(f"{VARIABLE}: expected --additional-config to be a dictionary, got another object; leave it out")
+        raise ConfigError(
+            f"{VARIABLE}: expected --additional-config to be a dictionary, got another object; leave it out"
+        )
     vllm_config.additional_config = {**vllm_config.additional_config, **own}
