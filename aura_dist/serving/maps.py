@@ -20,7 +20,7 @@ CALLED: set[str] = set()  # names of the maps that a forward, or the trace of on
 _IN, _OUT = "aura_dist_in", "aura_dist_out"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _note(name: str) -> bool:
     """Runs in every forward that is not compiled, and once where one is traced."""
     CALLED.add(name)
@@ -93,7 +93,8 @@ def attach(module: nn.Module, site_map: SiteMap, *, at_input: bool, adds_bias: b
     caller adds, so that the site's values are the sum; else it is a residual stream, which a norm hands on.
     """
     if _OUT not in module._modules:
-        module.__class__ = _mapped(type(module), adds_bias)
+        kind: Any = type(module)
+        module.__class__ = _mapped(kind, adds_bias)
     for name, here in ((_IN, at_input), (_OUT, not at_input)):
         if here or name not in module._modules:
             module.register_module(name, site_map if here else None)
@@ -102,7 +103,8 @@ def attach(module: nn.Module, site_map: SiteMap, *, at_input: bool, adds_bias: b
 def attach_residual(layer: nn.Module, site_map: SiteMap) -> None:
     """Have a decoder layer map the residual stream after it."""
     layer.register_module(_OUT, site_map)
-    layer.__class__ = _mapped_layer(type(layer))
+    kind: Any = type(layer)
+    layer.__class__ = _mapped_layer(kind)
 
 
 @cache
