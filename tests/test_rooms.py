@@ -19,7 +19,7 @@ ROOMS = {
     "store": 3,
     "models": 4,
     "collecting": 5, "scoring": 5, "interventions": 5,
-    "evaluation": 6,
+    "evaluation": 6, "serving": 6,
     "planning": 7, "report": 7,
     "sweep": 8,
     "stages": 9,
@@ -27,7 +27,7 @@ ROOMS = {
     "__main__": 11, "__init__": 12,
 }  # fmt: skip
 READ_CONFIG = ("config", "stages", "sweep", "cli", "demo", "api")
-TOUCH_ENVIRONMENT = ("ranks", "sweep")
+TOUCH_ENVIRONMENT = ("ranks", "sweep", "serving")
 # functions of numbers, arrays and mappings: no torch, no Zarr, no files
 PURE = (
     "config/help.py", "config/options.py", "config/settings.py", "config/verbs.py",
@@ -45,6 +45,8 @@ PURE = (
 PRIVATE = {"zarr.core": "store/zarr_adapter.py", "dask_jobqueue": "scoring/slurm_workers.py"}
 HEAVY = ("torch", "transformers", "dask", "zarr", "distributed", "numba", "pandas", "xarray", "datasets")
 MODULES = sorted(PACKAGE.rglob("*.py"))
+# the process that loads our plugin has these
+HOSTS = ("vllm", "prometheus_client")
 # modules that a requirement installs, where they have another name, or come with it
 INSTALLED_BY = {
     "yaml": "pyyaml", "distributed": "dask", "huggingface_hub": "transformers", "markupsafe": "jinja2",
@@ -127,7 +129,7 @@ def test_extras_are_imported_where_they_are_used_and_every_package_is_declared()
             for node in tree.body
             if isinstance(node, ast.Import | ast.ImportFrom)
         }
-        for module in {m.split(".")[0] for m in imports(path)} - {"aura_dist"} - sys.stdlib_module_names:
+        for module in {m.split(".")[0] for m in imports(path)} - {"aura_dist", *HOSTS} - sys.stdlib_module_names:
             package = INSTALLED_BY.get(module, module.replace("_", "-"))
             assert package in needed | extras, f"{path} imports {module}, which pyproject.toml does not name"
             assert package in needed or module not in at_top, f"{path} needs the extra of {module} to be imported"
@@ -147,6 +149,8 @@ def test_extras_are_imported_where_they_are_used_and_every_package_is_declared()
         ("aura_dist.models.quantization", HEAVY),
         ("aura_dist.models.strategies.table", HEAVY),
         ("aura_dist.planning.budget", HEAVY),
+        ("aura_dist.serving.vllm_plugin", (*HEAVY, "numpy", "vllm", "msgspec")),
+        ("aura_dist.serving.laying", ("transformers", "zarr", "dask", "vllm", "msgspec")),
         ("aura_dist.stages.score", ("torch", "transformers", "dask", "numba", "pandas", "xarray")),
         ("aura_dist.scoring.tables", ("torch", "dask", "numba", "pandas", "xarray")),
         ("aura_dist.stages.fit", ("torch", "transformers", "dask", "numba", "pandas", "xarray")),

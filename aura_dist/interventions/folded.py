@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention, method_of
-from aura_dist.models.identity import FOLDED
+from aura_dist.models.fingerprints import FOLDED
 
 # the file of an exported checkpoint that says how it was made
 PROVENANCE_FILE = "aura_dist.json"

@@ -11,6 +11,8 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 RULE = "v2-"
+# the field of config.json in which `export` records the interventions that a checkpoint carries; its weights show them
+FOLDED = "aura_dist_folded"
 
 
 def marked(text: str) -> str:

@@ -11,15 +11,13 @@ from transformers import PretrainedConfig
 
 from aura_dist.errors import ModelError
 from aura_dist.models.digests import tensor_digests
-from aura_dist.models.fingerprints import marked
+from aura_dist.models.fingerprints import FOLDED, marked
 from aura_dist.models.weights import STORED_DTYPES, Source, Stored, as_bytes, open_weights
 from aura_dist.sites.transformers_adapter import find_file, implementations
 
 if TYPE_CHECKING:
     from aura_dist.models.load import ModelSource
 
-# the field of config.json in which `export` records the interventions that a checkpoint carries; its weights show them
-FOLDED = "aura_dist_folded"
 # fields of a configuration that cannot change a number; all others are part of a model's identity
 NOT_COUNTED = frozenset(
     {

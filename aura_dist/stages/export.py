@@ -13,7 +13,8 @@ from aura_dist.interventions.folded import folded_into, record_of
 from aura_dist.interventions.hub import public_name, without_paths
 from aura_dist.interventions.use import check_made_for, load_intervention
 from aura_dist.models.extras import find_extras, with_extras
-from aura_dist.models.identity import FOLDED, checkpoint_files, earlier_fingerprint, fingerprint
+from aura_dist.models.fingerprints import FOLDED
+from aura_dist.models.identity import checkpoint_files, earlier_fingerprint, fingerprint
 from aura_dist.models.load import ModelSource, load_config, skeleton
 from aura_dist.models.weights import Stored, open_weights
 from aura_dist.sites.find import find_sites

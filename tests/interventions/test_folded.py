@@ -13,7 +13,8 @@ from aura_dist.cli import main
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.folded import folded_into
-from aura_dist.models.identity import FOLDED, fingerprint
+from aura_dist.models.fingerprints import FOLDED
+from aura_dist.models.identity import fingerprint
 from aura_dist.models.load import ModelSource
 from tests.models import LLAMA_LIKE, save_tiny
 

@@ -1,0 +1,271 @@
+"""Lay an intervention over a served model: while the model reads its checkpoint, find the sites; then map them.
+
+Every name of the intervention is found among the checkpoint's tensors or the model's layers, or is an error. A
+mixture's experts run in kernels that show no neurons, so their scales go into the down projections as these are read.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from aura_dist.errors import ModelError
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.methods import with_strength
+from aura_dist.serving.maps import CALLED, SiteGate, SiteMap, attach, attach_residual
+from aura_dist.serving.places import ELSEWHERE, Load, Place, generic, plain_name, probe
+from aura_dist.sites.site import INPUT
+
+_DOWN = re.compile(r"(?:(?P<expert>\d+)\.)?(?:down_proj|w2)(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share each layer, and what this rank knows of modules."""
+
+    rank: int
+    number: int
+    reduce: Callable[[Tensor], Tensor]  # sums over the ranks
+    whole_model: bool  # whether this rank has all layers
+    partial: Callable[[nn.Module], bool]  # whether a module's outputs on the ranks are parts of a sum
+    is_linear: Callable[[nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One site that changes."""
+
+    name: str
+    scale: NDArray[np.float32]
+    shift: NDArray[np.float32]
+    gate: dict[str, NDArray[np.float32]]  # part → values; empty without a gate
+
+    @property
+    def at_input(self) -> bool:
+        return self.name.endswith(INPUT)
+
+    @property
+    def key(self) -> str:
+        """The plain name of its module."""
+        return plain_name(self.name.removesuffix(INPUT))
+
+
+@dataclass
+class Laying:
+    """One model that is loaded; `done` once its maps are laid."""
+
+    model: nn.Module
+    intervention: Intervention
+    strength: float
+    ranks: Ranks
+    done: bool = field(default=False, init=False)
+    _sites: dict[str, list[_Site]] = field(init=False)  # plain name of the module → its sites
+    _seen: set[str] = field(default_factory=set, init=False)  # plain names of tensors, without `.weight`
+    _folded: set[str] = field(default_factory=set, init=False)
+    _places: dict[tuple[str, tuple[int, ...]], Place | None] = field(default_factory=dict, init=False)
+    _found: dict[str, Place | None] = field(default_factory=dict, init=False)  # plain name of a module → its place
+    _maps: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._sites = defaultdict(list)
+        for site in _changing(self.intervention, self.strength):
+            self._sites[site.key].append(site)
+
+    def watched(self, weights: Iterable[tuple[str, Tensor]], load: Load) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors as the model's loader gets them; `load` is that loader."""
+        for name, tensor in weights:
+            key = plain_name(name)
+            module = key.removesuffix(".weight")
+            self._seen.add(module)
+            if module in self._sites and key != module:
+                known = (generic(module)[0], tuple(tensor.shape))
+                if known not in self._places:
+                    self._places[known] = probe(self.model, load, name, tensor)
+                self._found[module] = self._places[known]
+            yield name, self._with_experts(key, tensor)
+
+    def _with_experts(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of down projections with its columns scaled; others as they are."""
+        parent, _, last = key.rpartition(".experts.")
+        sites = self._sites.get(f"{parent}.experts") if parent else None
+        down = _DOWN.fullmatch(last)
+        if not sites or down is None:
+            return tensor
+        (site,) = sites
+        if site.gate or site.shift.any():
+            raise ModelError(
+                f"{site.name!r}: expected a map of experts that only scales, because vLLM's kernels show no neurons of "
+                "theirs; fit a method that only scales, without a gate, or leave the module out"
+            )
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise ModelError(
+                f"{site.name!r}: expected float weights of experts, got {tensor.dtype}; leave the module out"
+            )
+        self._folded.add(site.name)
+        if down["expert"] is not None:
+            width = tensor.shape[1]
+            scale = torch.from_numpy(site.scale[int(down["expert"]) * width :][:width])
+            return (tensor.float() * scale.to(tensor.device)).to(tensor.dtype)
+        scale_EI = torch.from_numpy(site.scale.reshape(tensor.shape[0], -1)).to(tensor.device)
+        along = scale_EI[:, None, :] if tensor.shape[2] == scale_EI.shape[1] else scale_EI[:, :, None]
+        return (tensor.float() * along).to(tensor.dtype)
+
+    def lay(self) -> str:
+        """Map all sites; returns what was done, in a few words. ModelError names a site that cannot be mapped."""
+        modules: dict[tuple[str, bool], list[tuple[_Site, Place]]] = defaultdict(list)
+        num_sites = 0
+        for key, sites in sorted(self._sites.items()):
+            for site in sites:
+                if site.name in self._folded:
+                    continue
+                if key not in self._found:
+                    num_sites += self._lay_layer(site)
+                    continue
+                place = self._found[key]
+                if place is None and not self.ranks.whole_model:
+                    continue  # another rank has the layer
+                if place is None:
+                    raise self._missing(site)
+                modules[place.module.replace("*", generic(key)[1] or "", 1), site.at_input].append((site, place))
+                num_sites += 1
+        for (name, at_input), here in modules.items():
+            self._lay_module(name, here, at_input=at_input)
+        self.done = True
+        folded = f", and scaled the weights of {len(self._folded)} sites of experts" if self._folded else ""
+        return f"laid maps of {num_sites} sites on {len(self._maps)} modules of this rank{folded}"
+
+    def _missing(self, site: _Site) -> ModelError:
+        return ModelError(
+            f"{site.name!r} of {len(site.scale)} units: expected it in the served model {type(self.model).__name__}, "
+            "found no module that has them; fit for the model that is served, leave the module out, or serve what "
+            "`export` writes"
+        )
+
+    def _lay_layer(self, site: _Site) -> int:
+        """Map the residual stream after a decoder layer; the number of layers that are here."""
+        inside = f"{site.key}."
+        if site.at_input or site.key in self._seen or not any(name.startswith(inside) for name in self._seen):
+            raise self._missing(site)
+        layers = [(n, m) for n, m in self.model.named_modules() if plain_name(n) == site.key and n]
+        if not layers and not self.ranks.whole_model:
+            return 0
+        if len(layers) != 1 or generic(site.key)[1] is None or not site.key.rpartition(".")[2].isdecimal():
+            raise self._missing(site)
+        name, layer = layers[0]
+        device = next(layer.parameters()).device
+        everything = np.arange(len(site.scale))
+        attach_residual(layer, self._site_map(name, [(site, everything)], len(everything), device, partial=False))
+        return 1
+
+    def _lay_module(self, name: str, here: list[tuple[_Site, Place]], *, at_input: bool) -> None:
+        """Map the sites of one side of one module."""
+        site = here[0][0]
+        try:
+            module = self.model.get_submodule(name)
+            device = next(module.parameters()).device
+        except (AttributeError, StopIteration):
+            if self.ranks.whole_model:
+                raise self._missing(site) from None
+            return
+        numbers = []
+        for one, at in here:
+            index = at.inputs if at_input else at.outputs
+            if index is None or tuple(module.get_parameter("weight").shape) != at.shape:
+                raise self._missing(one)
+            if at_input and bool((at.outputs == ELSEWHERE).any()):
+                raise ModelError(
+                    f"{one.name!r}: expected an input that one linear layer reads, got one that vLLM reads for several "
+                    f"at once ({name}); leave the module out, or serve what `export` writes"
+                )
+            numbers.append((one, index.numpy()))
+        partial = not at_input and self.ranks.number > 1 and self.ranks.partial(module)
+        site_map = self._site_map(name + INPUT * at_input, numbers, len(numbers[0][1]), device, partial=partial)
+        first = not partial or self.ranks.rank == 0
+        attach(module, site_map, at_input=at_input, adds_bias=self.ranks.is_linear(module) and first)
+
+    def _site_map(
+        self,
+        name: str,
+        sites: list[tuple[_Site, NDArray[np.intp]]],
+        width: int,
+        device: torch.device,
+        *,
+        partial: bool,
+    ) -> SiteMap:
+        """The map of `width` units, of which each site has those whose numbers are not `ELSEWHERE`."""
+        scale, shift, gates = np.ones(width, np.float32), np.zeros(width, np.float32), []
+        for site, numbers in sites:
+            here = np.flatnonzero(numbers != ELSEWHERE)
+            columns = numbers[here]
+            if (columns >= len(site.scale)).any():
+                raise self._missing(site)
+            holders = self._holders(columns, len(site.scale), device)
+            if not holders.all():
+                raise self._missing(site)
+            own_shift = site.shift[columns] * (not partial or self.ranks.rank == 0)
+            if not site.gate:
+                scale[here], shift[here] = site.scale[columns], own_shift
+                continue
+            parts = {}
+            for part, values in site.gate.items():
+                parts[part] = values
+                if len(values) == len(site.scale) and part != "bias":
+                    parts[part] = np.zeros(width, np.float32)
+                    parts[part][here] = values[columns]
+            shared = partial or bool((holders < self.ranks.number).any())
+            if "weight" in parts and shared and not partial:
+                parts["weight"][here] /= holders[columns]
+            moved = {"less": np.zeros(width, np.float32), "shift": np.zeros(width, np.float32)}
+            moved["less"][here], moved["shift"][here] = site.scale[columns] - 1, own_shift
+            reduce = self.ranks.reduce if shared and self.ranks.number > 1 else None
+            gates.append(SiteGate(_tensors(moved, device), _tensors(parts, device), reduce))
+        constants = _tensors({"scale": scale, "shift": shift}, device)
+        made = SiteMap(name, constants["scale"], constants["shift"], self.ranks.reduce if partial else None)
+        made.gates.extend(gates)
+        self._maps.append(name)
+        return made
+
+    def _holders(self, columns: NDArray[np.intp], width: int, device: torch.device) -> NDArray[np.float32]:
+        """[width] how many ranks hold each column; all ranks ask alike."""
+        mine = torch.zeros(width, dtype=torch.float32, device=device)  # vLLM has the model's dtype as default
+        mine[torch.from_numpy(columns).to(device)] = 1
+        whole = mine if self.ranks.number == 1 else self.ranks.reduce(mine[None])[0]
+        held: NDArray[np.float32] = whole.cpu().numpy()
+        return held
+
+    @property
+    def called(self) -> bool:
+        """Whether a forward has called any map."""
+        return bool(CALLED & set(self._maps))
+
+    def check_called(self, *, compiled: bool) -> None:
+        """ModelError if a forward has left out a map, because nothing would be changed there.
+
+        A forward that is `compiled` and comes from vLLM's cache calls none; it was checked when it was made.
+        """
+        left = [name for name in self._maps if name not in CALLED]
+        if left and not (compiled and not self.called):
+            raise ModelError(
+                f"module {left[0]!r} was not called in the forward pass, so that nothing can be changed there: vLLM "
+                "computes without it, or in a kernel that takes its weights; leave it out, or serve what `export` "
+                "writes"
+            )
+
+
+def _changing(intervention: Intervention, strength: float) -> Iterator[_Site]:
+    """The sites whose maps change something at this strength."""
+    gates = getattr(intervention, "gate", {})
+    for name in intervention.sites:
+        scale, shift = with_strength(*intervention.map_of(name), strength)
+        if (scale != 1).any() or (shift is not None and shift.any()):
+            gate = dict(gates[name].parts) if name in gates else {}
+            yield _Site(name, scale, np.zeros_like(scale) if shift is None else shift, gate)
+
+
+def _tensors(arrays: dict[str, NDArray[np.float32]], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.tensor(values, dtype=torch.float32, device=device) for name, values in arrays.items()}

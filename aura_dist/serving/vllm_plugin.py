@@ -1,0 +1,183 @@
+"""vLLM's plugin: `AURA_INTERVENTION=DIR[@STRENGTH] vllm serve MODEL` serves the model under an intervention.
+
+vLLM calls `register` in each of its processes: those that answer requests, and the workers that hold the model. Names
+of vLLM that are not its interface are used here alone. Seen with vLLM 0.32.
+"""
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aura_dist.errors import AuraError, ConfigError, ModelError, StoreError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from aura_dist.interventions.artifact import Intervention
+
+VARIABLE = "AURA_INTERVENTION"
+_CACHE_KEY = "aura_dist_intervention"
+logger = logging.getLogger("vllm.aura_dist")  # below vLLM's own, so that its log shows it
+
+_registered = False
+
+
+def register() -> None:
+    """Lay the intervention that the environment names over the model that this process will load, if it loads one.
+
+    Nothing changes where the variable is not set. The process ends with one line if it names no intervention: vLLM
+    would only log an error, and serve the plain model.
+    """
+    global _registered
+    given = os.environ.get(VARIABLE)
+    if not given or _registered:
+        return
+    try:
+        intervention, strength = chosen(given)
+    except AuraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    _state(intervention, strength)
+    _patch(intervention, strength)
+    _registered = True
+
+
+def chosen(given: str) -> "tuple[Intervention, float]":
+    """What `DIR[@STRENGTH]` names; ConfigError for a strength that is none, StoreError without an intervention."""
+    from aura_dist.interventions.artifact import Intervention
+
+    directory, strength = given, 1.0
+    before, at, after = given.rpartition("@")
+    if at and not Path(given).is_dir():
+        directory = before
+        try:
+            strength = float(after)
+        except ValueError:
+            strength = math.nan
+        if not 0 <= strength <= 1000:
+            raise ConfigError(
+                f"{VARIABLE}={given}: expected DIR@STRENGTH with one strength from 0 to 1000, got {after!r}"
+            )
+    if not Path(directory).is_dir():
+        raise StoreError(f"{VARIABLE}={given}: expected a directory that `fit` wrote, found none at {directory!r}")
+    return Intervention.load(directory), strength
+
+
+def _state(intervention: "Intervention", strength: float) -> None:
+    """Among the metrics of the server, so that its clients can check what they were promised."""
+    from prometheus_client import Gauge
+
+    from aura_dist.interventions.statement import LABELS, METRIC, Statement
+
+    statement = Statement(intervention.digest, strength, len(intervention.sites))
+    gauge = Gauge(METRIC, "The intervention that is laid over the model", LABELS, multiprocess_mode="mostrecent")
+    gauge.labels(**statement.labels).set(1)
+
+
+def _patch(intervention: "Intervention", strength: float) -> None:
+    """Have vLLM's loader and worker call us."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.worker.gpu_worker import Worker
+
+    laid: list[Any] = []
+    create, load = BaseModelLoader.create_model, Worker.load_model
+    warm_up, execute = Worker.compile_or_warm_up_model, Worker.execute_model
+
+    @wraps(create)
+    def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+        model = create(self, vllm_config, model_config, prefix)
+        if model_config is vllm_config.model_config:  # not the draft of a speculative one
+            _check_not_folded(model_config, intervention)
+            _keep_compiled_apart(vllm_config, intervention, strength)
+            laid.append(_loading(model, intervention, strength))
+        return model
+
+    @wraps(load)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        if not any(one.done for one in laid):
+            raise ModelError(
+                f"{VARIABLE}: expected weights that vLLM reads from a checkpoint's tensors, got --load-format "
+                f"{self.vllm_config.load_config.load_format}; serve it with --load-format auto, or what `export` writes"
+            )
+        return result
+
+    def check(worker: Any) -> None:
+        for one in laid:
+            one.check_called(compiled=bool(worker.vllm_config.compilation_config.mode))
+
+    @wraps(warm_up)
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = warm_up(self, *args, **kwargs)
+        if any(one.called for one in laid):
+            check(self)
+        return result
+
+    @wraps(execute)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = execute(self, scheduler_output, *args, **kwargs)
+        if scheduler_output.total_num_scheduled_tokens:
+            check(self)
+            Worker.execute_model = execute
+        return result
+
+    BaseModelLoader.create_model, Worker.load_model = create_model, load_model
+    Worker.compile_or_warm_up_model, Worker.execute_model = compile_or_warm_up_model, execute_model
+
+
+def _loading(model: "nn.Module", intervention: "Intervention", strength: float) -> Any:
+    """Have the model lay the maps once it has read its weights."""
+    from vllm.distributed import (
+        get_pp_group,
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+        tensor_model_parallel_all_reduce,
+    )
+    from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+
+    from aura_dist.serving.laying import Laying, Ranks
+
+    def partial(module: "nn.Module") -> bool:
+        return isinstance(module, RowParallelLinear) and not module.reduce_results
+
+    ranks = Ranks(
+        get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce,
+        whole_model=get_pp_group().world_size == 1, partial=partial, is_linear=lambda m: isinstance(m, LinearBase),
+    )  # fmt: skip
+    laying = Laying(model, intervention, strength, ranks)
+    original: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
+
+    def load_weights(weights: "Iterable[tuple[str, Tensor]]", *args: Any, **kwargs: Any) -> Any:
+        loaded = original(laying.watched(weights, original), *args, **kwargs)
+        logger.info("aura_dist: %s", laying.lay())
+        return loaded
+
+    model.load_weights = load_weights  # type: ignore[assignment]
+    return laying
+
+
+def _check_not_folded(model_config: Any, intervention: "Intervention") -> None:
+    """ModelError if `export` has folded the intervention into the served weights."""
+    from aura_dist.models.fingerprints import FOLDED
+
+    for record in getattr(model_config.hf_text_config, FOLDED, None) or []:
+        if isinstance(record, dict) and record.get("digest") == intervention.digest:
+            raise ModelError(
+                f"{VARIABLE}: expected a model without the intervention, got {model_config.model!r}, whose weights "
+                f"carry it: export folded it in at strength {record.get('strength')}; unset the variable"
+            )
+
+
+def _keep_compiled_apart(vllm_config: Any, intervention: "Intervention", strength: float) -> None:
+    """Make the maps a part of the key of vLLM's cache, which might else return what was compiled of the plain model."""
+    own = {_CACHE_KEY: f"{intervention.digest}@{strength}"}
+    if not isinstance(vllm_config.additional_config, dict):
+        raise ConfigError(
+            f"{VARIABLE}: expected --additional-config to be a dictionary, got another object; leave it out"
+        )
+    vllm_config.additional_config = {**vllm_config.additional_config, **own}

