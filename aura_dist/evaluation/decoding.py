@@ -72,7 +72,8 @@ class _Flight:
 
     def add(self, other: "_Flight") -> None:
         """Take the rows of `other`."""
-        assert self.cache is not None and other.cache is not None
+        assert self.cache is not None
+        assert other.cache is not None
         join(self.cache, other.cache)
         by = self.seen_BC.shape[1] - other.seen_BC.shape[1]
         (other if by > 0 else self)._widen(abs(by))

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -41,43 +41,48 @@ def exact_products(model: PreTrainedModel) -> Iterator[None]:
 class _ExactProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         instead = _INSTEAD.get(func)
-        if instead is not None and type(args[0]) is Tensor and args[0].dtype.itemsize == 2:
+        if instead is not None and args and args[0].dtype.itemsize == 2 and all(map(_is_plain, args)):
             return instead(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[…, N] of input [..., K] and weight [N, K]."""
-    rows_MK = input.reshape(-1, input.shape[-1]).float()
+def _is_plain(value: object) -> bool:
+    """Whether `value` is no tensor of another kind, such as a quantised or a distributed one."""
+    return type(value) in (Tensor, nn.Parameter) or not isinstance(value, Tensor)
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[…, N] of `rows` […, K] and `weight` [N, K]."""
+    rows_MK = rows.reshape(-1, rows.shape[-1]).float()
     num_rows = len(rows_MK)
     if num_rows < _ROWS:
-        rows_MK = F.pad(rows_MK, (0, 0, 0, _ROWS - num_rows))
-    out_MN = torch.empty((num_rows, len(weight)), dtype=input.dtype)
+        rows_MK = functional.pad(rows_MK, (0, 0, 0, _ROWS - num_rows))
+    out_MN = torch.empty((num_rows, len(weight)), dtype=rows.dtype)
     step = max(_ROWS, _BLOCK // weight.shape[1])
     for n in range(0, len(weight), step):
         block = rows_MK @ weight[n : n + step].detach().float().T
         if bias is not None:
             block += bias[n : n + step].detach().float()
         out_MN[:, n : n + step] = block[:num_rows]
-    return out_MN.view(*input.shape[:-1], -1)
+    return out_MN.view(*rows.shape[:-1], -1)
 
 
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Tensor:
-    """GPT-2's linear layers; its weights are [K, N]."""
-    if options or input.ndim != 1:
-        return torch.addmm(input, mat1, mat2, **options)
-    return _linear(mat1, mat2.T, input)
+def _addmm(bias: Tensor, rows: Tensor, weight_KN: Tensor, **options: Any) -> Tensor:
+    """GPT-2's linear layers."""
+    if options or bias.ndim != 1:
+        return torch.addmm(bias, rows, weight_KN, **options)
+    return _linear(rows, weight_KN.T, bias)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *more: Any, **o: Any) -> Any:
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.double()
-    out = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), attn_mask, *more, **o)
+    out = functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), attn_mask, *more, **o)
     return out.to(query.dtype)
 
 
 _INSTEAD: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
+    functional.linear: _linear,
     torch.addmm: _addmm,
-    F.scaled_dot_product_attention: _attention,
+    functional.scaled_dot_product_attention: _attention,
 }

@@ -33,8 +33,8 @@ from aura_dist.config.file import merge
 from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import EvaluateConfig, PlanConfig
 from aura_dist.errors import AuraError, BudgetError, ConfigError, brief
-from aura_dist.evaluation.perplexity import read_texts, tokenize_texts, tokens_at_once
 from aura_dist.evaluation.decoding import takes_padding
+from aura_dist.evaluation.perplexity import read_texts, tokenize_texts, tokens_at_once
 from aura_dist.evaluation.prompts import (
     Prefix,
     chat_of_prompts,

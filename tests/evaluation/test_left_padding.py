@@ -68,7 +68,8 @@ def test_rows_come_and_go(name):
 
     decoder = Decoder(model, HOW, stops)
     made = decoder.run(parts[0], more=more, put=put.update)
-    assert not waiting and max(asked) <= len(parts[0].keys)
+    assert not waiting
+    assert max(asked) <= len(parts[0].keys)
     assert made == [put[number] for number in range(sum(len(part.keys) for part in parts))]
     assert made == [ids for part in parts for ids in alone(model, part, stops)]
     assert len({len(ids) for ids in made}) > 3
@@ -80,7 +81,8 @@ def test_finished_rows_leave_the_batch():
     original = decoder._forward
     decoder._forward = lambda ids, *more: sizes.append(len(ids)) or original(ids, *more)
     decoder.run(rows_of(prompts_of(LENGTHS), samples=range(4)))
-    assert sizes[1] > sizes[-1] and sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert sizes[1] > sizes[-1]
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
 
 
 def test_rows_of_a_cache_join_at_their_last_column():
@@ -97,7 +99,8 @@ def test_rows_of_a_cache_join_at_their_last_column():
         held = layer.keys.shape[-2]
         assert held == (31 if layer.is_sliding else 40)
         assert torch.equal(layer.keys[:2], keys[0][:, :, -held:])
-        assert torch.equal(layer.keys[2:, :, -5:], keys[1]) and not layer.keys[2:, :, :-5].any()
+        assert torch.equal(layer.keys[2:, :, -5:], keys[1])
+        assert not layer.keys[2:, :, :-5].any()
         assert torch.equal(layer.values, -layer.keys)
     drop_columns(caches[0], 20)
     for layer in caches[0].layers:
@@ -116,4 +119,5 @@ def test_prompts_share_a_batch_where_padding_costs_little():
     ]  # fmt: skip
     many = TokenizedPrompts([[0] * (1000 - n % 3) for n in range(70)], [b""] * 70)
     sizes = [len(batch) for batch in many.batches([(p, 0) for p in range(70)], 70, padded=True)]
-    assert sum(sizes) == 70 and max(sizes) == 32
+    assert sum(sizes) == 70
+    assert max(sizes) == 32
