@@ -30,8 +30,11 @@ from aura_dist.config.options import (
     ModelOptions,
     Module,
     Name,
+    NotNegative,
     Pooling,
+    Positive,
     PositiveInt,
+    Seed,
     Sharding,
     Share,
     Size,
@@ -125,6 +128,13 @@ class FitOptions(Settings):
     max_q: Share | None = option("neurons", "only units whose q-value (false discovery rate) is at most this", None)
     method: Method = option("intervention", "how a unit's statistics become its map", "aura")
     alpha: Share = option("intervention", "damp: scale of the selected units", 0.5)
+    texts_per_class: PositiveInt = option("training", "lineas: texts with the concept, and as many without it", 32)
+    steps: Count = option("training", "lineas: steps of gradient descent", 1000)
+    learning_rate: Positive = option("training", "lineas: learning rate of the first step; it falls to 0", 0.1)
+    sparsity: NotNegative = option("training", "lineas: weight of the sum of |ω − 1| and |b|", 0.0)
+    group_sparsity: NotNegative = option("training", "lineas: weight of the group lasso; a group is a site", 0.0)
+    fit_seed: Seed = option("training", "lineas: seed of the choice of texts", 0)
+    recompute: bool = option("training", "lineas: compute layers twice, to hold the input of each alone", False)
     strength: Strength = option("intervention", STRENGTH, 1.0, again_in=("model", "generate", "evaluate", "export"))
     onto: Dir | None = option("intervention", "intervention that was on while collecting; the result does both", None)
     out: Dir = option("output", "directory to write the intervention to", empty_text=True)

@@ -46,6 +46,7 @@ class Fit:
     modules: Sequence[str] = ()  # kinds and patterns of the store's sites to act on; empty for all
     strength: float = 1.0  # s of `methods.with_strength`
     options: Options = field(default_factory=dict)  # one that is missing or None takes the method's default
+    state: Path | None = None  # file of a training that was interrupted
 
 
 def fit_intervention(
@@ -72,7 +73,7 @@ def fit_intervention(
     if isinstance(method, FromModel):
         from aura_dist.interventions.training import train_maps
 
-        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier)
+        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier, fit.state)
     else:
         statistics: dict[str, Scores] = {}
         for name in needed_statistics(method, options):

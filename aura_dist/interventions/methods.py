@@ -112,6 +112,14 @@ METHODS: dict[str, FromStatistics | FromModel] = {
         summary="ω z + b: maps the responses to texts with the concept onto those without it",
         maps=_linear_act, statistics=("linear_act_scale", "linear_act_shift"), pooling="mean",
     ),
+    "lineas": FromModel(
+        summary="ω z + b: learned at all sites together, so that texts with the concept respond as those without it",
+        train="aura_dist.interventions.lineas:train",
+        options={
+            "texts_per_class": 32, "steps": 1000, "learning_rate": 0.1, "sparsity": 0.0, "group_sparsity": 0.0,
+            "fit_seed": 0, "recompute": False,
+        },
+    ),
 }  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 """Run a trained method on the model and the texts that a store was collected from."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -41,6 +44,8 @@ class Training:
     tokens: TokenizedTexts  # N texts, cut as in the store
     is_positive: NDArray[np.bool_]  # [N]
     options: Mapping[str, Any]  # the method's options → values
+    identity: str = ""  # digest of all other inputs
+    state: Path | None = None  # where a method that takes long may keep what it has reached
 
 
 def train_maps(
@@ -51,6 +56,7 @@ def train_maps(
     method: FromModel,
     options: Mapping[str, Any],
     earlier: Intervention | None,
+    state: Path | None = None,
 ) -> tuple[tuple[Scales, Shifts], list[NDArray[Any]]]:
     """The trained (scales, shifts), and the arrays of the store that they depend on.
 
@@ -84,10 +90,14 @@ def train_maps(
             )
         tokens = _tokens(group, spec, rows, loaded.tokenizer)
         labelled = np.flatnonzero(labels >= 0)
+        digest = hashlib.sha256(json.dumps([spec.to_attributes(), concept, getattr(earlier, "digest", None)]).encode())
+        digest.update(rows.tobytes() + labels.tobytes())
+        training = Training(
+            loaded.model, loaded.tokenizer, sites, tokens.take(labelled), labels[labelled] == 1, options,
+            digest.hexdigest(), state,
+        )  # fmt: skip
         with loaded.intervened(1.0), torch.enable_grad():
-            scales, shifts = train(
-                Training(loaded.model, loaded.tokenizer, sites, tokens.take(labelled), labels[labelled] == 1, options)
-            )
+            scales, shifts = train(training)
     return (scales, shifts), [rows, labels]
 
 

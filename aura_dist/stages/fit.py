@@ -1,6 +1,7 @@
 """fit: a scored store → an intervention directory. Imports torch for a trained method alone."""
 
 from functools import partial
+from pathlib import Path
 
 from aura_dist.config.verbs import FitConfig
 from aura_dist.errors import ConfigError
@@ -25,6 +26,10 @@ def fit(config: FitConfig) -> Intervention:
         check_out(config.out, config.onto)
     spec = StoreSpec.of(group)
     earlier = earlier_intervention(config.store, spec, config.onto)
-    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options)
+    state = Path(config.out).with_name(f"{Path(config.out).name}.training") if config.out else None
+    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options, state)
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
-    return finish(fitted, config.method, earlier, config.onto, config.out)
+    finished = finish(fitted, config.method, earlier, config.onto, config.out)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return finished

@@ -1,0 +1,263 @@
+"""LinEAS: scales and shifts of all sites, learned together (Rodríguez et al., arXiv 2503.10679, algorithm 1).
+
+n texts with the concept run under the maps, n texts without it run once without them. At every site the loss compares
+the two sets of responses, each the mean over a text's tokens, unit by unit: both are sorted, because that is the
+optimal coupling in one dimension, and the squared differences are averaged over texts and summed over units. Gradient
+descent on the sum over all sites moves the maps. The learning rate falls to 0 along a cosine. After each step the
+proximal operator of the sparse group lasso moves ω − 1 and b to 0; a group is all units of a site.
+
+Responses of a site are divided by one number, the root mean square of those without the concept, so that one learning
+rate serves all sites. b is learned in that unit too. The weights stay as they are and have no gradients.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from aura_dist.errors import ConfigError, InputError, ModelError
+from aura_dist.files import replacing
+from aura_dist.interventions.methods import Scales, Shifts
+from aura_dist.interventions.training import Training
+from aura_dist.models.load import input_device
+from aura_dist.sites.find import decoder_layers_name, tap_of
+from aura_dist.sites.pooling import POOLINGS, TokenMask
+from aura_dist.sites.tap import Callback, Tap, attached
+from aura_dist.store.grid import make_batches
+from aura_dist.text.tokens import TokenizedTexts
+
+logger = logging.getLogger(__name__)
+
+# tokens of one forward, padding included
+_BATCH_TOKENS = 1024
+# the state is saved, and the loss is logged, so often
+_SAVE_EVERY = 25
+_LOG_EVERY = 100
+
+
+def train(training: Training) -> tuple[Scales, Shifts]:
+    """Site → [D] float32 ω, and site → [D] float32 b. InputError if a class has too few texts.
+
+    ModelError if the loss becomes infinite or NaN.
+    """
+    learner = _Learner(training)
+    for step, loss in learner.steps():
+        if step % _LOG_EVERY == 0:
+            logger.info("lineas: loss %.6g after %d of %d steps", loss, step, training.options["steps"])
+    return learner.maps()
+
+
+class _Learner:
+    """The parameters of all sites: ω and b / scale, [D] float32 each."""
+
+    def __init__(self, training: Training) -> None:
+        self._options = training.options
+        self._model = training.model
+        with_concept, without = _chosen(training)
+        self._texts = with_concept
+        self._taps = [tap_of(training.model, site) for site in training.sites]
+        plain = _Forwards(self._model, without, self._taps)
+        with torch.no_grad():
+            self._targets = [z_ND.sort(dim=0).values for z_ND in plain.responses([])]
+        self._units = [_root_mean_square(z_ND) for z_ND in self._targets]
+        device = input_device(self._model)
+        self._scales = [torch.ones(tap.width, device=device, requires_grad=True) for tap in self._taps]
+        self._shifts = [torch.zeros(tap.width, device=device, requires_grad=True) for tap in self._taps]
+        self._state = _State(training.state, _key(training))
+
+    def steps(self) -> Iterator[tuple[int, float]]:
+        """Take all steps; yields how many were taken, and the loss before the last of them."""
+        total = self._options["steps"]
+        first = self._state.load([*self._scales, *self._shifts])
+        forwards = _Forwards(self._model, self._texts, self._taps, recompute=self._options["recompute"])
+        for step in range(first, total):
+            loss = self._loss(forwards)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ModelError(
+                    f"lineas: expected a finite loss, got {value} after {step} steps; give a smaller "
+                    f"--learning-rate than {self._options['learning_rate']:g}"
+                )
+            gradients = torch.autograd.grad(loss, [*self._scales, *self._shifts])
+            self._descend(gradients, self._options["learning_rate"] * (1 + math.cos(math.pi * step / total)) / 2)
+            if (step + 1) % _SAVE_EVERY == 0:
+                self._state.save(step + 1, [*self._scales, *self._shifts])
+            yield step + 1, value
+
+    def maps(self) -> tuple[Scales, Shifts]:
+        """The maps as they are now."""
+        scales = {tap.site: w.detach().cpu().numpy() for tap, w in zip(self._taps, self._scales, strict=True)}
+        moved = [(u * b).detach().cpu().numpy() for u, b in zip(self._units, self._shifts, strict=True)]
+        return scales, {tap.site: b for tap, b in zip(self._taps, moved, strict=True)}
+
+    def _loss(self, forwards: "_Forwards") -> Tensor:
+        maps = [(w, u * b) for w, b, u in zip(self._scales, self._shifts, self._units, strict=True)]
+        found = zip(forwards.responses(maps), self._targets, self._units, strict=True)
+        distances = [((z_ND.sort(dim=0).values - y_ND) / u).square().mean(dim=0).sum() for z_ND, y_ND, u in found]
+        return torch.stack(distances).sum()
+
+    @torch.no_grad()
+    def _descend(self, gradients: Sequence[Tensor], rate: float) -> None:
+        l1, group = rate * self._options["sparsity"], rate * self._options["group_sparsity"]
+        at_rest = [1] * len(self._scales) + [0] * len(self._shifts)
+        for parameter, gradient, rest in zip([*self._scales, *self._shifts], gradients, at_rest, strict=True):
+            parameter.copy_(rest + proximal(parameter - rest - rate * gradient, l1, group))
+
+
+def proximal(values_D: Tensor, l1: float, group: float) -> Tensor:
+    """[D] proximal operator of l1 ‖v‖₁ + group √D ‖v‖₂ (Simon et al., *A Sparse-Group Lasso*, 2013, section 2)."""
+    soft_D = values_D.sign() * (values_D.abs() - l1).clamp(min=0)
+    norm = soft_D.norm()
+    if group == 0 or norm == 0:
+        return soft_D
+    return soft_D * (1 - group * math.sqrt(len(values_D)) / norm).clamp(min=0)
+
+
+def _root_mean_square(z_ND: Tensor) -> float:
+    return float(z_ND.square().mean().sqrt()) or 1.0
+
+
+def _chosen(training: Training) -> tuple[TokenizedTexts, TokenizedTexts]:
+    """As many texts with the concept as without, drawn by the seed; the shortest first, which saves padding."""
+    number, draw = training.options["texts_per_class"], np.random.default_rng(training.options["fit_seed"])
+    classes = []
+    for what, rows in (("with", training.is_positive), ("without", ~training.is_positive)):
+        there = np.flatnonzero(rows)
+        if len(there) < number:
+            raise InputError(
+                f"--texts-per-class: expected at most {len(there)}, the number of texts {what} the concept in the "
+                f"store, got {number}"
+            )
+        taken = draw.permutation(there)[:number]
+        classes.append(training.tokens.take(taken[np.argsort(training.tokens.num_tokens[taken], kind="stable")]))
+    return classes[0], classes[1]
+
+
+class _Forwards:
+    """All texts of a class, in batches of similar lengths."""
+
+    def __init__(
+        self, model: PreTrainedModel, texts: TokenizedTexts, taps: Sequence[Tap], *, recompute: bool = False
+    ) -> None:
+        device = input_device(model)
+        self._model, self._taps, self._recompute = model, taps, recompute
+        lengths = texts.num_tokens.tolist()
+        batches = [texts.batch(rows) for rows in make_batches(lengths, slice(0, len(lengths)), _BATCH_TOKENS)]
+        self._inputs = [
+            (torch.from_numpy(b.input_ids).to(device), torch.from_numpy(b.attention_mask).to(device).long())
+            for b in batches
+        ]
+        self._tokens = [TokenMask.build(b.pool_mask, device) for b in batches]
+
+    def responses(self, maps: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """[N, D] float32 mean responses of each site under (ω, b) of each, or under none."""
+        pooled: list[dict[str, Tensor]] = []
+        for (ids_BT, mask_BT), tokens in zip(self._inputs, self._tokens, strict=True):
+            pooled.append({})
+            callbacks = [
+                (tap, _callback(tap, maps[i] if maps else None, tokens, pooled[-1])) for i, tap in enumerate(self._taps)
+            ]
+            again = _computed_again(self._model, callbacks) if self._recompute else nullcontext()
+            with again, attached(self._model, callbacks):
+                self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        return [torch.cat([of[tap.site] for of in pooled]) for tap in self._taps]
+
+
+def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask, pooled: dict[str, Tensor]) -> Callback:
+    """Changes what a site passes, and keeps the mean over the tokens of each text.
+
+    A layer that is computed once more in the backward pass calls it again, and the same values come in place.
+    """
+
+    def change(values: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
+        assert map_DD is not None
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        return (wide * along(map_DD[0]) + along(map_DD[1])).to(values.dtype)
+
+    def call(raw: object, alone: bool) -> Any:
+        changed = raw if map_DD is None else tap.write(raw, tap.width, change)
+        acts_BTD = tap.read(changed, tap.width, tuple(tokens.counted_BT.shape))
+        pooled[tap.site] = POOLINGS["mean"].pool(tokens, acts_BTD).float()
+        return None if map_DD is None else changed
+
+    return call
+
+
+@contextmanager
+def _computed_again(model: PreTrainedModel, callbacks: Sequence[tuple[Tap, Callback]]) -> Iterator[None]:
+    """In forwards within the context, each decoder layer keeps its input alone, and the backward pass computes it again.
+
+    The callbacks are attached within the context. The backward pass comes after it and attaches them once more.
+    """
+    is_forward = True
+
+    def run(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with nullcontext() if is_forward else attached(model, callbacks):
+            return forward(*args, **options)
+
+    layers = list(model.get_submodule(decoder_layers_name(model)).children())
+    for layer in layers:
+        vars(layer)["forward"] = partial(checkpoint, partial(run, layer.forward), use_reentrant=False)
+    try:
+        yield
+    finally:
+        is_forward = False
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+def _key(training: Training) -> str:
+    """What fixes the parameters at each step."""
+    options = {name: value for name, value in training.options.items() if name != "recompute"}
+    sites = [(site.name, site.width) for site in training.sites]
+    return hashlib.sha256(json.dumps([training.identity, options, sites], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _State:
+    """Parameters of a training under way, in a file; nothing where there is none."""
+
+    path: Path | None
+    key: str
+
+    def load(self, parameters: Sequence[Tensor]) -> int:
+        """Fill `parameters`; returns how many steps they have taken, 0 where nothing of the same settings is kept."""
+        if self.path is None or not self.path.is_file():
+            return 0
+        try:
+            kept = load_file(self.path)
+        except Exception as error:
+            raise ConfigError(
+                f"{str(self.path)!r} cannot be read ({error}); remove it to train from the beginning"
+            ) from error
+        if bytes(kept["key"].tolist()).decode() != self.key:
+            logger.warning("%s is of other settings: training begins anew in its place", self.path)
+            return 0
+        with torch.no_grad():
+            for i, parameter in enumerate(parameters):
+                parameter.copy_(kept[str(i)])
+        logger.info("lineas: %d steps were taken before", int(kept["step"]))
+        return int(kept["step"])
+
+    def save(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """Replace the file in one step."""
+        if self.path is None:
+            return
+        tensors = {str(i): parameter.detach().cpu() for i, parameter in enumerate(parameters)}
+        named = {"step": torch.tensor(step), "key": torch.tensor(list(self.key.encode()), dtype=torch.uint8)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as aside:
+            aside.write_bytes(save({**tensors, **named}))

@@ -1,0 +1,199 @@
+"""LinEAS through the command line, against a few lines of plain torch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import aura_dist
+from aura_dist.cli import main
+from aura_dist.interventions import lineas
+from aura_dist.interventions.artifact import Intervention
+from aura_dist.text.table import read_table
+from tests.models import tiny_causal, tiny_tokenizer
+
+STEPS, TEXTS = 12, 10
+SITES = ["transformer.h.0.mlp.c_fc", "transformer.h.1.ln_2", "transformer.h.2.mlp.c_proj"]
+
+
+@pytest.fixture(scope="module")
+def store(tiny_dir, sentences_csv, tmp_path_factory):
+    place = tmp_path_factory.mktemp("lineas") / "store.zarr"
+    known = ["--model", str(tiny_dir("gpt2")), "--data", sentences_csv, "--concepts", "toxic", "--store", str(place)]
+    numbers = ["--num-positive", "12", "--num-negative", "14", "--max-tokens", "24"]
+    assert main(["collect", *known, *numbers, "--modules", *SITES]) == 0
+    return place
+
+
+def fit(store, out, *more, steps=STEPS):
+    known = ["fit", "--store", str(store), "--concept", "toxic", "--out", str(out)]
+    few = ["--method", "lineas", "--steps", str(steps), "--texts-per-class", str(TEXTS), "--learning-rate", "0.05"]
+    return main([*known, *few, *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def fitted(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fitted") / "lineas"
+    assert fit(store, out) == 0
+    assert [p.name for p in out.parent.iterdir()] == ["lineas"], "no state is left"
+    return out
+
+
+def same_files(a, b):
+    return (a / "intervention.safetensors").read_bytes() == (b / "intervention.safetensors").read_bytes()
+
+
+def hooked(model, maps):
+    """The maps by plain hooks, and what each site passes."""
+    seen = {}
+
+    def hook(name):
+        scale, shift = (torch.tensor(values) for values in maps[name])
+
+        def change(module, args, out):
+            seen[name] = out * scale + shift
+            return seen[name]
+
+        return change
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in maps]
+    return handles, seen
+
+
+@torch.no_grad()
+def loss(store, sentences_csv, maps):
+    """The sum over sites of sorted squared differences, in units of the site, for the texts that the seed draws."""
+    samples = aura_dist.open_store(store)["samples"]
+    texts = read_table(sentences_csv, ["text"]).columns["text"]
+    positive = samples["label"].values[:, 0] == 1
+    draw = np.random.default_rng(0)
+    rows = [draw.permutation(np.flatnonzero(of))[:TEXTS] for of in (positive, ~positive)]
+    model, tokenizer = tiny_causal("gpt2"), tiny_tokenizer()
+
+    def responses(rows, maps):
+        handles, seen = hooked(model, maps)
+        found = {name: [] for name in maps}
+        for row in samples["row"].values[rows]:
+            model(**tokenizer(texts[row], return_tensors="pt", truncation=True, max_length=24))
+            for name in maps:
+                found[name].append(seen[name][0].mean(dim=0))
+        for handle in handles:
+            handle.remove()
+        return {name: torch.stack(of).sort(dim=0).values for name, of in found.items()}
+
+    nothing = {name: (np.ones_like(w), np.zeros_like(w)) for name, (w, _) in maps.items()}
+    z, y = responses(rows[0], maps), responses(rows[1], nothing)
+    return float(sum(((z[n] - y[n]) ** 2).mean(dim=0).sum() / (y[n] ** 2).mean() for n in maps))
+
+
+def test_maps_by_plain_hooks_give_the_same_logits_and_a_smaller_loss(fitted, store, sentences_csv):
+    made = Intervention.load(fitted)
+    maps = {name: made.map_of(name) for name in SITES}
+    assert all((scale != 1).all() and shift.any() for scale, shift in maps.values())
+    model, ids = tiny_causal("gpt2"), torch.arange(3, 40)[None]
+    with torch.no_grad(), aura_dist.intervene(model, made):
+        ours = model(input_ids=ids).logits
+    handles, _ = hooked(model, maps)
+    with torch.no_grad():
+        theirs = model(input_ids=ids).logits
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    nothing = {name: (np.ones_like(w), np.zeros_like(w)) for name, (w, _) in maps.items()}
+    before, after = (loss(store, sentences_csv, of) for of in (nothing, maps))
+    assert after < 0.6 * before
+    assert made.meta["parameters"]["learning_rate"] == 0.05
+
+
+def test_logged_loss_is_that_of_the_formula(store, sentences_csv, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(lineas, "_LOG_EVERY", 1)
+    monkeypatch.setattr(lineas.logger.parent.parent, "propagate", True)
+    assert fit(store, tmp_path / "out", steps=1) == 0
+    said = next(float(r.args[0]) for r in caplog.records if r.name == lineas.logger.name and "loss" in r.msg)
+    widths = {name: len(Intervention.load(tmp_path / "out").map_of(name)[0]) for name in SITES}
+    nothing = {name: (np.ones(w, np.float32), np.zeros(w, np.float32)) for name, w in widths.items()}
+    assert said == pytest.approx(loss(store, sentences_csv, nothing), rel=1e-4)
+
+
+def test_resumed_equals_uninterrupted(store, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(lineas, "_SAVE_EVERY", 3)
+    descend, taken = lineas._Learner._descend, []
+
+    def broken(self, gradients, rate):
+        taken.append(rate)
+        if len(taken) == 9:
+            raise MemoryError
+        descend(self, gradients, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lineas._Learner, "_descend", broken)
+        assert fit(store, tmp_path / "out") != 0
+    assert (tmp_path / "out.training").is_file()
+    kept = (tmp_path / "out.training").read_bytes()
+    assert fit(store, tmp_path / "out") == 0
+    assert same_files(tmp_path / "out", fitted)
+    assert not (tmp_path / "out.training").exists()
+    (tmp_path / "out.training").write_bytes(kept)
+    assert fit(store, tmp_path / "out", "--fit-seed", 1) == 0
+    assert fit(store, tmp_path / "whole", "--fit-seed", 1) == 0
+    assert same_files(tmp_path / "out", tmp_path / "whole"), "a state of other settings is not gone on with"
+    assert not same_files(tmp_path / "out", fitted)
+
+
+def test_layers_computed_twice_make_the_same_maps(store, fitted, tmp_path):
+    assert fit(store, tmp_path / "out", "--recompute") == 0
+    mine, theirs = Intervention.load(tmp_path / "out"), Intervention.load(fitted)
+    for name in SITES:
+        for a, b in zip(mine.map_of(name), theirs.map_of(name), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_no_steps_is_the_identity(store, tmp_path):
+    assert fit(store, tmp_path / "out", steps=0) == 0
+    made = Intervention.load(tmp_path / "out")
+    assert made.num_changed == 0
+    assert all((made.map_of(name)[0] == 1).all() for name in SITES)
+
+
+def test_penalties_leave_units_and_sites_as_they_are(store, fitted, tmp_path):
+    assert fit(store, tmp_path / "sparse", "--sparsity", 0.05) == 0
+    assert fit(store, tmp_path / "none", "--group-sparsity", 1000) == 0
+    made = [Intervention.load(place).num_changed for place in (tmp_path / "none", tmp_path / "sparse", fitted)]
+    assert made[0] == 0 < made[1] < made[2]
+
+
+@pytest.mark.parametrize(("l1", "group"), [(0.3, 0.0), (0.0, 0.2), (0.2, 0.1), (0.0, 9.0)])
+def test_proximal_operator_minimises_what_it_should(l1, group):
+    draw = torch.Generator().manual_seed(0)
+    v = torch.randn(9, generator=draw, dtype=torch.float64)
+
+    def objective(x):
+        return 0.5 * ((x - v) ** 2).sum(-1) + l1 * x.abs().sum(-1) + group * 3 * x.norm(dim=-1)
+
+    found = lineas.proximal(v, l1, group)
+    others = found + torch.randn((5000, 9), generator=draw, dtype=torch.float64) * 10.0 ** -torch.arange(5000)[
+        :, None
+    ].remainder(5)
+    assert (objective(others) >= objective(found) - 1e-12).all()
+
+
+def test_folds(fitted, tiny_dir, tmp_path):
+    out = tmp_path / "folded"
+    assert main(["export", "--model", str(tiny_dir("gpt2")), "--intervention", str(fitted), "--out", str(out)]) == 0
+    folded, model, ids = AutoModelForCausalLM.from_pretrained(out), tiny_causal("gpt2"), torch.arange(3, 40)[None]
+    with torch.no_grad(), aura_dist.intervene(model, Intervention.load(fitted)):
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(folded(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_bad_input_is_one_line(store, tmp_path, refused):
+    known = ["fit", "--store", str(store), "--concept", "toxic", "--out", str(tmp_path / "out")]
+    refused([*known, "--method", "lineas", "--texts-per-class", "13"], "--texts-per-class: expected at most 12, the n")
+    refused([*known, "--method", "aura", "--steps", "5"], "--steps: expected it with --method lineas alone")
+    refused([*known, "--method", "lineas", "--top-k", "5"], "--top-k: expected it with --method")
+    many = ["--texts-per-class", "5", "--steps", "30", "--learning-rate", "1e6"]
+    refused([*known, "--method", "lineas", *many], "expected a finite loss, got .* give a smaller --learning-rate")
+    (tmp_path / "out.training").write_text(json.dumps({}))
+    refused([*known, "--method", "lineas", *many[:2]], "cannot be read .*; remove it to train from the beginning")
