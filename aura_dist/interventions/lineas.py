@@ -119,11 +119,11 @@ class _Learner:
 
 def proximal(values_D: Tensor, l1: float, group: float) -> Tensor:
     """[D] proximal operator of l1 ‖v‖₁ + group √D ‖v‖₂ (Simon et al., *A Sparse-Group Lasso*, 2013, section 2)."""
-    soft_D = values_D.sign() * (values_D.abs() - l1).clamp(min=0)
-    norm = soft_D.norm()
+    soft_D: Tensor = values_D.sign() * (values_D.abs() - l1).clamp(min=0)
+    norm = float(soft_D.norm())
     if group == 0 or norm == 0:
         return soft_D
-    return soft_D * (1 - group * math.sqrt(len(values_D)) / norm).clamp(min=0)
+    return soft_D * max(0.0, 1 - group * math.sqrt(len(values_D)) / norm)
 
 
 def _root_mean_square(z_ND: Tensor) -> float:
@@ -189,7 +189,8 @@ def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask,
 
     def call(raw: object, alone: bool) -> Any:
         changed = raw if map_DD is None else tap.write(raw, tap.width, change)
-        acts_BTD = tap.read(changed, tap.width, tuple(tokens.counted_BT.shape))
+        num_rows, num_tokens = tokens.counted_BT.shape
+        acts_BTD = tap.read(changed, tap.width, (num_rows, num_tokens))
         pooled[tap.site] = POOLINGS["mean"].pool(tokens, acts_BTD).float()
         return None if map_DD is None else changed
 
@@ -198,7 +199,7 @@ def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask,
 
 @contextmanager
 def _computed_again(model: PreTrainedModel, callbacks: Sequence[tuple[Tap, Callback]]) -> Iterator[None]:
-    """In forwards within the context, each decoder layer keeps its input alone, and the backward pass computes it again.
+    """Forwards within the context keep the inputs of decoder layers alone; the backward pass computes the rest again.
 
     The callbacks are attached within the context. The backward pass comes after it and attaches them once more.
     """

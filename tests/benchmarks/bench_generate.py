@@ -1,10 +1,10 @@
 """Continuations in process: this tree, another one (a git worktree of an earlier commit), and transformers' `generate`.
 
     python -m tests.benchmarks.bench_generate --model MODEL_DIR --prompts rtp_prompts.jsonl --before TREE
-        [--num-prompts 100] [--samples 5] [--dtypes float32 bfloat16] [--rounds 1]
+        [--num-prompts 100] [--samples 5] [--new-tokens 20] [--dtypes float32 bfloat16] [--rounds 1]
 
-Every measurement is a process of its own, in turns, and times the continuations alone: 20 tokens at temperature 1 and
-top-p 0.9. A rate is tokens a second, counted as prompts × samples × 20. CPU seconds are of all threads. Then it says
+Every measurement is a process of its own, in turns, and times the continuations alone, at temperature 1 and top-p 0.9. A
+rate is tokens a second, counted as prompts × samples × new tokens. CPU seconds are of all threads. Then it says
 how many continuations of this tree are those of the other, and how far apart the noisy logits of the two choices are
 where they part, by a forward without a cache in the same dtype.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-NEW_TOKENS, TOP_P, BATCH = 20, 0.9, 64
+TOP_P, BATCH = 0.9, 64
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     from aura_dist.ranks.team import Team
 
     loaded = load_for_use(ModelSource(args.model, None, args.dtypes[0]), Team.alone(), None)
-    how = Decoding(args.samples, NEW_TOKENS, 1.0, TOP_P, 0)
+    how = Decoding(args.samples, args.new_tokens, 1.0, TOP_P, 0)
     texts = read_prompts(args.prompts, None, None).texts[: args.num_prompts]
     prompts = tokenize_prompts(texts, loaded.tokenizer, loaded.model.config, how)
     made: dict[str, list[int]] = {}
@@ -61,13 +61,14 @@ def transformers(args: argparse.Namespace) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     for first in range(0, len(texts), BATCH):
         batch = tokenizer(texts[first : first + BATCH], return_tensors="pt", padding=True)
-        model.generate(**batch, do_sample=True, max_new_tokens=NEW_TOKENS, top_p=TOP_P, top_k=0)
+        model.generate(**batch, do_sample=True, max_new_tokens=args.new_tokens, top_p=TOP_P, top_k=0)
     return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
 
 
 def child(tree: Path, what: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     given = ["--model", args.model, "--prompts", args.prompts, "--samples", args.samples, "--dtypes", dtype]
     command = [sys.executable, __file__, "--child", what, "--num-prompts", args.num_prompts, *given]
+    command += ["--new-tokens", args.new_tokens]
     env = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run([str(c) for c in command], env=env, cwd=tree, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -88,7 +89,7 @@ def compare(mine: dict[str, list[int]], theirs: dict[str, list[int]], dtype: str
         return
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype)).eval()
-    how = Decoding(1, NEW_TOKENS, 1.0, TOP_P, 0)
+    how = Decoding(1, args.new_tokens, 1.0, TOP_P, 0)
     gaps: list[float] = []
     texts = read_prompts(args.prompts, None, None).texts[: args.num_prompts]
     for text, prompt_key in zip(texts, prompt_keys(texts, 0), strict=True):
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path)
     parser.add_argument("--num-prompts", type=int, default=100)
     parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--gaps", type=int, default=50, help="continuations at most whose parting is looked at")
@@ -125,7 +127,7 @@ def main() -> None:
         del variants["before"]
     if args.without_transformers:
         del variants["transformers"]
-    num_tokens = args.num_prompts * args.samples * NEW_TOKENS
+    num_tokens = args.num_prompts * args.samples * args.new_tokens
     for dtype in args.dtypes:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         for _ in range(args.rounds):
