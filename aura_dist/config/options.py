@@ -12,7 +12,7 @@ from aura_dist.errors import ConfigError
 # headings of `--help`, in its order; what is under `execution` says how a stage is run, not what it computes
 EXECUTION = "execution"
 GROUPS = (
-    "model", "data", "sites", "neurons", "intervention", "decoding", "toxicity", "perplexity", "tasks",
+    "model", "data", "sites", "neurons", "intervention", "training", "decoding", "toxicity", "perplexity", "tasks",
     "machine", "page", EXECUTION, "output",
 )  # fmt: skip
 
@@ -52,6 +52,8 @@ PositiveInt = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Strength = Annotated[float, Meta(ge=0.0, le=1000.0)]
+Positive = Annotated[float, Meta(gt=0.0)]
+NotNegative = Annotated[float, Meta(ge=0.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 TRUST = "run code that comes with the model, its tokenizer, the scorer or the tasks; read it first"

@@ -32,7 +32,9 @@ from aura_dist.config.options import (
     ModelOptions,
     Module,
     Name,
+    NotNegative,
     Pooling,
+    Positive,
     PositiveInt,
     Seed,
     ServerOptions,
@@ -132,16 +134,13 @@ class FitOptions(Settings):
     kp: float = option("intervention", "pid-act: gain of the layer's own difference", 1.0)
     ki: float = option("intervention", "pid-act: gain of the sum over the layers before it", 0.1)
     kd: float = option("intervention", "pid-act: gain of the change since the layer before it", 0.1)
-    num_texts: PositiveInt = option("data", "lineas: texts of each class that it learns from", 32)
-    num_steps: Count = option("intervention", "lineas: steps of gradient descent", 1000)
-    learning_rate: Annotated[float, Meta(gt=0.0)] = option(
-        "intervention", "lineas: rate of the first step; it falls to 0 as a cosine does", 0.1
-    )
-    l1: Annotated[float, Meta(ge=0.0)] = option("intervention", "lineas: penalty that leaves single units unmoved", 0.0)
-    group_lasso: Annotated[float, Meta(ge=0.0)] = option(
-        "intervention", "lineas: penalty that leaves whole modules unmoved", 0.0
-    )
-    training_seed: Seed = option("data", "lineas: seed of the choice of texts", 0)
+    texts_per_class: PositiveInt = option("training", "lineas: texts with the concept, and as many without it", 32)
+    steps: Count = option("training", "lineas: steps of gradient descent", 1000)
+    learning_rate: Positive = option("training", "lineas: learning rate of the first step; it falls to 0", 0.1)
+    sparsity: NotNegative = option("training", "lineas: weight of the sum of |ω − 1| and |b|", 0.0)
+    group_sparsity: NotNegative = option("training", "lineas: weight of the group lasso; a group is a site", 0.0)
+    fit_seed: Seed = option("training", "lineas: seed of the choice of texts", 0)
+    recompute: bool = option("training", "lineas: compute layers twice, to hold the input of each alone", False)
     strength: Strength = option("intervention", STRENGTH, 1.0, again_in=("model", "generate", "evaluate", "export"))
     onto: Dir | None = option("intervention", "intervention that was on while collecting; the result does both", None)
     out: Dir = option("output", "directory to write the intervention to", empty_text=True)

@@ -1,7 +1,9 @@
-"""Continuations of one batch of prompts of equal length: prefill once a prompt, then token by token with the cache.
+"""Continuations: prefill once a prompt, then token by token with the cache; finished rows make room for new ones.
 
-Prompts of one batch have the same number of tokens, so that nothing is padded and every model class computes for each
-prompt what it computes for that prompt alone.
+Where the model class is one of `LEFT_PADDED`, prompts of any lengths share a forward: shorter ones are padded on the
+left, the attention mask leaves the padding out, and positions count from each row's first token. Prompts of other
+classes must have equal numbers of tokens, so that nothing is padded and the model computes for each prompt what it
+computes for that prompt alone.
 """
 
 import inspect
@@ -11,30 +13,84 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
+from aura_dist.evaluation.cached import drop_columns, join, only_attention
+from aura_dist.evaluation.products import exact_products
 from aura_dist.evaluation.sampling import Decoding, choose
 from aura_dist.models.load import input_device
-from aura_dist.sites.transformers_adapter import SELECTABLE_LAYERS
+
+# `model_type`s of transformers' classes whose logits of a row that is padded on the left are those of the row alone,
+# as tests/evaluation/test_left_padding.py checks for each
+LEFT_PADDED = frozenset(
+    {
+        "bloom", "falcon", "gemma3_text", "gpt2", "llama", "mistral", "mixtral", "mpt", "opt", "phi3", "qwen3",
+        "qwen3_moe",
+    }
+)  # fmt: skip
+# rows leave the batch, and new ones come, when so large a share of it is free
+_FREE_SHARE = 0.25
+
+
+def takes_padding(model: PreTrainedModel) -> bool:
+    """Whether prompts of different lengths can share a forward of `model`."""
+    own = type(model).__module__.startswith("transformers.")
+    return own and model.config.get_text_config(decoder=True).model_type in LEFT_PADDED
 
 
 @dataclass(frozen=True)
 class Rows:
-    """B continuations of P prompts, all of T tokens."""
+    """B continuations of P prompts; prompts of different lengths only where the model `takes_padding`."""
 
-    prompt_ids: Sequence[Sequence[int]]  # [P, T]
+    prompt_ids: Sequence[Sequence[int]]  # P prompts
     prompt_of: Sequence[int]  # [B] index of each continuation's prompt
     keys: Sequence[int]  # [B] keys of the noise
 
 
-def only_attention(cache: object) -> bool:
-    """Whether a cache holds keys and values alone: its rows can be chosen, and a text can be read piece by piece."""
-    return isinstance(cache, Cache) and all(type(layer) in SELECTABLE_LAYERS for layer in cache.layers)
+@dataclass
+class _Flight:
+    """B rows in flight, of C columns: padding, prompt and what is made so far."""
+
+    number_B: Tensor  # in the order in which rows were given
+    keys_B: Tensor
+    start_B: Tensor  # column of the first token
+    made_B: Tensor  # how many tokens were chosen; they are in the last columns
+    alive_B: Tensor
+    seen_BC: Tensor
+    cache: Cache | None
+
+    def keep(self, index_K: Tensor) -> None:
+        """Keep some of the rows, and no column that all of them pad; the cache must be one of attention alone."""
+        for name in _OF_ROWS:
+            setattr(self, name, getattr(self, name)[index_K])
+        assert self.cache is not None
+        self.cache.batch_select_indices(index_K)
+        number = int(self.start_B.min())
+        self._widen(-number)
+        drop_columns(self.cache, number)
+
+    def add(self, other: "_Flight") -> None:
+        """Take the rows of `other`."""
+        assert self.cache is not None
+        assert other.cache is not None
+        join(self.cache, other.cache)
+        by = self.seen_BC.shape[1] - other.seen_BC.shape[1]
+        (other if by > 0 else self)._widen(abs(by))
+        for name in _OF_ROWS:
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+    def _widen(self, by: int) -> None:
+        self.start_B = self.start_B + by
+        self.seen_BC = pad(self.seen_BC, (by, 0))
+
+
+_OF_ROWS = ("number_B", "keys_B", "start_B", "made_B", "alive_B", "seen_BC")
 
 
 @dataclass
 class Decoder:
-    """Continues batches with one model, which is in eval mode, under any strategy.
+    """Continues rows with one model, which is in eval mode, under any strategy.
 
     Attributes
     ----------
@@ -55,57 +111,127 @@ class Decoder:
     _selects: bool = field(default=True, init=False)
 
     @torch.no_grad()
-    def run(self, rows: Rows, *, counts: bool = True) -> list[list[int]]:
+    def run(
+        self,
+        rows: Rows,
+        *,
+        counts: bool = True,
+        more: Callable[[int], Rows | None] = lambda room: None,
+        put: Callable[[dict[int, list[int]]], None] = lambda made: None,
+    ) -> list[list[int]]:
         """Ids of each continuation, without the stop id; ModelError if logits are NaN or infinite.
 
-        `counts` is False for a batch whose result is dropped.
+        Parameters
+        ----------
+        counts
+            False for rows whose result is dropped.
+        more
+            Takes for how many rows there is room; returns as many or fewer, or None. The ids of these rows follow those
+            of `rows`, in the order in which they were given. Only where the model `takes_padding`, and where no other
+            rank's forwards are collective with this one's.
+        put
+            Takes the ids of continuations as soon as they leave, by their place in that order.
         """
+        made: dict[int, list[int]] = {}
+
+        def land(flight: _Flight, gone_B: Tensor) -> None:
+            ids = self._made(flight, gone_B)
+            made.update(ids)
+            put(ids)
+
+        with exact_products(self.model):
+            flight = self._begin(rows, 0)
+            num_given, num_left = len(rows.keys), self.how.max_new_tokens - 1
+            while True:
+                num_alive = int(flight.alive_B.sum())
+                room = len(rows.keys) - num_alive
+                new = more(room) if room and room >= _FREE_SHARE * len(rows.keys) else None
+                if num_alive and num_alive <= (1 - _FREE_SHARE) * len(flight.alive_B) and self._selects:
+                    land(flight, ~flight.alive_B)
+                    flight.keep(flight.alive_B.nonzero()[:, 0])
+                if new is not None:
+                    joining = self._begin(new, num_given)
+                    num_given, num_left = num_given + len(new.keys), self.how.max_new_tokens - 1
+                    if num_alive:
+                        flight.add(joining)
+                    else:
+                        land(flight, ~flight.alive_B)
+                        flight = joining
+                    continue
+                if not num_left or not self.any_alive(counts and num_alive > 0):
+                    break
+                self._step(flight)
+                num_left -= 1
+            land(flight, torch.ones_like(flight.alive_B))
+        return [made[number] for number in range(num_given)]
+
+    def _made(self, flight: _Flight, chosen_B: Tensor) -> dict[int, list[int]]:
+        """Number of each chosen row → the ids before its stop id."""
+        numbers, counts = flight.number_B[chosen_B].tolist(), flight.made_B[chosen_B].tolist()
+        made = {}
+        for number, count, ids in zip(numbers, counts, flight.seen_BC[chosen_B].tolist(), strict=True):
+            ids = ids[len(ids) - count :][: self.how.max_new_tokens]
+            made[number] = ids[: next((t for t, token in enumerate(ids) if token in self.stop_ids), len(ids))]
+        return made
+
+    def _begin(self, rows: Rows, first: int) -> _Flight:
+        """Rows with their first token; their numbers count from `first`."""
         device = input_device(self.model)
-        prompts_PT = torch.tensor(rows.prompt_ids, device=device)
-        of_B = torch.tensor(rows.prompt_of, device=device)
-        keys_B = torch.tensor(rows.keys, dtype=torch.int64, device=device)
-        stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=device)
-        logits_BV, cache = self._prefill(prompts_PT, of_B)
-        seen_BT = prompts_PT[of_B]
-        alive_B = torch.ones(len(of_B), dtype=torch.bool, device=device)
-        for step in range(self.how.max_new_tokens):
-            ids_B = self.agreed(choose(logits_BV, self.how, keys_B, step))
-            seen_BT = torch.cat([seen_BT, ids_B[:, None]], dim=1)
-            alive_B &= ~torch.isin(ids_B, stop)
-            last = step + 1 == self.how.max_new_tokens
-            if last or not self.any_alive(counts and bool(alive_B.any())):
-                break
-            logits_BV, cache = self._step(seen_BT, cache)
-        return [self._until_stop(ids) for ids in seen_BT[:, prompts_PT.shape[1] :].tolist()]
+        longest = max(map(len, rows.prompt_ids))
+        starts = [longest - len(ids) for ids in rows.prompt_ids]
+        # any id serves as padding
+        prompts_PT = torch.tensor([[ids[0]] * s + [*ids] for s, ids in zip(starts, rows.prompt_ids, strict=True)])
+        start_P, of_B = torch.tensor(starts, device=device), torch.tensor(rows.prompt_of, device=device)
+        prompts_PT = prompts_PT.to(device)
+        logits_BV, cache = self._prefill(prompts_PT, start_P, of_B)
+        flight = _Flight(
+            torch.arange(first, first + len(of_B), device=device),
+            torch.tensor(rows.keys, dtype=torch.int64, device=device),
+            start_P[of_B],
+            torch.zeros_like(of_B),
+            torch.ones_like(of_B, dtype=torch.bool),
+            prompts_PT[of_B],
+            cache,
+        )
+        self._choose(flight, logits_BV)
+        return flight
 
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        end = next((t for t, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        return ids[:end]
+    def _choose(self, flight: _Flight, logits_BV: Tensor) -> None:
+        """Append the next token of each row; a row ends with a stop id or with its last token."""
+        ids_B = self.agreed(choose(logits_BV, self.how, flight.keys_B, flight.made_B))
+        flight.seen_BC = torch.cat([flight.seen_BC, ids_B[:, None]], dim=1)
+        flight.made_B = flight.made_B + 1
+        stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=ids_B.device)
+        flight.alive_B = flight.alive_B & ~torch.isin(ids_B, stop) & (flight.made_B < self.how.max_new_tokens)
 
-    def _prefill(self, prompts_PT: Tensor, of_B: Tensor) -> tuple[Tensor, Cache | None]:
+    def _prefill(self, prompts_PT: Tensor, start_P: Tensor, of_B: Tensor) -> tuple[Tensor, Cache | None]:
         """[B, V] logits after the prompts, and the cache of B rows, None if its kind is unknown."""
         if self._selects:
-            logits_PV, cache = self._forward(prompts_PT, torch.ones_like(prompts_PT), None)
+            logits_PV, cache = self._forward(prompts_PT, start_P, prompts_PT.shape[1], None)
             if cache is not None and only_attention(cache):
                 cache.batch_select_indices(of_B)
                 return logits_PV[of_B], cache
             self._selects = False
         rows_BT = prompts_PT[of_B]
-        return self._forward(rows_BT, torch.ones_like(rows_BT), None)
+        return self._forward(rows_BT, start_P[of_B], rows_BT.shape[1], None)
 
-    def _step(self, seen_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
-        new = seen_BT if cache is None else seen_BT[:, -1:]
-        return self._forward(new, torch.ones_like(seen_BT), cache)
+    def _step(self, flight: _Flight) -> None:
+        new = flight.seen_BC if flight.cache is None else flight.seen_BC[:, -1:]
+        logits_BV, flight.cache = self._forward(new, flight.start_B, flight.seen_BC.shape[1], flight.cache)
+        self._choose(flight, logits_BV)
 
-    def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
-        """[B, V] logits of the last position, and the cache after it."""
+    def _forward(
+        self, ids_BT: Tensor, start_B: Tensor, num_columns: int, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        """[B, V] logits of the last of `num_columns` columns, and the cache after it."""
         taken = inspect.signature(self.model.forward).parameters
         # the head on the last position alone: of a long prompt with a large vocabulary it would be most of the work
         more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        if cache is not None and "position_ids" in taken:  # Bamba's would begin at 0 again
-            num_seen = mask_BT.shape[1]
-            positions = torch.arange(num_seen - ids_BT.shape[1], num_seen, device=ids_BT.device)
-            more["position_ids"] = positions.expand(ids_BT.shape)
-        output = self.model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **more)
+        columns_C = torch.arange(num_columns, device=ids_BT.device)
+        mask_BC = (columns_C >= start_B[:, None]).long()
+        if "position_ids" in taken:
+            positions_BC = (columns_C - start_B[:, None]).clamp(min=0)
+            more["position_ids"] = positions_BC[:, num_columns - ids_BT.shape[1] :]
+        output = self.model(input_ids=ids_BT, attention_mask=mask_BC, past_key_values=cache, use_cache=True, **more)
         cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1], cache if isinstance(cache, Cache) else None

@@ -10,7 +10,7 @@ from math import ceil
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aura_dist.evaluation.decoding import Decoder, Rows
+from aura_dist.evaluation.decoding import Decoder, Rows, takes_padding
 from aura_dist.evaluation.prompts import Pair, TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding, sample_key
 from aura_dist.interventions.use import LoadedModel
@@ -21,6 +21,8 @@ from aura_dist.ranks.team import Team
 ROWS_PER_BATCH = 128
 # batches that each row worker finds at least, if there are enough pairs, so that all end at about the same time
 _BATCHES_PER_WORKER = 4
+# batches that are claimed for the rows of one forward
+_PARTS = 4
 
 
 def generate(
@@ -47,22 +49,83 @@ def generate(
     """
     workers = team.world.layout.num_row_workers
     share = ceil(len(pairs) / (_BATCHES_PER_WORKER * workers)) if workers > 1 else rows_per_batch
-    batches = prompts.batches(pairs, max(1, min(rows_per_batch, share)))
-    batches.sort(key=lambda batch: -len(batch) * (len(prompts.ids[batch[0][0]]) + how.max_new_tokens))
+    at_once = max(1, min(rows_per_batch, share))
     decoder = _decoder(loaded.model, loaded.tokenizer, how, team)
     progress = Progress("generate", len(pairs), len(pairs), "continuations", "continuations")
-    for turn in team.claimed("continuations", batches, lambda: stop.received):
-        if turn is None:
-            decoder.run(_rows(prompts, [batches[0][0]]), counts=False)
-            continue
-        batch, _ = turn
-        made = decoder.run(_rows(prompts, batch))
+
+    def keep(batch: Sequence[Pair], made: Sequence[list[int]]) -> None:
         if team.world.column_rank == 0:
             write(_records(batch, made, loaded.tokenizer))
             progress.reach(*[team.add("continuations", len(made))] * 2)
+
+    if takes_padding(loaded.model) and team.world.layout.replica_size == 1:
+        _stream(decoder, prompts, pairs, at_once, team, stop, keep)
+    else:
+        _in_batches(decoder, prompts, pairs, at_once, team, stop, keep)
     if team.world.is_first:
         progress.reach(*[team.add("continuations", 0)] * 2)
         progress.finish()
+
+
+# takes some of the pairs and the ids of their continuations
+_Keep = Callable[[Sequence[Pair], Sequence[list[int]]], None]
+
+
+def _in_batches(
+    decoder: Decoder,
+    prompts: TokenizedPrompts,
+    pairs: Sequence[Pair],
+    at_once: int,
+    team: Team,
+    stop: StopFlag,
+    keep: _Keep,
+) -> None:
+    """Batch by batch, all ranks of the replica together."""
+    batches = prompts.batches(pairs, at_once, padded=takes_padding(decoder.model))
+    batches.sort(key=lambda batch: -len(batch) * (len(prompts.ids[batch[0][0]]) + decoder.how.max_new_tokens))
+    for turn in team.claimed("continuations", batches, lambda: stop.received):
+        if turn is None:
+            decoder.run(_rows(prompts, [batches[0][0]]), counts=False)
+        else:
+            keep(turn[0], decoder.run(_rows(prompts, turn[0])))
+
+
+def _stream(
+    decoder: Decoder,
+    prompts: TokenizedPrompts,
+    pairs: Sequence[Pair],
+    at_once: int,
+    team: Team,
+    stop: StopFlag,
+    keep: _Keep,
+) -> None:
+    """Claim small batches, as many as fit, and more of them as soon as there is room."""
+    size = ceil(at_once / _PARTS)
+    batches = prompts.batches(pairs, size, padded=True)
+    given: list[Pair] = []
+    held: list[list[Pair]] = []  # claimed, but of another length than what was taken
+
+    def take(room: int) -> Rows | None:
+        team.keep_step(stop.received)
+        taken: list[Pair] = []
+        while len(taken) + size <= room:
+            batch = held.pop() if held else team.claim("continuations", batches)
+            if batch is None:
+                break
+            if taken and not prompts.are_similar([*taken, *batch]):
+                held.append(batch)
+                break
+            taken += batch
+        given.extend(taken)
+        return _rows(prompts, taken) if taken else None
+
+    def put(made: dict[int, list[int]]) -> None:
+        keep([given[number] for number in made], list(made.values()))
+
+    first = take(at_once)
+    if first is not None:
+        decoder.run(first, more=take, put=put)
+    team.meet("claimed/continuations", lambda: stop.received)
 
 
 def continue_alike(
@@ -72,7 +135,8 @@ def continue_alike(
     decoder = _decoder(loaded.model, loaded.tokenizer, how, team or Team.alone())
     samples = range(how.num_samples if how.temperature > 0 else 1)
     texts: dict[Pair, str] = {}
-    for batch in prompts.batches([(p, s) for p in range(len(prompts.ids)) for s in samples], ROWS_PER_BATCH):
+    pairs = [(p, s) for p in range(len(prompts.ids)) for s in samples]
+    for batch in prompts.batches(pairs, ROWS_PER_BATCH, padded=takes_padding(loaded.model)):
         for pair, ids in zip(batch, decoder.run(_rows(prompts, batch)), strict=True):
             texts[pair] = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
     greedy = how.temperature == 0

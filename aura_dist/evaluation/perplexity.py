@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aura_dist.evaluation.by_layer import through_layers
-from aura_dist.evaluation.decoding import only_attention
+from aura_dist.evaluation.cached import only_attention
 from aura_dist.evaluation.figures import both_sides, summary
 from aura_dist.evaluation.prompts import Prefix
 from aura_dist.models.layerwise import Layerwise, executor_of

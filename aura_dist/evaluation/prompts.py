@@ -31,6 +31,9 @@ from aura_dist.text.tokens import TokenizedTexts
 # columns of RealToxicityPrompts' records, and of a plain table
 TEXT_COLUMNS = ("prompt.text", "prompt", "text")
 TOXICITY_COLUMNS = ("prompt.toxicity", "toxicity")
+# prompts that share a forward: tokens at most, with padding, and tokens that a prompt may be padded with in any case
+_PREFILL_TOKENS = 2**15
+_SHORT = 16
 # one continuation that is to be made: index of its prompt, number of the sample
 Pair = tuple[int, int]
 
@@ -175,16 +178,35 @@ class TokenizedPrompts:
     # sha256 of the ids where prompts and pre-prompt alone do not tell them; None where the tokenizer's own are kept
     changed: str | None = None
 
-    def batches(self, pairs: Sequence[Pair], rows_per_batch: int) -> list[list[Pair]]:
-        """Cut `pairs` into batches of prompts of equal length, the longest first."""
+    def batches(self, pairs: Sequence[Pair], rows_per_batch: int, *, padded: bool = False) -> list[list[Pair]]:
+        """Cut `pairs` into batches of prompts of equal length, or where they are padded of similar lengths.
+
+        The longest are first, in the batches too.
+        """
         batches = []
         by_length = sorted(pairs, key=lambda pair: (-len(self.ids[pair[0]]), pair))
-        for _, group in groupby(by_length, key=lambda pair: len(self.ids[pair[0]])):
-            equal = list(group)
-            number = ceil(len(equal) / rows_per_batch)
-            cuts = [len(equal) * b // number for b in range(number + 1)]  # even: a small rest costs a batch's steps
-            batches += [equal[a:b] for a, b in pairwise(cuts)]
+        for group in self._similar(by_length) if padded else self._equal(by_length):
+            number = ceil(len(group) / rows_per_batch)
+            cuts = [len(group) * b // number for b in range(number + 1)]  # even: a small rest costs a batch's steps
+            batches += [group[a:b] for a, b in pairwise(cuts)]
         return batches
+
+    def _equal(self, by_length: Sequence[Pair]) -> list[list[Pair]]:
+        return [list(group) for _, group in groupby(by_length, key=lambda pair: len(self.ids[pair[0]]))]
+
+    def _similar(self, by_length: Sequence[Pair]) -> list[list[Pair]]:
+        groups: list[list[Pair]] = []
+        for pair in by_length:
+            if not groups or not self.are_similar([*groups[-1], pair]):
+                groups.append([])
+            groups[-1].append(pair)
+        return groups
+
+    def are_similar(self, pairs: Sequence[Pair]) -> bool:
+        """Whether padding the prompts of `pairs` to the longest costs little: half the tokens, and some thousands."""
+        lengths = [len(self.ids[prompt]) for prompt in {prompt for prompt, _ in pairs}]
+        is_little = max(lengths) <= 2 * (min(lengths) + _SHORT)
+        return is_little and (len(lengths) * max(lengths) <= _PREFILL_TOKENS or min(lengths) == max(lengths))
 
 
 def tokenize_prompts(

@@ -46,10 +46,11 @@ class Decoding:
     top_k: int = 0  # only the k most probable tokens, before `top_p`; 0 keeps all
 
 
-def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int) -> Tensor:
+def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int | Tensor) -> Tensor:
     """[B] int64: the next token of each row, from logits [B, V] of any float dtype.
 
-    `keys_B` are the int64 keys of the continuations (`sample_key`), `step` is the index of the token that is drawn.
+    `keys_B` are the int64 keys of the continuations (`sample_key`), `step` is the index of the token that is drawn, one
+    number or [B].
     ModelError if logits are NaN or infinite: greedy decoding would take them for a choice.
     """
     if not logits_BV.amax(-1).isfinite().all():
@@ -59,15 +60,16 @@ def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int) -> Tenso
     if how.temperature == 0:
         return logits_BV.argmax(-1)
     chosen = []
+    step_B = torch.zeros_like(keys_B) + step
     num_rows = max(1, _CACHED_VALUES // logits_BV.shape[1]) if logits_BV.device.type == "cpu" else _ROWS
     for row in range(0, len(logits_BV), num_rows):
         block = slice(row, row + num_rows)
-        ids_BK, noisy_BK = noisy_candidates(logits_BV[block], how, keys_B[block], step)
+        ids_BK, noisy_BK = noisy_candidates(logits_BV[block], how, keys_B[block], step_B[block])
         chosen.append(ids_BK.gather(1, noisy_BK.argmax(-1, keepdim=True))[:, 0])
     return torch.cat(chosen)
 
 
-def noisy_candidates(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def noisy_candidates(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
     """[B, K] int64 ids and [B, K] float64 noisy logits, -inf for what is filtered out; the largest is the choice."""
     scaled_BV = logits_BV.float()
     if how.temperature != 1:
@@ -148,9 +150,9 @@ def sample_key(prompt_key: bytes, sample: int) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def gumbel(keys_B: Tensor, step: int, ids_BK: Tensor) -> Tensor:
-    """[B, K] standard Gumbel noise, finite float64, for int64 keys [B], a step, and int64 token ids [B, K]."""
-    stream_B = _mix(_mix(keys_B) + torch.full_like(keys_B, step + 1) * _STEP_FACTOR)
+def gumbel(keys_B: Tensor, step: int | Tensor, ids_BK: Tensor) -> Tensor:
+    """[B, K] standard Gumbel noise, finite float64, for int64 keys [B], a step (one or [B]), and int64 ids [B, K]."""
+    stream_B = _mix(_mix(keys_B) + (torch.zeros_like(keys_B) + (step + 1)) * _STEP_FACTOR)
     bits_BK = _mix(stream_B[:, None] + (ids_BK + 1) * _GOLDEN)
     # the open interval (0, 1), each value exact: half steps of 2 ** -52
     uniform_BK = (_shift(bits_BK, 64 - _MANTISSA_BITS).double() + 0.5) * 2.0**-_MANTISSA_BITS

@@ -48,7 +48,7 @@ class Fit:
     strength: float = 1.0  # s of `methods.with_strength`
     options: Options = field(default_factory=dict)  # one that is missing or None takes the method's default
     gate: GateFit | None = None
-    unfinished: Path | None = None  # where a trained method keeps what it has learned when it is interrupted
+    state: Path | None = None  # file of a training that was interrupted
 
 
 def fit_intervention(
@@ -75,7 +75,7 @@ def fit_intervention(
     if isinstance(method, FromModel):
         from aura_dist.interventions.training import train_maps
 
-        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier, fit.unfinished)
+        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier, fit.state)
     else:
         statistics: dict[str, Scores] = {}
         for name in needed_statistics(method, options):

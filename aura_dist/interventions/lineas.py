@@ -1,266 +1,264 @@
-"""LinEAS: maps of all sites learned together, by gradients through the model (Rodríguez et al., NeurIPS 2025).
+"""LinEAS: scales and shifts of all sites, learned together (Rodríguez et al., arXiv 2503.10679, algorithm 1).
 
-n texts with the concept and n without are drawn. Texts with it run under the maps. At each site, the responses, pooled
-by their mean, are compared with those to texts without it in the plain model: unit by unit, sorted, which is the 1-D
-Wasserstein distance. Stochastic gradient descent makes all distances small at once, so that a map corrects only what
-the maps before it have left (arXiv 2503.10679).
+n texts with the concept run under the maps, n texts without it run once without them. At every site the loss compares
+the two sets of responses, each the mean over a text's tokens, unit by unit: both are sorted, because that is the
+optimal coupling in one dimension, and the squared differences are averaged over texts and summed over units. Gradient
+descent on the sum over all sites moves the maps. The learning rate falls to 0 along a cosine. After each step the
+proximal operator of the sparse group lasso moves ω − 1 and b to 0; a group is all units of a site.
 
-Responses count in standard deviations of the texts without the concept, so that one rate fits units of any scale:
-ẑ = (z − m) / s becomes (1 + u) ẑ + c, which is ω = 1 + u, b = s c − u m. After each step, u and c are shrunk, unit by
-unit (ℓ1) and site by site (group lasso).
-
-n texts, T tokens, D units of a site.
+Responses of a site are divided by one number, the root mean square of those without the concept, so that one learning
+rate serves all sites. b is learned in that unit too. The weights stay as they are and have no gradients.
 """
 
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from aura_dist.errors import InputError, ModelError
+from aura_dist.errors import ConfigError, InputError, ModelError
 from aura_dist.files import replacing
 from aura_dist.interventions.methods import Scales, Shifts
 from aura_dist.interventions.training import Training
 from aura_dist.models.load import input_device
-from aura_dist.ranks.signals import StopFlag, interruption
-from aura_dist.sites.find import tap_of
-from aura_dist.sites.routed import Routed
+from aura_dist.sites.find import decoder_layers_name, tap_of
+from aura_dist.sites.pooling import POOLINGS, TokenMask
 from aura_dist.sites.tap import Callback, Tap, attached
-from aura_dist.text.tokens import Batch, TokenizedTexts
+from aura_dist.store.grid import make_batches
+from aura_dist.text.tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
 
-SAVE_SECONDS = 60.0
-KEPT = "the steps so far are kept: run the same command to go on"
-LEAST_SPREAD = 1e-6  # relative to a unit's size; a unit whose responses differ by less is left as it is
-
-
-@dataclass
-class _Learned:
-    """One site: its parameters, and what its responses are to become."""
-
-    tap: Tap
-    mean_D: Tensor
-    spread_D: Tensor  # 0: the unit is left as it is
-    target_ND: Tensor  # standardised, each unit sorted
-    u_D: Tensor
-    c_D: Tensor
-    pooled_ND: Tensor = field(default_factory=lambda: torch.empty(0))  # under the map, of the last forward
-
-    @property
-    def scale(self) -> Tensor:
-        """[D] ω."""
-        return 1 + self.u_D
-
-    @property
-    def shift(self) -> Tensor:
-        """[D] b."""
-        return self.spread_D * self.c_D - self.u_D * self.mean_D
-
-    def distance(self) -> Tensor:
-        """Mean over units and texts of the squared difference of sorted responses, in standard deviations."""
-        moves = self.spread_D > 0
-        standard_ND = (self.pooled_ND - self.mean_D) / torch.where(moves, self.spread_D, 1)
-        gaps_ND = standard_ND.sort(dim=0).values - self.target_ND
-        return gaps_ND.square().mean(dim=0)[moves].sum() / len(moves)
-
-    @torch.no_grad()
-    def step(self, rate: float, l1: float, group: float) -> None:
-        """One step against the gradient, then the proximal operators of both penalties, each times the rate."""
-        for values_D in (self.u_D, self.c_D):
-            assert values_D.grad is not None
-            values_D -= rate * values_D.grad
-            values_D.copy_(torch.nn.functional.softshrink(values_D, rate * l1))
-            bound = rate * group * len(values_D) ** 0.5
-            values_D *= (1 - bound / values_D.norm().clamp(min=1e-30)).clamp(min=0)
-            values_D.grad = None
+# tokens of one forward, padding included
+_BATCH_TOKENS = 1024
+# the state is saved, and the loss is logged, so often
+_SAVE_EVERY = 25
+_LOG_EVERY = 100
 
 
 def train(training: Training) -> tuple[Scales, Shifts]:
-    """Site → scale, and site → shift; with no steps the identity.
+    """Site → [D] float32 ω, and site → [D] float32 b. InputError if a class has too few texts.
 
-    InputError if there are too few texts; ModelError if responses or the loss are not finite.
+    ModelError if the loss becomes infinite or NaN.
     """
-    options, model = training.options, training.model
-    source, target = _drawn(training)
-    learned = _prepared(model, [tap_of(model, site) for site in training.sites], target)
-    state = _State(training.unfinished, _key(training, source, target), learned)
-    begun = state.load()
-    rows = source.batch(slice(0, len(source.ids)))
-    with StopFlag(KEPT) as stop, stop.deferred():
-        for step in range(begun, options["num_steps"]):
-            loss = _loss(model, learned, rows)
-            loss.backward()  # type: ignore[no-untyped-call]
-            rate = options["learning_rate"] * 0.5 * (1 + np.cos(np.pi * step / options["num_steps"]))
-            for site in learned:
-                site.step(rate, options["l1"], options["group_lasso"])
-            _log(step, options["num_steps"], loss.item() / len(learned))
-            state.save_sometimes(step + 1, at_once=stop.received is not None)
-            if stop.received is not None:
-                raise interruption(stop.received, outcome=KEPT)
-    state.remove()
-    with torch.no_grad():
-        scales = {site.tap.site: site.scale.cpu().numpy() for site in learned}
-        return scales, {site.tap.site: site.shift.cpu().numpy() for site in learned}
+    learner = _Learner(training)
+    for step, loss in learner.steps():
+        if step % _LOG_EVERY == 0:
+            logger.info("lineas: loss %.6g after %d of %d steps", loss, step, training.options["steps"])
+    return learner.maps()
 
 
-def _drawn(training: Training) -> tuple[TokenizedTexts, TokenizedTexts]:
-    """Texts with the concept and texts without it, equally many, by the seed."""
-    rng, wanted = np.random.default_rng(training.options["training_seed"]), training.options["num_texts"]
-    drawn = []
-    for label, name in ((True, "with"), (False, "without")):
-        rows = np.flatnonzero(training.is_positive == label)
-        if len(rows) < wanted:
+class _Learner:
+    """The parameters of all sites: ω and b / scale, [D] float32 each."""
+
+    def __init__(self, training: Training) -> None:
+        self._options = training.options
+        self._model = training.model
+        with_concept, without = _chosen(training)
+        self._texts = with_concept
+        self._taps = [tap_of(training.model, site) for site in training.sites]
+        plain = _Forwards(self._model, without, self._taps)
+        with torch.no_grad():
+            self._targets = [z_ND.sort(dim=0).values for z_ND in plain.responses([])]
+        self._units = [_root_mean_square(z_ND) for z_ND in self._targets]
+        device = input_device(self._model)
+        self._scales = [torch.ones(tap.width, device=device, requires_grad=True) for tap in self._taps]
+        self._shifts = [torch.zeros(tap.width, device=device, requires_grad=True) for tap in self._taps]
+        self._state = _State(training.state, _key(training))
+
+    def steps(self) -> Iterator[tuple[int, float]]:
+        """Take all steps; yields how many were taken, and the loss before the last of them."""
+        total = self._options["steps"]
+        first = self._state.load([*self._scales, *self._shifts])
+        forwards = _Forwards(self._model, self._texts, self._taps, recompute=self._options["recompute"])
+        for step in range(first, total):
+            loss = self._loss(forwards)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ModelError(
+                    f"lineas: expected a finite loss, got {value} after {step} steps; give a smaller "
+                    f"--learning-rate than {self._options['learning_rate']:g}"
+                )
+            gradients = torch.autograd.grad(loss, [*self._scales, *self._shifts])
+            self._descend(gradients, self._options["learning_rate"] * (1 + math.cos(math.pi * step / total)) / 2)
+            if (step + 1) % _SAVE_EVERY == 0:
+                self._state.save(step + 1, [*self._scales, *self._shifts])
+            yield step + 1, value
+
+    def maps(self) -> tuple[Scales, Shifts]:
+        """The maps as they are now."""
+        scales = {tap.site: w.detach().cpu().numpy() for tap, w in zip(self._taps, self._scales, strict=True)}
+        moved = [(u * b).detach().cpu().numpy() for u, b in zip(self._units, self._shifts, strict=True)]
+        return scales, {tap.site: b for tap, b in zip(self._taps, moved, strict=True)}
+
+    def _loss(self, forwards: "_Forwards") -> Tensor:
+        maps = [(w, u * b) for w, b, u in zip(self._scales, self._shifts, self._units, strict=True)]
+        found = zip(forwards.responses(maps), self._targets, self._units, strict=True)
+        distances = [((z_ND.sort(dim=0).values - y_ND) / u).square().mean(dim=0).sum() for z_ND, y_ND, u in found]
+        return torch.stack(distances).sum()
+
+    @torch.no_grad()
+    def _descend(self, gradients: Sequence[Tensor], rate: float) -> None:
+        l1, group = rate * self._options["sparsity"], rate * self._options["group_sparsity"]
+        at_rest = [1] * len(self._scales) + [0] * len(self._shifts)
+        for parameter, gradient, rest in zip([*self._scales, *self._shifts], gradients, at_rest, strict=True):
+            parameter.copy_(rest + proximal(parameter - rest - rate * gradient, l1, group))
+
+
+def proximal(values_D: Tensor, l1: float, group: float) -> Tensor:
+    """[D] proximal operator of l1 ‖v‖₁ + group √D ‖v‖₂ (Simon et al., *A Sparse-Group Lasso*, 2013, section 2)."""
+    soft_D: Tensor = values_D.sign() * (values_D.abs() - l1).clamp(min=0)
+    norm = float(soft_D.norm())
+    if group == 0 or norm == 0:
+        return soft_D
+    return soft_D * max(0.0, 1 - group * math.sqrt(len(values_D)) / norm)
+
+
+def _root_mean_square(z_ND: Tensor) -> float:
+    return float(z_ND.square().mean().sqrt()) or 1.0
+
+
+def _chosen(training: Training) -> tuple[TokenizedTexts, TokenizedTexts]:
+    """As many texts with the concept as without, drawn by the seed; the shortest first, which saves padding."""
+    number, draw = training.options["texts_per_class"], np.random.default_rng(training.options["fit_seed"])
+    classes = []
+    for what, rows in (("with", training.is_positive), ("without", ~training.is_positive)):
+        there = np.flatnonzero(rows)
+        if len(there) < number:
             raise InputError(
-                f"--num-texts: expected at most {len(rows)}, the texts {name} the concept, got {wanted}; lower it, or "
-                "collect more"
+                f"--texts-per-class: expected at most {len(there)}, the number of texts {what} the concept in the "
+                f"store, got {number}"
             )
-        drawn.append(training.tokens.take(np.sort(rng.choice(rows, wanted, replace=False))))
-    return drawn[0], drawn[1]
+        taken = draw.permutation(there)[:number]
+        classes.append(training.tokens.take(taken[np.argsort(training.tokens.num_tokens[taken], kind="stable")]))
+    return classes[0], classes[1]
 
 
-def _log(step: int, num_steps: int, loss: float) -> None:
-    if not np.isfinite(loss):
-        raise ModelError(
-            f"--method lineas: expected a finite loss, got {loss} at step {step + 1}; lower --learning-rate"
-        )
-    if step % max(1, num_steps // 10) == 0 or step + 1 == num_steps:
-        logger.info("step %d of %d: mean squared distance %.4f", step + 1, num_steps, loss)
+class _Forwards:
+    """All texts of a class, in batches of similar lengths."""
+
+    def __init__(
+        self, model: PreTrainedModel, texts: TokenizedTexts, taps: Sequence[Tap], *, recompute: bool = False
+    ) -> None:
+        device = input_device(model)
+        self._model, self._taps, self._recompute = model, taps, recompute
+        lengths = texts.num_tokens.tolist()
+        batches = [texts.batch(rows) for rows in make_batches(lengths, slice(0, len(lengths)), _BATCH_TOKENS)]
+        self._inputs = [
+            (torch.from_numpy(b.input_ids).to(device), torch.from_numpy(b.attention_mask).to(device).long())
+            for b in batches
+        ]
+        self._tokens = [TokenMask.build(b.pool_mask, device) for b in batches]
+
+    def responses(self, maps: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """[N, D] float32 mean responses of each site under (ω, b) of each, or under none."""
+        pooled: list[dict[str, Tensor]] = []
+        for (ids_BT, mask_BT), tokens in zip(self._inputs, self._tokens, strict=True):
+            pooled.append({})
+            callbacks = [
+                (tap, _callback(tap, maps[i] if maps else None, tokens, pooled[-1])) for i, tap in enumerate(self._taps)
+            ]
+            again = _computed_again(self._model, callbacks) if self._recompute else nullcontext()
+            with again, attached(self._model, callbacks):
+                self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        return [torch.cat([of[tap.site] for of in pooled]) for tap in self._taps]
 
 
-def _forward(model: PreTrainedModel, rows: Batch, callbacks: Sequence[tuple[Tap, Callback]]) -> None:
-    device = input_device(model)
-    with attached(model, callbacks):
-        model.get_decoder()(
-            input_ids=torch.from_numpy(rows.input_ids).to(device),
-            attention_mask=torch.from_numpy(rows.attention_mask).to(device, torch.int64),
-            use_cache=False,
-        )
+def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask, pooled: dict[str, Tensor]) -> Callback:
+    """Changes what a site passes, and keeps the mean over the tokens of each text.
+
+    A layer that is computed once more in the backward pass calls it again, and the same values come in place.
+    """
+
+    def change(values: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
+        assert map_DD is not None
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        return (wide * along(map_DD[0]) + along(map_DD[1])).to(values.dtype)
+
+    def call(raw: object, alone: bool) -> Any:
+        changed = raw if map_DD is None else tap.write(raw, tap.width, change)
+        num_rows, num_tokens = tokens.counted_BT.shape
+        acts_BTD = tap.read(changed, tap.width, (num_rows, num_tokens))
+        pooled[tap.site] = POOLINGS["mean"].pool(tokens, acts_BTD).float()
+        return None if map_DD is None else changed
+
+    return call
 
 
-def _pool(rows: Batch, acts_BTD: Tensor | Routed) -> Tensor:
-    """[B, D] means of the counted tokens, float32 at least."""
-    counted_BT = torch.from_numpy(rows.pool_mask).to(acts_BTD.device)
-    count_B1 = counted_BT.sum(dim=1, keepdim=True)
-    if isinstance(acts_BTD, Routed):
-        return acts_BTD.sum(counted_BT, torch.float32) / count_B1
-    wide_BTD = acts_BTD.reshape(*counted_BT.shape, -1).to(torch.promote_types(acts_BTD.dtype, torch.float32))
-    return (wide_BTD * counted_BT[..., None]).sum(dim=1) / count_B1
+@contextmanager
+def _computed_again(model: PreTrainedModel, callbacks: Sequence[tuple[Tap, Callback]]) -> Iterator[None]:
+    """Forwards within the context keep the inputs of decoder layers alone; the backward pass computes the rest again.
+
+    The callbacks are attached within the context. The backward pass comes after it and attaches them once more.
+    """
+    is_forward = True
+
+    def run(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with nullcontext() if is_forward else attached(model, callbacks):
+            return forward(*args, **options)
+
+    layers = list(model.get_submodule(decoder_layers_name(model)).children())
+    for layer in layers:
+        vars(layer)["forward"] = partial(checkpoint, partial(run, layer.forward), use_reentrant=False)
+    try:
+        yield
+    finally:
+        is_forward = False
+        for layer in layers:
+            del vars(layer)["forward"]
 
 
-@torch.no_grad()
-def _prepared(model: PreTrainedModel, taps: Sequence[Tap], target: TokenizedTexts) -> list[_Learned]:
-    """Every site at the identity, with the responses to `target` of the plain model."""
-    rows, pooled = target.batch(slice(0, len(target.ids))), dict[str, Tensor]()
-
-    def listening(tap: Tap) -> Callback:
-        def listen(raw: Any, alone: bool) -> None:
-            pooled[tap.site] = _pool(rows, tap.read(raw, tap.width, rows.input_ids.shape))
-
-        return listen
-
-    _forward(model, rows, [(tap, listening(tap)) for tap in taps])
-    learned = []
-    for tap in taps:
-        values_ND = pooled.get(tap.site)
-        if values_ND is None or not bool(values_ND.isfinite().all()):
-            raise ModelError(
-                f"module {tap.site!r}: expected finite responses to every text, got NaN or infinity, or the module is "
-                "not called; leave it out by `fit --modules`"
-            )
-        mean_D, spread_D = values_ND.mean(dim=0), values_ND.std(dim=0, correction=0)
-        spread_D = torch.where(spread_D > LEAST_SPREAD * values_ND.abs().amax(dim=0), spread_D, 0)
-        standard_ND = (values_ND - mean_D) / torch.where(spread_D > 0, spread_D, 1)
-        u_D, c_D = (torch.zeros_like(mean_D, requires_grad=True) for _ in range(2))
-        learned.append(_Learned(tap, mean_D, spread_D, standard_ND.sort(dim=0).values, u_D, c_D))
-    return learned
+def _key(training: Training) -> str:
+    """What fixes the parameters at each step."""
+    options = {name: value for name, value in training.options.items() if name != "recompute"}
+    sites = [(site.name, site.width) for site in training.sites]
+    return hashlib.sha256(json.dumps([training.identity, options, sites], sort_keys=True).encode()).hexdigest()
 
 
-def _loss(model: PreTrainedModel, learned: Sequence[_Learned], rows: Batch) -> Tensor:
-    """Sum of all sites' distances, of texts that run under the maps."""
-
-    def mapping(site: _Learned) -> Callback:
-        def write(raw: Any, alone: bool) -> Any:
-            def change(values: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
-                wide = values.to(torch.promote_types(values.dtype, torch.float32))
-                mapped = wide * along(site.scale) + along(site.shift)
-                site.pooled_ND = _pool(rows, replace(raw, values_SI=mapped) if isinstance(raw, Routed) else mapped)
-                return mapped.to(values.dtype)
-
-            return site.tap.write(raw, site.tap.width, change)
-
-        return write
-
-    _forward(model, rows, [(site.tap, mapping(site)) for site in learned])
-    distances = [site.distance() for site in learned]
-    return torch.stack([distance.to(distances[0].device) for distance in distances]).sum()
-
-
-# what an interrupted training has learned
-
-
-def _key(training: Training, *texts: TokenizedTexts) -> str:
-    """What a state must agree in to be gone on with."""
-    about = {
-        "identity": training.identity,
-        "options": dict(training.options),
-        "sites": [site.name for site in training.sites],
-        "texts": [some.digest() for some in texts],
-    }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
+@dataclass(frozen=True)
 class _State:
-    """A file of the parameters, and of how many steps have made them."""
+    """Parameters of a training under way, in a file; nothing where there is none."""
 
     path: Path | None
     key: str
-    learned: Sequence[_Learned]
-    saved: float = field(default_factory=time.monotonic)
 
-    def load(self) -> int:
-        """Take the parameters of the file, if it is of the same training; returns the number of its steps."""
-        if self.path is None or not self.path.exists():
+    def load(self, parameters: Sequence[Tensor]) -> int:
+        """Fill `parameters`; returns how many steps they have taken, 0 where nothing of the same settings is kept."""
+        if self.path is None or not self.path.is_file():
             return 0
         try:
-            with np.load(self.path) as file:
-                found: dict[str, NDArray[Any]] = dict(file)
-            agrees = str(found["key"]) == self.key
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{str(self.path)!r} is no state of a training: {error}; remove it") from error
-        if not agrees:
-            logger.warning("%s is of a training with other settings: it is begun anew", self.path)
+            kept = load_file(self.path)
+        except Exception as error:
+            raise ConfigError(
+                f"{str(self.path)!r} cannot be read ({error}); remove it to train from the beginning"
+            ) from error
+        if bytes(kept["key"].tolist()).decode() != self.key:
+            logger.warning("%s is of other settings: training begins anew in its place", self.path)
             return 0
         with torch.no_grad():
-            for index, site in enumerate(self.learned):
-                site.u_D.copy_(torch.from_numpy(found[f"u{index}"]))
-                site.c_D.copy_(torch.from_numpy(found[f"c{index}"]))
-        logger.info("going on after %d steps that %s keeps", int(found["steps"]), self.path)
-        return int(found["steps"])
+            for i, parameter in enumerate(parameters):
+                parameter.copy_(kept[str(i)])
+        logger.info("lineas: %d steps were taken before", int(kept["step"]))
+        return int(kept["step"])
 
-    def save_sometimes(self, steps: int, *, at_once: bool) -> None:
-        """Write the file where the last time is long ago."""
-        if self.path is None or not (at_once or time.monotonic() - self.saved > SAVE_SECONDS):
+    def save(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """Replace the file in one step."""
+        if self.path is None:
             return
-        arrays: dict[str, Any] = {"key": np.array(self.key), "steps": np.array(steps)}
-        for index, site in enumerate(self.learned):
-            arrays |= {f"u{index}": site.u_D.detach().cpu().numpy(), f"c{index}": site.c_D.detach().cpu().numpy()}
+        tensors = {str(i): parameter.detach().cpu() for i, parameter in enumerate(parameters)}
+        named = {"step": torch.tensor(step), "key": torch.tensor(list(self.key.encode()), dtype=torch.uint8)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as aside, aside.open("wb") as file:
-            np.savez(file, **arrays)
-        self.saved = time.monotonic()
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        with replacing(self.path) as aside:
+            aside.write_bytes(save({**tensors, **named}))

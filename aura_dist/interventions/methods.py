@@ -137,11 +137,11 @@ METHODS: dict[str, FromStatistics | FromModel] = {
         own_options={"kp": 1.0, "ki": 0.1, "kd": 0.1}, by_layer=False,
     ),
     "lineas": FromModel(
-        summary="ω z + b: learns all maps together, so that responses to texts with the concept get the distribution "
-        "of those without it",
+        summary="ω z + b: learned at all sites together, so that texts with the concept respond as those without it",
         train="aura_dist.interventions.lineas:train",
         options={
-            "num_texts": 32, "num_steps": 1000, "learning_rate": 0.1, "l1": 0.0, "group_lasso": 0.0, "training_seed": 0,
+            "texts_per_class": 32, "steps": 1000, "learning_rate": 0.1, "sparsity": 0.0, "group_sparsity": 0.0,
+            "fit_seed": 0, "recompute": False,
         },
     ),
 }  # fmt: skip

@@ -45,8 +45,8 @@ class Training:
     tokens: TokenizedTexts  # N texts, cut as in the store
     is_positive: NDArray[np.bool_]  # [N]
     options: Mapping[str, Any]  # the method's options → values
-    identity: str = ""  # digest of what fixes the store's numbers, and of the intervention that is over the model
-    unfinished: Path | None = None  # a file for what an interrupted training has learned; None: nothing is kept
+    identity: str = ""  # digest of all other inputs but the sites and the options
+    state: Path | None = None  # a file for what an interrupted training has learned; None: nothing is kept
 
 
 def train_maps(
@@ -57,7 +57,7 @@ def train_maps(
     method: FromModel,
     options: Mapping[str, Any],
     earlier: Intervention | None,
-    unfinished: Path | None,
+    state: Path | None,
 ) -> tuple[tuple[Scales, Shifts], list[NDArray[Any]]]:
     """The trained (scales, shifts), and the arrays of the store that they depend on.
 
@@ -75,11 +75,12 @@ def train_maps(
     labelled = np.flatnonzero(labels >= 0)
     with as_collected(group, spec, earlier) as loaded, torch.enable_grad():
         tokens = stored_tokens(group, spec, rows, loaded.tokenizer)
-        identity = json.dumps([spec.to_attributes(), None if earlier is None else earlier.digest], sort_keys=True)
+        digest = hashlib.sha256(json.dumps([spec.to_attributes(), concept, getattr(earlier, "digest", None)]).encode())
+        digest.update(rows.tobytes() + labels.tobytes())
         scales, shifts = train(
             Training(
                 loaded.model, loaded.tokenizer, sites, tokens.take(labelled), labels[labelled] == 1, options,
-                hashlib.sha256(identity.encode()).hexdigest(), unfinished,
+                digest.hexdigest(), state,
             )
         )  # fmt: skip
     return (scales, shifts), [rows, labels]

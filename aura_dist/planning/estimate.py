@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Conv1D, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from aura_dist.errors import ModelError
-from aura_dist.evaluation.decoding import only_attention
+from aura_dist.evaluation.cached import only_attention
 from aura_dist.models.load import DTYPES, ModelSource, check_positions, skeleton
 from aura_dist.models.quantization import bits, by_library, check_converts, converts, method_of
 from aura_dist.models.strategies.strategy import Spread, WeightSizes

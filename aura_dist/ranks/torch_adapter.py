@@ -27,6 +27,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of `dtype`, so that oneDNN takes them."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
 def packet(kernel: Any) -> Any:
     """The operation that a kernel is one form of: the key of torch's table of FLOP formulas."""
     return kernel._overloadpacket

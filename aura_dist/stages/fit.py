@@ -27,7 +27,10 @@ def fit(config: FitConfig) -> Intervention:
     spec = StoreSpec.of(group)
     earlier = earlier_intervention(config.store, spec, config.onto)
     out = Path(config.out)
-    kept = out.with_name(f".{out.name}.unfinished") if config.out else None
-    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options, config.gate_fit, kept)
+    state = out.with_name(f"{out.name}.training") if config.out else None
+    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options, config.gate_fit, state)
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
-    return finish(fitted, config.method, earlier, config.onto, config.out)
+    finished = finish(fitted, config.method, earlier, config.onto, config.out)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return finished

@@ -34,6 +34,7 @@ from aura_dist.config.file import merge
 from aura_dist.config.settings import resolve
 from aura_dist.config.verbs import EvaluateConfig, PlanConfig
 from aura_dist.errors import AuraError, BudgetError, ConfigError, brief
+from aura_dist.evaluation.decoding import takes_padding
 from aura_dist.evaluation.perplexity import read_texts, tokenize_texts, tokens_at_once
 from aura_dist.evaluation.prompts import (
     Prefix,
@@ -191,7 +192,7 @@ def _prompt_steps(config: EvaluateConfig, loaded: LoadedModel, prefix: Prefix | 
     chat = chat_of_prompts(loaded.tokenizer, preprompt) if config.chat else None
     prompts = tokenize_prompts(texts, loaded.tokenizer, loaded.model.config, how, prefix=prefix, chat=chat)
     pairs = [(prompt, sample) for prompt in range(len(texts)) for sample in range(how.num_samples)]
-    batches = prompts.batches(pairs, config.continuations_per_batch)
+    batches = prompts.batches(pairs, config.continuations_per_batch, padded=takes_padding(loaded.model))
     yield from continuing(
         ((len({p for p, _ in batch}), len(batch), len(prompts.ids[batch[0][0]])) for batch in batches),
         how.max_new_tokens,

@@ -1,160 +1,200 @@
-"""lineas: its maps are those that its loss asks for, and an interrupted training goes on as if it had not been."""
+"""LinEAS through the command line, against a few lines of plain torch."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.errors import RunInterruptedError
 from aura_dist.interventions import lineas
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.methods import METHODS
 from aura_dist.text.table import read_table
-from aura_dist.text.tokenizer import load_tokenizer
-from tests.models import tiny_causal
+from tests.models import tiny_causal, tiny_tokenizer
 
-SITES = ("model.layers.0.mlp.up_proj", "model.layers.1.input_layernorm", "model.layers.2")
-NUM_TEXTS = 8
+STEPS, TEXTS = 12, 10
+SITES = ["transformer.h.0.mlp.c_fc", "transformer.h.1.ln_2", "transformer.h.2.mlp.c_proj"]
 
 
 @pytest.fixture(scope="module")
 def store(tiny_dir, sentences_csv, tmp_path_factory):
-    """A linear layer, a norm and a residual site; lineas needs no pooling and no scores of it."""
     place = tmp_path_factory.mktemp("lineas") / "store.zarr"
-    words = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
-    words += ["--num-positive", "12", "--num-negative", "14", "--modules", *SITES, "--store", str(place)]
-    assert main(words) == 0
+    known = ["--model", str(tiny_dir("gpt2")), "--data", sentences_csv, "--concepts", "toxic", "--store", str(place)]
+    numbers = ["--num-positive", "12", "--num-negative", "14", "--max-tokens", "24"]
+    assert main(["collect", *known, *numbers, "--modules", *SITES]) == 0
     return place
 
 
-def fit(store, out, *more):
-    words = ["fit", "--store", str(store), "--concept", "toxic", "--method", "lineas", "--out", str(out)]
-    return main([*words, "--num-texts", str(NUM_TEXTS), *map(str, more)])
+def fit(store, out, *more, steps=STEPS):
+    known = ["fit", "--store", str(store), "--concept", "toxic", "--out", str(out)]
+    few = ["--method", "lineas", "--steps", str(steps), "--texts-per-class", str(TEXTS), "--learning-rate", "0.05"]
+    return main([*known, *few, *map(str, more)])
 
 
-def test_the_loss_falls_and_no_steps_are_the_identity(store, tmp_path, capsys):
-    assert fit(store, tmp_path / "out", "--num-steps", 40) == 0
-    shown = capsys.readouterr().err
-    losses = [float(found[1]) for found in re.finditer(r"mean squared distance ([0-9.]+)", shown)]
-    assert len(losses) >= 10
-    assert losses[-1] < 0.7 * losses[0]
-    made = Intervention.load(tmp_path / "out")
-    assert made.sites == list(SITES)
-    assert made.num_changed > 0.9 * made.num_neurons
-    assert not (tmp_path / ".out.unfinished").exists()
-    assert fit(store, tmp_path / "none", "--num-steps", 0) == 0
-    assert Intervention.load(tmp_path / "none").num_changed == 0
+@pytest.fixture(scope="module")
+def fitted(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fitted") / "lineas"
+    assert fit(store, out) == 0
+    assert [p.name for p in out.parent.iterdir()] == ["lineas"], "no state is left"
+    return out
 
 
-def test_one_step_is_a_gradient_step_by_hand(store, tiny_dir, sentences_csv, tmp_path):
-    """Of one map in plain torch, with the texts that the seed draws."""
-    site = SITES[0]
-    assert fit(store, tmp_path / "out", "--modules", site, "--num-steps", 1, "--learning-rate", 0.5) == 0
-    made = Intervention.load(tmp_path / "out")
+def same_files(a, b):
+    return (a / "intervention.safetensors").read_bytes() == (b / "intervention.safetensors").read_bytes()
+
+
+def hooked(model, maps):
+    """The maps by plain hooks, and what each site passes."""
+    seen = {}
+
+    def hook(name):
+        scale, shift = (torch.tensor(values) for values in maps[name])
+
+        def change(module, args, out):
+            seen[name] = out * scale + shift
+            return seen[name]
+
+        return change
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in maps]
+    return handles, seen
+
+
+@torch.no_grad()
+def loss(store, sentences_csv, maps):
+    """The sum over sites of sorted squared differences, in units of the site, for the texts that the seed draws."""
     samples = aura_dist.open_store(store)["samples"]
     texts = read_table(sentences_csv, ["text"]).columns["text"]
-    tokenizer, model = load_tokenizer(str(tiny_dir("llama"))), tiny_causal("llama")
-    rng, means = np.random.default_rng(0), []
-    seen = []
-    model.get_submodule(site).register_forward_hook(lambda _m, _a, z: seen.append(z[0].detach()))
-    for label in (1, 0):
-        rows = np.flatnonzero(samples["label"].values[:, 0] == label)
-        for row in samples["row"].values[np.sort(rng.choice(rows, NUM_TEXTS, replace=False))]:
-            model(input_ids=tokenizer(texts[int(row)], return_tensors="pt")["input_ids"][:, :128])
-        means.append(torch.stack([z.mean(dim=0) for z in seen]).double())
-        seen.clear()
-    source, target = means
-    mean, spread = target.mean(dim=0), target.std(dim=0, correction=0)
-    source, target = ((values - mean) / spread for values in (source, target))
-    order, width = source.argsort(dim=0), source.shape[1]
-    gaps = source.gather(0, order) - target.sort(dim=0).values
-    u = -0.5 * (2 * gaps * source.gather(0, order)).mean(dim=0) / width
-    c = -0.5 * (2 * gaps).mean(dim=0) / width
-    np.testing.assert_allclose(made.scale[site], 1 + u, rtol=1e-4)
-    np.testing.assert_allclose(made.shift[site], spread * c - u * mean, atol=1e-5)
+    positive = samples["label"].values[:, 0] == 1
+    draw = np.random.default_rng(0)
+    rows = [draw.permutation(np.flatnonzero(of))[:TEXTS] for of in (positive, ~positive)]
+    model, tokenizer = tiny_causal("gpt2"), tiny_tokenizer()
+
+    def responses(rows, maps):
+        handles, seen = hooked(model, maps)
+        found = {name: [] for name in maps}
+        for row in samples["row"].values[rows]:
+            model(**tokenizer(texts[row], return_tensors="pt", truncation=True, max_length=24))
+            for name in maps:
+                found[name].append(seen[name][0].mean(dim=0))
+        for handle in handles:
+            handle.remove()
+        return {name: torch.stack(of).sort(dim=0).values for name, of in found.items()}
+
+    nothing = {name: (np.ones_like(w), np.zeros_like(w)) for name, (w, _) in maps.items()}
+    z, y = responses(rows[0], maps), responses(rows[1], nothing)
+    return float(sum(((z[n] - y[n]) ** 2).mean(dim=0).sum() / (y[n] ** 2).mean() for n in maps))
 
 
-def test_resumed_is_uninterrupted(store, tmp_path, monkeypatch):
-    assert fit(store, tmp_path / "whole", "--num-steps", 12) == 0
-    log = lineas._log
-
-    def stops(step, num_steps, loss):
-        log(step, num_steps, loss)
-        if step == 6:
-            raise RunInterruptedError("stopped", 15)
-
-    monkeypatch.setattr(lineas, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(lineas, "_log", stops)
-    assert fit(store, tmp_path / "parts", "--num-steps", 12) not in (0, 2)
-    assert (tmp_path / ".parts.unfinished").exists()
-    assert not (tmp_path / "parts").exists()
-    ran = []
-    monkeypatch.setattr(lineas, "_log", lambda step, *_: ran.append(step))
-    assert fit(store, tmp_path / "parts", "--num-steps", 12) == 0
-    assert ran == list(range(6, 12))
-    whole, parts = (Intervention.load(tmp_path / name) for name in ("whole", "parts"))
-    assert parts.digest == whole.digest
-    assert not (tmp_path / ".parts.unfinished").exists()
-
-
-def test_a_state_of_other_settings_is_not_gone_on_with(store, tmp_path, monkeypatch, capsys):
-    (tmp_path / ".out.unfinished").write_text("no state")
-    assert fit(store, tmp_path / "out", "--num-steps", 1) == 2
-    assert "is no state of a training" in capsys.readouterr().err
-    (tmp_path / ".out.unfinished").unlink()
-    monkeypatch.setattr(lineas, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(lineas._State, "remove", lambda self: None)
-    assert fit(store, tmp_path / "out", "--num-steps", 3) == 0
-    ran = []
-    monkeypatch.setattr(lineas, "_log", lambda step, *_: ran.append(step))
-    assert fit(store, tmp_path / "out", "--num-steps", 3, "--training-seed", 1) == 0
-    assert ran == [0, 1, 2]
-
-
-def test_penalties_leave_units_and_modules_unmoved(store, tmp_path):
-    steps = ["--num-steps", 10]
-    assert fit(store, tmp_path / "l1", *steps, "--l1", 0.01) == 0
-    units = Intervention.load(tmp_path / "l1")
-    assert 0 < units.num_changed < 0.9 * units.num_neurons
-    assert fit(store, tmp_path / "group", *steps, "--group-lasso", 0.5) == 0
-    assert Intervention.load(tmp_path / "group").num_changed == 0
-
-
-def test_the_maps_by_hand_give_the_same_logits(store, tiny_dir, tmp_path):
-    modules = ["--modules", SITES[0]]
-    assert fit(store, tmp_path / "out", "--num-steps", 5, *modules) == 0
-    made, model, ids = Intervention.load(tmp_path / "out"), tiny_causal("llama"), torch.arange(5, 29).reshape(2, 12)
+def test_maps_by_plain_hooks_give_the_same_logits_and_a_smaller_loss(fitted, store, sentences_csv):
+    made = Intervention.load(fitted)
+    maps = {name: made.map_of(name) for name in SITES}
+    assert all((scale != 1).all() and shift.any() for scale, shift in maps.values())
+    model, ids = tiny_causal("gpt2"), torch.arange(3, 40)[None]
+    with torch.no_grad(), aura_dist.intervene(model, made):
+        ours = model(input_ids=ids).logits
+    handles, _ = hooked(model, maps)
     with torch.no_grad():
-        with aura_dist.intervene(model, made):
-            ours = model(input_ids=ids).logits
-        scale, shift = torch.tensor(made.scale[SITES[0]]), torch.tensor(made.shift[SITES[0]])
-        model.get_submodule(SITES[0]).register_forward_hook(lambda _m, _a, z: z * scale + shift)
-        torch.testing.assert_close(model(input_ids=ids).logits, ours, rtol=1e-5, atol=1e-5)
+        theirs = model(input_ids=ids).logits
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    nothing = {name: (np.ones_like(w), np.zeros_like(w)) for name, (w, _) in maps.items()}
+    before, after = (loss(store, sentences_csv, of) for of in (nothing, maps))
+    assert after < 0.6 * before
+    assert made.meta["parameters"]["learning_rate"] == 0.05
 
 
-def test_experts_learn_too(tiny_dir, sentences_csv, tmp_path, capsys):
-    words = ["collect", "--model", str(tiny_dir("qwen3-moe")), "--data", sentences_csv, "--concepts", "toxic"]
-    words += ["--num-positive", "9", "--num-negative", "9", "--modules", "*.1.mlp.experts", "*.2.mlp.experts"]
-    assert main([*words, "--store", str(tmp_path / "store.zarr")]) == 0
-    capsys.readouterr()
-    assert fit(tmp_path / "store.zarr", tmp_path / "out", "--num-steps", 10, "--learning-rate", 1) == 0
-    losses = [float(found[1]) for found in re.finditer(r"mean squared distance ([0-9.]+)", capsys.readouterr().err)]
-    assert losses[-1] < losses[0]
-    assert Intervention.load(tmp_path / "out").num_changed > 0
+def test_logged_loss_is_that_of_the_formula(store, sentences_csv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lineas, "_LOG_EVERY", 1)
+    assert fit(store, tmp_path / "out", steps=1) == 0
+    said = float(re.search(r"lineas: loss (\S+) after 1 of 1 steps", capsys.readouterr().err)[1])
+    widths = {name: len(Intervention.load(tmp_path / "out").map_of(name)[0]) for name in SITES}
+    nothing = {name: (np.ones(w, np.float32), np.zeros(w, np.float32)) for name, w in widths.items()}
+    assert said == pytest.approx(loss(store, sentences_csv, nothing), rel=1e-4)
 
 
-def test_odd_input_is_refused(store, tmp_path, capsys):
-    assert (
-        main(["fit", "--store", str(store), "--concept", "toxic", "--method", "lineas", "--out", str(tmp_path / "o")])
-        == 2
-    )
-    assert "--num-texts: expected at most 12, the texts with the concept, got 32" in capsys.readouterr().err
-    assert fit(store, tmp_path / "o", "--top-k", 3) == 2
-    assert "--top-k: expected it with" in capsys.readouterr().err
-    assert fit(store, tmp_path / "o", "--num-steps", 20, "--learning-rate", 1e9) == 2
-    assert "expected a finite loss" in capsys.readouterr().err
-    assert not (tmp_path / "o").exists()
-    assert METHODS["lineas"].options["num_texts"] == 32
+def test_resumed_equals_uninterrupted(store, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(lineas, "_SAVE_EVERY", 3)
+    descend, taken = lineas._Learner._descend, []
+
+    def broken(self, gradients, rate):
+        taken.append(rate)
+        if len(taken) == 9:
+            raise MemoryError
+        descend(self, gradients, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lineas._Learner, "_descend", broken)
+        with pytest.raises(MemoryError):
+            fit(store, tmp_path / "out")
+    assert (tmp_path / "out.training").is_file()
+    kept = (tmp_path / "out.training").read_bytes()
+    assert fit(store, tmp_path / "out") == 0
+    assert same_files(tmp_path / "out", fitted)
+    assert not (tmp_path / "out.training").exists()
+    (tmp_path / "out.training").write_bytes(kept)
+    assert fit(store, tmp_path / "out", "--fit-seed", 1) == 0
+    assert fit(store, tmp_path / "whole", "--fit-seed", 1) == 0
+    assert same_files(tmp_path / "out", tmp_path / "whole"), "a state of other settings is not gone on with"
+    assert not same_files(tmp_path / "out", fitted)
+
+
+def test_layers_computed_twice_make_the_same_maps(store, fitted, tmp_path):
+    assert fit(store, tmp_path / "out", "--recompute") == 0
+    mine, theirs = Intervention.load(tmp_path / "out"), Intervention.load(fitted)
+    for name in SITES:
+        for a, b in zip(mine.map_of(name), theirs.map_of(name), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_no_steps_is_the_identity(store, tmp_path):
+    assert fit(store, tmp_path / "out", steps=0) == 0
+    made = Intervention.load(tmp_path / "out")
+    assert made.num_changed == 0
+    assert all((made.map_of(name)[0] == 1).all() for name in SITES)
+
+
+def test_penalties_leave_units_and_sites_as_they_are(store, fitted, tmp_path):
+    assert fit(store, tmp_path / "sparse", "--sparsity", 0.05) == 0
+    assert fit(store, tmp_path / "none", "--group-sparsity", 1000) == 0
+    made = [Intervention.load(place).num_changed for place in (tmp_path / "none", tmp_path / "sparse", fitted)]
+    assert made[0] == 0 < made[1] < made[2]
+
+
+@pytest.mark.parametrize(("l1", "group"), [(0.3, 0.0), (0.0, 0.2), (0.2, 0.1), (0.0, 9.0)])
+def test_proximal_operator_minimises_what_it_should(l1, group):
+    draw = torch.Generator().manual_seed(0)
+    v = torch.randn(9, generator=draw, dtype=torch.float64)
+
+    def objective(x):
+        return 0.5 * ((x - v) ** 2).sum(-1) + l1 * x.abs().sum(-1) + group * 3 * x.norm(dim=-1)
+
+    found = lineas.proximal(v, l1, group)
+    others = found + torch.randn((5000, 9), generator=draw, dtype=torch.float64) * 10.0 ** -torch.arange(5000)[
+        :, None
+    ].remainder(5)
+    assert (objective(others) >= objective(found) - 1e-12).all()
+
+
+def test_folds(fitted, tiny_dir, tmp_path):
+    out = tmp_path / "folded"
+    assert main(["export", "--model", str(tiny_dir("gpt2")), "--intervention", str(fitted), "--out", str(out)]) == 0
+    folded, model, ids = AutoModelForCausalLM.from_pretrained(out), tiny_causal("gpt2"), torch.arange(3, 40)[None]
+    with torch.no_grad(), aura_dist.intervene(model, Intervention.load(fitted)):
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(folded(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_bad_input_is_one_line(store, tmp_path, refused):
+    known = ["fit", "--store", str(store), "--concept", "toxic", "--out", str(tmp_path / "out")]
+    refused([*known, "--method", "lineas", "--texts-per-class", "13"], "--texts-per-class: expected at most 12, the n")
+    refused([*known, "--method", "aura", "--steps", "5"], "--steps: expected it with --method lineas alone")
+    refused([*known, "--method", "lineas", "--top-k", "5"], "--top-k: expected it with --method")
+    many = ["--texts-per-class", "5", "--steps", "30", "--learning-rate", "1e6"]
+    refused([*known, "--method", "lineas", *many], "expected a finite loss, got .* give a smaller --learning-rate")
+    (tmp_path / "out.training").write_text(json.dumps({}))
+    refused([*known, "--method", "lineas", *many[:2]], "cannot be read .*; remove it to train from the beginning")
