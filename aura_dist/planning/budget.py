@@ -6,6 +6,7 @@ Pure functions of numbers. The bytes of a rank are the sum of:
 - *activations*: of the largest batch (`ForwardCost`), and every neuron's pooled value for its rows;
 - *queue*: row buffers of `NUM_BUFFERS` row chunks of the neurons that the rank writes, page-locked for a GPU, and one
   more being encoded;
+- *exchange*: where ranks split columns, a row chunk's pooled values that the rank sends to others and gets from them;
 - *runtime*: interpreter, libraries, a GPU's context (constants below);
 - *texts*: before the weights are read, the tokenizer and the table of texts.
 """
@@ -80,10 +81,12 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     owned_bytes = owned_neurons(neurons, spread.layout.tensor) * work.stored_bytes
     buffer = (work.rows_chunk + 1) * owned_bytes  # 1: a row of counts
     queue = NUM_BUFFERS * (page_locked_bytes(buffer) if machine.gpu else buffer) + buffer
+    num_ranks = spread.layout.tensor
+    exchange = 2 * buffer * (num_ranks - 1) // num_ranks  # a rank sees as much of what it writes as the others do
     runtime = RUNTIME_BYTES + (CUDA_HOST_BYTES if machine.gpu else 0)
     texts = TABLE_BYTES_PER_FILE_BYTE * work.data_bytes
     preparing = runtime + TOKENIZER_BYTES_PER_FILE_BYTE * work.tokenizer_bytes + texts
-    used = runtime + queue + texts + (0 if machine.gpu else activations)
+    used = runtime + queue + exchange + texts + (0 if machine.gpu else activations)
     room = Room(
         machine.gpu,
         _left(machine.device_bytes, CUDA_DEVICE_BYTES + activations),
@@ -91,7 +94,13 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
         ceil(work.hidden_bytes / spread.layout.num_row_workers),
     )
     held = strategy.held(work.weights, spread, room)
-    host = {"runtime": runtime, "texts": texts, "queue": queue, "offloaded weights": held.away.get("cpu", 0)}
+    host = {
+        "runtime": runtime,
+        "texts": texts,
+        "queue": queue,
+        "exchange": exchange,
+        "offloaded weights": held.away.get("cpu", 0),
+    }
     host["hidden states"] = held.waiting
     device = {"weights": held.placed, "gathered weights": held.gathered, "activations": activations}
     mapped = 0

@@ -93,7 +93,9 @@ def test_without_a_gpu_all_is_in_the_host():
 def test_queue_is_the_row_buffers_and_the_one_being_encoded():
     """A buffer has the rows of a row chunk, and one of counts."""
     assert memory(Layout(), Machine(gpu=False)).host["queue"] == 4 * 65 * 51_200 * 4
-    assert memory(Layout("tensor", 4, tensor=4), Machine(gpu=False)).host["queue"] == 4 * 65 * 12_800 * 4
+    split = memory(Layout("tensor", 4, tensor=4), Machine(gpu=False)).host
+    assert split["queue"] == 4 * 65 * 12_800 * 4
+    assert split["exchange"] == 2 * 65 * 12_800 * 4 * 3 // 4, "of four columns, one is the rank's own"
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 600)), min_size=1, max_size=4), st.integers(1, 9))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -172,7 +173,7 @@ def test_a_chunk_column_is_in_one_task_and_a_chunk_read_once(store, short_spans,
         assert score(store) == 0
     warm_up = 1  # compile_kernels
     spans = [span for task in tasks for span in task]
-    assert len(spans) == len(set(spans)) == len(score_files(store)) == 5 + 3 + 1
+    assert len(spans) == len(set(spans)) == len(score_files(store)) == 4 + 3 + 1
     assert sum(span.num_columns for span in spans) == len(reads) == len(sorts) - warm_up == 3 * 16
     regions = {(array.path, columns.start, columns.stop) for array, _, columns in reads}
     assert len(regions) == len(reads)
@@ -290,7 +291,7 @@ def test_score_that_cannot_be_written_is_named(store, capfd):
     capfd.readouterr()
     assert score(store, "--statistics", "auroc", "num_distinct") == 2
     shown = capfd.readouterr().err
-    assert "a score cannot be written: Not a directory" in shown
+    assert re.search("a score cannot be written: .*Not a directory", shown)
     assert "Traceback" not in shown
 
 
