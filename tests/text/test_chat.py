@@ -11,7 +11,7 @@ import transformers as hf
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.errors import ConfigError, InputError, ModelError
-from aura_dist.interventions.training import _tokens
+from aura_dist.interventions.training import stored_tokens
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.schema import StoreSpec
 from aura_dist.text.added import added_tokens
@@ -194,7 +194,7 @@ def test_stores_of_chats(chat_model, tmp_path, refused, caplog):
     assert stored == make_chat(tokenizer, "user", "Be kind.").identity
     group = open_group(str(tmp_path / "a.zarr"))
     spec, rows = StoreSpec.of(group), read_array(group, "samples/row")
-    assert _tokens(group, spec, rows, tokenizer).digest() == spec.data["token_ids"], "for methods that are trained"
+    assert stored_tokens(group, spec, rows, tokenizer).digest() == spec.data["token_ids"], "for methods that are trained"
     assert main([*chats, *how]) == 0
     refused(chats, "another tokenizer chat: expected .*user.*, got None")
     refused([*chats, "--chat", "assistant", "--system", "Be kind."], "another tokenizer chat role: expected user")
