@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import AuraError, InputError, StoreError
 from aura_dist.interventions.artifact import Intervention, check_no_gate
-from aura_dist.interventions.gates import PASSING_SHARE, Gate, GateFit, posterior
+from aura_dist.interventions.gates import GATES, PASSING_SHARE, Gate, GateFit, posterior
 from aura_dist.interventions.separation import Separation, separate, site_bytes
 from aura_dist.ranks.process import available_cores, free_memory
 from aura_dist.ranks.progress import Progress
@@ -116,7 +116,7 @@ def _closed_where_unknown(fitted: Intervention, gates: Mapping[str, Gate]) -> In
 
 
 def _check_kinds(fit: GateFit, sites: Sequence[Site]) -> None:
-    parted = [site for site in sites if fit.kind == "tokens" and not KINDS[site.kind].whole_tokens]
+    parted = [site for site in sites if GATES[fit.kind].of_token and not KINDS[site.kind].whole_tokens]
     if parted:
         raise InputError(
             f"--gate {fit.kind}: expected modules that hold all values of a token together, got {parted[0].name!r} of "
@@ -138,7 +138,7 @@ def _control(path: str, of: Texts, sites: Sequence[Site]) -> Texts:
     group = open_group(path)
     spec = StoreSpec.of(group)
     widths = {site.name: site.width for site in spec.sites}
-    if str(group.store_path) == of.path:
+    if spec.to_attributes() == of.spec.to_attributes():
         raise InputError(f"--control {path!r}: expected another store than --store, got the same; collect other texts")
     for what, ours, theirs in (
         ("the model", of.spec.model["fingerprint"][:12], spec.model["fingerprint"][:12]),

@@ -89,7 +89,8 @@ class Gate:
         """The gate whose logit is `sharpness` times what this one's exceeds `threshold` by."""
         parts = {name: values.astype(np.float64) for name, values in self.parts.items()}
         parts[self.row.constant] = parts[self.row.constant] - threshold
-        return Gate(self.kind, {name: (sharpness * values).astype(np.float32) for name, values in parts.items()})
+        with np.errstate(over="ignore"):  # float32 overflows to infinity, which is no gate
+            return Gate(self.kind, {name: (sharpness * values).astype(np.float32) for name, values in parts.items()})
 
     def check(self, width: int) -> None:
         """ValueError unless its arrays are those of its kind, finite, for a site of `width` units."""
@@ -166,7 +167,7 @@ def posterior(
     moments are not finite, and 0 where a unit is always 0.
     """
     both = list(zip(means, mean_squares, strict=True))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         (m1, v1), (m0, v0) = ((m, np.maximum(square - m * m, 1e-6 * square)) for m, square in both)
         one_sided = (v1 == 0) != (v0 == 0)  # a unit that is 0 throughout one class: the other's spread for both
         v1, v0 = (np.where(one_sided, np.maximum(v1, v0), v) for v in (v1, v0))

@@ -22,7 +22,7 @@ from aura_dist.text.tokenizer import load_tokenizer
 from tests.models import tiny_causal
 
 SITE = "model.layers.1.mlp.up_proj"
-MODULES = ("*.mlp.up_proj", "*.input_layernorm")
+MODULES = ("*.mlp.up_proj", "*.1.input_layernorm")
 
 
 @pytest.fixture(scope="module")
@@ -299,12 +299,13 @@ def test_pid_act_sums_over_the_layers_before(place, tmp_path):
     assert fit(place, tmp_path / "p", "--ki", 0, "--kd", 0, method="pid-act") == 0
     made, mean, alone = (Intervention.load(tmp_path / name) for name in ("out", "mean", "p"))
     assert alone.digest == mean.digest
-    for name in ("mlp.up_proj", "input_layernorm"):
-        errors = [mean.shift[f"model.layers.{layer}.{name}"] for layer in range(3)]
-        for layer, error in enumerate(errors):
-            before = sum(errors[:layer], np.zeros_like(error))
-            change = error - errors[layer - 1] if layer else 0
-            expected = 0.7 * error + 0.2 * before - 0.3 * change
-            np.testing.assert_allclose(made.shift[f"model.layers.{layer}.{name}"], expected, rtol=1e-4, atol=1e-6)
+    errors = [mean.shift[f"model.layers.{layer}.mlp.up_proj"] for layer in range(3)]
+    for layer, error in enumerate(errors):
+        before = sum(errors[:layer], np.zeros_like(error))
+        change = error - errors[layer - 1] if layer else 0
+        expected = 0.7 * error + 0.2 * before - 0.3 * change
+        np.testing.assert_allclose(made.shift[f"model.layers.{layer}.mlp.up_proj"], expected, rtol=1e-4, atol=1e-6)
+    alone, norm = "model.layers.1.input_layernorm", mean.shift["model.layers.1.input_layernorm"]
+    np.testing.assert_allclose(made.shift[alone], 0.7 * norm, rtol=1e-4, atol=1e-6)
     parameters = made.meta["parameters"]
     assert (parameters["kp"], parameters["ki"], parameters["kd"]) == (0.7, 0.2, -0.3)
