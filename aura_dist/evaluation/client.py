@@ -70,10 +70,12 @@ class Client:
         return _object(self._ask("GET", f"{self.url}/{path}", ANSWER_SECONDS), path)
 
     def find(self, path: str) -> str | None:
-        """A text that some servers have beside `/v1`; None where this one has not."""
+        """A text that some servers have beside `/v1`; None where this one says that it has not."""
         try:
             return str(self._ask("GET", f"{self.url.removesuffix('/v1')}/{path}", ANSWER_SECONDS).text)
-        except RefusedError:
+        except RefusedError as error:
+            if error.status in _PASSING:
+                raise
             return None
 
     def each(

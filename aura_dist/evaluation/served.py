@@ -11,6 +11,7 @@ from aura_dist.errors import ServerError, brief
 from aura_dist.evaluation.client import Client
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.statement import Statement, read_statement
+from aura_dist.models.fingerprints import SERVED
 
 # where programs state their version, beside `/v1`: page → key of its JSON object (vLLM; SGLang; TGI; llama.cpp)
 _VERSIONS = {"version": "version", "server_info": "version", "info": "version", "props": "build_info"}
@@ -36,7 +37,7 @@ class Served:
     def fingerprint(self) -> str:
         """What stands in for the digest of the weights, which nobody here has read."""
         named = json.dumps([self.model, self.root], sort_keys=True)
-        return ("served-" + hashlib.sha256(named.encode()).hexdigest())[:64]
+        return (SERVED + hashlib.sha256(named.encode()).hexdigest())[:64]
 
 
 def find_served(client: Client, model: str, name: str | None) -> Served:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 RULE = "v2-"
+# of a model that a server has loaded: its name alone, because nobody here has read its weights
+SERVED = "served-"
 # the field of config.json in which `export` records the interventions that a checkpoint carries; its weights show them
 FOLDED = "aura_dist_folded"
 
@@ -22,7 +24,7 @@ def marked(text: str) -> str:
 
 def is_earlier(fingerprint: str | None) -> bool:
     """Whether an earlier version made this fingerprint."""
-    return bool(fingerprint) and not str(fingerprint).startswith(RULE)
+    return bool(fingerprint) and not str(fingerprint).startswith((RULE, SERVED))
 
 
 def comparable(recorded: str | None, found: str, earlier: Callable[[], str], what: str) -> str:

@@ -25,6 +25,7 @@ class SmallServer:
     takes_more: bool = True  # fields that OpenAI's own have not
     likelihoods: str | None = "prompt_logprobs"
     statement: Statement | None = None
+    statement_fails: bool = False
     key: str | None = None
     fails: list[int] = field(default_factory=list)  # statuses of the next answers
     num_until_silent: float = float("inf")  # completions until the connection is cut without an answer
@@ -81,6 +82,8 @@ class SmallServer:
             return 200, {"object": "list", "data": [entry]}
         if path == "/version":
             return 200, {"version": "1.2"}
+        if path == "/metrics" and self.statement_fails:
+            return 500, {"detail": "busy"}
         if path == "/metrics" and self.statement is not None:
             labels = ",".join(f'{key}="{value}"' for key, value in self.statement.labels.items())
             return 200, f'# TYPE {METRIC} gauge\n{METRIC}{{{labels},pid="7"}} 1.0\n'

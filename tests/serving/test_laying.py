@@ -12,6 +12,7 @@ from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.serving.laying import Laying, Ranks
 from aura_dist.serving.maps import CALLED
+from aura_dist.serving.vllm_plugin import chosen, register
 
 WIDTH, HEADS, KV_HEADS, EACH, HIDDEN = 8, 4, 1, 2, 12
 
@@ -296,3 +297,26 @@ def test_scales_of_experts_go_into_their_down_projections(stacked):
     shifted = Laying(nn.Module(), Intervention({prefix: scale}, {prefix: scale}, {}), 1.0, ranks)
     with pytest.raises(ModelError, match="expected a map of experts that only scales"):
         list(shifted.watched(tensors.items(), lambda weights: None))
+
+
+def test_the_variable_names_a_directory_and_maybe_a_strength(tmp_path, monkeypatch, capsys):
+    for name in ("aura", "with@sign"):
+        intervention_at(["norm"], None)[0].save(tmp_path / name)
+    for given, strength in (("aura", 1.0), ("aura@0.5", 0.5), ("with@sign", 1.0), ("with@sign@2", 2.0)):
+        intervention, found = chosen(f"{tmp_path}/{given}")
+        assert (found, len(intervention.sites)) == (strength, 2)
+    for given, message in (
+        ("none", "expected a directory that `fit` wrote, found none at"),
+        ("aura@0.5@0.7", "expected a directory that `fit` wrote, found none at"),
+        ("aura@strong", "expected DIR@STRENGTH with one strength from 0 to 1000, got 'strong'"),
+        ("aura@-1", "expected DIR@STRENGTH with one strength from 0 to 1000, got '-1'"),
+    ):
+        monkeypatch.setenv("AURA_INTERVENTION", f"{tmp_path}/{given}")
+        with pytest.raises(SystemExit) as ended:
+            register()
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: AURA_INTERVENTION=")
+        assert message in line
+    monkeypatch.delenv("AURA_INTERVENTION")
+    register()

