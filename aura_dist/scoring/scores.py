@@ -153,6 +153,11 @@ class Pending:
             yield Span(self.site, self.pooling, i, i * self.span, stop, self.chunk, names)
 
 
+def span_bytes(num_concepts: int, num_columns: int) -> int:
+    """Bytes that a worker holds of a span: its statistics by chunk column, side by side, and as the file holds them."""
+    return 3 * 8 * (1 + len(STATISTICS)) * num_concepts * num_columns
+
+
 def score_path(site: str, pooling: str) -> str:
     return f"scores/{site}/{pooling}"
 
