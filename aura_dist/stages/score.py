@@ -113,7 +113,8 @@ def _score_store(
                 _begin(store, group, basis, overwrite=True)
             if config.dask == "processes":  # every worker loads its kernels now, not within its first column
                 client.run(compile_kernels)
-            forget_consolidated(group)
+            with errors_of_writing(store, "a score"):
+                forget_consolidated(group)
             try:
                 _score(client, group, spec, source, left)
             except StoreError as error:
