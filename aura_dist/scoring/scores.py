@@ -29,7 +29,16 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import ConfigError, InputError, StoreError
 from aura_dist.scoring.statistics import STATISTICS
-from aura_dist.store.access import damaged, errors_of_writing, get_array, is_current, is_there, read_array, read_region
+from aura_dist.store.access import (
+    damaged,
+    errors_of_writing,
+    get_array,
+    get_sharded,
+    is_current,
+    is_there,
+    read_array,
+    read_region,
+)
 from aura_dist.store.consolidated import forget_consolidated
 from aura_dist.store.grid import columns_per_span
 from aura_dist.store.record import TIMES
@@ -144,6 +153,11 @@ class Pending:
             yield Span(self.site, self.pooling, i, i * self.span, stop, self.chunk, names)
 
 
+def span_bytes(num_concepts: int, num_columns: int) -> int:
+    """Bytes that a worker holds of a span: its statistics by chunk column, side by side, and as the file holds them."""
+    return 3 * 8 * (1 + len(STATISTICS)) * num_concepts * num_columns
+
+
 def score_path(site: str, pooling: str) -> str:
     return f"scores/{site}/{pooling}"
 
@@ -241,7 +255,7 @@ def score_layout(num_concepts: int, width: int, chunk: int) -> ArrayLayout:
 def make_array(group: zarr.Group, spec: StoreSpec, site: str, pooling: str) -> None:
     """Make the array of one site and pooling if it is not there yet, or lacks statistics that the table has."""
     path = score_path(site, pooling)
-    if is_there(group, path) and STATISTICS.keys() <= set(_names(group, get_array(group, path))):
+    if is_there(group, path) and STATISTICS.keys() <= set(_names(group, get_sharded(group, path))):
         return
     responses = get_array(group, activation_path(site, pooling))
     layout = score_layout(len(spec.concepts), responses.shape[1], responses.chunks[1])
@@ -279,7 +293,8 @@ def _made(group: zarr.Group, site: str, pooling: str) -> tuple[NDArray[np.uint64
     if not is_current(group):
         chunk = get_array(group, activation_path(site, pooling)).chunks[1]
         return read_array(group, f"{path}/scored").astype(np.uint64), chunk
-    array = get_array(group, path)
+    array = get_sharded(group, path)
+    _names(group, array)
     _, num_concepts, width = array.shape
     span = array.chunks[2]
     first = read_region(group, array, (slice(0, 1), slice(0, num_concepts), slice(0, width)))
@@ -328,7 +343,7 @@ def stored_statistic(group: zarr.Group, site: str, pooling: str, name: str) -> S
     path, dtype = score_path(site, pooling), np.dtype(STATISTICS[name].dtype)
     if not is_current(group):
         return StoredStatistic(group, get_array(group, f"{path}/{name}"), None, dtype)
-    array = get_array(group, path)
+    array = get_sharded(group, path)
     return StoredStatistic(group, array, _names(group, array).index(name), dtype)
 
 
@@ -407,7 +422,7 @@ def _adjust(group: zarr.Group, spec: StoreSpec, pooling: str, name: str) -> None
     for values_D in all_CD:
         values_D[...] = make(values_D)
     for site, part in zip(spec.sites, parts, strict=True):
-        array = get_array(group, score_path(site.name, pooling))
+        array = get_sharded(group, score_path(site.name, pooling))
         for start in range(0, site.width, array.chunks[2]):
             span = slice(start, min(start + array.chunks[2], site.width))
             write_span(group, array, span, {name: part[:, span]})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from aura_dist.errors import StoreError
 from aura_dist.scoring.columns import statistics_by_concept
 from aura_dist.scoring.scores import Span, score_path, write_span
-from aura_dist.store.access import errors_of_writing, get_array, open_group, read_array
+from aura_dist.store.access import errors_of_writing, get_sharded, open_group, read_array
 from aura_dist.store.schema import activation_path
 from aura_dist.store.shards import ShardError, read_chunks
 
@@ -136,7 +136,7 @@ def _opened_group(source: Source) -> zarr.Group:
 @lru_cache(maxsize=256)
 def _opened(source: Source, name: str) -> "zarr.Array[Any]":
     """A worker's handle on an array, kept because opening takes longer than reading a chunk."""
-    return get_array(_opened_group(source), name)
+    return get_sharded(_opened_group(source), name)
 
 
 @lru_cache(maxsize=1)

@@ -36,6 +36,7 @@ from aura_dist.scoring.scores import (
     make_array,
     pending,
     resolve_statistics,
+    span_bytes,
 )
 from aura_dist.scoring.tables import best_neurons, by_layer, confounding_warning, score_table, top_table
 from aura_dist.scoring.worker import Scored, Source, compile_kernels, score_spans
@@ -112,7 +113,8 @@ def _score_store(
                 _begin(store, group, basis, overwrite=True)
             if config.dask == "processes":  # every worker loads its kernels now, not within its first column
                 client.run(compile_kernels)
-            forget_consolidated(group)
+            with errors_of_writing(store, "a score"):
+                forget_consolidated(group)
             try:
                 _score(client, group, spec, source, left)
             except StoreError as error:
@@ -137,7 +139,11 @@ def _begin(store: str, group: zarr.Group, basis: Basis, *, overwrite: bool = Fal
 
 def _check_memory(left: list[Pending], basis: Basis, num_concepts: int, limit: int, num_threads: int) -> None:
     """ConfigError before any worker is started, if a worker cannot hold its threads' chunk columns."""
-    needed = max(scoring_bytes(basis.num_rows, p.chunk, p.item_bytes, num_concepts, num_threads) for p in left)
+    needed = max(
+        scoring_bytes(basis.num_rows, p.chunk, p.item_bytes, num_concepts, num_threads)
+        + num_threads * span_bytes(num_concepts, p.span)
+        for p in left
+    )
     if needed > limit:
         raise ConfigError(
             f"--memory-limit: expected at least {needed / 1e9:.2f}GB for a worker that scores {num_threads} chunk "

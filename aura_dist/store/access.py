@@ -19,7 +19,7 @@ from zarr.storage import LocalStore
 from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.store.launches import MARK, others_at_work
 from aura_dist.store.remote import RemoteStore, open_remote
-from aura_dist.store.shards import Region, chunk_name, read_chunks
+from aura_dist.store.shards import Region, chunk_name, in_our_format, read_chunks
 from aura_dist.store.zarr_adapter import chunk_key, fast_codecs, run_in_zarr, same_chunks
 
 # Written with the group itself: a group that has it, even half-made, may be replaced; nothing else may.
@@ -62,6 +62,14 @@ def get_array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
         raise damaged(group, name, error) from error
     if not isinstance(array, zarr.Array):
         raise damaged(group, name, "it is a group")
+    return array
+
+
+def get_sharded(group: zarr.Group, name: str) -> "zarr.Array[Any]":
+    """An array of the store whose chunks are in shards, by its path; StoreError if it is missing or no such array."""
+    array = get_array(group, name)
+    if not in_our_format(array):
+        raise damaged(group, name, "its chunks are not in shards, or in others than `collect` and `score` write")
     return array
 
 

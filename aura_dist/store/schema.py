@@ -32,7 +32,7 @@ from zarr.storage import MemoryStore
 from aura_dist.errors import StoreError, brief
 from aura_dist.sites.pooling import POOLINGS
 from aura_dist.sites.site import Site
-from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, errors_of_writing, get_array, store_at
+from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, errors_of_writing, get_array, get_sharded, store_at
 from aura_dist.store.grid import Task, columns_per_chunk, columns_per_shard, make_tasks, rows_per_chunk
 from aura_dist.store.zarr_adapter import description, fast_codecs, run_in_zarr
 
@@ -130,7 +130,7 @@ def first_token_columns(spec: StoreSpec) -> dict[tuple[str, str], slice]:
 
 def shard_widths(group: zarr.Group, spec: StoreSpec) -> dict[str, int]:
     """Site → columns of one shard, the same for all poolings."""
-    arrays = {site.name: get_array(group, activation_path(site.name, spec.poolings[0])) for site in spec.sites}
+    arrays = {site.name: get_sharded(group, activation_path(site.name, spec.poolings[0])) for site in spec.sites}
     return {name: array.shards[1] for name, array in arrays.items() if array.shards is not None}
 
 

@@ -43,6 +43,16 @@ class ShardError(ValueError):
     """A shard is missing or damaged; the text names its file."""
 
 
+def in_our_format(array: "zarr.Array[Any]") -> bool:
+    """Whether the chunks of an array are in shards, and encoded as here."""
+    codecs: Any = array.metadata.to_dict()["codecs"]
+    if [codec["name"] for codec in codecs] != ["sharding_indexed"]:
+        return False
+    how = codecs[0]["configuration"]
+    names = [[codec["name"] for codec in how[part]] for part in ("codecs", "index_codecs")]
+    return names == [["bytes", "blosc", "crc32c"], ["bytes", "crc32c"]] and how["index_location"] == "end"
+
+
 def encode_shard(values: NDArray[Any], shard: Shape, chunks: Shape, fill_value: Any) -> bytes:
     """A shard of this shape whose first cells are `values`; chunks that hold none of them are left out."""
     if any(n % chunk for n, chunk in zip(values.shape, chunks, strict=True)):

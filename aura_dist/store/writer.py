@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 from aura_dist.sites.ownership import Interval
-from aura_dist.store.access import get_array
+from aura_dist.store.access import get_sharded
 from aura_dist.store.first_token import FirstTokenCounts
 from aura_dist.store.record import writing_failed
 from aura_dist.store.schema import activation_path
@@ -63,7 +63,7 @@ class ChunkWriter:
         self._free: queue.Queue[RowBuffer] = queue.Queue()
         for _ in range(NUM_BUFFERS):
             self._free.put(buffer := make_buffer())
-        self._arrays = {key: get_array(group, activation_path(*key)) for key in buffer}
+        self._arrays = {key: get_sharded(group, activation_path(*key)) for key in buffer}
         self._work: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
         self._failure: BaseException | None = None
         self._nonfinite: defaultdict[int, Counter[str]] = defaultdict(Counter)  # by task

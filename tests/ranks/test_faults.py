@@ -21,7 +21,7 @@ NUM_RANKS = 2
 SHARDINGS = ("replicate", "fsdp", "tensor")
 # of tiny batches, so that there is a time in which to be struck
 BATCHES = [
-    "--num-positive", "100", "--num-negative", "100", "--tokens-per-batch", "48", "--modules", "all",
+    "--num-positive", "200", "--num-negative", "200", "--tokens-per-batch", "24", "--modules", "all",
     "--pooling", "max", "mean",
 ]  # fmt: skip
 

@@ -111,7 +111,7 @@ def test_top_neurons_are_the_best_in_order(run_dir):
 
 
 def test_scored_store_is_not_scored_again(run_dir, caplog):
-    marker = run_dir / "store.zarr" / "scores" / "model.layers.0.mlp.gate_proj" / "max" / "auroc" / "c" / "0" / "0"
+    marker = run_dir / "store.zarr" / "scores" / "model.layers.0.mlp.gate_proj" / "max" / "c" / "0" / "0" / "0"
     before = marker.stat().st_mtime_ns
     assert main(["score", "--store", str(run_dir / "store.zarr")]) == 0
     assert marker.stat().st_mtime_ns == before

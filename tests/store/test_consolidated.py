@@ -8,6 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import zarr
+from zarr.buffer import cpu
+from zarr.core.sync import sync
 
 import aura_dist
 from aura_dist.store.access import open_group, store_at
@@ -45,7 +47,8 @@ def test_follows_what_is_written(tmp_path):
         assert np.isfinite(theirs["scores/layers.0.up/max"][1]).all()
         for name, node in theirs.members(max_depth=None):
             if isinstance(node, zarr.Array):
-                assert node.metadata == zarr.open_array(store / name, mode="r").metadata
+                plain = zarr.open_array(store / name, mode="r")
+                assert (node.shape, node.shards, node.attrs) == (plain.shape, plain.shards, plain.attrs)
     forget_consolidated(open_group(str(store)))
     assert not consolidated(store)
     assert json.loads((store / "zarr.json").read_text())["attributes"]["created"] is True
@@ -69,7 +72,7 @@ def at_url(tmp_path):
     remote = store_at(url)
     assert isinstance(remote, RemoteStore)
     for file in [f for f in local.rglob("*") if f.is_file()]:
-        remote._store.fs.pipe_file(f"{url.removeprefix('memory:/')}/{file.relative_to(local)}", file.read_bytes())
+        sync(remote.set(str(file.relative_to(local)), cpu.Buffer.from_bytes(file.read_bytes())))
     shutil.rmtree(local)
     return url
 
