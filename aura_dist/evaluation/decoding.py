@@ -25,8 +25,8 @@ from aura_dist.models.load import input_device
 # as tests/evaluation/test_left_padding.py checks for each
 LEFT_PADDED = frozenset(
     {
-        "bloom", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral",
-        "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+        "bloom", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama",
+        "mistral", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
     }
 )  # fmt: skip
 # rows leave the batch, and new ones come, when so large a share of it is free
