@@ -4,9 +4,9 @@
         [--num-prompts 100] [--samples 5] [--new-tokens 20] [--dtypes float32 bfloat16] [--rounds 1]
 
 Every measurement is a process of its own, in turns, and times the continuations alone, at temperature 1 and top-p 0.9.
-A rate is tokens a second, counted as prompts × samples × new tokens. CPU seconds are of all threads. Then it says how
-many continuations of this tree are those of the other, and how far apart the noisy logits of the two choices are where
-they part, by a forward without a cache in the same dtype.
+A rate is tokens a second, counted as prompts × samples × new tokens. CPU seconds are of all threads. Then it says
+how many continuations of this tree are those of the other, and how far apart the noisy logits of the two choices are
+where they part, by a forward without a cache in the same dtype.
 """
 
 import argparse
