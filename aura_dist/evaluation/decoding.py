@@ -25,8 +25,8 @@ from aura_dist.models.load import input_device
 # as tests/evaluation/test_left_padding.py checks for each
 LEFT_PADDED = frozenset(
     {
-        "bloom", "falcon", "gemma3_text", "gpt2", "llama", "mistral", "mixtral", "mpt", "opt", "phi3", "qwen3",
-        "qwen3_moe",
+        "bloom", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama",
+        "mistral", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
     }
 )  # fmt: skip
 # rows leave the batch, and new ones come, when so large a share of it is free
@@ -35,8 +35,7 @@ _FREE_SHARE = 0.25
 
 def takes_padding(model: PreTrainedModel) -> bool:
     """Whether prompts of different lengths can share a forward of `model`."""
-    own = type(model).__module__.startswith("transformers.")
-    return own and model.config.get_text_config(decoder=True).model_type in LEFT_PADDED
+    return type(model).__module__.startswith("transformers.") and model.config.model_type in LEFT_PADDED
 
 
 @dataclass(frozen=True)
