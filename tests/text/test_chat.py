@@ -194,7 +194,9 @@ def test_stores_of_chats(chat_model, tmp_path, refused, caplog):
     assert stored == make_chat(tokenizer, "user", "Be kind.").identity
     group = open_group(str(tmp_path / "a.zarr"))
     spec, rows = StoreSpec.of(group), read_array(group, "samples/row")
-    assert stored_tokens(group, spec, rows, tokenizer).digest() == spec.data["token_ids"], "for methods that are trained"
+    assert stored_tokens(group, spec, rows, tokenizer).digest() == spec.data["token_ids"], (
+        "for methods that are trained"
+    )
     assert main([*chats, *how]) == 0
     refused(chats, "another tokenizer chat: expected .*user.*, got None")
     refused([*chats, "--chat", "assistant", "--system", "Be kind."], "another tokenizer chat role: expected user")
