@@ -115,6 +115,7 @@ class Decoder:
         rows: Rows,
         *,
         counts: bool = True,
+        most: int = 0,
         more: Callable[[int], Rows | None] = lambda room: None,
         put: Callable[[dict[int, list[int]]], None] = lambda made: None,
     ) -> list[list[int]]:
@@ -124,6 +125,8 @@ class Decoder:
         ----------
         counts
             False for rows whose result is dropped.
+        most
+            Rows in flight at a time, if that is more than those of `rows`.
         more
             Takes for how many rows there is room; returns as many or fewer, or None. The ids of these rows follow those
             of `rows`, in the order in which they were given. Only where the model `takes_padding`, and where no other
@@ -140,11 +143,11 @@ class Decoder:
 
         with exact_products(self.model):
             flight = self._begin(rows, 0)
-            num_given, num_left = len(rows.keys), self.how.max_new_tokens - 1
+            num_given, num_left, most = len(rows.keys), self.how.max_new_tokens - 1, max(most, len(rows.keys))
             while True:
                 num_alive = int(flight.alive_B.sum())
-                room = len(rows.keys) - num_alive
-                new = more(room) if room and room >= _FREE_SHARE * len(rows.keys) else None
+                room = most - num_alive
+                new = more(room) if room and room >= _FREE_SHARE * most else None
                 if num_alive and num_alive <= (1 - _FREE_SHARE) * len(flight.alive_B) and self._selects:
                     land(flight, ~flight.alive_B)
                     flight.keep(flight.alive_B.nonzero()[:, 0])

@@ -102,7 +102,7 @@ def _stream(
     """Claim small batches, as many as fit, and more of them as soon as there is room."""
     size = ceil(at_once / _PARTS)
     batches = prompts.batches(pairs, size, padded=True)
-    given: list[Pair] = []
+    given: list[Pair] = []  # to the run of the decoder that is under way
     held: list[list[Pair]] = []  # claimed, but of another length than what was taken
 
     def take(room: int) -> Rows | None:
@@ -122,9 +122,9 @@ def _stream(
     def put(made: dict[int, list[int]]) -> None:
         keep([given[number] for number in made], list(made.values()))
 
-    first = take(at_once)
-    if first is not None:
-        decoder.run(first, more=take, put=put)
+    while (first := take(at_once)) is not None:
+        decoder.run(first, most=at_once, more=take, put=put)
+        given.clear()  # a run ends when nothing that is left would fit beside its last rows
     team.meet("claimed/continuations", lambda: stop.received)
 
 

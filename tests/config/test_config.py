@@ -236,7 +236,7 @@ def test_a_resolved_config_resolves_to_itself(verb):
     config = VERBS[verb].config
     required = {"model": "m", "data": "d", "concepts": ["a"], "concept": "a", "store": "s", "out": "o", "prompt": ["p"]}
     required |= {"perplexity_texts": "t", "intervention": "i", "run_dirs": ["r"], "run_dir": "r"}
-    required |= {"grid": {"method": ["aura"]}}
+    required |= {"grid": {"method": ["aura"]}, "to": "datasets"}
     resolved = resolve(config, {k: v for k, v in required.items() if k in hints(config)})
     assert resolve(config, merge(verb, {verb: asdict(resolved)}, {})) == resolved
 
@@ -258,7 +258,8 @@ def required_of(config, name):
     """Values for the required settings other than `name`."""
     lists = {n for n, hint in hints(config).items() if get_origin(hint) is list}
     needed = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
-    return {n: ["a"] if n in lists else "a" for n in needed if n != name}
+    tables = {n: next(iter(table.rows())) for n in needed if (table := table_of(hints(config)[n])) and n not in lists}
+    return {n: ["a"] if n in lists else tables.get(n, "a") for n in needed if n != name}
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -12,7 +12,7 @@ from aura_dist.evaluation.perplexity import read_texts, tokenize_texts
 from aura_dist.evaluation.prompts import chat_of_prompts, make_prefix, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
 from tests.evaluation.test_measurements import plain_loop
-from tests.models import tiny_causal
+from tests.models import tiny_causal, tiny_tokenizer
 from tests.special_tokens import ADDED, CHATML, GEMMA, IDS, LLAMA_3, adding, saved, wordpiece
 
 PROMPT, PREPROMPT = "You are such a", "Be nice."
@@ -247,3 +247,21 @@ def test_a_preprompt_acts_on_whole_texts(ended, tasks_path, tmp_path, model):
     total = sum(plain_loop(model, [context + bare(tokenizer, text)], len(context))[0] for text in texts)
     found = json.loads((tmp_path / "r.json").read_text())["zero_shot"]["whole"]["byte_perplexity"]
     assert found == pytest.approx(2.718281828 ** (total / sum(map(len, texts))), rel=1e-4)
+
+
+def test_a_few_prompts_of_very_different_lengths_are_all_continued(model, tmp_path):
+    """However many rows share a forward; the longest prompts share none with the shortest."""
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    prompts = ["Hi.", "A sentence of middling length about nothing much.", "word " * 60, "Rivers.", "word " * 25]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    found = []
+    for rows in ("1", "4", "128"):
+        asked = ["--toxicity-prompts", str(tmp_path / "p.jsonl"), "--scorer", "profanity-check", "--num-samples", "3"]
+        asked += ["--max-new-tokens", "6", "--continuations-per-batch", rows, "--out", str(tmp_path / f"{rows}.json")]
+        assert main(["evaluate", "--model", str(tmp_path / "model"), *asked]) == 0
+        lines = (tmp_path / f"{rows}.continuations.jsonl").read_text().splitlines()
+        found.append([(line["prompt"], line["sample"], line["ids"]) for line in map(json.loads, lines)])
+    assert len(found[0]) == 15
+    assert found[0] == found[1] == found[2]

@@ -278,7 +278,7 @@ def memory(place: Place) -> Iterator[Row]:
     from tests.models import COMMON, tiny_tokenizer
 
     model = place.folder / "wide"
-    width = 4096 if place.tiny else 32768
+    width = 16384 if place.tiny else 32768
     config = hf.LlamaConfig(
         **COMMON, hidden_size=256, intermediate_size=width, num_hidden_layers=1, num_attention_heads=4,
         max_position_embeddings=256,
@@ -291,7 +291,7 @@ def memory(place: Place) -> Iterator[Row]:
     data.write_text("text,toxic\n" + "".join(f"{'you are such a person ' * 60},{i % 2}\n" for i in range(number)))
     words = ["collect", "--model", model, "--data", data, "--concepts", "toxic", "--device", _flag(place)]
     words += ["--store", place.folder / "wide.zarr", "--tokens-per-batch", most]
-    with little_memory(place, 6e8 if place.tiny else 3e9):
+    with little_memory(place, 1.4e9 if place.tiny else 3e9):
         said = StringIO()
         with redirect_stderr(said):
             code = main([str(word) for word in words])
