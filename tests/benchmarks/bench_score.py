@@ -18,11 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numba
 import numpy as np
 
 from aura_dist.config.verbs import ScoreConfig
-from aura_dist.scoring import auroc_kernels, run_kernels
 from aura_dist.scoring.columns import statistics_by_concept
 from aura_dist.scoring.statistics import STATISTICS
 from aura_dist.stages import score
@@ -67,48 +65,18 @@ def best_seconds(call, repeats: int = 3) -> float:
     return min(times)
 
 
-@numba.njit
-def gather_only(bits_NM, rows_K, columns_WK):
-    for first in range(0, bits_NM.shape[1] - columns_WK.shape[0] + 1, columns_WK.shape[0]):
-        auroc_kernels.gather(bits_NM, rows_K, first, columns_WK.shape[0], columns_WK)
-
-
-@numba.njit
-def gather_and_sort(bits_NM, rows_K, columns_WK, table, used, run_K, keys_R, rest_R, values_R, nan_R):
-    for first in range(0, bits_NM.shape[1] - columns_WK.shape[0] + 1, columns_WK.shape[0]):
-        auroc_kernels.gather(bits_NM, rows_K, first, columns_WK.shape[0], columns_WK)
-        for j in range(columns_WK.shape[0]):
-            auroc_kernels.to_keys(columns_WK[j], 0x7F800000)
-            runs = run_kernels.runs_by_counting(columns_WK[j], table, used, run_K, keys_R, rest_R)
-            run_kernels.values_of_runs(keys_R, runs, 0x7F800000, False, values_R, nan_R)
-
-
-def kernel_shares(store: Path) -> str:
-    """Transposing, sorting and merging (everything after the sort) of one column of chunks, on one thread."""
+def kernel_seconds(store: Path) -> str:
+    """Statistics of one column of chunks, on one thread."""
     group = open_group(str(store))
     array = get_array(group, "activations/layers.0.up/max")
-    width = array.chunks[1] // 64 * 64
-    values_NM = np.asarray(array[:, :width])
+    values_NM = np.asarray(array[:, : array.chunks[1]])
     labels_CN = np.ascontiguousarray(group["samples/label"][...].T)
-    bits_NM, rows_K = values_NM.view(np.uint32), np.arange(len(values_NM))
-    n = len(rows_K)
-    columns_WK = np.empty((64, n), np.uint32)
-    scratch = (np.zeros(1 << 16, np.uint32), np.zeros(1 << 10, np.bool_), np.empty(n, np.int32))
-    scratch += (np.empty(n + 1, np.uint32), np.empty(n + 1, np.int32), np.empty(n + 1), np.empty(n + 1, np.bool_))
-    everything = [name for name, statistic in STATISTICS.items() if statistic.of]
-    calls = {
-        "transposing": lambda: gather_only(bits_NM, rows_K, columns_WK),
-        "sorting": lambda: gather_and_sort(bits_NM, rows_K, columns_WK, *scratch),
-        "merging": lambda: statistics_by_concept(values_NM, labels_CN, everything),
-    }
-    for call in calls.values():
-        call()
-    seconds = {name: best_seconds(call, 15) for name, call in calls.items()}
-    alone = best_seconds(lambda: statistics_by_concept(values_NM, labels_CN, ["auroc"]), 15)
-    transposing, sorting = seconds["transposing"], seconds["sorting"] - seconds["transposing"]
-    us = {"transposing": transposing, "sorting": sorting, "merging": seconds["merging"] - seconds["sorting"]}
-    parts = ", ".join(f"{name} {s / width * 1e6:.1f} µs ({s / seconds['merging']:.0%})" for name, s in us.items())
-    return f"kernel, one thread, all statistics: {parts}; AUROC alone: {alone / width * 1e6:.1f} µs a neuron in all"
+    parts = []
+    for what, names in (("all statistics", [n for n, row in STATISTICS.items() if row.of]), ("AUROC", ["auroc"])):
+        statistics_by_concept(values_NM, labels_CN, names)
+        seconds = best_seconds(lambda names=names: statistics_by_concept(values_NM, labels_CN, names), 15)
+        parts.append(f"{what} {seconds / values_NM.shape[1] * 1e6:.1f} µs a neuron")
+    return f"kernel, one thread: {', '.join(parts)}"
 
 
 def limits(store: Path) -> list[str]:
@@ -150,7 +118,7 @@ def main() -> None:
     for what, found in runs.items():
         rates = ", ".join(f"{rate:,.0f}" for rate, _, _ in found)
         print(f"{what}: best {max(found)[0]:,.0f} neurons/s (runs: {rates})\n  {max(found)[1]}\n  {max(found)[2]}")
-    print(kernel_shares(store))
+    print(kernel_seconds(store))
     print("\n".join(limits(store)))
     if args.scratch is None:
         shutil.rmtree(scratch)
