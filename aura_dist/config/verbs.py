@@ -325,7 +325,7 @@ class ExportConfig(Settings):
 class ConvertConfig(Settings):
     """Write the responses of a store in a form that other tools read, or renew a store of an earlier version."""
 
-    store: Store = option("data", "a finished store that `collect` wrote")
+    store: Store = option("data", "store that `collect` wrote; finished, unless it is renewed as a store")
     to: Form = option("output", "the form to write")
     modules: list[Module] = option("sites", "modules, as for `collect --modules`", [], unset="all of the store")
     pooling: list[Pooling] = option("sites", "poolings", [], unset="all of the store", distinct=True)

@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from aura_dist.interventions.training import Training
 from aura_dist.models.load import input_device
 from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.pooling import POOLINGS, TokenMask
+from aura_dist.sites.routed import Routed
 from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.store.grid import make_batches
 from aura_dist.text.tokens import TokenizedTexts
@@ -190,7 +191,8 @@ def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask,
     def call(raw: object, alone: bool) -> Any:
         changed = raw if map_DD is None else tap.write(raw, tap.width, change)
         num_rows, num_tokens = tokens.counted_BT.shape
-        acts_BTD = tap.read(changed, tap.width, (num_rows, num_tokens))
+        passed = replace(raw, values_SI=changed) if isinstance(raw, Routed) and isinstance(changed, Tensor) else changed
+        acts_BTD = tap.read(passed, tap.width, (num_rows, num_tokens))
         pooled[tap.site] = POOLINGS["mean"].pool(tokens, acts_BTD).float()
         return None if map_DD is None else changed
 

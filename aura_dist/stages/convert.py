@@ -16,6 +16,7 @@ def run(config: ConvertConfig) -> None:
     StoreError
         The store lacks rows or is damaged; the target exists, or cannot be written.
     """
-    source = open_source(config.store, config.modules, config.pooling)
-    convert(source, FORMS[config.to], config.out)
+    form = FORMS[config.to]
+    source = open_source(config.store, config.modules, config.pooling, whole=form.whole)
+    convert(source, form, config.out)
     print(f"wrote {config.out}: {len(source.samples)} texts, {len(source.arrays)} arrays of responses")

@@ -33,6 +33,7 @@ from aura_dist.store.schema import (
     StoreSpec,
     activation_path,
     create_store,
+    tasks_of,
 )
 from aura_dist.store.shards import shard_writes
 from aura_dist.store.zarr_adapter import run_in_zarr
@@ -60,10 +61,11 @@ class Source:
         return [activation_path(site.name, pooling) for site in self.sites for pooling in self.poolings]
 
     def row_chunks(self) -> Iterator[slice]:
-        """The rows of each row chunk."""
-        size = get_array(self.group, self.arrays[0]).chunks[0]
-        for start in range(0, len(self.samples), size):
-            yield slice(start, min(start + size, len(self.samples)))
+        """The rows of each row chunk that is collected."""
+        size, left = get_array(self.group, self.arrays[0]).chunks[0], set(unfinished(self.group))
+        for task in tasks_of(self.samples.num_tokens, self.spec.tokens_per_batch):
+            for start in range(task.start, task.stop, size) if task.index not in left else ():
+                yield slice(start, min(start + size, task.stop))
 
     def read(self, name: str, rows: slice) -> NDArray[Any]:
         """[n, D] of some rows, which begin with a row chunk; StoreError if a chunk is missing or damaged."""
@@ -80,14 +82,14 @@ class Form:
     whole: bool = False
 
 
-def open_source(path: str, modules: Sequence[str], poolings: Sequence[str]) -> Source:
-    """The store at a path or URL, and what is chosen of it, by default all.
+def open_source(path: str, modules: Sequence[str], poolings: Sequence[str], *, whole: bool) -> Source:
+    """The store at a path or URL, and what is chosen of it, by default all; of a `whole` form, rows may be missing.
 
-    StoreError if there is no store or rows are missing; InputError if it has no such module or pooling.
+    StoreError if there is no store, or rows are missing; InputError if it has no such module or pooling.
     """
     group = open_group(path)
     spec = StoreSpec.of(group)
-    if missing := len(unfinished(group)):
+    if not whole and (missing := len(unfinished(group))):
         raise StoreError(f"--store {path!r}: {missing} tasks are missing; run the same `collect` to finish it")
     for pooling in poolings:
         if pooling not in spec.poolings:
@@ -133,7 +135,11 @@ def _to_datasets(source: Source, place: Path) -> None:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    samples = source.samples
+    samples, taken = source.samples, sorted({"row", "num_tokens"} & set(source.spec.concepts))
+    if taken:
+        raise InputError(
+            f"--to datasets: expected no concept of the name of a column, got {taken[0]!r}; take safetensors"
+        )
     (place / "data").mkdir()
     chunks = list(source.row_chunks())
     for number, rows in enumerate(chunks):
@@ -175,7 +181,10 @@ def _to_safetensors(source: Source, place: Path) -> None:
 
 
 def _to_store(source: Source, place: Path) -> None:
-    """The same responses in the present schema, a row chunk of an array at a time; scores are not taken along."""
+    """The same responses in the present schema, a row chunk of an array at a time; scores are not taken along.
+
+    An unfinished store stays one, which `collect` can finish.
+    """
     spec_fields = {*StoreSpec.__dataclass_fields__, "format", "schema_version", "created", "consolidated_metadata"}
     provenance = {name: value for name, value in source.group.attrs.items() if name not in spec_fields}
     place.rmdir()

@@ -28,9 +28,9 @@ def store(tiny_dir, sentences_csv, tmp_path_factory):
     return place
 
 
-def fit(store, out, *more, steps=STEPS):
+def fit(store, out, *more, steps=STEPS, rate=0.05):
     known = ["fit", "--store", str(store), "--concept", "toxic", "--out", str(out)]
-    few = ["--method", "lineas", "--steps", str(steps), "--texts-per-class", str(TEXTS), "--learning-rate", "0.05"]
+    few = ["--method", "lineas", "--steps", str(steps), "--texts-per-class", str(TEXTS), "--learning-rate", str(rate)]
     return main([*known, *few, *map(str, more)])
 
 
@@ -198,3 +198,28 @@ def test_bad_input_is_one_line(store, tmp_path, refused):
     refused([*known, "--method", "lineas", *many], "expected a finite loss, got .* give a smaller --learning-rate")
     (tmp_path / "out.training").write_text(json.dumps({}))
     refused([*known, "--method", "lineas", *many[:2]], "cannot be read .*; remove it to train from the beginning")
+
+
+def test_experts_learn_too(tiny_dir, sentences_csv, tmp_path, monkeypatch, capsys):
+    """A mixture's values come by expert; each step brings their means nearer to those without the concept."""
+    monkeypatch.setattr(lineas, "_LOG_EVERY", 1)
+    store = tmp_path / "s.zarr"
+    known = [
+        "--model",
+        str(tiny_dir("qwen3-moe")),
+        "--data",
+        sentences_csv,
+        "--concepts",
+        "toxic",
+        "--store",
+        str(store),
+    ]
+    numbers = ["--num-positive", "12", "--num-negative", "14", "--max-tokens", "24"]
+    assert main(["collect", *known, *numbers, "--modules", "experts"]) == 0
+    capsys.readouterr()
+    assert fit(store, tmp_path / "map", steps=4, rate=0.01) == 0
+    losses = [float(found) for found in re.findall(r"lineas: loss (\S+) after", capsys.readouterr().err)]
+    assert len(losses) == 4
+    assert losses == sorted(losses, reverse=True)
+    assert losses[3] < losses[0]
+    assert set(Intervention.load(tmp_path / "map").sites) == {f"model.layers.{i}.mlp.experts" for i in range(3)}

@@ -12,6 +12,7 @@ import aura_dist
 from aura_dist.cli import main
 from aura_dist.store import conversion
 from aura_dist.store.access import open_group, read_array
+from aura_dist.store.record import unfinished
 from aura_dist.store.schema import SCHEMA_VERSION
 from tests.stores import make_store
 
@@ -119,3 +120,23 @@ def test_nothing_is_left_of_a_store_that_cannot_be_read(tmp_path, capsys):
     assert main(["convert", "--store", str(unfinished), "--to", "datasets", "--out", str(tmp_path / "d")]) == 2
     assert "tasks are missing; run the same `collect` to finish it" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.zarr", "u.zarr"]
+
+
+def test_unfinished_store_is_renewed_as_one(tmp_path):
+    """What is collected is kept, and `collect` may finish the rest."""
+    old, new = make_store(tmp_path / "u.zarr", 400, [40], num_unfinished=2), tmp_path / "new.zarr"
+    assert main(["convert", "--store", str(old), "--to", "store", "--out", str(new)]) == 0
+    groups = [open_group(str(store)) for store in (old, new)]
+    left = [unfinished(group) for group in groups]
+    assert left[0] == left[1]
+    assert len(left[0]) == 2
+    found = [read_array(group, "activations/layers.0.up/max") for group in groups]
+    np.testing.assert_array_equal(*found)
+    assert np.isnan(found[1][-1]).all()
+
+
+def test_concept_with_the_name_of_a_column_is_refused(tmp_path, capsys):
+    store = make_store(tmp_path / "s.zarr", 150, [40], ["row"])
+    assert main(["convert", "--store", str(store), "--to", "datasets", "--out", str(tmp_path / "d")]) == 2
+    assert "expected no concept of the name of a column, got 'row'" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
