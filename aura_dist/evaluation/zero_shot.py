@@ -6,7 +6,9 @@ computes all figures; the replicas divide only the forwards.
 """
 
 import logging
-from collections.abc import Callable, Container, Sequence
+import os
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from aura_dist.text.chat import Chat
 from aura_dist.text.own_code import OwnCodeError, code_of_tasks
 
 Figures = dict[str, dict[str, float | int]]
+# resamples behind the standard error of a metric that has no formula for it; lm-eval's 100,000 take hours for an F1
+_NUM_RESAMPLES = 1_000
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
 # what a task may ask of a model
 _REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -74,6 +78,8 @@ class ZeroShot:
     ) -> Figures:
         """Task → metric → figure, as lm-eval computes them; InputError if a task fails or its data cannot be loaded.
 
+        A standard error that needs resampling, such as an F1's, comes from 1,000 resamples, so it is known to 2 %.
+
         `harness` is what `Engine.harness` returns. All ranks of `team` must call this. `num_fewshot` is the number of
         examples in the context (None: the task's own), `limit` the examples of a task, `preprompt` a text before each
         context. With `chat`, lm-eval puts each context into the tokenizer's chat template, and the system's turn is the
@@ -85,16 +91,18 @@ class ZeroShot:
             for kind in _REQUESTS:
                 setattr(harness, kind, _shared(getattr(harness, kind), team, kind))
         try:
-            found = simple_evaluate(
-                harness,
-                tasks=self.names,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                system_instruction=preprompt if chat is None else chat.system,
-                apply_chat_template=chat is not None,
-                task_manager=self._manager,
-                log_samples=False,
-            )
+            with _one_process():
+                found = simple_evaluate(
+                    harness,
+                    tasks=self.names,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    system_instruction=preprompt if chat is None else chat.system,
+                    apply_chat_template=chat is not None,
+                    task_manager=self._manager,
+                    log_samples=False,
+                    bootstrap_iters=_NUM_RESAMPLES,
+                )
         except (AuraError, DistError):  # another rank failed
             raise
         except Exception as error:  # tasks run code of their own
@@ -105,6 +113,19 @@ class ZeroShot:
                 ) from error
             raise InputError(f"--tasks {' '.join(self.names)}: lm-eval failed: {brief(error)}") from error
         return {} if found is None else _figures(found)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """lm-eval starts no processes here: it would fork this one, and a fork of a process with threads may never end."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["DISABLE_MULTIPROC"]
+        if before is not None:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 def _known_metrics() -> Container[str]:

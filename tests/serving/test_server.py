@@ -308,8 +308,10 @@ def test_a_server_without_likelihoods_or_with_a_key(server, directory, files, re
     assert main([str(a) for a in (*command, "--server-model", "other")]) == 0
 
 
-def test_tasks_have_the_figures_of_this_process(server, directory, files):
+def test_tasks_have_the_figures_of_this_process(server, directory, files, monkeypatch):
     pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
+    # lm-eval's bootstrap would fork this process, and a fork of a process with threads may never end
+    monkeypatch.setattr("multiprocessing.Pool", lambda *_, **__: pytest.fail("lm-eval starts processes"))
     rows = [{"question": f"{a} and {b} make", "choices": [str(a + b), "none"]} for a in range(3) for b in range(2)]
     (files / "tasks").mkdir()
     (files / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
