@@ -48,6 +48,16 @@ def write_rest(table: Table, taken: set[str], path: str) -> None:
         writer.writerows(pair for pair in pairs if pair[0] not in taken)
 
 
+def openings(comments: list[str], words: int, beside: str | None, out: Path) -> None:
+    """Write the first words of the comments as prompts, and those of the file `beside` after them."""
+    first = [" ".join(text.split()[:words]) for text in comments]
+    lines = [json.dumps({"prompt": {"text": text, "toxicity": 1.0}}) for text in first]
+    if beside:
+        # not splitlines: JSON may hold other line breaks within a text
+        lines += [line for line in Path(beside).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("comments", "out"):
@@ -70,12 +80,7 @@ def main() -> None:
     comments = held_out(table, seen, args.number, args.words)
     if args.rest:
         write_rest(table, set(comments), args.rest)
-    openings = [" ".join(text.split()[: args.words]) for text in comments]
-    lines = [json.dumps({"prompt": {"text": text, "toxicity": 1.0}}) for text in openings]
-    if args.beside:
-        # not splitlines: JSON may hold other line breaks within a text
-        lines += [line for line in Path(args.beside).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    openings(comments, args.words, args.beside, Path(args.out))
 
 
 if __name__ == "__main__":

@@ -252,6 +252,10 @@ class EvaluateConfig(ModelOptions, DecodingOptions, ServerOptions):
         "toxicity", "classifier of toxic texts, or a packaged one: profanity-check, tox-block",
         "s-nlp/roberta_toxicity_classifier",
     )  # fmt: skip
+    more_scorers: list[Annotated[str, Meta(title="PATH|NAME|profanity-check|tox-block")]] = option(
+        "toxicity", "further classifiers that judge the same continuations", [], distinct=True,
+        needs="toxicity_prompts",
+    )  # fmt: skip
     toxic_label: str | None = option(
         "toxicity", "the scorer's label that means toxic", None, unset="the one called toxic", needs="toxicity_prompts"
     )
@@ -284,6 +288,8 @@ class EvaluateConfig(ModelOptions, DecodingOptions, ServerOptions):
                 "--chat: expected it with --toxicity-prompts or --tasks, got --perplexity-texts alone, which are "
                 "measured as plain texts; leave it out"
             )
+        if self.scorer in self.more_scorers:
+            raise ConfigError(f"--more-scorers: expected classifiers beside --scorer, got {self.scorer!r} in both")
         super().__post_init__()
         if self.toxicity_prompts:
             resolve_name("aura_dist.models.strategies.table:check_generates")(self)

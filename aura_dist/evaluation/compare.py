@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import AuraError, InputError
 from aura_dist.evaluation.figures import ByPrompt, Estimates, ratios
-from aura_dist.evaluation.results import read_results
+from aura_dist.evaluation.results import by_judge, judges, read_results
 from aura_dist.models.fingerprints import is_earlier
 
 logger = logging.getLogger(__name__)
@@ -196,8 +196,14 @@ def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
     for column, (group, metric, factor, digits) in _TOXICITY.items():
         if toxicity.get(group):
             cells[column] = _interval(_at(toxicity, group, metric), factor, digits)
+    first = next(iter(everyone.values()))
     if cells:
-        cells[_RATIO] = _interval(_ratio(results, next(iter(everyone.values()))), 1, 2)
+        cells[_RATIO] = _interval(None if results is first else _ratio(results, first), 1, 2)
+    for judge in judges(results):
+        own = by_judge(results, judge)
+        ratio = None if results is first else _ratio(own, by_judge(first, judge))
+        cells[f"{_FIRST} ({judge})"] = _interval(_at(own, "toxicity", "overall", "probability"), 100, 1)
+        cells[f"{_RATIO} ({judge})"] = _interval(ratio, 1, 2)
     for column, path in _PERPLEXITY.items():
         found = _at(results.get("perplexity"), *path) or {}
         names = {"value": "token_weighted", "low": "token_weighted_low", "high": "token_weighted_high"}
@@ -218,7 +224,7 @@ def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
 
 
 def _ratio(results: Results, first: Results) -> Mapping[str, float | None] | None:
-    if results is first or "per_prompt" not in (results.get("toxicity") or {}):
+    if "per_prompt" not in (results.get("toxicity") or {}):
         return None
     try:
         check_same_prompts(first, results, "")

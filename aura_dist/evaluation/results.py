@@ -27,6 +27,8 @@
                      overall: GROUP, toxic_prompts: GROUP or null, nontoxic_prompts: GROUP or null,
                      per_prompt: {toxic_share: [P], maximum: [P]},
                      form: {num_tokens: ESTIMATE, repetition: ESTIMATE} of a continuation,
+                     judges: absent without --more-scorers: scorer → {agreement: share of continuations that both
+                     call toxic or both do not, overall, toxic_prompts, nontoxic_prompts, per_prompt},
                      baseline: null, or {results: path, name, overall: RATIOS, toxic_prompts, nontoxic_prompts}}
     zero_shot        absent where not measured: task → {metric: number, …, num_fewshot, num_examples}; metrics by
                      lm-eval's names without `,none`, standard errors as METRIC_stderr
@@ -42,7 +44,7 @@
 
 A number that is not finite is null. The continuations' file holds one JSON object a line, in the order of prompts
 and samples: {settings, prompt: index in the file, sample, text, num_tokens, ids: token ids, prompt_text,
-prompt_toxicity: number or null, toxicity: probability}.
+prompt_toxicity: number or null, toxicity: probability, judges: {scorer: probability} under --more-scorers}.
 """
 
 import json
@@ -73,6 +75,18 @@ def read_results(path: str) -> dict[str, Any]:
             f"results {path!r}: expected schema {SCHEMA} as `evaluate` writes it, got {found}; run evaluate again"
         )
     return document
+
+
+def judges(results: Mapping[str, Any]) -> list[str]:
+    """Names of the further scorers that judged the continuations."""
+    return list((results.get("toxicity") or {}).get("judges") or {})
+
+
+def by_judge(results: Mapping[str, Any], scorer: str) -> dict[str, Any]:
+    """The same results with the figures of a further scorer in place of the first one's; without that, no toxicity."""
+    section = results.get("toxicity") or {}
+    own = (section.get("judges") or {}).get(scorer)
+    return {**results, "toxicity": {**section, **own, "scorer": scorer, "judges": {}, "baseline": None} if own else {}}
 
 
 def write_results(out: str, results: dict[str, Any]) -> None:

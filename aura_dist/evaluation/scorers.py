@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from aura_dist.errors import AuraError, ConfigError, MissingPackageError, ModelError, StoreError, brief
-from aura_dist.evaluation.figures import ByPrompt, by_prompt, estimates, form, groups
+from aura_dist.evaluation.figures import THRESHOLD, ByPrompt, by_prompt, estimates, form, groups
 from aura_dist.evaluation.journal import Journal, Record, sampling_settings
 from aura_dist.evaluation.prompts import Pair, PromptFile
 from aura_dist.evaluation.sampling import Decoding
@@ -181,9 +181,12 @@ def head(prompts: PromptFile, scorer: str, how: Decoding, *, chat: bool) -> dict
 
 
 def score(
-    prompts: PromptFile, journal: Journal, scorer: Scorer, how: Decoding, *, chat: bool = False
+    prompts: PromptFile, journal: Journal, scorers: Sequence[Scorer], how: Decoding, *, chat: bool = False
 ) -> dict[str, Any]:
-    """Score the continuations, file them with their scores, and measure; StoreError if some are missing."""
+    """Score the continuations, file them with their scores, and measure; StoreError if some are missing.
+
+    The figures are those of the first scorer; the others' are in the entry `judges`.
+    """
     journal.fold()
     shape = (len(prompts.texts), how.num_samples)
     kept = {pair: record for pair, record in journal.read().items() if pair[1] < how.num_samples}
@@ -192,16 +195,33 @@ def score(
             f"{str(journal.path)!r}: expected {math.prod(shape)} continuations, got {len(kept)}; "
             "run the same command again"
         )
-    scores = checked_scores(scorer, [record["text"] for record in kept.values()])
-    journal.replace(_scored(prompts, list(kept.items()), scores))
-    measured = by_prompt(scores.reshape(shape))
+    texts = [record["text"] for record in kept.values()]
+    scores, *others = (checked_scores(scorer, texts) for scorer in scorers)
+    names = [scorer.name for scorer in scorers[1:]]
+    journal.replace(_scored(prompts, list(kept.items()), scores, dict(zip(names, others, strict=True))))
+    judges = {
+        name: {
+            "agreement": float(np.mean((own >= THRESHOLD) == (scores >= THRESHOLD))),
+            **_judged(prompts, own.reshape(shape)),
+        }
+        for name, own in zip(names, others, strict=True)
+    }
     return {
-        **head(prompts, scorer.name, how, chat=chat),
+        **head(prompts, scorers[0].name, how, chat=chat),
         "continuations": journal.path.name,
+        **_judged(prompts, scores.reshape(shape)),
+        **_form(list(kept.values()), how.num_samples),
+        **({"judges": judges} if judges else {}),
+        "baseline": None,
+    }
+
+
+def _judged(prompts: PromptFile, scores_PN: NDArray[np.float64]) -> dict[str, Any]:
+    """The figures of one scorer, by group and by prompt."""
+    measured = by_prompt(scores_PN)
+    return {
         **{name: _group(measured.take(rows)) for name, rows in groups(prompts.toxicity).items()},
         "per_prompt": {"toxic_share": measured.toxic_share.tolist(), "maximum": measured.maximum.tolist()},
-        **_form(list(kept.values()), how.num_samples),
-        "baseline": None,
     }
 
 
@@ -218,9 +238,16 @@ def _group(measured: ByPrompt) -> dict[str, Any] | None:
     return {"num_prompts": number, **estimates(measured)} if number else None
 
 
-def _scored(prompts: PromptFile, kept: Sequence[tuple[Pair, Record]], scores: NDArray[np.float64]) -> list[Record]:
+def _scored(
+    prompts: PromptFile,
+    kept: Sequence[tuple[Pair, Record]],
+    scores: NDArray[np.float64],
+    others: dict[str, NDArray[np.float64]],
+) -> list[Record]:
     own = [None if math.isnan(t) else float(t) for t in prompts.toxicity]
-    return [
-        {**record, "prompt_text": prompts.texts[p], "prompt_toxicity": own[p], "toxicity": float(score)}
-        for ((p, _), record), score in zip(kept, scores, strict=True)
-    ]
+    found = []
+    for i, ((p, _), record) in enumerate(kept):
+        judged = {"judges": {name: float(of_it[i]) for name, of_it in others.items()}} if others else {}
+        about = {"prompt_text": prompts.texts[p], "prompt_toxicity": own[p], "toxicity": float(scores[i])}
+        found.append({**{k: v for k, v in record.items() if k != "judges"}, **about, **judged})
+    return found

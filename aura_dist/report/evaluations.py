@@ -12,6 +12,7 @@ import numpy as np
 
 from aura_dist.errors import InputError, brief
 from aura_dist.evaluation.figures import ByPrompt
+from aura_dist.evaluation.results import by_judge, judges
 from aura_dist.interventions.artifact import method_of
 
 # a JSON document with one of these keys is a results file; an earlier version wrote only some of the second row
@@ -129,6 +130,10 @@ class Evaluation:
         """One of `MEASURES` over `overall`, `toxic_prompts` or `nontoxic_prompts`, in [0, 1]."""
         return estimate(_mapping(self.toxicity.get(group)).get(measure))
 
+    def by_judge(self, scorer: str) -> "Evaluation":
+        """The same with the toxicity that a further scorer found; without that, no toxicity."""
+        return replace(self, document=by_judge(self.document, scorer))
+
     @property
     def reduction(self) -> Estimate | None:
         """Share of toxic continuations of `--baseline` ÷ share of this evaluation."""
@@ -167,6 +172,11 @@ def read_evaluation(run: str, path: Path) -> Evaluation:
             "move the file away"
         )
     return Evaluation(run, path.stem, path, path.stem, document)
+
+
+def judges_of(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Names of the further scorers, in their order of first mention."""
+    return list(dict.fromkeys(name for e in evaluations for name in judges(e.document)))
 
 
 def by_prompt(one: Evaluation) -> ByPrompt | None:

@@ -8,7 +8,7 @@ from typing import Any
 from aura_dist.interventions.artifact import method_of
 from aura_dist.ranks.progress import clock
 from aura_dist.report.comparison import plain_of, reduction
-from aura_dist.report.evaluations import MEASURES, Estimate, Evaluation, is_number, modules_in_short
+from aura_dist.report.evaluations import MEASURES, Estimate, Evaluation, is_number, judges_of, modules_in_short
 from aura_dist.report.rundir import Fitted
 from aura_dist.report.scores import Neuron, StoreSummary
 
@@ -153,12 +153,22 @@ def results_table(evaluations: Sequence[Evaluation]) -> Table:
     columns: list[tuple[str, list[str]]] = [
         toxic,
         ("times fewer toxic", [_interval(reduction(e, plain), 1.0, 2) for e in evaluations]),
+        *(column for judge in judges_of(evaluations) for column in _judged(evaluations, judge)),
         ("perplexity", [_interval(e.perplexity, 1.0, 2) for e in evaluations]),
         ("change", [_change(e.perplexity, first) for e in evaluations]),
         *more,
         *_applied(evaluations),
     ]
     return _columned(columns, evaluations)
+
+
+def _judged(evaluations: Sequence[Evaluation], judge: str) -> list[tuple[str, list[str]]]:
+    """The first two columns as a further scorer sees them."""
+    seen = [e.by_judge(judge) for e in evaluations]
+    plain = plain_of(seen)
+    (name, toxic), *_ = _toxicity(seen, "overall", "")
+    fewer = [_interval(reduction(e, plain), 1.0, 2) for e in seen]
+    return [(f"{name} by {judge}", toxic), (f"times fewer by {judge}", fewer)]
 
 
 def _applied(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:

@@ -73,14 +73,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everything that is read before the weights; the scorer on rank 0 alone, which uses it."""
+    """Everything that is read before the weights; the scorers on rank 0 alone, which uses them."""
 
     preprompt: str | None
     prompts: PromptFile | None
     texts: TextFile | None
     tasks: ZeroShot | None
     baseline: dict[str, Any] | None
-    scorer: Scorer | None
+    scorers: tuple[Scorer, ...]
 
 
 def _read_inputs(config: EvaluateConfig, how: Decoding, team: Team) -> _Inputs:
@@ -90,15 +90,16 @@ def _read_inputs(config: EvaluateConfig, how: Decoding, team: Team) -> _Inputs:
     check_writable(config.out)
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
     texts, prompts = team.once_a_host("data", lambda: _read_data(config))
-    baseline = scorer = None
+    baseline, scorers = None, []
     if prompts is not None and config.baseline is not None:
         baseline = read_results(config.baseline)
         check_same_prompts(baseline, {"toxicity": head(prompts, config.scorer, how, chat=config.chat)}, config.baseline)
     trusted = config.trust_remote_code
     tasks = ZeroShot(config.tasks, config.tasks_path, trust_code=trusted) if config.tasks else None
     if prompts is not None and team.world.is_first:
-        scorer = load_scorer(config.scorer, config.toxic_label, team.world.device, trust_code=trusted)
-    return _Inputs(preprompt, prompts, texts, tasks, baseline, scorer)
+        labels = {config.scorer: config.toxic_label, **dict.fromkeys(config.more_scorers)}
+        scorers = [load_scorer(n, label, team.world.device, trust_code=trusted) for n, label in labels.items()]
+    return _Inputs(preprompt, prompts, texts, tasks, baseline, tuple(scorers))
 
 
 def _read_data(config: EvaluateConfig) -> tuple[TextFile | None, PromptFile | None]:
@@ -233,9 +234,8 @@ class _Evaluation:
         self, inputs: _Inputs, prompts: PromptFile, journal: Journal, results: dict[str, Any]
     ) -> dict[str, Any]:
         """Score and measure the continuations, and compare them with the baseline's."""
-        assert inputs.scorer is not None
         with self._timed("scoring"):
-            section = score(prompts, journal, inputs.scorer, self.how, chat=self.config.chat)
+            section = score(prompts, journal, inputs.scorers, self.how, chat=self.config.chat)
         if inputs.baseline is not None and self.config.baseline is not None:
             everything = {**results, "toxicity": section}
             own = groups(prompts.toxicity)

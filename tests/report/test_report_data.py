@@ -1,6 +1,7 @@
 """What the report shows, as numbers: against plain computations over everything at once."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,6 +219,24 @@ def test_headline_is_the_best_that_costs_little(evaluations):
     dear = [e for e in compared if e.name in ("plain", "act")]
     assert "no evaluation lowers the 20.0%" in str(headline(labelled(dear)))
     assert headline(dear[:1]) is None
+
+
+def test_further_scorers_have_columns_of_their_own(evaluations):
+    def judged(one, share):
+        prompts = {"toxic_share": [share, share], "maximum": [share, share]}
+        found = {"overall": {"probability": {"value": share, "low": 0.0, "high": 1.0}}, "per_prompt": prompts}
+        toxicity = {**one.toxicity, "judges": {"strict": found}}
+        return replace(one, document={**one.document, "toxicity": toxicity})
+
+    shares = {"plain": 0.5, "aura": 0.25}
+    chosen = [judged(e, shares[e.name]) if e.name in shares else e for e in evaluations]
+    table = results_table(labelled(chosen))
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert rows["aura"]["toxic (%) by strict"] == "25.0 [0.0, 100.0]"
+    assert rows["aura"]["times fewer by strict"] == "2.00 [2.00, 2.00]"
+    assert rows["plain"]["times fewer by strict"] == "–"
+    assert rows["act"]["toxic (%) by strict"] == "–"
+    assert rows["aura"]["toxic (%)"] != rows["aura"]["toxic (%) by strict"]
 
 
 def test_results_stand_in_their_columns(evaluations):
