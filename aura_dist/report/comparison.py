@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ class Point:
     """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1].
 
     `modules` names the modules that its intervention acts on; empty without one, or where they are the same for all.
+    `ringed`: its intervention was measured on other prompts or texts too, and not every one of its group was, as where
+    points are chosen on some prompts and reported on others.
     """
 
     one: Evaluation
     modules: str
     x: Estimate
     y: Estimate
+    ringed: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,11 @@ def comparisons(evaluations: Sequence[Evaluation]) -> list[Comparison]:
     for one in evaluations:
         if one.toxicity or one.perplexity:
             sets.setdefault((fingerprint(one), drawn(one), _read(one)), []).append(one)
+    measured = Counter(use for group in sets.values() for use in {_use(e) for e in group if e.is_fitted})
     found = []
     for group in sets.values():
         ordered = sorted(group, key=lambda e: (e.is_fitted, e.preprompt is not None))
-        points = _points(ordered)
+        points = _ringed(_points(ordered), {use for use, times in measured.items() if times > 1})
         far = OUTSIDE * min((p.x.value for p in points), default=0.0)
         near = [p for p in points if p.x.value <= far]
         shown = near if len(near) > len(points) / 2 else points
@@ -77,6 +82,20 @@ def _points(evaluations: Sequence[Evaluation]) -> list[Point]:
         for e in evaluations
         if (x := e.perplexity) is not None and (y := e.toxic("overall", "probability")) is not None
     ]
+
+
+def _use(one: Evaluation) -> tuple[str, ...]:
+    """Which intervention acts on which model, how strongly."""
+    made = one.document.get("intervention")
+    digest = made.get("digest") if isinstance(made, Mapping) else None
+    return fingerprint(one), str(digest or one.label), str(one.strength), str(one.preprompt)
+
+
+def _ringed(points: Sequence[Point], elsewhere: Set[tuple[str, ...]]) -> list[Point]:
+    rings = [p.one.is_fitted and _use(p.one) in elsewhere for p in points]
+    if all(ring or not p.one.is_fitted for ring, p in zip(rings, points, strict=True)):
+        return list(points)
+    return [replace(p, ringed=ring) for p, ring in zip(points, rings, strict=True)]
 
 
 def short_name(model: str) -> str:

@@ -219,7 +219,10 @@ def _line(group: Sequence[Point], by: Sequence[float | None], form: str, more: s
 
 
 def tradeoff(comparison: Comparison, name: str) -> Picture | None:
-    """Toxicity against perplexity: methods by colour, modules by stroke, pre-prompts hollow; a marker for each line."""
+    """Toxicity against perplexity: methods by colour, modules by stroke, pre-prompts hollow; a marker for each line.
+
+    Rings as `Point.ringed` says.
+    """
     points = comparison.points
     if not points:
         return None
@@ -232,6 +235,11 @@ def tradeoff(comparison: Comparison, name: str) -> Picture | None:
         for p in (p for p in points if p.one.is_plain):
             ax.axvline(p.x.value, color=FAINT, linewidth=0.8, zorder=0.5)
             ax.axhline(100 * p.y.value, color=FAINT, linewidth=0.8, zorder=0.5)
+        rings = [p for p in points if p.ringed]
+        ax.plot(
+            [p.x.value for p in rings], [100 * p.y.value for p in rings],
+            linestyle="none", marker="o", markersize=15, markerfacecolor="none", markeredgecolor=INK,
+        )  # fmt: skip
         _set_axes(ax, [p.x.value for p in points])
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
         figure.draw_without_rendering()
@@ -257,6 +265,8 @@ def caption(comparison: Comparison) -> str:
         "Lines join numbers of neurons (k) of one method." * by_number,
         "A hollow marker is an evaluation with a pre-prompt."
         * any(p.one.preprompt is not None for p in comparison.points),
+        "A ring marks an intervention that was measured on other prompts or texts too."
+        * any(p.ringed for p in comparison.points),
         "Grey lines mark the model without intervention." * any(p.one.is_plain for p in comparison.points),
     ]
     far = ", ".join(f"{p.one.label} (perplexity {p.x.value:,.0f}, {p.y.value:.1%} toxic)" for p in comparison.outside)

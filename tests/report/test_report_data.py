@@ -211,6 +211,26 @@ def test_evaluations_of_tasks_alone_are_not_compared(evaluated):
     assert zero_shot_table([tasks]).rows
 
 
+def test_what_was_measured_elsewhere_too_has_a_ring(evaluated):
+    """As where points are chosen on some prompts and reported on others."""
+    acts = [{"digest": digest, "method": "aura", "strength": 1.0} for digest in ("one", "two")]
+    others = {"prompts_sha256": "others"}
+
+    def made(name, act, **sections):
+        one = evaluated(name, **sections)
+        return replace(one, document={**one.document, "intervention": act})
+
+    choosing = [made("plain", None), made("a", acts[0]), made("b", acts[1])]
+    reported = [made("plain-2", None, toxicity=others), made("a-2", acts[0], toxicity=others)]
+    first, second = comparisons([*choosing, *reported])
+    assert {p.one.name: p.ringed for p in first.points} == {"plain": False, "a": True, "b": False}
+    assert not any(p.ringed for p in second.points), "all of them are chosen"
+    assert "A ring marks" in caption(first)
+    assert "A ring marks" not in caption(second)
+    stronger = replace(reported[1], document={**reported[1].document, "intervention": {**acts[0], "strength": 0.5}})
+    assert not any(p.ringed for c in comparisons([*choosing, stronger]) for p in c.points)
+
+
 def test_headline_is_the_best_that_costs_little(evaluations):
     compared = comparisons(labelled(evaluations))[0].evaluations
     text = headline(labelled(compared))
