@@ -63,7 +63,8 @@ def choose(args: argparse.Namespace) -> None:
     more, the one that adds least.
     """
     with args.table.open(newline="", encoding="utf-8") as file:
-        cells = [read_results(row["output"]) for row in csv.DictReader(file) if row["state"] == "done"]
+        done = [row["output"] for row in csv.DictReader(file) if row["state"] == "done"]
+    cells = [read_results(str(args.table.parent / path)) for path in done]
     plain = next((c for c in cells if c["intervention"] is None), None)
     if plain is None:
         raise InputError(f"{str(args.table)!r}: expected a finished cell of `method: none`, got none")

@@ -46,4 +46,4 @@ while IFS=$'\t' read -r name intervention strength; do
     found+=("results/$name.json")
 done <chosen.tsv
 python -m aura_dist.evaluation.compare "${found[@]}" | tee front.md
-aura-dist report . --out report.html
+aura-dist report . sweep --out report.html

@@ -26,6 +26,9 @@ from aura_dist.text.tokens import Batch, TokenizedTexts
 
 logger = logging.getLogger(__name__)
 
+# where the texts have more tokens, some of the texts are read: of so many, the share of 1 % is known to ± 0.07 %
+ENOUGH_TOKENS = 20_000
+
 
 def token_thresholds(
     stores: Sequence[tuple[zarr.Group, StoreSpec, NDArray[np.int64]]],
@@ -36,8 +39,8 @@ def token_thresholds(
 ) -> dict[str, float]:
     """Site → the least logit of its gate that at most `share` of the single tokens exceed, under `earlier`.
 
-    `stores` are those of the texts, with the rows that count, all of one model. Tokens that pooling leaves out do not
-    count. Only the largest logits are kept, so memory does not grow with the texts by more than `share` of their
+    `stores` are those of the texts, with the rows that count, all of one model. Of texts with many times
+    `ENOUGH_TOKENS`, every second or third and so on is read. Tokens that pooling leaves out do not count. Only the largest logits are kept, so memory does not grow with the texts by more than `share` of their
     tokens. Errors are those of `as_collected` and `stored_tokens`.
     """
     (group, spec, _), *_ = stores
@@ -46,6 +49,9 @@ def token_thresholds(
             (stored_tokens(group, spec, read_array(group, "samples/row"), loaded.tokenizer).take(rows), spec)
             for group, spec, rows in stores
         ]
+        step = max(1, sum(int(tokens.num_tokens.sum()) for tokens, _ in texts) // ENOUGH_TOKENS)
+        # rows of a store are in the order of their lengths, so all lengths stay
+        texts = [(tokens.take(np.arange(0, len(tokens.ids), step)), spec) for tokens, spec in texts]
         num_tokens = sum(int(batch.pool_mask.sum()) for batch in _batches(texts))
         kept = int(share * num_tokens) + 1
         listener = _Largest(kept)

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_intervene.py --model MODEL_DIR [--rows 2] [--tokens 128] [--repeats 11]
 
-AurA-like scales on the MLP linears, then scales and shifts as Linear-AcT gives them on the norms. The variants take
-turns within a repeat, so that a slow moment of the machine meets them all.
+AurA-like scales on the MLP linears, then scales and shifts as Linear-AcT gives them on the norms, and the same with a
+gate of tokens. The variants take turns within a repeat, so that a slow moment of the machine meets them all.
 """
 
 import argparse
@@ -20,10 +20,14 @@ from transformers import AutoModelForCausalLM
 import aura_dist
 from aura_dist.config.verbs import ExportConfig
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.gates import Gate
 from aura_dist.models.load import DTYPES
 from aura_dist.ranks.process import keep_freed_memory
 from aura_dist.sites.find import find_sites
 from aura_dist.stages import export
+
+UNGATED = "hooks, norm scales and shifts"
+GATED = f"{UNGATED}, gate of tokens"
 
 
 @torch.no_grad()
@@ -48,6 +52,10 @@ def main() -> None:
     mlp = {s: rng.uniform(0.4, 1, w).astype(np.float32) for s, (w, kind) in widths.items() if kind == "mlp"}
     norms = {s: rng.normal(1, 0.1, w).astype(np.float32) for s, (w, kind) in widths.items() if kind == "norm"}
     shifts = {s: rng.normal(0, 0.01, len(v)).astype(np.float32) for s, v in norms.items()}
+    gates = {
+        s: Gate("tokens", {"weight": rng.normal(0, 0.1, len(v)).astype(np.float32), "bias": np.zeros(1, np.float32)})
+        for s, v in norms.items()
+    }
     with tempfile.TemporaryDirectory() as scratch:
         Intervention(mlp).save(Path(scratch) / "mlp")
         out = Path(scratch) / "out"
@@ -57,7 +65,8 @@ def main() -> None:
         variants = {
             "plain": (model, None),
             "hooks, mlp scales": (model, Intervention(mlp)),
-            "hooks, norm scales and shifts": (model, Intervention(norms, shifts)),
+            UNGATED: (model, Intervention(norms, shifts)),
+            GATED: (model, Intervention(norms, shifts, gate=gates)),
             "exported, mlp scales": (folded, None),
         }
         seen: dict[str, list[float]] = {name: [] for name in variants}
@@ -68,7 +77,9 @@ def main() -> None:
     print(f"{args.dtype}, {args.rows} texts of {args.tokens} tokens, {torch.get_num_threads()} threads")
     for name, times in seen.items():
         ratios = [t / p for t, p in zip(times[1:], seen["plain"][1:], strict=True)]
-        print(f"{name:30} median {statistics.median(times[1:]):.3f} s, {statistics.median(ratios):.3f}x plain")
+        print(f"{name:45} median {statistics.median(times[1:]):.3f} s, {statistics.median(ratios):.3f}x plain")
+    ratios = [gated / ungated for gated, ungated in zip(seen[GATED][1:], seen[UNGATED][1:], strict=True)]
+    print(f"gated against ungated hooks: {statistics.median(ratios):.3f}x")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from aura_dist.cli import main
 
-OPENINGS = Path(__file__).parents[2] / "configs" / "held_out_openings.py"
+CONFIGS = Path(__file__).parents[2] / "configs"
+OPENINGS = CONFIGS / "held_out_openings.py"
+FRONT = CONFIGS / "front.py"
 COMMENTS = [(f"this is comment number {i} and it is long enough to be cut", i % 2) for i in range(40)]
 
 
@@ -80,3 +83,124 @@ def test_no_opening_is_one_line(collected):
     assert done.stderr.startswith("error: ")
     assert "expected toxic comments of at least 50 words" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def front(*words):
+    command = [sys.executable, str(FRONT), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def neutral(tmp_path_factory):
+    path = tmp_path_factory.mktemp("neutral") / "neutral.csv"
+    path.write_text("\n".join(["text", *(f"A river of number {i} is long and quiet." for i in range(60))]) + "\n")
+    return path
+
+
+def texts_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+def test_no_text_of_a_front_is_in_two_parts(collected, neutral, tmp_path):
+    sizes = ["--choosing", 5, "--reported", 8, "--words", 5]
+    done = front("parts", collected / "comments.csv", neutral, tmp_path, *sizes)
+    assert done.returncode == 0, done.stderr
+    prompts = {
+        name: [json.loads(line)["prompt"]["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("choose", "report")
+    }
+    assert [len(prompts[name]) for name in ("choose", "report")] == [5, 8]
+    fitted = {" ".join(text.split()[:5]) for text in texts_of(tmp_path / "fit.csv")}
+    assert not set(prompts["choose"]) & set(prompts["report"])
+    assert not fitted & {*prompts["choose"], *prompts["report"]}
+    control, chosen = texts_of(tmp_path / "control.csv"), texts_of(tmp_path / "choose.csv")
+    assert (len(control), len(chosen)) == (45, 15)
+    assert {*control, *chosen} == set(texts_of(neutral))
+    few = front("parts", collected / "comments.csv", neutral, tmp_path / "x", "--reported", 100)
+    assert few.stderr.startswith("error: ")
+    assert "expected 160 toxic comments of 10 words or more" in few.stderr
+
+
+def test_chosen_is_the_least_toxic_cell_that_costs_little(tmp_path):
+    rows = [["state", "output"]]
+    cells = [
+        # method, gate, strength, perplexity, toxic
+        (None, None, None, 20.0, 0.2), ("aura", None, 1.0, 20.6, 0.01), ("aura", None, 0.5, 20.4, 0.1),
+        ("aura", None, 0.2, 20.1, 0.15), ("aura", "tokens", 2.0, 20.5, 0.02), ("mean-act", None, 1.0, 30.0, 0.0),
+        ("mean-act", None, 0.5, 25.0, 0.05),
+    ]  # fmt: skip
+    for i, (method, gate, strength, perplexity, toxic) in enumerate(cells):
+        made = method and {
+            "method": method,
+            "gate": gate and {"kind": gate},
+            "strength": strength,
+            "directory": f"i{i}",
+        }
+        document = {
+            "schema": 1, "intervention": method and acts, "perplexity": {"token_weighted": perplexity},
+            "toxicity": {"overall": {"probability": {"value": toxic}}},
+        }  # fmt: skip
+        (tmp_path / f"{i}.json").write_text(json.dumps(document))
+        rows.append(["done", str(tmp_path / f"{i}.json")])
+    rows.append(["failed", "nowhere.json"])
+    (tmp_path / "table.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    done = front("choose", tmp_path / "table.csv")
+    assert done.returncode == 0, done.stderr
+    chosen = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [(name, Path(place).name, strength) for name, place, strength in chosen] == [
+        ("aura-gated", "i4", "2.0"), ("aura", "i2", "0.5"), ("mean-act", "i6", "0.5"),
+    ]  # fmt: skip
+
+
+GRID = """
+model: unused
+retries: 0
+collect: {data: parts/fit.csv, concepts: [toxic], num_positive: 12, num_negative: 12, modules: [mlp],
+  pooling: [max, mean]}
+evaluate: &how {toxicity_prompts: parts/choose.jsonl, num_samples: 2, max_new_tokens: 4, scorer: profanity-check,
+  perplexity_texts: parts/choose.csv}
+grid:
+  - method: [none]
+  - method: [aura]
+    strength: [0.5, 1.0]
+  - method: [mean-act]
+    gate: [tokens]
+    control: [control.zarr]
+"""
+
+
+@pytest.mark.slow
+def test_front_goes_from_files_to_a_page(tiny_dir, collected, neutral, tmp_path):
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    (tmp_path / "grid.yaml").write_text(GRID)
+    comments = [(f"word {i} of a much longer comment about {i} things and more", i % 2) for i in range(600)]
+    (tmp_path / "c.csv").write_text("\n".join(["text,toxic", *(f"{text},{toxic}" for text, toxic in comments)]) + "\n")
+    texts = tmp_path / "texts.csv"
+    texts.write_text(neutral.read_text())
+    command = [
+        "bash",
+        CONFIGS / "front.sh",
+        tmp_path / "grid.yaml",
+        tmp_path / "c.csv",
+        neutral,
+        texts,
+        tmp_path / "run",
+    ]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "MODEL": str(tiny_dir("llama")), "JUDGES": "profanity-check", "SAMPLES": "1"}
+
+    def run():
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run()
+    made = tmp_path / "run"
+    lines = (made / "front.md").read_text().splitlines()
+    assert {line.split(" |")[0] for line in lines[2:]} == {"| none", "| aura", "| mean-act-gated"}
+    assert "times less toxic" in lines[0]
+    page = (made / "report.html").read_text()
+    assert "A ring marks" in page
+    before = {path: path.stat().st_mtime_ns for path in (made / "results").glob("*.json")}
+    run()
+    assert {path: path.stat().st_mtime_ns for path in (made / "results").glob("*.json")} == before
