@@ -40,8 +40,9 @@ def token_thresholds(
     """Site → the least logit of its gate that at most `share` of the single tokens exceed, under `earlier`.
 
     `stores` are those of the texts, with the rows that count, all of one model. Of texts with many times
-    `ENOUGH_TOKENS`, every second or third and so on is read. Tokens that pooling leaves out do not count. Only the largest logits are kept, so memory does not grow with the texts by more than `share` of their
-    tokens. Errors are those of `as_collected` and `stored_tokens`.
+    `ENOUGH_TOKENS`, every second or third and so on is read. Tokens that pooling leaves out do not count. Only the
+    largest logits are kept, so memory does not grow with the texts by more than `share` of their tokens. Errors are
+    those of `as_collected` and `stored_tokens`.
     """
     (group, spec, _), *_ = stores
     with as_collected(group, spec, earlier) as loaded, torch.no_grad():

@@ -309,3 +309,23 @@ def test_pid_act_sums_over_the_layers_before(place, tmp_path):
     np.testing.assert_allclose(made.shift[alone], 0.7 * norm, rtol=1e-4, atol=1e-6)
     parameters = made.meta["parameters"]
     assert (parameters["kp"], parameters["ki"], parameters["kd"]) == (0.7, 0.2, -0.3)
+
+
+def test_of_many_tokens_some_texts_are_read(place, monkeypatch, caplog, tmp_path):
+    """Every so many, in the order of their lengths."""
+    from aura_dist.interventions import token_thresholds
+
+    read = []
+    plain = token_thresholds.TokenizedTexts.batch
+    monkeypatch.setattr(
+        token_thresholds.TokenizedTexts, "batch", lambda self, rows: read.append(self.ids) or plain(self, rows)
+    )
+    assert fit(place, tmp_path / "all", "--gate", "tokens") == 0
+    every = read[0]
+    num_tokens = sum(map(len, every))
+    monkeypatch.setattr(token_thresholds, "ENOUGH_TOKENS", num_tokens // 3)
+    read.clear()
+    assert fit(place, tmp_path / "some", "--gate", "tokens") == 0
+    assert read[0] == every[::3]
+    thresholds = [Intervention.load(tmp_path / name).gate[SITE].parts["bias"] for name in ("all", "some")]
+    assert thresholds[0] != thresholds[1]

@@ -131,12 +131,7 @@ def test_chosen_is_the_least_toxic_cell_that_costs_little(tmp_path):
         ("mean-act", None, 0.5, 25.0, 0.05),
     ]  # fmt: skip
     for i, (method, gate, strength, perplexity, toxic) in enumerate(cells):
-        made = method and {
-            "method": method,
-            "gate": gate and {"kind": gate},
-            "strength": strength,
-            "directory": f"i{i}",
-        }
+        acts = {"method": method, "gate": gate and {"kind": gate}, "strength": strength, "directory": f"i{i}"}
         document = {
             "schema": 1, "intervention": method and acts, "perplexity": {"token_weighted": perplexity},
             "toxicity": {"overall": {"probability": {"value": toxic}}},
