@@ -1,9 +1,13 @@
-"""demo: the whole pipeline in a few minutes: collect → score → fit → evaluate and generate, with and without AurA."""
+"""demo: the whole pipeline in a few minutes: collect → score → fit → evaluate and generate.
+
+Plain, under AurA as in the paper, and under what the front of toxicity against perplexity recommends.
+"""
 
 import logging
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +16,7 @@ from aura_dist.demo.packaged import gemma_270m
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.files import write_whole
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.ranks.team import Team
 from aura_dist.stages import collect, evaluate, fit, generate, score
 from aura_dist.store.access import local_path
 
@@ -24,7 +29,10 @@ PROMPTS = [
     "The best thing about the new library is",
 ]
 CONFIG_HEADER = "# written by `aura-dist demo`: the same again with `aura-dist VERB --config`\n"
-DECODING = {"max_new_tokens": 24, "num_samples": 1, "temperature": 1.0, "top_p": 0.9, "seed": 7}
+# the best of the README's front: a map of the residual stream that acts only at tokens that look like the concept
+GATED_SITES = "residual"
+GATED: dict[str, Any] = {"method": "mean-act", "gate": "tokens", "strength": 1.0}
+DECODING: dict[str, Any] = {"max_new_tokens": 24, "num_samples": 1, "temperature": 1.0, "top_p": 0.9, "seed": 7}
 
 
 def run(config: DemoConfig) -> None:
@@ -34,29 +42,36 @@ def run(config: DemoConfig) -> None:
     out = Path(config.out)
     model = config.model or str(gemma_270m())
     bundled = files("aura_dist.demo")
-    store, intervention = str(out / "store.zarr"), str(out / "interventions" / "aura")
+    store = str(out / "store.zarr")
     data = config.data or str(bundled / "sentences.csv")
     collected = CollectConfig(
         model=model, dtype=config.dtype, data=data, text_column=config.text_column, concepts=[config.concept],
-        modules=config.modules, store=store, overwrite=config.overwrite,
+        modules=list(dict.fromkeys([*config.modules, GATED_SITES])), pooling=["max", "mean"], store=store,
+        overwrite=config.overwrite,
     )  # fmt: skip
+    fits = {"aura": {"method": "aura", "modules": config.modules}, "gated": {**GATED, "modules": [GATED_SITES]}}
+    directories = {name: str(out / "interventions" / name) for name in fits}
     _check_config(out)
     collect.run(collected)
-    _write_config(out, collected, config.concept, intervention)
+    _write_config(out, collected, {"concept": config.concept, **fits["aura"], "out": directories["aura"]})
     score.run(ScoreConfig(store=store))
-    fit.run(FitConfig(store=store, concept=config.concept, method="aura", out=intervention))
+    for name, how in fits.items():
+        fit.run(FitConfig(store=store, concept=config.concept, out=directories[name], **how))  # type: ignore[arg-type]
     passages = str(bundled / "passages.csv")
     perplexities = {}
-    for name, directory in (("plain", None), ("aura", intervention)):
+    for name, directory in {"plain": None, **directories}.items():
         results = str(out / "results" / f"{name}.json")
         measured = EvaluateConfig(
             model=model, dtype=config.dtype, intervention=directory, perplexity_texts=passages, out=results
         )
         perplexities[name] = evaluate.run(measured)["perplexity"]
-    generate.run(
-        GenerateConfig(model=model, dtype=config.dtype, intervention=intervention, prompt=PROMPTS, **DECODING)  # type: ignore[arg-type]
-    )
-    _summary(out, perplexities, Intervention.load(intervention))
+    continued: list[generate.Variants] = [{} for _ in PROMPTS]
+    for directory in directories.values():
+        asked = GenerateConfig(model=model, dtype=config.dtype, intervention=directory, prompt=PROMPTS, **DECODING)
+        for shown, found in zip(continued, generate.generate(asked, Team.alone()), strict=True):
+            shown |= found
+    generate.show(PROMPTS, continued)
+    _summary(out, perplexities, Intervention.load(directories["aura"]))
 
 
 def _check_config(out: Path) -> None:
@@ -74,14 +89,14 @@ def _check_config(out: Path) -> None:
         )
 
 
-def _write_config(out: Path, collected: CollectConfig, concept: str, intervention: str) -> None:
+def _write_config(out: Path, collected: CollectConfig, fitted: dict[str, Any]) -> None:
     """`config.yaml`: the same run again, verb by verb, with `aura-dist VERB --config`."""
     import yaml
 
     left_out = ("store", "overwrite")  # every verb needs the store; a second run must not delete it
     sections = {
         "collect": {k: v for k, v in asdict(collected).items() if v not in (None, []) and k not in left_out},
-        "fit": {"concept": concept, "method": "aura", "out": intervention},
+        "fit": fitted,
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -93,9 +108,14 @@ def _write_config(out: Path, collected: CollectConfig, concept: str, interventio
 
 def _summary(out: Path, perplexities: dict[str, dict[str, float | None]], intervention: Intervention) -> None:
     total = sum(len(s) for s in intervention.scale.values())
-    plain, aura = (np.nan if (p := perplexities[n]["token_weighted"]) is None else p for n in ("plain", "aura"))
+    found = {n: np.nan if (p := one["token_weighted"]) is None else p for n, one in perplexities.items()}
+    plain, aura, gated = (found[name] for name in ("plain", "aura", "gated"))
     print(f"\nAurA scales down {intervention.num_changed:,} of {total:,} neurons")
-    print(f"perplexity on neutral passages: {plain:.2f} plain, {aura:.2f} under AurA ({aura - plain:+.2f})")
+    print(
+        f"perplexity on neutral passages: {plain:.2f} plain, {aura:.2f} under AurA ({aura - plain:+.2f}), "
+        f"{gated:.2f} under {GATED['method']} with a gate ({gated - plain:+.2f})"
+    )
     print("\nwritten:")
-    for path in ("config.yaml", "store.zarr", "interventions/aura", "results/plain.json", "results/aura.json"):
+    interventions = [f"interventions/{name}" for name in ("aura", "gated")]
+    for path in ("config.yaml", "store.zarr", *interventions, *(f"results/{name}.json" for name in found)):
         print(f"  {out / path}")

@@ -61,7 +61,7 @@ def token_thresholds(
         with attached(loaded.model, [(tap, listener.callback(tap, gates[tap.site])) for tap in taps]):
             for batch in _batches(texts):
                 listener.batch = batch
-                loaded.model(
+                loaded.model.base_model(
                     input_ids=torch.from_numpy(batch.input_ids).to(device),
                     attention_mask=torch.from_numpy(batch.attention_mask).to(device, torch.int64),
                     use_cache=False,

@@ -1,5 +1,7 @@
 """generate: continuations of prompts, with and without an intervention side by side."""
 
+from collections.abc import Sequence
+
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from aura_dist.config.verbs import GenerateConfig
@@ -20,26 +22,27 @@ from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank, server_key
 from aura_dist.ranks.team import Team
 
+Variants = dict[str, list[str]]
 
-def run(config: GenerateConfig) -> list[dict[str, list[str]]]:
+
+def run(config: GenerateConfig) -> list[Variants]:
     """Print the continuations of each prompt; returns, per prompt, variant → continuations."""
     with start_team(sharding_of(config), pick_device(config.device)) as team:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
-        return _generate(config, team)
+        results = generate(config, team)
+        if team.world.is_first:
+            show(config.prompt, results)
+        return results
 
 
-def _generate(config: GenerateConfig, team: Team) -> list[dict[str, list[str]]]:
-    """On every rank alike, because a sharded forward needs them all; rank 0 prints."""
+def generate(config: GenerateConfig, team: Team) -> list[Variants]:
+    """What `run` returns, on every rank alike, because a sharded forward needs them all."""
     preprompt = None if config.preprompt is None else read_preprompt(config.preprompt)
     how = Decoding(
         config.num_samples, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.top_tokens
     )
     variants = (_in_process if config.server is None else _served)(config, how, preprompt, team)
-    results = [{name: texts[p] for name, texts in variants.items()} for p in range(len(config.prompt))]
-    if team.world.is_first:
-        for prompt, shown in zip(config.prompt, results, strict=True):
-            _show(prompt, shown)
-    return results
+    return [{name: texts[p] for name, texts in variants.items()} for p in range(len(config.prompt))]
 
 
 def _in_process(config: GenerateConfig, how: Decoding, preprompt: str | None, team: Team) -> dict[str, list[list[str]]]:
@@ -93,9 +96,11 @@ def _name(intervention: Intervention) -> str:
     return "intervened" if method == "plain" else method
 
 
-def _show(prompt: str, variants: dict[str, list[str]]) -> None:
-    print(f"\n{prompt}")
-    width = max(map(len, variants))
-    for name, texts in variants.items():
-        for text in texts:
-            print(f"  {name:<{width}} |{' '.join(text.splitlines())}")
+def show(prompts: Sequence[str], results: Sequence[Variants]) -> None:
+    """Print the variants of each prompt below it."""
+    for prompt, variants in zip(prompts, results, strict=True):
+        print(f"\n{prompt}")
+        width = max(map(len, variants))
+        for name, texts in variants.items():
+            for text in texts:
+                print(f"  {name:<{width}} |{' '.join(text.splitlines())}")

@@ -328,4 +328,4 @@ def test_of_many_tokens_some_texts_are_read(place, monkeypatch, caplog, tmp_path
     assert fit(place, tmp_path / "some", "--gate", "tokens") == 0
     assert read[0] == every[::3]
     thresholds = [Intervention.load(tmp_path / name).gate[SITE].parts["bias"] for name in ("all", "some")]
-    assert thresholds[0] != thresholds[1]
+    assert np.any(thresholds[0] != thresholds[1])

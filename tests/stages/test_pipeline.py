@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 import aura_dist
 from aura_dist.cli import main
+from aura_dist.interventions.artifact import Intervention
 
 NUM_POSITIVE, NUM_NEGATIVE = 40, 60
 
@@ -201,11 +202,18 @@ def test_demo_on_a_model_and_data_of_ones_own(tiny_dir, sentences_csv, tmp_path,
     out = tmp_path / "demo"
     assert main(["demo", "--model", str(tiny_dir("mpt")), "--data", sentences_csv, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    for written in ("config.yaml", "store.zarr", "interventions/aura", "results/plain.json", "results/aura.json"):
+    names = {"interventions": ("aura", "gated"), "results": ("plain.json", "aura.json", "gated.json")}
+    made = [f"{part}/{name}" for part, found in names.items() for name in found]
+    for written in ("config.yaml", "store.zarr", *made):
         assert (out / written).exists()
         assert str(out / written) in shown
     assert "AUROC from 0 to 1" in shown
     assert "perplexity on neutral passages" in shown
+    variants = shown.partition("You are such a\n")[2].splitlines()[:3]
+    assert [line.split("|")[0].strip() for line in variants] == ["plain", "aura", "mean-act"]
+    aura, gated = (Intervention.load(out / "interventions" / name) for name in names["interventions"])
+    assert set(gated.gate) == set(gated.sites)
+    assert not set(aura.sites) & set(gated.sites)
     assert main(["collect", "--config", str(out / "config.yaml")]) == 0, "the written config runs the same again"
 
 
