@@ -173,7 +173,7 @@ class _Forwards:
             ]
             again = _computed_again(self._model, callbacks) if self._recompute else nullcontext()
             with again, attached(self._model, callbacks):
-                self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+                self._model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         return [torch.cat([of[tap.site] for of in pooled]) for tap in self._taps]
 
 
