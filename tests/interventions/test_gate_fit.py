@@ -318,7 +318,9 @@ def test_of_many_tokens_some_texts_are_read(place, monkeypatch, caplog, tmp_path
     read = []
     plain = token_thresholds.TokenizedTexts.batch
     monkeypatch.setattr(
-        token_thresholds.TokenizedTexts, "batch", lambda self, rows: read.append(self.ids) or plain(self, rows)
+        token_thresholds.TokenizedTexts,
+        "batch",
+        lambda self, rows: read.append([list(i) for i in self.ids]) or plain(self, rows),
     )
     assert fit(place, tmp_path / "all", "--gate", "tokens") == 0
     every = read[0]
