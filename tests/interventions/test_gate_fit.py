@@ -317,6 +317,169 @@ def test_of_many_tokens_some_texts_are_read(place, monkeypatch, caplog, tmp_path
 
     read = []
     plain = token_thresholds.TokenizedTexts.batch
+
+    def batch(tokens, rows):
+        read.append([list(ids) for ids in tokens.ids])
+        return plain(tokens, rows)
+
+    monkeypatch.setattr(token_thresholds.TokenizedTexts, "batch", batch)
+    assert fit(place, tmp_path / "all", *options) == 0
+    whole = Intervention.load(tmp_path / "all")
+    accuracy = {site: about["accuracy"] for site, about in whole.meta["gate"]["sites"].items()}
+    least = sorted(accuracy.values())[len(accuracy) // 2]
+    assert fit(place, tmp_path / "some", *options, "--gate-min-accuracy", least) == 0
+    some = Intervention.load(tmp_path / "some")
+    assert some.sites == [site for site in whole.sites if accuracy[site] >= least]
+    assert 0 < len(some.sites) < len(whole.sites)
+    assert fit(place, tmp_path / "none", *options, "--gate-min-accuracy", 1) == 2
+    assert "--gate-min-accuracy: expected a share that some module's" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_modules_that_change_get_gates(place, tmp_path):
+    assert fit(place, tmp_path / "out", "--gate", "tokens", "--gate-threshold", 0, "--top-k", 2, method="det0") == 0
+    made = Intervention.load(tmp_path / "out")
+    assert 1 <= len(made.sites) <= 2
+    assert made.num_changed == 2
+    assert made.sites == list(made.gate)
+
+
+def test_the_gate_of_units_is_of_single_tokens(place, tiny_dir, sentences_csv, tmp_path):
+    assert fit(place, tmp_path / "out", "--gate", "units", method="linear-act") == 0
+    gate = Intervention.load(tmp_path / "out").gate[SITE]
+    view = aura_dist.open_store(place / "store.zarr")
+    texts = read_table(sentences_csv, ["text"]).columns["text"]
+    tokenizer, model, seen = load_tokenizer(str(tiny_dir("llama"))), tiny_causal("llama"), []
+    model.get_submodule(SITE).register_forward_hook(lambda _m, _a, z: seen.append(z[0, 1:].numpy()))
+    for row in view["samples"]["row"].values:
+        with torch.no_grad():
+            model(input_ids=tokenizer(texts[int(row)], return_tensors="pt")["input_ids"][:, :128])
+    is_positive = view["samples"]["label"].values[:, 0] == 1
+    with_concept, without = (
+        np.concatenate([z for z, label in zip(seen, is_positive, strict=True) if label == of]) for of in (1, 0)
+    )
+    z = seen[0]
+    densities = [np.exp(-0.5 * ((z - x.mean(0)) / x.std(0)) ** 2) / x.std(0) for x in (with_concept, without)]
+    np.testing.assert_allclose(gate.values(z), densities[0] / sum(densities), atol=2e-3)
+
+
+def test_a_gated_intervention_generates_and_is_collected_under(
+    place, by_tokens, tiny_dir, sentences_csv, tmp_path, capsys
+):
+    model = ["--model", str(tiny_dir("llama")), "--intervention", str(by_tokens)]
+    assert main(["generate", *model, "--prompt", "You are", "--max-new-tokens", "3"]) == 0
+    assert "mean-act" in capsys.readouterr().out
+    words = ["collect", *model, "--data", sentences_csv, "--concepts", "toxic", "--num-positive", "8"]
+    words += ["--num-negative", "8", "--modules", SITE, "--store", str(tmp_path / "under.zarr")]
+    assert main(words) == 0
+    made = Intervention.load(by_tokens)
+    assert aura_dist.open_store(tmp_path / "under.zarr").attrs["intervention"]["digest"] == made.digest
+    assert main(["export", *model, "--out", str(tmp_path / "exported")]) == 2
+    assert "a map with a gate of tokens cannot be folded into weights" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
+    out = tmp_path / "onto"
+    assert fit(place, out, "--gate", "tokens", "--gate-threshold", 0, "--onto", by_tokens) == 2
+    assert "expected maps without gates where two interventions act" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gate-threshold", 1], "--gate-threshold: expected it with --gate units or tokens alone, got it with none"),
+        (["--control", "x"], "--control: expected it with --gate units or tokens alone, got it with none"),
+        (["--gate", "units", "--gate-min-accuracy", 0.6], "--gate-min-accuracy: expected it with --gate tokens alone"),
+        (["--gate", "tokens", "--gate-sharpness", 0], "--gate-sharpness: expected a number above 0"),
+        (["--gate", "tokens", "--gate-threshold", "nan"], "--gate-threshold: expected a"),
+        (["--gate", "texts"], "--gate: expected one of none, units, tokens, got 'texts'"),
+        (["--gate", "tokens", "--control", "nowhere.zarr"], "expected a store that `collect` wrote"),
+        (["--gate", "tokens", "--control", "STORE"], "expected another store than --store"),
+        (
+            ["--gate", "units", "--control", "BARE"],
+            "expected a collection with --skip-first-tokens of --store (1), got 0",
+        ),
+    ],
+)
+def test_odd_options_are_refused(more, message, place, tmp_path, capsys):
+    stores = {"STORE": place / "store.zarr", "BARE": place / "bare.zarr"}
+    assert fit(place, tmp_path / "out", *(stores.get(word, word) for word in more)) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_stores_that_lack_what_a_gate_needs_are_refused(place, tmp_path, capsys):
+    assert main(["score", "--store", str(place / "bare.zarr"), "--statistics", "auroc"]) == 0
+    assert fit(place, tmp_path / "out", "--gate", "units", store="bare.zarr", method="aura") == 2
+    assert "expected the pooling mean and mean_square in" in capsys.readouterr().err
+    copy = shutil.copytree(place / "store.zarr", tmp_path / "store.zarr")
+    document = json.loads((copy / "zarr.json").read_text())
+    document["attributes"]["model"]["fingerprint"] = "0" * 64
+    (copy / "zarr.json").write_text(json.dumps(document))
+    assert fit(place, tmp_path / "out", "--gate", "tokens", "--control", copy) == 2
+    assert "expected a collection with the model of --store" in capsys.readouterr().err
+    assert fit(tmp_path, tmp_path / "out", "--gate", "tokens") == 2
+    assert "expected the weights that the store was collected from" in (shown := capsys.readouterr().err)
+    assert "or give --gate-threshold" in shown
+    sequential = ["fit", "--sequential", "--gate", "tokens", "--model", "x", "--data", "x", "--concept", "toxic"]
+    assert main([*sequential, "--method", "mean-act", "--out", str(tmp_path / "o")]) == 2
+    assert "--gate: expected it without --sequential" in capsys.readouterr().err
+
+
+def test_with_a_threshold_nothing_imports_torch(place, tmp_path):
+    words = ["fit", "--store", str(place / "store.zarr"), "--concept", "toxic", "--gate", "tokens"]
+    words += ["--gate-threshold", "0", "--method", "mean-act", "--out", str(tmp_path / "out")]
+    code = f"import sys; from aura_dist.cli import main; main({words!r}); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert shown.stdout.strip() == "False"
+    assert (tmp_path / "out" / "intervention.json").exists()
+
+
+def test_options_of_gates_are_settled():
+    assert settle_gate("none", {"control": None}) is None
+    found = settle_gate("tokens", {"gate_threshold": 0.0, "control": "c.zarr", "gate_min_accuracy": None})
+    assert (found.kind, found.threshold, found.settled_sharpness, found.control) == ("tokens", 0.0, 1.0, "c.zarr")
+    with pytest.raises(
+        ConfigError, match="--gate-min-accuracy: expected it with --gate tokens alone, got it with units"
+    ):
+        settle_gate("units", {"gate_min_accuracy": 0.5})
+
+
+def test_a_sweep_over_gates_drops_what_a_cells_gate_does_not_read():
+    from aura_dist.sweep.stage_specs import STAGE_SPECS
+
+    settle, varied = STAGE_SPECS["fit"].settle, {"gate", "gate_threshold"}
+    assert "gate_threshold" in settle({"fit": {"gate": "none", "gate_threshold": 1}, "collect": {}}, varied)
+    left = settle({"fit": {"gate": "units", "gate_threshold": 1}, "collect": {}}, varied)
+    assert "gate_threshold" not in left
+    assert "gate_min_accuracy" in left
+    assert settle({"fit": {"gate": "none", "gate_threshold": 1}, "collect": {}}, {"top_k"}) == set(), "refused as usual"
+
+
+def test_pid_act_sums_over_the_layers_before(place, tmp_path):
+    assert fit(place, tmp_path / "out", "--kp", 0.7, "--ki", 0.2, "--kd", -0.3, method="pid-act") == 0
+    assert fit(place, tmp_path / "mean") == 0
+    assert fit(place, tmp_path / "p", "--ki", 0, "--kd", 0, method="pid-act") == 0
+    made, mean, alone = (Intervention.load(tmp_path / name) for name in ("out", "mean", "p"))
+    assert alone.digest == mean.digest
+    errors = [mean.shift[f"model.layers.{layer}.mlp.up_proj"] for layer in range(3)]
+    for layer, error in enumerate(errors):
+        before = sum(errors[:layer], np.zeros_like(error))
+        change = error - errors[layer - 1] if layer else 0
+        expected = 0.7 * error + 0.2 * before - 0.3 * change
+        np.testing.assert_allclose(made.shift[f"model.layers.{layer}.mlp.up_proj"], expected, rtol=1e-4, atol=1e-6)
+    alone, norm = "model.layers.1.input_layernorm", mean.shift["model.layers.1.input_layernorm"]
+    np.testing.assert_allclose(made.shift[alone], 0.7 * norm, rtol=1e-4, atol=1e-6)
+    parameters = made.meta["parameters"]
+    assert (parameters["kp"], parameters["ki"], parameters["kd"]) == (0.7, 0.2, -0.3)
+
+
+def test_of_many_tokens_some_texts_are_read(place, monkeypatch, caplog, tmp_path):
+    """Every so many, in the order of their lengths."""
+    from aura_dist.interventions import token_thresholds
+
+    read = []
+    plain = token_thresholds.TokenizedTexts.batch
     monkeypatch.setattr(
         token_thresholds.TokenizedTexts,
         "batch",
