@@ -21,8 +21,8 @@ from aura_dist.units import parse_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from aura_dist.models.checkpoint import Checkpoint
     from aura_dist.models.layer_reader import LayerReader
-    from aura_dist.models.load import Checkpoint
 
 # share of the free memory in which hidden states wait where no limit is given
 _SHARE = 0.5
