@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 from aura_dist.errors import ModelError, brief
 from aura_dist.models.adapter import Adapter, merged_weights
 from aura_dist.models.identity import checkpoint_files
-from aura_dist.models.quantization import check_converts, configuration_of, of_checkpoint
+from aura_dist.models.quantization import check_converts, configuration_of, of_checkpoint, resaving
 from aura_dist.models.weights import open_weights
 from aura_dist.ranks.torch_adapter import is_out_of_memory
 
@@ -66,8 +66,7 @@ class Checkpoint:
                 else:
                     raise ModelError(
                         f"weight file {str(file)!r}: expected safetensors, or torch's format since 1.6, to read it "
-                        'tensor by tensor; convert it once: python -c "from transformers import AutoModelForCausalLM '
-                        f"as M; M.from_pretrained({self.source.name!r}, dtype='auto').save_pretrained('CONVERTED')\""
+                        "tensor by tensor; " + resaving(self.source.name, "dtype='auto')")
                     )
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise ModelError(f"--model {self.source.name!r} cannot be loaded: {brief(error)}") from error

@@ -101,12 +101,13 @@ def _without_layers(model_class: "type[PreTrainedModel]", name: str) -> "type[Pr
 
 def _check(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str) -> None:
     """ModelError if the layers cannot be loaded one by one."""
+    from aura_dist.models.quantization import conversion
     from aura_dist.sites.transformers_adapter import tied_parameters
 
     if getattr(shell.config, "quantization_config", None) is not None:
         raise ModelError(
             f"--model {checkpoint.source.name!r}: expected weights that are not quantised with --sharding layers; use "
-            "--sharding replicate or dispatch, or save the model once in 16 bits"
+            f"--sharding replicate or dispatch, or {conversion(checkpoint.config, checkpoint.source.name)}"
         )
     tied = [parameter for parameter in tied_parameters(shell) if parameter.startswith(f"{name}.")]
     if tied:
