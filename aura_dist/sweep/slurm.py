@@ -153,7 +153,7 @@ class SlurmLauncher:
         return []
 
     def withdraw(self, commands: Sequence[JobCommand]) -> None:
-        """Take back jobs that wait for one that failed. One that starts all the same ends, as its submission is void."""
+        """Take back jobs that wait for one that failed. Their submissions no longer count, so one ends at once."""
         for command in commands:
             command.write(command.state.renewed())
             command.slurm_id.unlink(missing_ok=True)
