@@ -100,6 +100,9 @@ class LoadOptions(Settings):
         EXECUTION, "layers: tokens that go through the layers together; the weights are read once for them", None,
         unset="as many as keep reading below a few percent of the time",
     )  # fmt: skip
+    layer_cache: Dir | None = option(
+        EXECUTION, "layers: directory on a disk of this machine for copies of layers, which later reads take", None
+    )
     tensor_plan: File | None = option(EXECUTION, "tensor: YAML file of module → style", None, unset="the model's")
 
     def __post_init__(self) -> None:

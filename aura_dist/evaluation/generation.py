@@ -6,6 +6,7 @@ whose forwards are collective take each step together; one that has no batch lef
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +50,6 @@ def generate(
     """
     workers = team.world.layout.num_row_workers
     share = ceil(len(pairs) / (_BATCHES_PER_WORKER * workers)) if workers > 1 else rows_per_batch
-    at_once = max(1, min(rows_per_batch, share))
     decoder = _decoder(loaded.model, loaded.tokenizer, how, team)
     progress = Progress("generate", len(pairs), len(pairs), "continuations", "continuations")
 
@@ -58,74 +58,67 @@ def generate(
             write(_records(batch, made, loaded.tokenizer))
             progress.reach(*[team.add("continuations", len(made))] * 2)
 
+    work = _Work(decoder, prompts, pairs, max(1, min(rows_per_batch, share)), team, stop, keep)
     if takes_padding(loaded.model) and team.world.layout.replica_size == 1:
-        _stream(decoder, prompts, pairs, at_once, team, stop, keep)
+        work.stream()
     else:
-        _in_batches(decoder, prompts, pairs, at_once, team, stop, keep)
+        work.in_batches()
     if team.world.is_first:
         progress.reach(*[team.add("continuations", 0)] * 2)
         progress.finish()
 
 
-# takes some of the pairs and the ids of their continuations
-_Keep = Callable[[Sequence[Pair], Sequence[list[int]]], None]
+@dataclass(frozen=True)
+class _Work:
+    """Continuations that the ranks share, at most `at_once` in one forward; `keep` takes pairs and the ids made."""
 
+    decoder: Decoder
+    prompts: TokenizedPrompts
+    pairs: Sequence[Pair]
+    at_once: int
+    team: Team
+    stop: StopFlag
+    keep: Callable[[Sequence[Pair], Sequence[list[int]]], None]
 
-def _in_batches(
-    decoder: Decoder,
-    prompts: TokenizedPrompts,
-    pairs: Sequence[Pair],
-    at_once: int,
-    team: Team,
-    stop: StopFlag,
-    keep: _Keep,
-) -> None:
-    """Batch by batch, all ranks of the replica together."""
-    batches = prompts.batches(pairs, at_once, padded=takes_padding(decoder.model))
-    batches.sort(key=lambda batch: -len(batch) * (len(prompts.ids[batch[0][0]]) + decoder.how.max_new_tokens))
-    for turn in team.claimed("continuations", batches, lambda: stop.received):
-        if turn is None:
-            decoder.run(_rows(prompts, [batches[0][0]]), counts=False)
-        else:
-            keep(turn[0], decoder.run(_rows(prompts, turn[0])))
+    def in_batches(self) -> None:
+        """Batch by batch, all ranks of the replica together."""
+        longest = self.decoder.how.max_new_tokens
+        batches = self.prompts.batches(self.pairs, self.at_once, padded=takes_padding(self.decoder.model))
+        batches.sort(key=lambda batch: -len(batch) * (len(self.prompts.ids[batch[0][0]]) + longest))
+        for turn in self.team.claimed("continuations", batches, lambda: self.stop.received):
+            if turn is None:
+                self.decoder.run(_rows(self.prompts, [batches[0][0]]), counts=False)
+            else:
+                self.keep(turn[0], self.decoder.run(_rows(self.prompts, turn[0])))
 
+    def stream(self) -> None:
+        """Claim small batches, as many as fit, and more of them as soon as there is room."""
+        size = ceil(self.at_once / _PARTS)
+        batches = self.prompts.batches(self.pairs, size, padded=True)
+        given: list[Pair] = []  # to the run of the decoder that is under way
+        held: list[list[Pair]] = []  # claimed, but of another length than what was taken
 
-def _stream(
-    decoder: Decoder,
-    prompts: TokenizedPrompts,
-    pairs: Sequence[Pair],
-    at_once: int,
-    team: Team,
-    stop: StopFlag,
-    keep: _Keep,
-) -> None:
-    """Claim small batches, as many as fit, and more of them as soon as there is room."""
-    size = ceil(at_once / _PARTS)
-    batches = prompts.batches(pairs, size, padded=True)
-    given: list[Pair] = []  # to the run of the decoder that is under way
-    held: list[list[Pair]] = []  # claimed, but of another length than what was taken
+        def take(room: int) -> Rows | None:
+            self.team.keep_step(self.stop.received)
+            taken: list[Pair] = []
+            while len(taken) + size <= room:
+                batch = held.pop() if held else self.team.claim("continuations", batches)
+                if batch is None:
+                    break
+                if taken and not self.prompts.are_similar([*taken, *batch]):
+                    held.append(batch)
+                    break
+                taken += batch
+            given.extend(taken)
+            return _rows(self.prompts, taken) if taken else None
 
-    def take(room: int) -> Rows | None:
-        team.keep_step(stop.received)
-        taken: list[Pair] = []
-        while len(taken) + size <= room:
-            batch = held.pop() if held else team.claim("continuations", batches)
-            if batch is None:
-                break
-            if taken and not prompts.are_similar([*taken, *batch]):
-                held.append(batch)
-                break
-            taken += batch
-        given.extend(taken)
-        return _rows(prompts, taken) if taken else None
+        def put(made: dict[int, list[int]]) -> None:
+            self.keep([given[number] for number in made], list(made.values()))
 
-    def put(made: dict[int, list[int]]) -> None:
-        keep([given[number] for number in made], list(made.values()))
-
-    while (first := take(at_once)) is not None:
-        decoder.run(first, most=at_once, more=take, put=put)
-        given.clear()  # a run ends when nothing that is left would fit beside its last rows
-    team.meet("claimed/continuations", lambda: stop.received)
+        while (first := take(self.at_once)) is not None:
+            self.decoder.run(first, most=self.at_once, more=take, put=put)
+            given.clear()  # a run ends when nothing that is left would fit beside its last rows
+        self.team.meet("claimed/continuations", lambda: self.stop.received)
 
 
 def continue_alike(

@@ -6,7 +6,7 @@ answer begins; it knows no pre-prompt for the likelihood of whole texts.
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,28 +78,40 @@ def make_harness(
             return super().generate_until(requests, disable_tqdm)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            if chat is not None:
-                raise ConfigError(
-                    "--chat: expected tasks that ask for an answer, got one that takes the likelihood of whole texts, "
-                    "which lm-eval puts into no chat template; leave the task or --chat out"
-                )
+            check_answers(chat)
             if prefix is None:
                 return list(super().loglikelihood_rolling(requests, disable_tqdm))
-            owners, windows = [], []
-            for i, request in enumerate(requests):
-                text = self.tok_encode(request.args[0])[prefix.num_leading :]
-                own = list(windows_after(prefix.ids, text, self.max_length))
-                owners += [i] * len(own)
-                windows += [(None, *window) for window in own]
-            sums = [0.0] * len(requests)
-            for i, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
-                sums[i] += likelihood
-            return sums
+            texts = [self.tok_encode(request.args[0])[prefix.num_leading :] for request in requests]
+            windows = [windows_after(prefix.ids, text, self.max_length) for text in texts]
+            return summed(windows, partial(self._loglikelihood_tokens, disable_tqdm=disable_tqdm))
 
     return Harness(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=_BATCH_SIZE)
 
 
-def windows_after(context: Sequence[int], text: Sequence[int], longest: int) -> Iterator[tuple[list[int], list[int]]]:
+# ids that are read first, and ids whose likelihood is taken
+Window = tuple[list[int], list[int]]
+
+
+def check_answers(chat: Chat | None) -> None:
+    """ConfigError for a task that takes the likelihood of whole texts, where texts go into a chat template."""
+    if chat is not None:
+        raise ConfigError(
+            "--chat: expected tasks that ask for an answer, got one that takes the likelihood of whole texts, which "
+            "lm-eval puts into no chat template; leave the task or --chat out"
+        )
+
+
+def summed(texts: Iterable[Iterable[Window]], likelihoods: Callable[[list[Any]], Iterable[Any]]) -> list[float]:
+    """The log-likelihood of each text, the sum over its windows.
+
+    `likelihoods` takes all windows as lm-eval's requests; of each it returns the log-likelihood, and more after it.
+    """
+    windows = [list(own) for own in texts]
+    found = iter(likelihoods([(None, *window) for own in windows for window in own]))
+    return [sum((next(found)[0] for _ in own), 0.0) for own in windows]
+
+
+def windows_after(context: Sequence[int], text: Sequence[int], longest: int) -> Iterator[Window]:
     """Cut a text into windows that a model of `longest` positions can read: what is read first, and what is scored.
 
     Each token of the text is scored once. Each window begins with `context`, then has as much of the text before it as

@@ -8,8 +8,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from aura_dist.errors import ConfigError
-from aura_dist.evaluation.harness import windows_after
+from aura_dist.evaluation.harness import check_answers, summed, windows_after
 from aura_dist.evaluation.prompts import make_prefix
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.models.load import POSITIONS_FIELDS
@@ -70,20 +69,8 @@ def make_served_harness(server: "Server", preprompt: str | None, chat: Chat | No
             return [found[row] for row in range(len(rows))]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            if chat is not None:
-                raise ConfigError(
-                    "--chat: expected tasks that ask for an answer, got one that takes the likelihood of whole texts, "
-                    "which lm-eval puts into no chat template; leave the task or --chat out"
-                )
-            owners, windows = [], []
-            for i, request in enumerate(requests):
-                own = list(self._windows(request.args[0]))
-                owners += [i] * len(own)
-                windows += [(None, *window) for window in own]
-            sums = [0.0] * len(requests)
-            for i, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-                sums[i] += likelihood
-            return sums
+            check_answers(chat)
+            return summed((self._windows(request.args[0]) for request in requests), self._loglikelihood_tokens)
 
         def _windows(self, text: str) -> Any:
             ids, longest = self.tok_encode(text), self.max_length - 2  # the server writes one token more

@@ -6,9 +6,7 @@ computes all figures; the replicas divide only the forwards.
 """
 
 import logging
-import os
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from torch.distributed import DistError
 
 from aura_dist.errors import AuraError, ConfigError, InputError, MissingPackageError, brief
+from aura_dist.ranks.process import variable
 from aura_dist.ranks.team import Team
 from aura_dist.text.chat import Chat
 from aura_dist.text.own_code import OwnCodeError, code_of_tasks
@@ -91,7 +90,8 @@ class ZeroShot:
             for kind in _REQUESTS:
                 setattr(harness, kind, _shared(getattr(harness, kind), team, kind))
         try:
-            with _one_process():
+            # lm-eval starts no processes: it would fork this one, and a fork of a process with threads may never end
+            with variable("DISABLE_MULTIPROC", "1"):
                 found = simple_evaluate(
                     harness,
                     tasks=self.names,
@@ -113,19 +113,6 @@ class ZeroShot:
                 ) from error
             raise InputError(f"--tasks {' '.join(self.names)}: lm-eval failed: {brief(error)}") from error
         return {} if found is None else _figures(found)
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """lm-eval starts no processes here: it would fork this one, and a fork of a process with threads may never end."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["DISABLE_MULTIPROC"]
-        if before is not None:
-            os.environ["DISABLE_MULTIPROC"] = before
 
 
 def _known_metrics() -> Container[str]:

@@ -32,26 +32,26 @@ SETTLED_SECONDS = 2.0
 
 # name, dtype as safetensors names it, shape, and the sha256 of the sha256 digests of its pieces
 TensorDigest = tuple[str, str, list[int], str]
-_Stamp = list[str | int]
+Stamp = list[str | int]
 
 
 def tensor_digests(file: Path) -> list[TensorDigest]:
     """The digests of a weight file's tensors, from the cache if the file is unchanged; ModelError if it is damaged."""
-    now, stamp = time.time_ns(), _stamp(file)
+    now, before = time.time_ns(), stamp(file)
     entry = _entry(file)
-    kept = None if entry is None else _kept(entry, stamp)
+    kept = None if entry is None else _kept(entry, before)
     if kept is not None:
         return kept
     found = _hash(file)
-    settled = now - max(int(t) for t in stamp[-2:]) > SETTLED_SECONDS * 1e9
-    if entry is not None and settled and _stamp(file) == stamp:
+    settled = now - max(int(t) for t in before[-2:]) > SETTLED_SECONDS * 1e9
+    if entry is not None and settled and stamp(file) == before:
         with suppress(OSError):  # without a cache the file is read each time
             entry.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(entry, json.dumps({"stamp": stamp, "tensors": found}))
+            write_whole(entry, json.dumps({"stamp": before, "tensors": found}))
     return found
 
 
-def _stamp(file: Path) -> _Stamp:
+def stamp(file: Path) -> Stamp:
     """What changes if the file does, and the rule of the digests; the two times come last.
 
     The time of the inode's change counts too, because users can set the time of modification.
@@ -69,10 +69,10 @@ def _entry(file: Path) -> Path | None:
         return None
 
 
-def _kept(entry: Path, stamp: _Stamp) -> list[TensorDigest] | None:
+def _kept(entry: Path, now: Stamp) -> list[TensorDigest] | None:
     try:
         document = json.loads(entry.read_text(encoding="utf-8"))
-        if document["stamp"] == stamp:
+        if document["stamp"] == now:
             return [(str(name), str(dtype), list(shape), str(d)) for name, dtype, shape, d in document["tensors"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass

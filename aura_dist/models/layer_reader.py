@@ -7,7 +7,7 @@ then reads them into the page cache, because a forward that waits for the disk p
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -18,16 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError, brief
-from aura_dist.models.weights import Source, Stored
+from aura_dist.models.layer_cache import LayerCache, Places, Tensors
 from aura_dist.ranks.torch_adapter import is_out_of_memory
 from aura_dist.sites.transformers_adapter import initialize_rest, is_optional, load_tensors, loaded_names
 
 # so much of a file is read at once
 _PIECE_BYTES = 4 << 20
 _PAGE_BYTES = 4096
-
-# name of a checkpoint's tensor → the file that holds its bytes, and where
-Places = Mapping[str, tuple[Source, Stored]]
 
 
 class LayerReader:
@@ -41,27 +38,30 @@ class LayerReader:
     tensors
         The checkpoint's tensors by name; each is read when it is indexed.
     places
-        Where bytes of those tensors are that can be read ahead.
+        Where their bytes are.
     dtype, device
         Of the weights, for the forward.
     opened
         The checkpoint's files; they stay open until `close`.
     source
         The checkpoint's name, for errors.
+    cache
+        Copies of layers that have been read.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         layers_name: str,
-        tensors: Mapping[str, Any],
+        tensors: Tensors,
         places: Places,
         dtype: torch.dtype,
         device: str,
         opened: ExitStack,
-        source: str = "",
+        source: str,
+        cache: LayerCache | None = None,
     ) -> None:
-        self._source = source
+        self._source, self._cache = source, cache
         self._model, self._dtype, self._device, self._opened = model, dtype, torch.device(device), opened
         self._name = layers_name
         layers = model.get_submodule(layers_name)
@@ -77,7 +77,7 @@ class LayerReader:
         self.read_seconds, self._num_read = 0.0, 0  # by the thread
         self._sort(tensors)
 
-    def _sort(self, tensors: Mapping[str, Any]) -> None:
+    def _sort(self, tensors: Tensors) -> None:
         """Find the layer of each tensor; ModelError if a layer lacks a weight."""
         loaded, pattern = loaded_names(self._model), re.compile(rf"{re.escape(self._name)}\.(\d+)\.(.+)")
         there: list[set[str]] = [set() for _ in self._layers]
@@ -153,13 +153,15 @@ class LayerReader:
         """Load a layer; on a GPU, returns an event of its last copy."""
         begun = time.perf_counter()
         layer, tensors = self._layers[index], self._tensors[index]
-        try:
-            self._read_ahead(tensors)
-            broken = load_tensors(self._model, tensors, self._dtype)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if is_out_of_memory(error):  # the stage says what fits
-                raise
-            raise ModelError(f"--model {self._source!r}: layer {index} cannot be loaded: {brief(error)}") from error
+        with ExitStack() as opened:
+            copied = None if self._cache is None else self._cache.take(index, tensors, opened)
+            try:
+                _read_ahead(*(copied or (tensors, self._places)))
+                broken = load_tensors(self._model, copied[0] if copied else tensors, self._dtype)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if is_out_of_memory(error):  # the stage says what fits
+                    raise
+                raise ModelError(f"--model {self._source!r}: layer {index} cannot be loaded: {brief(error)}") from error
         missing = [name for name, weight in layer.state_dict(keep_vars=True).items() if weight.is_meta]
         self._check(index, missing or [name.removeprefix(f"{self._name}.{index}.") for name in broken])
         initialize_rest(self._model, layer)
@@ -171,15 +173,9 @@ class LayerReader:
         layer.eval().requires_grad_(False)
         self.read_seconds += time.perf_counter() - begun
         self._num_read += 1
+        if self._cache is not None:
+            self._cache.keep(index, tensors, self._places)
         return event
-
-    def _read_ahead(self, tensors: Mapping[str, Any]) -> None:
-        """Bring a layer's bytes into the page cache, in the order in which they are in the files."""
-        places = [self._places[name] for name in tensors if name in self._places]
-        scratch = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
-        for source, stored in sorted(places, key=lambda p: (id(p[0]), p[1].start)):
-            for start in range(stored.start, stored.stop, _PIECE_BYTES):
-                source.read(start, scratch[: min(_PIECE_BYTES, stored.stop - start)])
 
     def _to_device(self, layer: nn.Module) -> Any:
         """Copy a layer to the GPU through page-locked memory, beside the forward."""
@@ -191,6 +187,14 @@ class LayerReader:
                 if tensor.device.type != self._device.type:  # a buffer that is not saved stays there
                     _set(layer, name, tensor.detach().pin_memory().to(self._device, non_blocking=True))
             return self._stream.record_event()
+
+
+def _read_ahead(tensors: Tensors, places: Places) -> None:
+    """Bring a layer's bytes into the page cache, in the order in which they are in the files."""
+    scratch = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+    for source, stored in sorted(map(places.__getitem__, tensors), key=lambda p: (id(p[0]), p[1].start)):
+        for start in range(stored.start, stored.stop, _PIECE_BYTES):
+            source.read(start, scratch[: min(_PIECE_BYTES, stored.stop - start)])
 
 
 def _touch(layer: nn.Module) -> None:

@@ -120,6 +120,12 @@ LIBRARIES: dict[str, Library] = {
 }  # fmt: skip
 
 
+# `quant_method` of a checkpoint → the class of transformers that can load its weights in 16 bits
+_UNPACKED = {
+    "fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config", "compressed-tensors": "CompressedTensorsConfig",
+}  # fmt: skip
+
+
 def spellings() -> dict[str, str]:
     """Every value of `--quantization` → its summary; other names of the same are left out."""
     return {f"{name}:{option}": row.summary for name, lib in LIBRARIES.items() for option, row in lib.options.items()}
@@ -169,6 +175,27 @@ def method_of(config: Any) -> str:
     """The method of a quantised checkpoint, for people; empty where it is not quantised."""
     found = of_checkpoint(config)
     return "" if found is None else str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
+
+
+def conversion(config: Any, model: str) -> str:
+    """How to store a quantised checkpoint once in 16 bits, as the end of an error: a command where there is one."""
+    method = method_of(config)
+    if method in _UNPACKED:
+        loaded = f"dtype='bfloat16', quantization_config=t.{_UNPACKED[method]}(dequantize=True))"
+    elif method in LIBRARIES["bitsandbytes"].methods:
+        loaded = "dtype='bfloat16').dequantize()"
+    else:
+        return f"save the model once in 16 bits, with the library that quantised it ({method})"
+    return resaving(model, loaded)
+
+
+def resaving(model: str, loaded: str) -> str:
+    """The command that saves a model again; `loaded` ends the call of `from_pretrained`, after the name."""
+    return (
+        f'convert it once: python -c "import transformers as t; m = {model!r}; '
+        f"t.AutoModelForCausalLM.from_pretrained(m, {loaded}.save_pretrained('CONVERTED'); "
+        "t.AutoTokenizer.from_pretrained(m).save_pretrained('CONVERTED')\""
+    )
 
 
 def check_float(quantization: str | None, config: Any, model: str) -> None:
@@ -238,7 +265,7 @@ def check_held(quantization: str | None, config: Any, strategy: str) -> None:
     """ConfigError if a strategy cannot hold the weights; those of other libraries are left to transformers."""
     library, what = _library(quantization, config)
     if library is not None:
-        _check_strategy(strategy, what)
+        _check_strategy(strategy, what, "" if quantization else f", or {conversion(config, config.name_or_path)}")
 
 
 def _library(quantization: str | None, config: Any) -> tuple[Library | None, str]:
@@ -250,10 +277,12 @@ def _library(quantization: str | None, config: Any) -> tuple[Library | None, str
     return known, f"a checkpoint whose weights are quantised ({method})"
 
 
-def _check_strategy(strategy: str, what: str) -> None:
+def _check_strategy(strategy: str, what: str, more: str = "") -> None:
     if not STRATEGIES[strategy].holds_quantised:
         able = " or ".join(s.name for s in STRATEGIES.values() if s.holds_quantised)
-        raise ConfigError(f"--sharding {strategy}: expected float weights to spread, got {what}; use --sharding {able}")
+        raise ConfigError(
+            f"--sharding {strategy}: expected float weights to spread, got {what}; use --sharding {able}{more}"
+        )
 
 
 def configuration_of(quantization: str, dtype: str) -> Any:

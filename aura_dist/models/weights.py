@@ -151,6 +151,27 @@ class _Pickled(Source):
         buffer.copy_(flat[at : at + buffer.numel()])
 
 
+def header(tensors: Iterable[Stored], metadata: Mapping[str, str], aligned: int = 8) -> bytes:
+    """How a safetensors file begins: the header's length and the header; the data begins at a multiple of `aligned`.
+
+    Offsets of the tensors count from the header's end.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for stored in tensors:
+        place = [stored.start, stored.stop]
+        entries[stored.name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % aligned)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_all(file: int, data: memoryview, at: int) -> None:
+    """Write all of `data` to the file at `at`."""
+    while data:
+        count = os.pwrite(file, data, at)
+        data, at = data[count:], at + count
+
+
 def as_bytes(values: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     array: Any = values.view(torch.uint8).numpy()

@@ -65,7 +65,7 @@ class RankMemory:
         return max(sum(self.host.values()), self.preparing)
 
     def host_bytes(self, num_ranks: int) -> int:
-        """Of `num_ranks` ranks on one machine: anonymous memory, and the mapped weights, which they share."""
+        """Bytes of `num_ranks` ranks on one machine: anonymous memory, and the mapped weights, which they share."""
         return max(num_ranks * sum(self.host.values()) + self.mapped, num_ranks * self.preparing)
 
     def fits(self, machine: Machine) -> bool:
@@ -128,7 +128,7 @@ def owned_neurons(neurons: Sequence[tuple[int, int]], num_ranks: int) -> int:
 
 
 def _activations(work: Work, layout: Layout, neurons: Sequence[tuple[int, int]]) -> int:
-    """Bytes for the largest batch, as if no rank split it; if ranks split columns, two copies of the widest more."""
+    """Bytes for the largest batch, as if no rank split it; where ranks split columns, two copies of the widest site."""
     pooled = work.batch_rows * sum(width for width, _ in neurons) * work.pooled_bytes
     exchange = 0
     if layout.tensor > 1:

@@ -262,6 +262,7 @@ def collection_report(
         compute_seconds=compute,
         stream_seconds=stream,
         reading=read,
+        layer_cache_bytes=wanted.memory.streamed if spread.options.get("layer_cache") else 0,
         fits=tuple(
             (title(f.spread), f.memory.device_bytes, f.memory.host_bytes(machine.ranks_per_host), f.tokens_per_batch)
             for f in others

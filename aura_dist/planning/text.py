@@ -38,6 +38,7 @@ class Report:
     compute_seconds: float
     stream_seconds: float
     reading: Reading | None  # of weights, layer by layer
+    layer_cache_bytes: int  # of all layers' copies on the disk of each machine
     # (sharding, device bytes, host bytes of a machine, largest tokens per batch or None) of every strategy
     fits: tuple[tuple[str, int, int, int | None], ...]
     advice: str  # what to change; empty where the plan fits
@@ -88,6 +89,8 @@ def _work(report: Report) -> list[str]:
             f"  meanwhile each rank reads the layers {times}, {show_bytes(read.num_bytes)} in {read.seconds:,.0f} s; "
             f"{seconds:,.0f} s in all"
         )
+        if report.layer_cache_bytes:
+            lines.append(f"  --layer-cache takes {show_bytes(report.layer_cache_bytes)} on the disk of each machine")
     elif report.stream_seconds:
         lines.append(f"  offloaded weights brought in: {report.stream_seconds:,.0f} s more; {seconds:,.0f} s in all")
     return lines

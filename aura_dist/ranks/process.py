@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,19 @@ def configure_logging(*, debug: bool = False) -> None:
     logger.propagate = False
     # DeepSpeed says this in every process without a GPU; our own message names the device
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """Within the context an environment variable has this value, for a library that reads it."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def server_key() -> str | None:

@@ -1,4 +1,4 @@
-"""How far runs are: what is done, running, damaged and left. Reads neither responses nor scores."""
+"""How far runs are: which stages are done, half done, damaged or not begun. Reads neither responses nor scores."""
 
 import json
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Cells → jobs: each distinct collection, scoring, fit and evaluation once, after those it needs. Pure functions.
 
 A job is named after what it computes: a digest of its settings that differ from their defaults. So another grid over
-the same settings finds the same jobs, and a setting that a later version adds renames none.
+the same settings finds the same jobs, and a setting that a later version adds changes no name.
 """
 
 import hashlib

@@ -22,7 +22,7 @@ _LOG_TAIL_BYTES = 20_000
 _ATTEMPT = "== start"
 # a stage that a signal ended in an orderly way exits with 128 + the number of SIGINT, SIGUSR1 or SIGTERM
 INTERRUPTED = (130, 138, 143)
-# after so many attempts in a row that a signal ended before they left anything new, the job has failed
+# a job has failed after so many attempts in a row that a signal ended before they finished any new work
 MAX_STALLS = 3
 _STALLED = (
     f"{MAX_STALLS} starts in a row were ended by a signal (a time limit, or preemption) before any work was finished: "
@@ -46,8 +46,8 @@ class JobState:
     needs: tuple[str, ...] = ()  # jobs that it waits for
     starts: int = 0  # all attempts
     submission: str = ""  # the submission to a queue that counts
-    kept: int = 0  # how much the attempts had left when the last one was interrupted
-    stalls: int = 0  # attempts in a row that were interrupted and left nothing new
+    kept: int = 0  # how much finished work was on disk when the last attempt was interrupted
+    stalls: int = 0  # attempts in a row that were interrupted before they finished any new work
 
     def renewed(self) -> "JobState":
         """The state of a job that waits for its first attempt; no submission counts any more."""
@@ -103,7 +103,7 @@ class JobCommand:
     stage: str
     needs: tuple[str, ...] = ()
     ranks: int = 1  # processes that the command starts, through torchrun if there are several
-    # tells how much the attempts have left (`stage_specs.kept`); without it, interruptions never count
+    # returns how much finished work is on disk (`stage_specs.kept`); without it, interruptions never count
     kept: Callable[[], int] | None = field(default=None, compare=False)
 
     @property

@@ -1,4 +1,4 @@
-"""Where a sweep's jobs run: what the sweep asks of a launcher, and the table of those that there are.
+"""Where a sweep's jobs run: what the sweep asks of a launcher, and the table of launchers.
 
 A new launcher is a file with a class that fulfils `Launcher`, and a row of `LAUNCHERS`.
 """

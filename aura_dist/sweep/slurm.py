@@ -153,7 +153,7 @@ class SlurmLauncher:
         return []
 
     def withdraw(self, commands: Sequence[JobCommand]) -> None:
-        """Take back jobs that wait for one that failed. Their submissions do not count, so one that starts ends."""
+        """Take back jobs that wait for one that failed. Their submissions no longer count, so one ends at once."""
         for command in commands:
             command.write(command.state.renewed())
             command.slurm_id.unlink(missing_ok=True)
@@ -177,7 +177,7 @@ class SlurmLauncher:
         return f"; {len(self._watched)} jobs stay in Slurm's queue (to end them: {words})"
 
     def _gone(self) -> list[str]:
-        """Jobs that left the queue and wrote no end; writes that they failed, or that they wait to be submitted."""
+        """Jobs that left the queue before they wrote an end; writes that they failed, or wait to be submitted."""
         if time.monotonic() - self._asked < SQUEUE_SECONDS:
             return []
         self._asked = time.monotonic()
@@ -203,7 +203,7 @@ class SlurmLauncher:
 
 @dataclass
 class _Watched:
-    """A job in Slurm's queue; answers of squeue in a row that lacked it; whether Slurm holds it back for others."""
+    """A job in Slurm's queue; how many answers of squeue in a row lacked it; whether it waits for other jobs."""
 
     command: JobCommand
     slurm_id: str

@@ -49,8 +49,8 @@ class StageSpec:
     settle: Callable[[Mapping[str, dict[str, Any]], Collection[str]], set[str]] = lambda settings, varied: set()
     # whether a job makes a results file as `evaluate` writes it
     has_results: bool = False
-    # How much the attempts at a job have left. The number grows as the job progresses, and not when an attempt repeats
-    # work; 0 for a stage that takes seconds.
+    # How much finished work of a job is on disk. It grows as the job progresses, and not when an attempt repeats work;
+    # 0 for a stage that takes seconds.
     progress: Callable[[Path], int] = lambda product: 0
     # How `sweep --dry-run` asks for the cost of jobs: the settings to plan with, from a job's settings and the file's
     # settings of `plan`; None if nothing can tell the cost. Then the line above the answers, and whether jobs of equal

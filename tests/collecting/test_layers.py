@@ -152,16 +152,17 @@ def test_an_adapter(make, plain, tmp_path):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_killed_at_random_moments_and_resumed(kills, plain, tiny_dir, sentences_csv, tmp_path):
-    """A wave is a task: of its runs of layers each may be the last."""
+    """A wave is a task: of its runs of layers each may be the last. Layers are copied meanwhile."""
     store = tmp_path / "store"
     settings = {
         **OPTIONS, "model": str(tiny_dir("llama")), "data": sentences_csv, "store": str(store), "sharding": "layers",
-        "wave_tokens": 1, "max_attempts": 0,
+        "wave_tokens": 1, "max_attempts": 0, "layer_cache": str(tmp_path / "copies"),
     }  # fmt: skip
     chance = random.Random(kills)
     shares = [chance.random() for _ in range(kills)]
     subprocess.run([sys.executable, "-c", KILLED, json.dumps([settings, shares])], check=True, timeout=100 + 60 * kills)
     assert_equal(store, plain)
+    assert len(list((tmp_path / "copies").glob("*/layer-*.safetensors"))) == 3
 
 
 def test_begun_under_replicate_and_finished_layer_by_layer(make, plain, tmp_path, monkeypatch):

@@ -199,7 +199,7 @@ def test_settings_that_say_how_a_stage_is_run():
     assert execution_settings() - of_sweeps == {
         "sharding", "offload", "max_memory", "offload_folder", "tensor_plan", "device", "dask", "num_workers",
         "memory_limit", "slurm", "overwrite", "max_attempts", "continuations_per_batch", "host_memory", "wave_tokens",
-        "requests_in_flight",
+        "layer_cache", "requests_in_flight",
     }  # fmt: skip
 
 

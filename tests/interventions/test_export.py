@@ -489,9 +489,9 @@ def test_killed_half_way_leaves_no_target(tmp_path):
     intervention = random_intervention(directory)
     intervention.save(tmp_path / "intervention")
     slowed = (
-        "import sys, time\nfrom aura_dist.interventions.export import rewrite\nplain = rewrite._write_all\n"
+        "import sys, time\nfrom aura_dist.interventions.export import rewrite\nplain = rewrite.write_all\n"
         "def slow(*a):\n    time.sleep(0.02)\n    plain(*a)\n"
-        "rewrite._write_all = slow\nfrom aura_dist.cli import main\nsys.exit(main(sys.argv[1:]))"
+        "rewrite.write_all = slow\nfrom aura_dist.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     seen = set()
     for delay, number in ((0.0, signal.SIGKILL), (0.1, signal.SIGKILL), (0.3, signal.SIGKILL), (0.0, signal.SIGTERM)):

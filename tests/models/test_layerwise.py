@@ -16,39 +16,10 @@ from aura_dist.evaluation.perplexity import negative_log_likelihoods
 from aura_dist.models.layerwise import executor_of
 from aura_dist.models.load import ModelSource, load_base, load_causal
 from aura_dist.models.strategies.table import parse_sharding
-from aura_dist.ranks.layout import Layout
 from aura_dist.ranks.world import World
 from aura_dist.text.tokens import TokenizedTexts
+from tests.layerwise import LAYERS, batches, by_layer
 from tests.models import HYBRID_CONFIGS, LLAMA_LIKE, ODD_CONFIGS, TINY_CONFIGS, VOCAB, tiny_tokenizer
-
-LAYERS = World(Layout("layers"))
-
-
-def batches(seed=0):
-    """Two batches of token ids, the first with padding."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for rows, tokens in ((3, 20), (2, 37)):
-        ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[0, tokens - 4 :] = 0
-        found.append({"input_ids": ids, "attention_mask": mask})
-    return found
-
-
-def by_layer(model, inputs):
-    """What the model returns first for each batch, all of which are one wave."""
-    executor = executor_of(model)
-    executor.prepare(inputs[0])
-    for key, given in enumerate(inputs):
-        executor.record(key, given)
-    for layer in executor.layers():
-        held = [i for i, module in enumerate(executor._layers) if not any(p.is_meta for p in module.parameters())]
-        assert layer in held
-        assert set(held) <= {layer, layer + 1}, "two layers are in memory at most"
-        for key in range(len(inputs)):
-            executor.run(layer, key)
-    return [executor.finish(key, given)[0] for key, given in enumerate(inputs)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -191,6 +162,36 @@ def test_quantised_weights_are_refused(tiny_dir, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="expected weights that are not quantised with --sharding layers"):
         load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
+
+
+def save_fp8(directory, target):
+    """A copy of a checkpoint whose layers' matrices are FP8 with a scale each; what they stand for, in float32."""
+    shutil.copytree(directory, target)
+    stands_for = load_file(target / "model.safetensors")
+    stored = dict(stands_for)
+    for name in [name for name, weight in stands_for.items() if ".layers." in name and weight.ndim == 2]:
+        scale = stands_for[name].abs().max() / 448
+        stored[name] = (stands_for[name] / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"], stands_for[name] = scale.reshape(1, 1), stored[name].float() * scale
+    save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
+    return stands_for
+
+
+def test_a_refused_checkpoint_in_fp8_comes_with_the_command_that_converts_it(tiny_dir, tmp_path, monkeypatch):
+    stands_for = save_fp8(tiny_dir("llama"), tmp_path / "model")
+    with pytest.raises(ModelError, match=r"not quantised with --sharding layers; .* or convert it once: ") as refused:
+        load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search('python -c "(.*)"', str(refused.value))[1], {})
+    assert (tmp_path / "CONVERTED" / "tokenizer.json").exists()
+    converted = load_file(tmp_path / "CONVERTED" / "model.safetensors")
+    for name, weight in stands_for.items():
+        torch.testing.assert_close(converted[name].float(), weight, rtol=2**-6, atol=1e-6)
+    model = load_base(ModelSource("CONVERTED", None, "bfloat16"), LAYERS)
+    assert all(torch.isfinite(found).all() for found in by_layer(model, batches()))
 
 
 def test_a_layer_that_lacks_a_weight_is_an_error(tiny_dir, tmp_path):

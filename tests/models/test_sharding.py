@@ -28,6 +28,7 @@ OPTIONS = {
     "offload": (["cpu"], "cpu"),
     "max_memory": (["0=1GiB", "cpu=2000"], {0: 2**30, "cpu": 2000}),
     "offload_folder": (["offloaded"], "offloaded"),
+    "layer_cache": (["copies"], "copies"),
     "tensor_plan": (["plan.yaml"], "plan.yaml"),
 }
 

@@ -6,7 +6,7 @@ the model lacks is added where a setting of its configuration can turn it on.
 
 import copy
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,32 +72,7 @@ def plan_folds(
             "one for the checkpoint of float weights, fold it into that, and quantise the result"
         )
     names = _Names(model, stored)
-    sites = {s.name: s for s in find_sites(model).sites}
-    folds: dict[str, list[Fold]] = {}
-    folded: set[str] = set()
-    missing: dict[str, list[Fold]] = {}
-    # a module's input is changed before its output
-    for name in sorted(intervention.sites, key=lambda name: not name.endswith(INPUT)):
-        scale, shift = intervention.map_of(name)
-        shift = shift if shift is not None and shift.any() else None
-        if shift is None and (scale == 1).all():
-            continue
-        if name in intervention.gate:
-            raise ModelError(
-                f"{name!r}: a map with a gate of {intervention.gate[name].kind} cannot be folded into weights, because "
-                f"it acts at some tokens alone; {HOOKS_ONLY}, or in vLLM by the plugin (AURA_INTERVENTION)"
-            )
-        folded.add(name)
-        site = sites[name]
-        if not KINDS[site.kind].folds:
-            raise ModelError(f"{name!r}: a map of a {site.kind} site cannot be folded into weights; {HOOKS_ONLY}")
-        for parameter, fold in tap_of(model, site).fold(model, scale, shift).items():
-            if not names.in_model(parameter):
-                missing.setdefault(parameter, []).append(fold)
-                continue
-            _check_not_tied(model, name, parameter)
-            for tensor, part in names.parts(parameter, fold):
-                folds.setdefault(tensor, []).append(part)
+    folds, missing, folded = _changes(model, intervention, names)
     needed = [bias for bias, changes in missing.items() if any(fold.shift is not None for fold in changes)]
     switches, biases = _with_biases(config, model, needed)
 
@@ -115,6 +90,42 @@ def plan_folds(
         added[weight] = (names.of_new(bias, weight), values.float().numpy())
     made = {tensor: tuple(map(multiplied, changes)) for tensor, changes in folds.items()}
     return FoldPlan(made, added, switches, tuple(name for name in intervention.sites if name in folded))
+
+
+_Changes = dict[str, list[Fold]]  # name of a parameter, or of a tensor in the checkpoint → what becomes of it
+
+
+def _changes(
+    model: PreTrainedModel, intervention: Intervention, names: "_Names"
+) -> tuple[_Changes, _Changes, set[str]]:
+    """Changes of the checkpoint's tensors, and of parameters that the model lacks; the sites that they fold."""
+    sites = {s.name: s for s in find_sites(model).sites}
+    folds: _Changes = defaultdict(list)
+    missing: _Changes = defaultdict(list)
+    folded = set()
+    # a module's input is changed before its output
+    for name in sorted(intervention.sites, key=lambda name: not name.endswith(INPUT)):
+        scale, shift = intervention.map_of(name)
+        shift = shift if shift is not None and shift.any() else None
+        if shift is None and (scale == 1).all():
+            continue
+        if name in intervention.gate:
+            raise ModelError(
+                f"{name!r}: a map with a gate of {intervention.gate[name].kind} cannot be folded into weights, because "
+                f"it acts at some tokens alone; {HOOKS_ONLY}, or in vLLM by the plugin (AURA_INTERVENTION)"
+            )
+        folded.add(name)
+        site = sites[name]
+        if not KINDS[site.kind].folds:
+            raise ModelError(f"{name!r}: a map of a {site.kind} site cannot be folded into weights; {HOOKS_ONLY}")
+        for parameter, fold in tap_of(model, site).fold(model, scale, shift).items():
+            if not names.in_model(parameter):
+                missing[parameter].append(fold)
+                continue
+            _check_not_tied(model, name, parameter)
+            for tensor, part in names.parts(parameter, fold):
+                folds[tensor].append(part)
+    return folds, missing, folded
 
 
 def changed(values: Tensor, fold: Fold, part: slice = slice(None)) -> Tensor:

@@ -5,7 +5,6 @@ and writes each. A thread holds a few blocks, whatever the size of a tensor.
 """
 
 import errno
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.export.fold import FoldPlan, changed
-from aura_dist.models.weights import FLOATS, Source, Stored, as_bytes, open_weights
+from aura_dist.models.weights import FLOATS, Source, Stored, as_bytes, header, open_weights, write_all
 from aura_dist.sites.tap import Fold, Vector
 
 # float32 bytes of a block that stays in the processor's cache: 4 times as fast as 8 MB
@@ -78,17 +76,6 @@ def layout(tensors: Sequence[Stored], plan: FoldPlan, *, as_float32: bool) -> li
     return placed
 
 
-def header(targets: Sequence[Target], metadata: Mapping[str, str]) -> bytes:
-    """The header of a safetensors file after its length, padded to a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for stored in (target.stored for target in targets):
-        place = [stored.start, stored.stop]
-        entries[stored.name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": place}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def write(source: Source, path: Path, targets: Sequence[Target], metadata: Mapping[str, str]) -> None:
     """Write the file; the first error of a block stops the others.
 
@@ -99,10 +86,10 @@ def write(source: Source, path: Path, targets: Sequence[Target], metadata: Mappi
     ModelError
         The source ends early, or a folded float16 value overflows.
     """
-    head = header(targets, metadata)
+    head = header([target.stored for target in targets], metadata)
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
-        _write_all(file, memoryview(head), 0)
+        write_all(file, memoryview(head), 0)
         os.ftruncate(file, len(head) + max((t.stored.stop for t in targets), default=0))
         # each thread has its block, so that torch's own threads would only wait for each other
         with ThreadPoolExecutor(NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -144,7 +131,7 @@ def _jobs(source: Source, file: int, targets: Sequence[Target], base: int) -> It
             values = torch.from_numpy(first.values).to(FLOATS[first.stored.dtype])
             if not values.isfinite().all():
                 raise _overflow(first)
-            yield partial(_write_all, file, as_bytes(values), at)
+            yield partial(write_all, file, as_bytes(values), at)
         elif first.is_copy:
             for start in range(first.source.start, last.stop, COPY_BYTES):
                 stop = min(start + COPY_BYTES, last.stop)
@@ -191,7 +178,7 @@ def _copy(source: Source, start: int, stop: int, file: int, at: int) -> None:
     for begin in range(start, stop, BLOCK_BYTES):
         buffer = _BUFFERS.take("raw", min(BLOCK_BYTES, stop - begin), torch.uint8)
         source.read(begin, buffer)
-        _write_all(file, as_bytes(buffer), at + begin - start)
+        write_all(file, as_bytes(buffer), at + begin - start)
 
 
 def _change(source: Source, target: Target, rows: slice, columns: int, file: int, at: int) -> None:
@@ -206,7 +193,7 @@ def _change(source: Source, target: Target, rows: slice, columns: int, file: int
         folded = _BUFFERS.take("out", count, new).copy_(folded)
     if new == torch.float16 and not folded.isfinite().all() and raw.isfinite().all():
         raise _overflow(target)
-    _write_all(file, as_bytes(folded), at + rows.start * columns * new.itemsize)
+    write_all(file, as_bytes(folded), at + rows.start * columns * new.itemsize)
 
 
 def _folded(raw: Tensor, folds: Sequence[Fold], rows: slice, columns: int) -> Tensor:
@@ -226,12 +213,6 @@ def _folded(raw: Tensor, folds: Sequence[Fold], rows: slice, columns: int) -> Te
 
 def _overflow(target: Target) -> ModelError:
     return ModelError(f"tensor {target.stored.name!r} overflows float16 when folded; export with --dtype float32")
-
-
-def _write_all(file: int, data: memoryview, at: int) -> None:
-    while data:
-        count = os.pwrite(file, data, at)
-        data, at = data[count:], at + count
 
 
 class _Buffers(threading.local):

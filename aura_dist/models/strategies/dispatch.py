@@ -15,7 +15,7 @@ from aura_dist.units import parse_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from aura_dist.models.load import Checkpoint
+    from aura_dist.models.checkpoint import Checkpoint
 
 
 class Dispatch(Strategy):

@@ -21,8 +21,8 @@ from aura_dist.units import parse_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from aura_dist.models.checkpoint import Checkpoint
     from aura_dist.models.layer_reader import LayerReader
-    from aura_dist.models.load import Checkpoint
 
 # share of the free memory in which hidden states wait where no limit is given
 _SHARE = 0.5
@@ -36,7 +36,7 @@ class Layers(Strategy):
     last_resort = True
     generates = False
     maps_files = True
-    options = ("wave_tokens", "host_memory", "max_memory", "offload_folder")
+    options = ("wave_tokens", "host_memory", "max_memory", "offload_folder", "layer_cache")
 
     def parse(self, given: Options) -> Options:
         """`host_memory` in bytes; `max_memory` as device (a GPU's number or `cpu`) → bytes."""
@@ -72,7 +72,7 @@ class Layers(Strategy):
         theirs: Any = shell.get_submodule(name)
         for index, layer in enumerate(layers):
             theirs[index] = layer
-        reader = _reader(checkpoint, shell, name, world)
+        reader = _reader(checkpoint, shell, name, world, options.get("layer_cache"))
         waiting = Waiting(world.device, *_room(world, options, reader), options.get("offload_folder"))
         # lives as long as the model; in a tuple, because torch would take a module for a child
         model._layerwise = (Layerwise(model, reader, waiting, wave_tokens=options.get("wave_tokens")),)
@@ -101,12 +101,13 @@ def _without_layers(model_class: "type[PreTrainedModel]", name: str) -> "type[Pr
 
 def _check(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str) -> None:
     """ModelError if the layers cannot be loaded one by one."""
+    from aura_dist.models.quantization import conversion
     from aura_dist.sites.transformers_adapter import tied_parameters
 
     if getattr(shell.config, "quantization_config", None) is not None:
         raise ModelError(
             f"--model {checkpoint.source.name!r}: expected weights that are not quantised with --sharding layers; use "
-            "--sharding replicate or dispatch, or save the model once in 16 bits"
+            f"--sharding replicate or dispatch, or {conversion(checkpoint.config, checkpoint.source.name)}"
         )
     tied = [parameter for parameter in tied_parameters(shell) if parameter.startswith(f"{name}.")]
     if tied:
@@ -116,28 +117,31 @@ def _check(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str) -> Non
         )
 
 
-def _reader(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str, world: World) -> "LayerReader":
-    """What loads the layers; bytes of safetensors can be read ahead."""
+def _reader(
+    checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str, world: World, cache: str | None
+) -> "LayerReader":
+    """What loads the layers, and copies them to the directory `cache`."""
     from contextlib import ExitStack
 
+    from aura_dist.models.layer_cache import LayerCache
     from aura_dist.models.layer_reader import LayerReader
     from aura_dist.models.weights import open_weights
     from aura_dist.sites.transformers_adapter import loaded_names
 
     opened = ExitStack()
-    places: dict[str, Any] = {}
     try:
         tensors = checkpoint.tensors(opened)
         loaded, known = loaded_names(shell), shell.state_dict()
         targets = map(loaded, tensors)
         checkpoint.check_left_out(shell, [target for target, how in targets if not how and target not in known])
         if checkpoint.source.adapter is None:
-            for file in checkpoint.files():
-                if file.suffix == ".safetensors":
-                    weights = opened.enter_context(open_weights(file))
-                    places |= {stored.name: (weights, stored) for stored in weights.tensors}
-        dtype, source = checkpoint.dtype, checkpoint.source.name
-        return LayerReader(shell, name, tensors, places, dtype, world.device, opened, source)
+            sources = [opened.enter_context(open_weights(file)) for file in checkpoint.files()]
+            places = {stored.name: (source, stored) for source in sources for stored in source.tensors}
+        else:
+            places = {tensor: (merged.file, merged.stored) for tensor, merged in tensors.items()}
+        copies = None if cache is None else LayerCache(cache, checkpoint.files())
+        dtype, source_name = checkpoint.dtype, checkpoint.source.name
+        return LayerReader(shell, name, tensors, places, dtype, world.device, opened, source_name, copies)
     except BaseException:
         opened.close()
         raise

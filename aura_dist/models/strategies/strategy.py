@@ -16,7 +16,7 @@ from aura_dist.ranks.world import World
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from aura_dist.models.load import Checkpoint
+    from aura_dist.models.checkpoint import Checkpoint
 
 # name of a setting → its value, as the strategy's `parse` returns them
 Options = Mapping[str, Any]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from aura_dist.models.load import Checkpoint
+    from aura_dist.models.checkpoint import Checkpoint
 
 # elements of parameters that are fetched ahead: so few that at most two layers are whole at once
 _PREFETCH_ELEMENTS = 5_000_000
