@@ -166,7 +166,8 @@ class FitConfig(FitOptions):
     gate: GateKind = option("intervention", "where the map acts", "none")
     gate_threshold: float | None = option(
         "intervention", "logit at which a gate is half open", None,
-        unset="units: 0; tokens: in each module, so that 1 % of tokens without the concept exceed it; runs the model",
+        unset="units: 0; tokens: in each module, so that 1 % of tokens of --control exceed it, or of texts without the "
+        "concept; runs the model",
     )  # fmt: skip
     gate_sharpness: Annotated[float, Meta(gt=0.0)] | None = option(
         "intervention", "what a gate's logit is multiplied by about its threshold", None, unset="1"

@@ -16,7 +16,7 @@ from aura_dist.errors import ConfigError, InputError
 Parts = Mapping[str, NDArray[Any]]
 NO_GATE = "none"
 DEFAULT_SHARPNESS = 1.0
-# of single tokens of texts that must stay as they are, the share that may pass g = ½ where no threshold is given
+# of single tokens of control texts, the share that may pass g = ½ where no threshold is given
 PASSING_SHARE = 0.01
 
 

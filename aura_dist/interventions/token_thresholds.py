@@ -31,7 +31,9 @@ ENOUGH_TOKENS = 20_000
 
 
 def token_thresholds(
-    stores: Sequence[tuple[zarr.Group, StoreSpec, NDArray[np.int64]]],
+    group: zarr.Group,
+    spec: StoreSpec,
+    rows: NDArray[np.int64],
     sites: Sequence[Site],
     gates: Mapping[str, Gate],
     earlier: Intervention | None,
@@ -39,27 +41,22 @@ def token_thresholds(
 ) -> dict[str, float]:
     """Site → the least logit of its gate that at most `share` of the single tokens exceed, under `earlier`.
 
-    `stores` are those of the texts, with the rows that count, all of one model. Of texts with many times
-    `ENOUGH_TOKENS`, every second or third and so on is read. Tokens that pooling leaves out do not count. Only the
+    `rows` are the texts of the store that count. Where they have many times `ENOUGH_TOKENS`, every second or third text
+    and so on is read. Tokens that pooling leaves out do not count. Only the
     largest logits are kept, so memory does not grow with the texts by more than `share` of their tokens. Errors are
     those of `as_collected` and `stored_tokens`.
     """
-    (group, spec, _), *_ = stores
     with as_collected(group, spec, earlier) as loaded, torch.no_grad():
-        texts = [
-            (stored_tokens(group, spec, read_array(group, "samples/row"), loaded.tokenizer).take(rows), spec)
-            for group, spec, rows in stores
-        ]
-        step = max(1, sum(int(tokens.num_tokens.sum()) for tokens, _ in texts) // ENOUGH_TOKENS)
-        # rows of a store are in the order of their lengths, so all lengths stay
-        texts = [(tokens.take(np.arange(0, len(tokens.ids), step)), spec) for tokens, spec in texts]
-        num_tokens = sum(int(batch.pool_mask.sum()) for batch in _batches(texts))
+        texts = stored_tokens(group, spec, read_array(group, "samples/row"), loaded.tokenizer).take(rows)
+        step = max(1, int(texts.num_tokens.sum()) // ENOUGH_TOKENS)
+        texts = texts.take(np.arange(0, len(texts.ids), step))  # they are in the order of their lengths
+        num_tokens = sum(int(batch.pool_mask.sum()) for batch in _batches(texts, spec))
         kept = int(share * num_tokens) + 1
         listener = _Largest(kept)
         taps = [tap_of(loaded.model, site) for site in sites]
         device = input_device(loaded.model)
         with attached(loaded.model, [(tap, listener.callback(tap, gates[tap.site])) for tap in taps]):
-            for batch in _batches(texts):
+            for batch in _batches(texts, spec):
                 listener.batch = batch
                 loaded.model.base_model(
                     input_ids=torch.from_numpy(batch.input_ids).to(device),
@@ -70,12 +67,9 @@ def token_thresholds(
     return {site.name: listener.threshold(site.name) for site in sites}
 
 
-def _batches(texts: Sequence[tuple[TokenizedTexts, StoreSpec]]) -> list[Batch]:
-    return [
-        tokens.batch(rows)
-        for tokens, spec in texts
-        for rows in make_batches([int(n) for n in tokens.num_tokens], slice(0, len(tokens.ids)), spec.tokens_per_batch)
-    ]
+def _batches(texts: TokenizedTexts, spec: StoreSpec) -> list[Batch]:
+    lengths = [int(n) for n in texts.num_tokens]
+    return [texts.batch(rows) for rows in make_batches(lengths, slice(0, len(lengths)), spec.tokens_per_batch)]
 
 
 class _Largest:

@@ -127,12 +127,16 @@ def logits_of_tokens(place, tiny, sentences_csv, store, gate, *, negatives):
     return np.concatenate(found)
 
 
-def test_one_token_in_a_hundred_of_negatives_and_controls_passes(place, by_tokens, tiny_dir, sentences_csv):
-    gate = Intervention.load(by_tokens).gate[SITE]
-    logits = np.concatenate([
-        logits_of_tokens(place, tiny_dir("llama"), sentences_csv, "store.zarr", gate, negatives=True),
-        logits_of_tokens(place, tiny_dir("llama"), sentences_csv, "control.zarr", gate, negatives=False),
-    ])  # fmt: skip
+@pytest.mark.parametrize("controlled", [False, True])
+def test_one_token_in_a_hundred_passes(controlled, place, by_tokens, tiny_dir, sentences_csv, tmp_path):
+    """Of control texts, else of negatives."""
+    out, store, rule = by_tokens, "control.zarr", "of the control texts"
+    if not controlled:
+        out, store, rule = tmp_path / "out", "store.zarr", "without the concept"
+        assert fit(place, out, "--gate", "tokens") == 0
+    made = Intervention.load(out)
+    assert made.meta["gate"]["threshold"] == f"1% of tokens {rule}"
+    logits = logits_of_tokens(place, tiny_dir("llama"), sentences_csv, store, made.gate[SITE], negatives=not controlled)
     allowed = int(0.01 * len(logits))
     assert allowed >= 5
     assert allowed - 1 <= (logits > 1e-5).sum() <= allowed, "the largest that may not pass is at the threshold"
