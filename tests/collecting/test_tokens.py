@@ -11,10 +11,12 @@ import transformers as hf
 import aura_dist
 from aura_dist.cli import main
 from aura_dist.collecting.capture import Capture
+from aura_dist.collecting.repool import repool
 from aura_dist.sites.pooling import POOLINGS
 from aura_dist.store.access import open_group, read_array
+from aura_dist.store.first_token import _counts
 from aura_dist.store.record import response_names, unfinished
-from aura_dist.store.schema import FIRST_TOKEN, activation_path, first_token_path
+from aura_dist.store.schema import StoreSpec, activation_path
 from aura_dist.store.tokens import StoredTokens, num_nonfinite
 from aura_dist.store.writer import ChunkWriter
 from aura_dist.text.table import read_table
@@ -87,33 +89,17 @@ def test_every_value_is_that_of_plain_transformers(stores, dtype, tiny_dir, sent
     np.testing.assert_array_equal(lazy[some, 7:9].values, values["model.layers.1"][some, 7:9])
 
 
-def test_poolings_from_tokens_are_those_that_are_collected_bit_for_bit(stores, capsys):
-    pooled, tokens = stores
-    assert main(["score", "--store", str(tokens)]) == 2
-    assert "expected --pooling, because the store holds tokens and no pooling" in capsys.readouterr().err
-    assert main(["score", "--store", str(tokens), "--pooling", *POOLINGS]) == 0
-    assert main(["score", "--store", str(pooled)]) == 0
+def test_poolings_from_tokens_are_those_that_are_collected_bit_for_bit(stores):
     groups = [open_group(str(store)) for store in stores]
+    repool(groups[1], StoreSpec.of(groups[1]), list(POOLINGS))
     for name in response_names(groups[0]):
         ours, theirs = (read_array(group, name, complete=True) for group in groups[::-1])
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
-    a, b = (aura_dist.open_store(store)["scores"] for store in stores)
-    for node in a.subtree:
-        assert node.to_dataset(inherit=False).equals(b[node.relative_to(a)].to_dataset(inherit=False)), node.path
-    counts = read_array(groups[0], FIRST_TOKEN).sum(axis=(0, 1))
-    ours = sum(read_array(groups[1], first_token_path(p)).sum() for p in POOLINGS if POOLINGS[p].of_token)
-    assert ours == counts.sum()
-    # what is made is kept, and `collect` finds the same store as before
-    before = (tokens / activation_path("model.layers.1", "mean") / "c" / "0" / "0").stat().st_mtime_ns
-    assert main(["score", "--store", str(tokens), "--pooling", "mean"]) == 0
-    assert (tokens / activation_path("model.layers.1", "mean") / "c" / "0" / "0").stat().st_mtime_ns == before
-
-
-def test_fit_of_poolings_from_tokens(stores, tmp_path, capsys):
-    flags = ["fit", "--store", str(stores[1]), "--concept", "toxic", "--out", str(tmp_path / "aura")]
-    assert main([*flags, "--pooling", "max"]) == 0
-    assert aura_dist.top_neurons(stores[1], "toxic", 3, pooling="max").shape[0] == 3
+    counts = [_counts(group, StoreSpec.of(group), [0, 1]) for group in groups]
+    assert counts[0].keys() == counts[1].keys()
+    for key in counts[0]:
+        np.testing.assert_array_equal(counts[0][key], counts[1][key])
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +108,39 @@ def store(tiny_dir, sentences_csv, tmp_path_factory):
     place = tmp_path_factory.mktemp("tokens") / "s.zarr"
     assert collect(tiny_dir("llama"), sentences_csv, place, *TOKENS) == 0
     return place
+
+
+def test_scores_of_a_pooling_from_tokens_are_those_of_one_that_is_collected(
+    store, tiny_dir, sentences_csv, tmp_path, capsys
+):
+    pooled, tokens = tmp_path / "p.zarr", tmp_path / "run" / "store.zarr"
+    shutil.copytree(store, tokens)
+    assert main(["status", str(tmp_path / "run")]) == 0
+    assert "tokens alone; `score --pooling` makes poolings of them" in capsys.readouterr().out
+    assert collect(tiny_dir("llama"), sentences_csv, pooled) == 0
+    assert main(["score", "--store", str(tokens)]) == 2
+    assert "expected --pooling, because the store holds tokens and no pooling" in capsys.readouterr().err
+    flags = ["--pooling", "max", "--statistics", "auroc"]
+    for one in (pooled, tokens):
+        assert main(["score", "--store", str(one), *flags]) == 0
+    a, b = (aura_dist.open_store(one)["scores"] for one in (pooled, tokens))
+    for node in a.subtree:
+        assert node.to_dataset(inherit=False).drop_attrs().equals(b[node.relative_to(a)].to_dataset(inherit=False))
+    # what is made is kept, unless it is to be made again; `collect` finds the same store as before
+    shard = tokens / activation_path("model.layers.1", "max") / "c" / "0" / "0"
+    before = shard.stat().st_mtime_ns
+    assert main(["score", "--store", str(tokens), *flags]) == 0
+    assert shard.stat().st_mtime_ns == before
+    shard.write_bytes(b"")
+    assert main(["score", "--store", str(tokens), *flags, "--overwrite"]) == 0
+    assert shard.read_bytes() == (pooled / shard.relative_to(tokens)).read_bytes()
+    assert collect(tiny_dir("llama"), sentences_csv, tokens, *TOKENS) == 0
+    assert main(["fit", "--store", str(tokens), "--concept", "toxic", "--out", str(tmp_path / "aura")]) == 0
+    assert main(["status", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    mean = ["fit", "--store", str(tokens), "--concept", "toxic", "--method", "mean-act", "--out", str(tmp_path / "no")]
+    assert main(mean) == 2
+    assert "score with `--pooling mean` for it" in capsys.readouterr().err
 
 
 def same(a, b):
@@ -205,7 +224,7 @@ def test_tokens_of_some_modules_beside_poolings(store, tiny_dir, sentences_csv, 
 def test_refused(tiny_dir, sentences_csv, tmp_path, capsys, monkeypatch):
     def refusal(*flags):
         assert collect(tiny_dir("llama"), sentences_csv, tmp_path / "s.zarr", *flags) == 2
-        assert not (tmp_path / "s.zarr").exists()
+        assert not (tmp_path / "s.zarr" / "zarr.json").exists()
         return capsys.readouterr().err
 
     assert "--keep-tokens 'nothing*': expected a pattern of captured modules" in refusal("--keep-tokens", "nothing*")
@@ -255,8 +274,8 @@ def test_experts_are_kept_as_dense_values(tiny_dir, sentences_csv, tmp_path):
     model, flags = tiny_dir("qwen3-moe"), {"modules": ["experts", "routing"]}
     assert collect(model, sentences_csv, tmp_path / "p.zarr", "--pooling", *POOLINGS, **flags) == 0
     assert collect(model, sentences_csv, tmp_path / "t.zarr", *TOKENS, **flags) == 0
-    assert main(["score", "--store", str(tmp_path / "t.zarr"), "--pooling", *POOLINGS, "--statistics", "auroc"]) == 0
     groups = [open_group(str(tmp_path / name)) for name in ("p.zarr", "t.zarr")]
+    repool(groups[1], StoreSpec.of(groups[1]), list(POOLINGS))
     for name in response_names(groups[0]):
         np.testing.assert_array_equal(*(read_array(group, name, complete=True) for group in groups), err_msg=name)
 
@@ -277,7 +296,7 @@ def test_a_model_in_memory(tiny_dir, sentences_csv, tmp_path):
             ours = node["tokens"][offset[number] : offset[number + 1]].values
             np.testing.assert_allclose(ours, acts_TD, atol=1e-5, rtol=1e-5)
             np.testing.assert_array_equal(node["max"][number].values, ours.max(axis=0))
-    scored = aura_dist.score(store, pooling=["min"], top=2)
+    scored = aura_dist.score(store, pooling=["min"], statistics=["auroc"], top=2)
     assert scored["pooling"].tolist() == ["min", "min"]
 
 

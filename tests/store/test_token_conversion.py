@@ -46,12 +46,12 @@ def convert(store, to, out, *more):
 
 
 @pytest.mark.parametrize(("flags", "context"), [((), 40), (("--context", "64"), 64)])
-def test_saelens(store, tree, tmp_path, monkeypatch, caplog, flags, context):
+def test_saelens(store, tree, tmp_path, monkeypatch, capsys, flags, context):
     datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
     monkeypatch.setattr(saelens, "_PART_BYTES", 100_000)
     assert convert(store, "saelens", tmp_path / "s", *flags) == 0
     num_rows, left = divmod(tree["tokens"].sizes["token"], context)
-    assert (f"the last {left} of" in caplog.text) == bool(left)
+    assert (f"the last {left} of" in capsys.readouterr().err) == bool(left)
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == SITES
     for site in SITES:
         loaded = datasets.load_from_disk(str(tmp_path / "s" / site))
