@@ -12,6 +12,7 @@ import aura_dist
 from aura_dist.cli import main
 from aura_dist.collecting.capture import Capture
 from aura_dist.collecting.repool import repool
+from aura_dist.planning.work import TOKENS_COMPRESSED
 from aura_dist.sites.pooling import POOLINGS
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.first_token import _counts
@@ -198,8 +199,11 @@ def test_memory_of_what_waits_is_bounded(store, tiny_dir, sentences_csv, tmp_pat
     assert collect(tiny_dir("llama"), sentences_csv, tmp_path / "t.zarr", *TOKENS) == 2
 
 
-def test_layer_by_layer(store, tiny_dir, sentences_csv, tmp_path):
-    assert collect(tiny_dir("llama"), sentences_csv, tmp_path / "s.zarr", *TOKENS, "--sharding", "layers") == 0
+@pytest.mark.parametrize("sharding", ["layers", "dispatch"])
+def test_one_process_that_does_not_hold_the_model(sharding, store, tiny_dir, sentences_csv, tmp_path):
+    more = ["--offload-folder", str(tmp_path / "away"), "--max-memory", "cpu=150KB"] if sharding == "dispatch" else []
+    flags = [*TOKENS, "--sharding", sharding, *more]
+    assert collect(tiny_dir("llama"), sentences_csv, tmp_path / "s.zarr", *flags) == 0
     assert same(store, tmp_path / "s.zarr")
 
 
@@ -304,3 +308,43 @@ def test_values_that_are_not_finite_are_counted():
     values = np.array([1.0, np.nan, np.inf, -np.inf, 3e38], np.float32)
     bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     assert num_nonfinite(values) == num_nonfinite(bits) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.realmodel
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gemma(dtype, gemma_dir, jigsaw_csv, tmp_path):
+    """200 comments, the residual stream and the MLP's neurons: every value, and the poolings."""
+    flags = ["--num-positive", "100", "--num-negative", "100", "--dtype", dtype, "--modules", *MODULES]
+    given = ["--model", str(gemma_dir), "--data", jigsaw_csv, "--concepts", "toxic"]
+    store = tmp_path / "s.zarr"
+    assert main(["collect", *given, *flags, "--store", str(store), "--pooling", "tokens", *POOLINGS]) == 0
+    tree = aura_dist.open_store(store)
+    table = read_table(jigsaw_csv, ["text", "toxic"]).columns["text"]
+    plain = hf.AutoModelForCausalLM.from_pretrained(gemma_dir, dtype=getattr(torch, dtype))
+    tokenizer, seen = hf.AutoTokenizer.from_pretrained(gemma_dir), {}
+    for site in tree["activations"]:
+        module = plain.get_submodule(site.removesuffix(":input"))
+        if site.endswith(":input"):
+            module.register_forward_pre_hook(lambda _m, args, s=site: seen.__setitem__(s, args[0][0]))
+        else:
+            module.register_forward_hook(lambda _m, _a, out, s=site: seen.__setitem__(s, out[0]))
+    offset, worst = tree["samples"]["offset"].values, 0.0
+    values = {site: tree["activations"][site]["tokens"] for site in tree["activations"]}
+    with torch.no_grad():
+        for number, row in list(enumerate(tree["samples"]["row"].values))[:: 1 if dtype == "float32" else 20]:
+            plain(**tokenizer(table[row], return_tensors="pt", truncation=True, max_length=128))
+            for site, acts_TD in seen.items():
+                ours = values[site][offset[number] : offset[number + 1]].values
+                worst = max(worst, float(np.abs(ours - acts_TD.float().numpy()).max() / acts_TD.abs().max()))
+    assert worst <= (1e-5 if dtype == "float32" else 0.05)
+    raw = tree["tokens"].sizes["token"] * sum(v.shape[1] for v in values.values()) * (4 if dtype == "float32" else 2)
+    places = [store / activation_path(site) for site in values]
+    size = sum(p.stat().st_size for place in places for p in place.rglob("*") if p.is_file())
+    assert size / raw <= TOKENS_COMPRESSED[dtype], "what `plan` says"
+    group = open_group(str(store))
+    collected = {name: read_array(group, name) for name in response_names(group) if not name.endswith("/tokens")}
+    repool(group, StoreSpec.of(group), list(POOLINGS))  # in place of those that were collected
+    for name, theirs in collected.items():
+        np.testing.assert_array_equal(read_array(group, name, complete=True), theirs, err_msg=name)
