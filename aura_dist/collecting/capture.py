@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aura_dist.collecting.exchange import ColumnExchange
+from aura_dist.collecting.tokens import TokenSink
 from aura_dist.errors import ModelError
 from aura_dist.sites.find import tap_of
 from aura_dist.sites.kinds import except_for
@@ -39,6 +40,8 @@ class Capture:
     count_row
         Row of the buffers that takes, for poolings with `of_token`, how many rows of the row chunk so far have their
         value at the first token; None where it is not counted.
+    sink
+        Takes the values of every token, at some of the sites; None where none are stored.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class Capture:
         device: str,
         exchange: ColumnExchange | None = None,
         count_row: int | None = None,
+        sink: TokenSink | None = None,
     ) -> None:
         self._model = model
+        self._sink = sink
         self._plans = plans
         self._poolings = {name: POOLINGS[name] for name in poolings}
         self._count_row = count_row
@@ -185,6 +190,8 @@ class Capture:
                     f"module {name!r} is called twice in a forward pass; leave it out: --modules … {except_for([name])}"
                 )
             self._called.add(name)
+            if self._sink is not None and name in self._sink:
+                self._sink.take(name, self._batch, acts_BTD)
             if needed.stop > needed.start:
                 mask = self._mask_on(acts_BTD.device)
                 # of routed rows, all columns are pooled, because a share of them may cut an expert

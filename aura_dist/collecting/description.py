@@ -56,11 +56,12 @@ def describe(
     fingerprint: str,
     under: Mapping[str, Any] | None,
     identity: Identity,
+    tokens: Sequence[Site] = (),
 ) -> StoreSpec:
     """What fixes the responses at `sites` of `table`, all sites of the model.
 
-    `fingerprint` is the model's, `under` the identity of the intervention that is on, and `identity` is as from
-    `load_samples`.
+    `tokens` are the sites whose values are stored token by token. `fingerprint` is the model's, `under` the identity of
+    the intervention that is on, and `identity` is as from `load_samples`.
     """
     if table.experts:
         logger.warning(
@@ -87,5 +88,6 @@ def describe(
         sites=tuple(sites),
         uncaptured=table.experts,
         intervention=under,
+        tokens=tuple(site.name for site in tokens),
         **identity,
     )

@@ -1,9 +1,9 @@
 """What one rank needs to run tasks: their batches, row buffers, the writer of its columns, counts of progress."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from math import ceil
 
 import torch
@@ -39,6 +39,8 @@ class Run:
     stop: StopFlag
     batch_tokens: int | None = None  # of a batch at most; None: as many as the store says
     by_layer: bool = False  # whether row chunks are written a layer at a time
+    # site whose tokens' values are stored → what this rank sees and writes of it, by the rank that owns a block
+    token_plans: Mapping[str, Sequence[ColumnPlan]] = field(default_factory=dict)
 
     @cached_property
     def num_tokens(self) -> list[int]:
@@ -86,7 +88,8 @@ class Run:
         counts = None
         if is_there(group, FIRST_TOKEN) and self.team.world.layout.tensor <= MAX_TENSOR_RANKS:
             counts = FirstTokenCounts(group, self.spec, owned, self.team.world.column_rank)
-        return ChunkWriter(group, owned, self._buffer, lambda task, bad: self._commit(group, task, bad), counts)
+        commit = partial(self._commit, group)
+        return ChunkWriter(group, owned, self._buffer, commit, counts, self.spec.token_sites)
 
     def _buffer(self) -> RowBuffer:
         """An empty buffer of one row chunk: every array's columns that are written here, and a row for counts.
@@ -100,7 +103,7 @@ class Run:
             layer, shape = layer_of[key[0]], (self.rows + 1, self.plans[key[0]].num_owned)
             places[key] = (ends[layer], shape, dtype)
             ends[layer] += ceil(shape[0] * shape[1] * dtype.itemsize / _ALIGNED) * _ALIGNED
-        memory = torch.empty(max(ends.values()), dtype=torch.uint8, pin_memory=pinned)
+        memory = torch.empty(max(ends.values(), default=0), dtype=torch.uint8, pin_memory=pinned)
         return {
             key: memory[at : at + shape[0] * shape[1] * dtype.itemsize].view(dtype).reshape(shape).numpy()
             for key, (at, shape, dtype) in places.items()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from aura_dist.collecting.capture import Capture
 from aura_dist.collecting.exchange import ColumnExchange
 from aura_dist.collecting.run import Run, Step
+from aura_dist.collecting.tokens import TokenSink
 from aura_dist.collecting.waves import Waves
 from aura_dist.models.layerwise import executor_of
 from aura_dist.ranks.progress import Progress
@@ -40,7 +41,8 @@ def stream(
     progress = Progress("collect", sum(t.stop - t.start for t in tasks), sum(t.num_tokens for t in tasks))
     exchange = ColumnExchange(run.plans, run.dtypes, run.rows + 1, team) if team.world.layout.tensor > 1 else None
     count_row = None if writer.counts is None else run.rows
-    capture = Capture(model, run.spec.sites, run.plans, run.spec.poolings, team.world.device, exchange, count_row)
+    sink = TokenSink(run, writer, run.token_plans) if run.token_plans else None
+    capture = Capture(model, run.spec.sites, run.plans, run.spec.poolings, team.world.device, exchange, count_row, sink)
     if team.world.column_rank:
         attempts = None
     executor = executor_of(model)

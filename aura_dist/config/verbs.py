@@ -25,6 +25,7 @@ from aura_dist.config.options import (
     File,
     Form,
     GateKind,
+    Kept,
     Launcher,
     LoadOptions,
     Method,
@@ -59,10 +60,21 @@ class CollectConfig(TextOptions, ModelOptions):
     modules: list[Module] = option(
         "sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"], distinct=True
     )
-    pooling: list[Pooling] = option("sites", "how a text's tokens become a neuron's value", ["max"], distinct=True)
+    pooling: list[Kept] = option("sites", "how a text's tokens become a neuron's value", ["max"], distinct=True)
+    keep_tokens: list[Module] = option(
+        "sites",
+        "modules, as for --modules, whose values are kept token by token beside the poolings",
+        [],
+        distinct=True,
+    )
     overwrite: bool = option(EXECUTION, "delete a store that is already there", False)
     max_attempts: Count = option(EXECUTION, "stop once this many launches in all died in the same task; 0: never", 3)
     store: Store = option("output", "the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
+
+    def __post_init__(self) -> None:
+        """Refuse to choose modules for tokens where all are chosen."""
+        super().__post_init__()
+        resolve_name("aura_dist.sites.pooling:check_kept")(self.pooling, self.keep_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +106,10 @@ class ScoreConfig(Settings):
 
     store: Store = option("data", "the store that `collect` wrote")
     partial: bool = option("data", "score the rows that are there, if the store is not finished", False)
+    pooling: list[Pooling] = option(
+        "neurons", "poolings to score; one that the store lacks is made from its tokens", [], unset="all of the store",
+        distinct=True,
+    )  # fmt: skip
     statistics: list[Statistic] = option("neurons", "statistics to compute", [], unset="all", distinct=True)
     dask: Annotated[str, Meta(title="threads|processes|slurm|tcp://HOST:PORT")] = option(
         EXECUTION, "where the work runs; an address is one of a cluster that runs already", "threads"
@@ -335,13 +351,20 @@ class ConvertConfig(Settings):
     store: Store = option("data", "store that `collect` wrote; finished, unless it is renewed as a store")
     to: Form = option("output", "the form to write")
     modules: list[Module] = option("sites", "modules, as for `collect --modules`", [], unset="all of the store")
-    pooling: list[Pooling] = option("sites", "poolings", [], unset="all of the store", distinct=True)
+    pooling: list[Kept] = option(
+        "sites", "poolings, or tokens", [], unset="all poolings; tokens where there are no others", distinct=True
+    )
+    context: PositiveInt | None = option(
+        "output", "saelens: tokens of a row; texts follow one another", None, unset="the store's --max-tokens"
+    )
     out: Dir = option("output", "directory to write; it must not exist yet")
 
     def __post_init__(self) -> None:
-        """Refuse to choose parts where all are taken."""
+        """Refuse to choose parts where all are taken, and an option that the form does not read."""
         super().__post_init__()
         forms = resolve_name("aura_dist.store.conversion:FORMS")
+        if self.context is not None and not forms[self.to].contexts:
+            raise ConfigError(f"--context: expected with --to saelens, got --to {self.to}; leave it out")
         given = [flag(name) for name in ("modules", "pooling") if getattr(self, name)]
         if given and forms[self.to].whole:
             raise ConfigError(

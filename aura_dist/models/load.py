@@ -263,3 +263,14 @@ def column_plans(
         seen = whole if num_ranks == 1 else seen_columns(model.tp_plan, tap_of(model, site), num_ranks)
         plans[site.name] = plan_columns(site.width, shards[site.name], seen, owners)[world.column_rank]
     return plans
+
+
+def token_plans(model: PreTrainedModel, sites: Sequence[Site], world: World) -> dict[str, list[ColumnPlan]]:
+    """Site → what this rank sees and writes of a block of tokens, by the rank that owns all columns of the block."""
+    num_ranks, plans = world.layout.tensor, {}
+    for site in sites:
+        whole = [((0, site.width),)]
+        seen = whole if num_ranks == 1 else seen_columns(model.tp_plan, tap_of(model, site), num_ranks)
+        of_owners = (plan_columns(site.width, site.width, seen, [owner]) for owner in range(num_ranks))
+        plans[site.name] = [plans_of[world.column_rank] for plans_of in of_owners]
+    return plans

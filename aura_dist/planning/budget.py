@@ -6,6 +6,7 @@ Pure functions of numbers. The bytes of a rank are the sum of:
 - *activations*: of the largest batch (`ForwardCost`), and every neuron's pooled value for its rows;
 - *queue*: row buffers of `NUM_BUFFERS` row chunks of the neurons that the rank writes, page-locked for a GPU, and one
   more being encoded;
+- *tokens*: values of single tokens that wait to be written, a batch's being taken and a batch's being encoded;
 - *exchange*: where ranks split columns, a row chunk's pooled values that the rank sends to others and gets from them;
 - *runtime*: interpreter, libraries, a GPU's context (constants below);
 - *texts*: before the weights are read, the tokenizer and the table of texts.
@@ -23,6 +24,7 @@ from aura_dist.ranks.layout import Layout
 from aura_dist.sites.ownership import deal_shards
 
 NUM_BUFFERS = 3
+MAX_WAITING_BYTES = 256 * 2**20  # of tokens' values that wait to be written, unless one batch has more
 MAX_RANKS = 1024
 
 # anonymous memory of interpreter, libraries, stacks and the heap's slack; measured on Linux, CPython 3.11, torch 2.13
@@ -84,9 +86,10 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     num_ranks = spread.layout.tensor
     exchange = 2 * buffer * (num_ranks - 1) // num_ranks  # a rank sees as much of what it writes as the others do
     runtime = RUNTIME_BYTES + (CUDA_HOST_BYTES if machine.gpu else 0)
+    tokens = _tokens(work, num_ranks)
     texts = TABLE_BYTES_PER_FILE_BYTE * work.data_bytes
     preparing = runtime + TOKENIZER_BYTES_PER_FILE_BYTE * work.tokenizer_bytes + texts
-    used = runtime + queue + exchange + texts + (0 if machine.gpu else activations)
+    used = runtime + queue + exchange + tokens + texts + (0 if machine.gpu else activations)
     room = Room(
         machine.gpu,
         _left(machine.device_bytes, CUDA_DEVICE_BYTES + activations),
@@ -99,6 +102,7 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
         "texts": texts,
         "queue": queue,
         "exchange": exchange,
+        "tokens": tokens,
         "offloaded weights": held.away.get("cpu", 0),
     }
     host["hidden states"] = held.waiting
@@ -112,6 +116,12 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
         host, device = {**host, **device}, {}
     host = {purpose: size for purpose, size in host.items() if size}
     return RankMemory(device, host, preparing, mapped, held.away.get("disk", 0), sum(held.away.values()))
+
+
+def _tokens(work: Work, num_ranks: int) -> int:
+    """Bytes of tokens' values on the host: taken, waiting, and being encoded, which takes two more; and exchanged."""
+    waiting = max(MAX_WAITING_BYTES, work.token_bytes) if work.token_bytes else 0
+    return waiting + (5 if num_ranks > 1 else 3) * work.token_bytes
 
 
 def _left(limit: int | None, used: int) -> float:
@@ -133,7 +143,8 @@ def _activations(work: Work, layout: Layout, neurons: Sequence[tuple[int, int]])
     exchange = 0
     if layout.tensor > 1:
         exchange = 2 * work.batch_tokens * max(width for width, _ in neurons) * work.pooled_bytes
-    return work.forward.peak_bytes(work.batch_rows, work.longest, work.batch_tokens) + pooled + exchange
+    forward = work.forward.peak_bytes(work.batch_rows, work.longest, work.batch_tokens)
+    return forward + pooled + exchange + work.token_bytes
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,23 @@ from aura_dist.planning.seconds import (
 )
 from aura_dist.planning.text import Report
 from aura_dist.planning.trace import forward_cost
-from aura_dist.planning.work import ForwardCost, Machine, StoreSize, Work, store_size
+from aura_dist.planning.work import TOKEN_BYTES, ForwardCost, Machine, StoreSize, Work, store_size, with_tokens
 from aura_dist.scoring.scores import score_layout, score_path
 from aura_dist.sites.find import SiteTable, decoder_layers_name, find_sites, tap_of
-from aura_dist.sites.kinds import KINDS
-from aura_dist.sites.pooling import POOLINGS
+from aura_dist.sites.kinds import KINDS, choose_tokens
+from aura_dist.sites.pooling import POOLINGS, TOKENS, poolings_of
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import generic
 from aura_dist.sites.transformers_adapter import WHOLE_EXPERTS_WEIGHT
 from aura_dist.store.grid import columns_per_chunk, columns_per_shard, rows_per_chunk
-from aura_dist.store.schema import num_files, progress_layouts, response_layouts, stored_dtype, tasks_of
+from aura_dist.store.schema import (
+    num_files,
+    progress_layouts,
+    response_layouts,
+    stored_dtype,
+    tasks_of,
+    token_layouts,
+)
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -61,16 +68,18 @@ class Estimate:
     splits: bool  # whether tensor parallelism can split the decoder layers
     work: Work
     num_tasks: int
+    token_sites: tuple[Site, ...] = ()  # whose values are stored token by token
 
 
 def estimate(
     source: ModelSource,
     config: PretrainedConfig,
     modules: Sequence[str],
-    poolings: Sequence[str],
+    kept: Sequence[str],
     num_tokens: NDArray[np.int32],
     tokens_per_batch: int,
     *,
+    keep_tokens: Sequence[str] = (),
     shortest: int,
     data_bytes: int,
     gpu: bool,
@@ -79,7 +88,8 @@ def estimate(
 ) -> Estimate:
     """The estimate of a collection of rows of `num_tokens` tokens (ascending), none below `shortest`.
 
-    Columns will be split over `tensor_ranks`, by the user's `plan_file` if there is one.
+    `kept` and `keep_tokens` are the words of `--pooling` and `--keep-tokens`. Columns will be split over
+    `tensor_ranks`, by the user's `plan_file` if there is one.
 
     ConfigError if texts are longer than the model's positions; ModelError if `modules` match nothing, tensor
     parallelism is wanted and cannot split them, or the forward cannot be traced.
@@ -90,7 +100,8 @@ def estimate(
     model = skeleton(config, source)
     check_converts(source.quantization, model)
     table = find_sites(model)
-    sites = table.select(modules)
+    sites, poolings = table.select(modules), poolings_of(kept)
+    token_sites = choose_tokens(sites, keep_tokens, every=TOKENS in kept)
     split = _tensor_plan(model, sites, tensor_ranks, plan_file)
     prepare(model, 1 + max(s.layer for s in sites), source.dtype)
     stored = [np.dtype(stored_dtype(p, source.dtype)).itemsize for p in poolings]
@@ -98,7 +109,8 @@ def estimate(
     stored_bits = bits(source.quantization, config)
     weights = weight_sizes(model, split, source.quantization)
     forward = forward_cost(model, sites, poolings, longest, on_cpu=not gpu)
-    item_bytes, rows_chunk = max(stored), rows_per_chunk(num_rows)
+    item_bytes, rows_chunk = max(stored, default=1), rows_per_chunk(num_rows)
+    widest = max((site.width for site in token_sites), default=0)
     chunks = {s.width: columns_per_chunk(s.width, num_rows, item_bytes) for s in sites}
     neurons = tuple((s.width, columns_per_shard(s.width, chunks[s.width], rows_chunk, item_bytes)) for s in sites)
     by_layer = [
@@ -120,12 +132,14 @@ def estimate(
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
         data_bytes=data_bytes,
         mapped=not gpu and is_mapped(model, source),
+        token_bytes=max(tokens_per_batch, longest) * widest * TOKEN_BYTES[source.dtype],
     )
     splits, quantization = any(part for _, part in weights.layers), source.quantization or method_of(config)
     num_tasks = len(tasks_of(num_tokens, tokens_per_batch))
     return Estimate(
-        source, num_tokens, table, sites, tuple(poolings), chunks, quantization, precisions, splits, work, num_tasks
-    )
+        source, num_tokens, table, sites, poolings, chunks, quantization, precisions, splits, work, num_tasks,
+        token_sites,
+    )  # fmt: skip
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -275,8 +289,15 @@ def _store_size(found: Estimate, num_ranks: int, *, first_tokens: bool) -> Store
     """Size of the store and its files, where `num_ranks` ranks share the columns."""
     sites, poolings, num_rows = found.sites, found.poolings, len(found.num_tokens)
     size = store_size(num_rows, found.work.rows_chunk, [site.width for site in sites], found.precisions)
+    size = with_tokens(size, int(found.num_tokens.sum()), sum(s.width for s in found.token_sites), found.source.dtype)
     arrays = response_layouts(sites, poolings, found.source.dtype, num_rows)
-    arrays |= progress_layouts(sites, poolings, (num_rows, 1), found.num_tasks, first_tokens=first_tokens)
+    kept = len(found.token_sites)
+    arrays |= progress_layouts(
+        sites, poolings, (num_rows, 1), found.num_tasks, first_tokens=first_tokens, num_token_sites=kept
+    )
+    if found.token_sites:
+        num_tokens, per_batch = found.num_tokens.tolist(), found.work.tokens_per_batch
+        arrays |= token_layouts(found.token_sites, found.source.dtype, num_tokens, per_batch)
     scores = {
         score_path(site.name, pooling): score_layout(1, site.width, found.chunks[site.width])
         for site in sites

@@ -66,9 +66,16 @@ def _model(report: Report) -> list[str]:
 
 def _store(report: Report) -> list[str]:
     store, columns = report.store, " or ".join(f"{c:,}" for c in report.columns_chunk)
+    lines = [f"store    {store.num_rows:,} rows"]
+    if store.num_arrays:
+        lines[0] += (
+            f" × {store.num_neurons:,} neurons, {store.num_arrays:,} arrays, "
+            f"{store.num_chunks:,} chunks of {report.rows_chunk} rows × {columns} columns"
+        )
+    if store.num_tokens:
+        lines.append(f"  values of {store.num_tokens:,} tokens at {store.token_neurons:,} neurons")
     return [
-        f"store    {store.num_rows:,} rows × {store.num_neurons:,} neurons, {store.num_arrays:,} arrays, "
-        f"{store.num_chunks:,} chunks of {report.rows_chunk} rows × {columns} columns",
+        *lines,
         f"  {show_bytes(store.raw_bytes)} raw, about {show_bytes(store.compressed_bytes)} on disk",
         f"  {store.num_files:,} files, and {store.score_files:,} of scores",
     ]

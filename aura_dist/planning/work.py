@@ -12,6 +12,9 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 4, "float16": 2}
 # share of those bytes that is left after byte shuffle and lz4: for maxima of Gemma 3 270M's MLP over 80 Jigsaw comments
 # 0.906 in float32, 0.409 in bfloat16 (0.45 is on the safe side) and, rounded to float16, 1.0
 COMPRESSED = {"float32": 0.91, "bfloat16": 0.45, "float16": 1.0}
+# the same of tokens' values, of which bfloat16 takes 2 bytes
+TOKEN_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TOKENS_COMPRESSED = {"float32": 0.91, "bfloat16": 0.9, "float16": 1.0}
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Work:
     hidden_bytes: int = 0  # of the hidden states of all rows
     layer_neurons: tuple[tuple[int, int], ...] = ()  # `neurons` of the layer that has most
     mapped: bool = False  # whether a CPU can use the weights in their files, because they have the forward's dtype
+    token_bytes: int = 0  # of the tokens' values of one batch at the widest site where they are stored
 
     def neurons_at_once(self, by_layer: bool) -> tuple[tuple[int, int], ...]:
         """The sites whose values are on their way to the store at the same time: all, or those of a layer."""
@@ -85,9 +89,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class StoreSize:
-    """Rows, neurons, arrays and chunks of a store, its bytes, those expected on disk, and its files.
+    """Rows, neurons, arrays and chunks of responses, a store's bytes, those expected on disk, and its files.
 
-    `score_files` are what `score` adds to `num_files`.
+    `score_files` are what `score` adds to `num_files`. The bytes include the values of `num_tokens` tokens of
+    `token_neurons` neurons, where these are stored.
     """
 
     num_rows: int
@@ -98,6 +103,8 @@ class StoreSize:
     compressed_bytes: int
     num_files: int = 0
     score_files: int = 0
+    num_tokens: int = 0
+    token_neurons: int = 0
 
 
 def store_size(num_rows: int, rows_chunk: int, widths: Sequence[int], precisions: Sequence[str]) -> StoreSize:
@@ -107,7 +114,20 @@ def store_size(num_rows: int, rows_chunk: int, widths: Sequence[int], precisions
     """
     row_chunks = ceil(num_rows / rows_chunk)
     items = [ITEM_BYTES[p] for p in precisions]
-    chunks = len(items) * sum(row_chunks * ceil(w / columns_per_chunk(w, num_rows, max(items))) for w in widths)
+    largest = max(items, default=1)
+    chunks = len(items) * sum(row_chunks * ceil(w / columns_per_chunk(w, num_rows, largest)) for w in widths)
     cells = num_rows * sum(widths)
     compressed = ceil(cells * sum(ITEM_BYTES[p] * COMPRESSED[p] for p in precisions))
     return StoreSize(num_rows, sum(widths), len(widths) * len(items), chunks, cells * sum(items), compressed)
+
+
+def with_tokens(size: StoreSize, num_tokens: int, num_neurons: int, dtype: str) -> StoreSize:
+    """`size` with the values of `num_tokens` tokens at sites of so many neurons in all; `dtype` is the forward's."""
+    raw = num_tokens * num_neurons * TOKEN_BYTES[dtype]
+    return replace(
+        size,
+        raw_bytes=size.raw_bytes + raw,
+        compressed_bytes=size.compressed_bytes + ceil(raw * TOKENS_COMPRESSED[dtype]),
+        num_tokens=num_tokens if num_neurons else 0,
+        token_neurons=num_neurons,
+    )

@@ -14,7 +14,7 @@ from aura_dist.report.evaluations import read_evaluation
 from aura_dist.report.rundir import INTERVENTIONS, JOBS, JOBS_FILE, RESULTS, RunDirectory, is_run_directory, open_run
 from aura_dist.scoring.scores import count_columns, score_attributes, score_path, scored_statistics
 from aura_dist.store.access import local_path, open_group, read_array
-from aura_dist.store.schema import DONE, StoreSpec, activation_path, tasks_of
+from aura_dist.store.schema import DONE, StoreSpec, response_paths, tasks_of
 
 FINISHED, HALF_DONE, NOTHING, DAMAGED = "done", "half done", "nothing", "damaged"
 FRESH_SECONDS = 120.0
@@ -117,6 +117,8 @@ def _collection(group: zarr.Group, spec: StoreSpec) -> Part:
 
 
 def _scores(group: zarr.Group, spec: StoreSpec) -> Part:
+    if not spec.poolings:
+        return Part("score", NOTHING, "", "tokens alone; `score --pooling` makes poolings of them")
     scored, total = count_columns(group, spec)
     statistics = scored_statistics(group, spec.sites[-1].name, spec.poolings[-1])
     basis = score_attributes(group)
@@ -190,6 +192,6 @@ def _store_places(store: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AuraError):
         return [store]
     names = [(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
-    chunks = [store / name / "c" for name in (DONE, activation_path(*names[0]))]
+    chunks = [store / name / "c" for name in (DONE, response_paths(spec)[0])]
     spans = [store / score_path(*name) / "c" / "0" / "0" for name in names]  # the directory of their files
     return [store, *chunks, *spans]

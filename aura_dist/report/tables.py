@@ -44,6 +44,7 @@ def facts_of(store: StoreSummary) -> list[tuple[str, str]]:
         ("tokens", f"{store.mean_tokens:.1f} a text on average, cut at {spec.max_tokens}"),
         ("modules", f"{', '.join(config.get('modules', []))}: {len(spec.sites):,} with {store.num_neurons:,} neurons"),
         ("pooling", ", ".join(spec.poolings)),
+        ("tokens kept", f"every token's values at {len(spec.tokens):,} modules" if spec.tokens else ""),
         ("scores", _basis(store.basis)),
         ("collected under", f"{under.get('method')} at strength {under.get('strength'):g}" if under else ""),
         ("not finite", f"{store.num_nonfinite:,} responses are NaN or infinite" if store.num_nonfinite else ""),

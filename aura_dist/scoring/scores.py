@@ -190,9 +190,16 @@ def begin(group: zarr.Group, basis: Basis) -> bool:
     return had_scores
 
 
-def discard(group: zarr.Group) -> None:
-    """Remove all scores, damaged ones too; their attributes first, so that none counts if this is interrupted."""
+def discard(group: zarr.Group, paths: Sequence[str] | None = None) -> None:
+    """Remove the scores at some paths, by default all, damaged ones too.
+
+    Where all go, their attributes go first, so that none counts if this is interrupted.
+    """
     forget_consolidated(group)
+    if paths is not None:
+        for path in paths:
+            del group[path]
+        return
     with suppress(StoreError):  # a damaged description goes with the rest
         if (scores := _scores_of(group)) is not None:
             scores.attrs.put({})
@@ -363,9 +370,11 @@ def read_scores(
     if concept not in spec.concepts:
         raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
     if pooling not in spec.poolings:
+        from_tokens = len(spec.tokens) == len(spec.sites)
+        verb, words = ("score", [pooling]) if from_tokens else ("collect", [*spec.poolings, pooling])
         raise InputError(
-            f"--pooling: expected one of {', '.join(spec.poolings)}, got {pooling!r}; "
-            f"collect with `--pooling {' '.join([*spec.poolings, pooling])}` for it"
+            f"--pooling: expected one of {', '.join(spec.poolings) or 'those to make from tokens'}, got {pooling!r}; "
+            f"{verb} with `--pooling {' '.join(words)}` for it"
         )
     which = spec.concepts.index(concept)
     scores: dict[str, NDArray[Any]] = {}

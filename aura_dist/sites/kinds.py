@@ -114,7 +114,7 @@ def matching(sites: Iterable[Site], wanted: str, *, alike: bool = False) -> set[
     return names if alike else {name for name in names if (":" in name) == (":" in wanted)}
 
 
-def _check_one_side(sites: Iterable[Site], word: str) -> None:
+def _check_one_side(sites: Iterable[Site], word: str, flag: str) -> None:
     """ConfigError for a pattern whose last `*` stands for nothing at a module's output, and for `INPUT` at its input.
 
     `'*.mlp.*'` means the modules of an MLP, so their outputs. `'*.down_proj*'` names one module, and may mean either.
@@ -124,15 +124,19 @@ def _check_one_side(sites: Iterable[Site], word: str) -> None:
         return
     if any(name + INPUT in names and fnmatch.fnmatchcase(name, stem) for name in names):
         raise ConfigError(
-            f"--modules {word!r}: expected a pattern of outputs or one of inputs, got one that matches both; write "
+            f"{flag} {word!r}: expected a pattern of outputs or one of inputs, got one that matches both; write "
             f"{stem!r} for the outputs, or '{stem}{INPUT}' for the inputs"
         )
 
 
 def choose(
-    sites: Sequence[Site], modules: Sequence[str], unmatched: Callable[[str], AuraError], default: str | None = None
+    sites: Sequence[Site],
+    modules: Sequence[str],
+    unmatched: Callable[[str], AuraError],
+    default: str | None = None,
+    flag: str = "--modules",
 ) -> tuple[Site, ...]:
-    """The sites that words of `--modules` choose, in their order.
+    """The sites that words of `--modules`, or of another `flag` like it, choose, in their order.
 
     Words with `!` in front leave out sites that the others chose, inputs and outputs alike; where there are no others,
     those of `default`, or of all sites. Raises `unmatched(word)` if a word matches no site; ConfigError if a pattern
@@ -142,7 +146,7 @@ def choose(
     choosing = [word for word in modules if word not in left_out] or ([] if default is None else [default])
     chosen: set[str] = set() if choosing else {s.name for s in sites}
     for wanted in choosing:
-        _check_one_side(sites, wanted)
+        _check_one_side(sites, wanted, flag)
         names = matching(sites, wanted)
         if not names:
             raise unmatched(wanted)
@@ -153,16 +157,29 @@ def choose(
         if not names:
             raise unmatched(word)
         if not names & chosen:
-            raise ConfigError(
-                f"--modules {word!r}: expected a pattern of chosen modules, got one of others; leave it out"
-            )
+            raise ConfigError(f"{flag} {word!r}: expected a pattern of chosen modules, got one of others; leave it out")
         kept -= names
     if not kept:
         words = " ".join(map(repr, left_out))
-        raise ConfigError(
-            f"--modules {words}: expected a module to be left, got none of {len(chosen)}; leave out fewer"
-        )
+        raise ConfigError(f"{flag} {words}: expected a module to be left, got none of {len(chosen)}; leave out fewer")
     return tuple(s for s in sites if s.name in kept)
+
+
+def choose_tokens(sites: Sequence[Site], keep_tokens: Sequence[str], *, every: bool) -> tuple[Site, ...]:
+    """The captured sites whose values are kept token by token: those of `--keep-tokens`, or all.
+
+    ConfigError if a word matches none of them, or as of `choose`.
+    """
+
+    def unmatched(word: str) -> ConfigError:
+        return ConfigError(
+            f"--keep-tokens {word!r}: expected a pattern of captured modules, got one that matches none of "
+            f"{len(sites)} ({sites[0].name}, …); name others, or capture more with --modules"
+        )
+
+    if every or not keep_tokens:
+        return tuple(sites) if every else ()
+    return choose(sites, keep_tokens, unmatched, flag="--keep-tokens")
 
 
 def except_for(names: Iterable[str], kept: Collection[str] = ()) -> str:

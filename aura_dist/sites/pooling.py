@@ -1,5 +1,7 @@
 """A text's tokens → one value per neuron, with padding never counted. A new pooling is one row of `POOLINGS`.
 
+`TOKENS` among the words of `--pooling` says that the values of every token are kept too.
+
 B texts of a batch, T tokens, D neurons. Importing this module imports no torch.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -15,7 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from aura_dist.errors import ConfigError
 from aura_dist.sites.routed import Routed
+
+TOKENS = "tokens"
 
 if TYPE_CHECKING:
     import torch
@@ -162,3 +167,22 @@ POOLINGS = {
     "absmax": Pooling("the largest absolute value", _absmax, selects=True, of_token=lambda acts: acts.abs()),
     "mean_square": Pooling("the mean of the squares", _mean_square, selects=False),
 }
+
+
+def kept_words() -> dict[str, str]:
+    """Every word of `collect --pooling` → its summary."""
+    return {name: pooling.summary for name, pooling in POOLINGS.items()} | {TOKENS: "no pooling: every token's value"}
+
+
+def poolings_of(words: Iterable[str]) -> tuple[str, ...]:
+    """The poolings among words of `collect --pooling`."""
+    return tuple(word for word in words if word != TOKENS)
+
+
+def check_kept(words: Collection[str], keep_tokens: Collection[str]) -> None:
+    """ConfigError if `--keep-tokens` chooses sites although `--pooling tokens` keeps the tokens of all."""
+    if keep_tokens and TOKENS in words:
+        raise ConfigError(
+            f"--keep-tokens: expected it without --pooling {TOKENS}, which keeps the tokens of all modules, got "
+            f"{' '.join(keep_tokens)}; leave one of them out"
+        )

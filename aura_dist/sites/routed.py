@@ -76,6 +76,16 @@ class Routed:
         out[self._keys(here_BT)] = self.values_SI
         return out[:-1].view(shape[0], -1)
 
+    def dense(self, shape: Sequence[int]) -> Tensor:
+        """[B, T, E · I] all values; `shape` is (B, T)."""
+        import torch
+
+        kept_S = self.expert_S < self.num_experts
+        key_S = torch.where(kept_S, self.token_S * self.num_experts + self.expert_S, self.num_tokens * self.num_experts)
+        out = self.values_SI.new_zeros((self.num_tokens * self.num_experts + 1, self.values_SI.shape[1]))
+        out[key_S] = self.values_SI
+        return out[:-1].view(*shape, -1)
+
     def changed(self, change: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """The rows' new values [S, I]; `change(values, along)` is as in `Tap.write`."""
         expert_S = self.expert_S.clamp(max=self.num_experts - 1)

@@ -15,14 +15,16 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import zarr
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from aura_dist.collecting.description import Identity, describe, load_samples
 from aura_dist.collecting.run import Run
 from aura_dist.collecting.stream import stream
 from aura_dist.config.verbs import CollectConfig
-from aura_dist.errors import RunInterruptedError, StoreError
+from aura_dist.errors import BudgetError, RunInterruptedError, StoreError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.hooks import laid_over
 from aura_dist.interventions.use import find_intervention
@@ -30,24 +32,27 @@ from aura_dist.models.fingerprints import comparable
 from aura_dist.models.hub import downloaded
 from aura_dist.models.in_memory import InMemory
 from aura_dist.models.layerwise import executor_of
-from aura_dist.models.load import column_plans, source_of
+from aura_dist.models.load import column_plans, source_of, token_plans
 from aura_dist.models.on_disk import OnDisk, Subject
 from aura_dist.models.quantization import check_can_load
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import Sharding, sharding_of
 from aura_dist.planning.budget import CUDA_DEVICE_BYTES, with_largest_batch
+from aura_dist.planning.disk import bytes_at, shortage_of_disk
 from aura_dist.planning.estimate import Estimate, estimate
 from aura_dist.planning.shortage import explained, largest
-from aura_dist.planning.work import Machine
+from aura_dist.planning.work import Machine, store_size, with_tokens
 from aura_dist.ranks.device import device_memory, memory_within_reach, pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank, free_memory, local_ranks
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import World
+from aura_dist.sites.kinds import choose_tokens
+from aura_dist.sites.pooling import POOLINGS, TOKENS, poolings_of
 from aura_dist.store.access import check_writable, exists, open_group, zarr_store
 from aura_dist.store.consolidated import consolidate
-from aura_dist.store.grid import Task
+from aura_dist.store.grid import Task, rows_per_chunk
 from aura_dist.store.launches import at_work
 from aura_dist.store.record import (
     COLLECTED,
@@ -61,6 +66,7 @@ from aura_dist.store.record import (
     units_without_numbers,
 )
 from aura_dist.store.schema import Samples, StoreSpec, create_store, shard_widths, tasks_of
+from aura_dist.store.tokens import token_arrays
 from aura_dist.text.table import Table
 from aura_dist.text.tokens import TokenizedTexts
 
@@ -84,7 +90,7 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
         with downloaded(team, subject.source):
             spec = make_spec(config, subject, identity, lambda: team.once_a_host("fingerprint", subject.fingerprint))
             with _marked(config) if team.world.is_first else nullcontext():
-                left = set(team.from_first("left", lambda: prepare_store(config, subject, spec, samples)))
+                left = set(team.from_first("left", lambda: prepare_store(config, subject, spec, samples, tokens)))
                 tasks = [t for t in tasks_of(samples.num_tokens, spec.tokens_per_batch) if t.index in left]
                 if tasks:
                     with explained("texts run", team.world.device, lambda: _what_fits(config, subject, tokens, team)):
@@ -107,16 +113,37 @@ def _marked(config: CollectConfig) -> AbstractContextManager[None]:
     return at_work(config.store, zarr_store(config.store), "collect", against=against, wait=not config.overwrite)
 
 
-def prepare_store(config: CollectConfig, subject: Subject, spec: StoreSpec, samples: Samples) -> list[int]:
-    """Make the store, or check one that was begun; returns the tasks that are left. One process of a launch runs it."""
+def prepare_store(
+    config: CollectConfig, subject: Subject, spec: StoreSpec, samples: Samples, tokens: TokenizedTexts
+) -> list[int]:
+    """Make the store, or check one that was begun; returns the tasks that are left. One process of a launch runs it.
+
+    BudgetError if it keeps tokens and the disk has no room for what is left of them.
+    """
     begun = exists(config.store)  # refuses what is not a store, also under --overwrite
     if config.overwrite or not begun:
+        check_room(config.store, spec, samples.num_tokens, freed_bytes=bytes_at(config.store) if begun else 0)
+        kept = token_arrays(tokens, spec.tokens_per_batch) if spec.tokens else None
         versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
-        create_store(config.store, spec, samples, {"config": asdict(config), "versions": versions})
+        create_store(config.store, spec, samples, {"config": asdict(config), "versions": versions}, kept)
     group = open_group(config.store)
     check_same(config.store, group, _as_recorded(config, subject, spec, group), samples)
-    check_attempts(config, group, tasks_of(samples.num_tokens, spec.tokens_per_batch))
-    return unfinished(group)
+    tasks = tasks_of(samples.num_tokens, spec.tokens_per_batch)
+    check_attempts(config, group, tasks)
+    left = unfinished(group)
+    if begun and left:
+        rows = [samples.num_tokens[tasks[index].start : tasks[index].stop] for index in left]
+        check_room(config.store, spec, np.concatenate(rows))
+    return left
+
+
+def check_room(store: str, spec: StoreSpec, num_tokens: NDArray[np.int32], freed_bytes: int = 0) -> None:
+    """BudgetError if tokens are kept, and the disk has no room for rows of so many tokens each."""
+    precisions = [spec.dtype if POOLINGS[p].selects else "float32" for p in spec.collected]
+    size = store_size(len(num_tokens), rows_per_chunk(len(num_tokens)), [s.width for s in spec.sites], precisions)
+    size = with_tokens(size, int(num_tokens.sum()), sum(s.width for s in spec.token_sites), spec.dtype)
+    if refused := shortage_of_disk(store, size, freed_bytes):
+        raise BudgetError(refused)
 
 
 def _as_recorded(config: CollectConfig, subject: Subject, spec: StoreSpec, group: zarr.Group) -> StoreSpec:
@@ -150,12 +177,14 @@ def collect_tasks(
     stop: StopFlag,
 ) -> None:
     """Have the ranks load the model together, and run this rank's share of `tasks` into the store."""
-    batch_tokens = _batch_tokens(config, subject, tokens, team)
+    # batches of tokens are the store's, because a file holds the tokens of one
+    batch_tokens = None if spec.tokens else _batch_tokens(config, subject, tokens, team)
     begun = time.perf_counter()
     with subject.base(team.world, num_layers=1 + max(s.layer for s in spec.sites)) as model:
         group = open_group(config.store)
         plans = column_plans(model, spec.sites, shard_widths(group, spec), team.world)
-        run = Run(spec, tokens, plans, team, stop, batch_tokens, by_layer=executor_of(model) is not None)
+        kept, by_layer = token_plans(model, spec.token_sites, team.world), executor_of(model) is not None
+        run = Run(spec, tokens, plans, team, stop, batch_tokens, by_layer=by_layer, token_plans=kept)
         loaded = time.perf_counter()
         try:
             with (
@@ -198,7 +227,7 @@ def _estimate(config: CollectConfig, subject: Subject, tokens: TokenizedTexts, *
     """What `plan` would say of this collection."""
     return estimate(
         subject.source, subject.config, config.modules, config.pooling, tokens.num_tokens, config.task_tokens,
-        shortest=int(tokens.num_tokens[0]), data_bytes=0, gpu=gpu,
+        keep_tokens=config.keep_tokens, shortest=int(tokens.num_tokens[0]), data_bytes=0, gpu=gpu,
     )  # fmt: skip
 
 
@@ -268,8 +297,10 @@ def make_spec(
     sites = table.select(config.modules)
     intervention, found = find_intervention(subject, config.intervention, fingerprint or subject.fingerprint)
     under = None if intervention is None else intervention.identity(config.strength)
+    tokens = choose_tokens(sites, config.keep_tokens, every=TOKENS in config.pooling)
     return describe(
-        config, subject, table, sites, config.pooling, fingerprint=found, under=under, identity=identity
+        config, subject, table, sites, poolings_of(config.pooling), fingerprint=found, under=under, identity=identity,
+        tokens=tokens,
     )  # fmt: skip
 
 

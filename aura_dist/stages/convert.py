@@ -12,11 +12,11 @@ def run(config: ConvertConfig) -> None:
     ConfigError
         The target is a URL.
     InputError
-        The store has no such module or pooling.
+        The store has no such module or pooling, or fewer tokens than a row takes.
     StoreError
         The store lacks rows or is damaged; the target exists, or cannot be written.
     """
     form = FORMS[config.to]
-    source = open_source(config.store, config.modules, config.pooling, whole=form.whole)
-    convert(source, form, config.out)
-    print(f"wrote {config.out}: {len(source.samples)} texts, {len(source.arrays)} arrays of responses")
+    source = open_source(config.store, config.modules, config.pooling, form)
+    convert(source, form, config.out, config.context)
+    print(f"wrote {config.out}: {len(source.samples)} texts, {source.num_arrays} arrays of responses")

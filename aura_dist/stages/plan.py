@@ -51,6 +51,7 @@ from aura_dist.models.quantization import check_held
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.planning.budget import with_largest_batch
+from aura_dist.planning.disk import shortage_of_disk
 from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
 from aura_dist.planning.seconds import EvaluationPlan, Rates, Step, continuing
 from aura_dist.planning.text import Report, refusal, render
@@ -88,18 +89,21 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
         config.pooling,
         num_tokens,
         config.task_tokens,
+        keep_tokens=config.keep_tokens,
         shortest=shortest,
         data_bytes=Path(config.data).stat().st_size if config.data and Path(config.data).is_file() else 0,
         gpu=machine.gpu,
         tensor_ranks=spread.layout.tensor,
         plan_file=config.tensor_plan,
     )
-    if config.tokens_per_batch is None and sharding.strategy.reads_every_batch(sharding.options):
+    keeps = bool(found.token_sites)  # their batches are the store's
+    if config.tokens_per_batch is None and not keeps and sharding.strategy.reads_every_batch(sharding.options):
         found = replace(found, work=with_largest_batch(found.work, spread, machine))
     report = collection_report(
         found, origin, spread, machine, config.tflops, _rates(config), first_tokens=not config.skip_first_tokens
     )
-    return report, refusal(report, config.device_memory, config.host_memory)
+    refused = refusal(report, config.device_memory, config.host_memory)
+    return report, refused or (shortage_of_disk(config.store, report.store) if config.store else "")
 
 
 def _rates(config: PlanConfig) -> Rates:

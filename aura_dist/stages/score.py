@@ -1,8 +1,10 @@
-"""score: every statistic of every neuron of a store, chunk column by chunk column. Never imports torch.
+"""score: every statistic of every neuron of a store, chunk column by chunk column.
 
-Data flow: rows that are finished → spans that lack a statistic → Dask tasks, one a span (several small spans share a
-task), a bounded number in flight → each reads and scores the chunk columns of its spans, and writes their files →
-q-values over the model → tables and histograms.
+It imports torch only to make a pooling from a store's tokens.
+
+Data flow: rows that are finished → poolings that are made from tokens → spans that lack a statistic → Dask tasks, one a
+span (several small spans share a task), a bounded number in flight → each reads and scores the chunk columns of its
+spans, and writes their files → q-values over the model → tables and histograms.
 """
 
 import asyncio
@@ -10,9 +12,11 @@ import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +40,7 @@ from aura_dist.scoring.scores import (
     make_array,
     pending,
     resolve_statistics,
+    score_path,
     span_bytes,
 )
 from aura_dist.scoring.tables import best_neurons, by_layer, confounding_warning, score_table, top_table
@@ -85,7 +90,7 @@ def score(config: ScoreConfig) -> tuple[zarr.Group, StoreSpec, Sequence[str]]:
 
 def _check_scored(config: ScoreConfig, store: str, group: zarr.Group, names: Sequence[str]) -> StoreSpec:
     """The spec of a store that is only read; StoreError unless its scores are there."""
-    spec = StoreSpec.of(group)
+    spec = _chosen(config, StoreSpec.of(group))
     basis = basis_of(store, group, spec, partial=config.partial)
     if config.overwrite or not is_scored(group, spec, basis, names):
         check_writable(store, group)
@@ -96,8 +101,9 @@ def _score_store(
     config: ScoreConfig, store: str, names: Sequence[str], shape: tuple[int, int]
 ) -> tuple[zarr.Group, StoreSpec]:
     group = open_group(store, to_write=True)
-    spec = StoreSpec.of(group)
-    basis = basis_of(store, group, spec, partial=config.partial)
+    basis = basis_of(store, group, StoreSpec.of(group), partial=config.partial)
+    _make_poolings(config, store, group, basis)
+    spec = _chosen(config, StoreSpec.of(group))
     if basis.partial:
         logger.warning("%d of %d rows are there: these scores are of them alone", basis.num_rows, basis.total_rows)
     if not config.overwrite:
@@ -110,7 +116,7 @@ def _score_store(
         source = Source(store, basis.runs, uuid.uuid4().hex)
         with dask_client(config.dask, config.num_workers, config.memory_limit, config.slurm) as client:
             if config.overwrite:  # only now that the workers are there
-                _begin(store, group, basis, overwrite=True)
+                _begin(store, group, basis, overwrite=_scored_paths(group, spec))
             if config.dask == "processes":  # every worker loads its kernels now, not within its first column
                 client.run(compile_kernels)
             with errors_of_writing(store, "a score"):
@@ -124,15 +130,63 @@ def _score_store(
     if not OVER_MODEL.keys().isdisjoint(names):
         adjust(group, spec)
     consolidate(group)
-    for warning in first_token_warnings(group, spec):
+    for warning in first_token_warnings(group, StoreSpec.of(group), spec.poolings):
         logger.warning(warning)
     return group, spec
 
 
-def _begin(store: str, group: zarr.Group, basis: Basis, *, overwrite: bool = False) -> None:
+def _make_poolings(config: ScoreConfig, store: str, group: zarr.Group, basis: Basis) -> None:
+    """Make from the store's tokens what it lacks of the poolings to score; with --overwrite, make those again.
+
+    StoreError if the store has no tokens of some module, or lacks rows.
+    """
+    spec = StoreSpec.of(group)
+    lacks = [pooling for pooling in config.pooling if pooling not in spec.poolings]
+    again = [p for p in spec.repooled if config.overwrite and p in (config.pooling or spec.poolings)]
+    if not lacks and not again:
+        return
+    if without := [site.name for site in spec.sites if site.name not in spec.tokens]:
+        wanted = " ".join([*spec.poolings, *lacks])
+        raise StoreError(
+            f"--store {store!r}: --pooling {lacks[0]}: expected a pooling of the store ({', '.join(spec.poolings)}) "
+            f"or tokens of all modules to make it from, found none of {without[0]}; collect with --pooling {wanted}"
+        )
+    if basis.partial:
+        raise StoreError(
+            f"--store {store!r}: --pooling {(lacks or again)[0]}: expected all rows, because it is made from their "
+            f"tokens, found {basis.num_rows} of {basis.total_rows}; run the same `collect` to finish it"
+        )
+    with errors_of_writing(store, "a pooling"):
+        resolve_name("aura_dist.collecting.repool:repool")(group, spec, [*again, *lacks])
+
+
+def _chosen(config: ScoreConfig, spec: StoreSpec) -> StoreSpec:
+    """The spec with the poolings to score alone; StoreError if the store has none, or lacks one."""
+    chosen = tuple(config.pooling) or spec.poolings
+    if not chosen:
+        raise StoreError(
+            f"--store {config.store!r}: expected --pooling, because the store holds tokens and no pooling, got none; "
+            "name those to make from the tokens, such as --pooling max"
+        )
+    if lacks := [pooling for pooling in chosen if pooling not in spec.poolings]:
+        raise StoreError(
+            f"--store {config.store!r}: --pooling {lacks[0]}: expected some of the store's {', '.join(spec.poolings)}"
+        )
+    return replace(spec, poolings=chosen)
+
+
+def _scored_paths(group: zarr.Group, spec: StoreSpec) -> list[str] | None:
+    """Paths of the scores of the poolings of `spec`; None where these are all of the store's."""
+    if set(spec.poolings) == set(StoreSpec.of(group).poolings):
+        return None
+    return [score_path(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
+
+
+def _begin(store: str, group: zarr.Group, basis: Basis, *, overwrite: Sequence[str] | None = ()) -> None:
+    """Make `scores` ready for `basis`, without the arrays at the paths of `overwrite`; None: without any."""
     with errors_of_writing(store, "a score"):
-        if overwrite:
-            discard(group)
+        if overwrite is None or overwrite:
+            discard(group, overwrite)
         if begin(group, basis):
             logger.warning("%s was scored on other rows than are there now: all scores are computed again", store)
 

@@ -28,7 +28,7 @@ SCHEMA_VERSION = 4
 # Stores of these versions are read; `check_writable` refuses to write into those of an earlier one.
 READ_VERSIONS = (3, SCHEMA_VERSION)
 # The groups directly under a store's root.
-MEMBERS = ("activations", "progress", "samples", "scores")
+MEMBERS = ("activations", "progress", "samples", "scores", "tokens")
 # s3://…, and chained drivers such as simplecache::s3://…
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 

@@ -4,7 +4,8 @@ The first token is often the same in all texts, and some units always respond to
 nothing of the text, so its scores are noise.
 
 ```
-progress/first_token   [task, rank, unit] uint32: texts of the task; units of the poolings that have `of_token`
+progress/first_token             [task, rank, unit] uint32: texts of the task; units of poolings that have `of_token`
+progress/first_token_<pooling>   [unit] uint32: all texts; of a pooling that `score` made from tokens
 ```
 A tensor-parallel rank writes the units whose responses it writes; the others are 0. Where a task ran twice, its counts
 may be there from two layouts of ranks. They are equal, so the largest is taken. A chunk of zeros may be missing.
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import zarr
@@ -21,7 +23,14 @@ from numpy.typing import NDArray
 
 from aura_dist.sites.ownership import Interval
 from aura_dist.store.access import damaged, get_array, is_there, missing_chunks, read_array
-from aura_dist.store.schema import DONE, FIRST_TOKEN, StoreSpec, first_token_columns, tasks_of
+from aura_dist.store.schema import (
+    DONE,
+    FIRST_TOKEN,
+    StoreSpec,
+    first_token_columns,
+    first_token_path,
+    tasks_of,
+)
 
 # a unit whose value comes from the first token in so many texts has scores that say little
 NEARLY_ALL = 0.95
@@ -51,26 +60,40 @@ class FirstTokenCounts:
         self._array[task, self._rank] = np.zeros(self._array.shape[2], np.uint32) if counts is None else counts
 
 
-def first_token_warnings(group: zarr.Group, spec: StoreSpec) -> Iterator[str]:
-    """A sentence for each pooling under which units have their value at the first token in nearly all texts."""
-    if not is_there(group, FIRST_TOKEN):
-        return
+def first_token_warnings(group: zarr.Group, spec: StoreSpec, poolings: Sequence[str] | None = None) -> Iterator[str]:
+    """A sentence for each pooling under which units have their value at the first token in nearly all texts.
+
+    `poolings`: by default all.
+    """
     tasks = tasks_of(read_array(group, "samples/num_tokens"), spec.tokens_per_batch)
     done = [tasks[t] for t in np.flatnonzero(read_array(group, DONE))]
     least = NEARLY_ALL * max(1, sum(task.stop - task.start for task in done))
-    at_first = _totals(group, [task.index for task in done]) >= least
-    kinds = {site.name: site.kind for site in spec.sites}
     num_units = sum(site.width for site in spec.sites)
-    for pooling in spec.poolings:
+    counts = _counts(group, spec, [task.index for task in done])
+    for pooling in spec.poolings if poolings is None else poolings:
         found: Counter[str] = Counter()
-        for (site, of), columns in first_token_columns(spec).items():
-            found[kinds[site]] += int(np.count_nonzero(at_first[columns])) if of == pooling else 0
+        for site in spec.sites:
+            found[site.kind] += int(np.count_nonzero(counts.get((site.name, pooling), np.zeros(1)) >= least))
         if found.total():
             by_kind = ", ".join(f"{kind} {n:,}" for kind, n in found.items() if n)
             yield (
                 f"{found.total():,} of {num_units:,} units ({by_kind}) have their {pooling} at the first token in at "
                 f"least {NEARLY_ALL:.0%} of the texts: their scores say little; collect with --skip-first-tokens 1"
             )
+
+
+def _counts(group: zarr.Group, spec: StoreSpec, tasks: Sequence[int]) -> dict[tuple[str, str], NDArray[Any]]:
+    """(site, pooling) → [D] texts of `tasks` whose pooled value is the first token's, where they were counted."""
+    found: dict[tuple[str, str], NDArray[Any]] = {}
+    if is_there(group, FIRST_TOKEN):
+        totals = _totals(group, tasks)
+        found |= {key: totals[columns] for key, columns in first_token_columns(spec).items()}
+    ends = np.cumsum([site.width for site in spec.sites])[:-1]
+    for pooling in spec.repooled:
+        if is_there(group, first_token_path(pooling)):
+            parts = np.split(read_array(group, first_token_path(pooling)), ends)
+            found |= {(site.name, pooling): part for site, part in zip(spec.sites, parts, strict=True)}
+    return found
 
 
 def _totals(group: zarr.Group, tasks: Sequence[int]) -> NDArray[np.int64]:

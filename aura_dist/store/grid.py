@@ -4,6 +4,9 @@ Pure functions of numbers. Samples are sorted by token count; a *row chunk* is t
 a *batch* never leaves its row chunk, and a *task* is a run of whole row chunks: the unit of balance,
 commit and resume. A *shard* is a file: a row chunk of a run of whole chunk columns. A *span* is the run of chunk
 columns whose scores are in one file. None of it depends on ranks or sharding, so that any launch can finish any store.
+
+Where the values of single tokens are stored, a *block* is the tokens of one batch. All blocks have places for equally
+many tokens on the axis of the values, so no shard has tokens of two blocks. Shards without tokens are not written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,8 @@ MAX_COLUMNS_PER_CHUNK = 1024
 MAX_BYTES_PER_CHUNK_COLUMN = 256_000_000
 MAX_BYTES_PER_SHARD = 64 * 2**20
 MIN_COLUMNS_PER_SPAN = 4096
+TOKENS_PER_CHUNK = 64
+MAX_COLUMNS_PER_TOKEN_CHUNK = 4096
 ALIGNED_RANKS = 16
 # Cost of a forward beside its tokens, in tokens: launches, and reading the weights once.
 BATCH_OVERHEAD_TOKENS = 64
@@ -118,3 +123,45 @@ def make_batches(
     while cuts[-1] > start:
         cuts.append(cut[cuts[-1]])
     return [slice(a, b) for a, b in pairwise(reversed(cuts))]
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Places of tokens on the axis of their values: `block_tokens` for each block, a power of two times 64.
+
+    `blocks` are the rows of each block, in store order.
+    """
+
+    blocks: tuple[slice, ...]
+    block_tokens: int
+
+    @property
+    def num_places(self) -> int:
+        """Length of the axis, of which only the beginning of each block holds tokens."""
+        return len(self.blocks) * self.block_tokens
+
+    def tokens_per_shard(self, width: int, item_bytes: int) -> int:
+        """Tokens of one shard, which has all of a site's columns: a block's, halved until they take at most 64 MiB."""
+        tokens = self.block_tokens
+        while tokens > TOKENS_PER_CHUNK and tokens * width * item_bytes > MAX_BYTES_PER_SHARD:
+            tokens //= 2
+        return tokens
+
+    def num_shards(self, num_tokens: Sequence[int], width: int, item_bytes: int) -> int:
+        """Shards of a site that are written; `num_tokens` are the rows' token counts."""
+        shard = self.tokens_per_shard(width, item_bytes)
+        return sum(ceil(sum(num_tokens[block]) / shard) for block in self.blocks)
+
+
+def token_grid(num_tokens: Sequence[int], tokens_per_batch: int) -> TokenGrid:
+    """The grid of tokens of a store, from the rows' token counts, [N] in store order."""
+    size, blocks = rows_per_chunk(len(num_tokens)), []
+    for start in range(0, len(num_tokens), size):
+        blocks += make_batches(num_tokens, slice(start, min(start + size, len(num_tokens))), tokens_per_batch)
+    longest = max(sum(num_tokens[block]) for block in blocks)
+    return TokenGrid(tuple(blocks), TOKENS_PER_CHUNK * 2 ** (ceil(longest / TOKENS_PER_CHUNK) - 1).bit_length())
+
+
+def columns_per_token_chunk(width: int) -> int:
+    """Columns of one chunk of tokens: all, or an even cut, because they are read together."""
+    return ceil(width / ceil(width / MAX_COLUMNS_PER_TOKEN_CHUNK))

@@ -22,11 +22,22 @@ from zarr.storage import LocalStore
 from aura_dist.errors import AuraError, StoreError, brief
 from aura_dist.sites.site import Site
 from aura_dist.store.access import FIX, get_array, read_array, read_region
-from aura_dist.store.schema import ADDED, ATTEMPTS, DONE, NONFINITE, Samples, StoreSpec, activation_path
+from aura_dist.store.schema import (
+    ADDED,
+    ATTEMPTS,
+    DONE,
+    NONFINITE,
+    Samples,
+    StoreSpec,
+    activation_path,
+    response_paths,
+)
+from aura_dist.store.tokens import StoredTokens
 
 logger = logging.getLogger(__name__)
 
 TIMES = "times"
+_TOKENS_AT_ONCE = 4096
 COLLECTED, SCORED = "progress", "scores"
 # Names for people: a moved file or a renamed directory is still the same data and model. An intervention has a digest.
 _NOT_COMPARED = {
@@ -46,6 +57,8 @@ def check_same(path: str, group: zarr.Group, spec: StoreSpec, samples: Samples) 
         )
         stored["tokenizer"] = spec.tokenizer
     for field, about in StoreSpec.__dataclass_fields__.items():
+        if field == "repooled":  # what `score` adds to a finished store
+            continue
         absent = about.default if field in ADDED else None
         difference = _first_difference(field, stored.get(field, absent), wanted.get(field, absent))
         if difference:
@@ -190,18 +203,20 @@ def nonfinite_responses(group: zarr.Group) -> dict[str, int]:
 
 
 def units_without_numbers(group: zarr.Group) -> dict[str, int]:
-    """Site → how many of its units are never finite under one of the poolings, where there are any.
+    """Site → how many of its units are never finite under one of the poolings, or at no token, where there are any.
 
     Reads the responses only where so many are NaN or infinite that a unit may have no others.
     """
-    num_rows = len(read_array(group, "samples/num_tokens"))
+    num_tokens = read_array(group, "samples/num_tokens")
     counts, found = nonfinite_responses(group), {}
     spec = StoreSpec.of(group)
     for site in spec.sites:
         bad_D = np.zeros(site.width, np.bool_)
-        for name in (activation_path(site.name, pooling) for pooling in spec.poolings):
-            if counts.get(name, 0) >= num_rows:
-                bad_D |= counts[name] == num_rows * site.width or _never_finite(group, name, site.width)
+        for name in (activation_path(site.name, pooling) for pooling in spec.collected):
+            if counts.get(name, 0) >= len(num_tokens):
+                bad_D |= counts[name] == len(num_tokens) * site.width or _never_finite(group, name, site.width)
+        if (count := counts.get(activation_path(site.name), 0)) >= num_tokens.sum():
+            bad_D |= count == num_tokens.sum() * site.width or _finite_at_no_token(group, site)
         if bad_D.any():
             found[site.name] = int(np.count_nonzero(bad_D))
     return found
@@ -226,10 +241,18 @@ def _never_finite(group: zarr.Group, name: str, width: int) -> NDArray[np.bool_]
     return np.concatenate([~np.isfinite(read_region(group, array, region)).any(axis=0) for region in regions])
 
 
+def _finite_at_no_token(group: zarr.Group, site: Site) -> NDArray[np.bool_]:
+    """[D] whether a unit's values are NaN or infinite at every token; reads some tokens at a time."""
+    values, finite_D = StoredTokens.of(group).values(site.name), np.zeros(site.width, np.bool_)
+    for start in range(0, values.shape[0], _TOKENS_AT_ONCE):
+        some = values.read(slice(start, min(start + _TOKENS_AT_ONCE, values.shape[0])))
+        finite_D |= np.isfinite(some).any(axis=0)
+    return ~finite_D
+
+
 def response_names(group: zarr.Group) -> list[str]:
-    """Paths of the responses' arrays, in model order, within a site in the order of the poolings."""
-    spec = StoreSpec.of(group)
-    return [activation_path(site.name, pooling) for site in spec.sites for pooling in spec.poolings]
+    """Paths of the arrays that `collect` fills, as `response_paths`."""
+    return response_paths(StoreSpec.of(group))
 
 
 def add_times(group: zarr.Group, part: str, amounts: Mapping[str, float], about: Mapping[str, Any]) -> None:

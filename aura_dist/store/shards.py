@@ -224,11 +224,12 @@ async def _request(array: "zarr.Array[Any]", shard: Shape, wanted: _Wanted) -> l
 
 
 def shard_writes(
-    array: "zarr.Array[Any]", start: Shape, values: NDArray[Any], partial: str = PARTIAL
+    array: "zarr.Array[Any]", start: Shape, values: NDArray[Any], partial: str = PARTIAL, *, ragged: bool = False
 ) -> Iterator[Write]:
     """Functions that each write one whole shard of `values`, which begin at `start` and end with a shard or the array.
 
-    A local file is written beside the shard, under its name and `partial`, and then renamed: it is whole or not there.
+    `ragged` values may end within a shard: its other chunks are left out. A local file is written beside the shard,
+    under its name and `partial`, and then renamed: it is whole or not there.
     """
     assert array.shards is not None
     for place in np.ndindex(*_grid(values.shape, array.shards)):
@@ -236,7 +237,7 @@ def shard_writes(
         shard = tuple(first // n + i for first, n, i in zip(start, array.shards, place, strict=True))
         ends = [min((i + 1) * n, size) for i, n, size in zip(shard, array.shards, array.shape, strict=True)]
         begins = [i * n for i, n in zip(shard, array.shards, strict=True)]
-        assert part.shape == tuple(np.subtract(ends, begins)), (array.path, shard, part.shape)
+        assert ragged or part.shape == tuple(np.subtract(ends, begins)), (array.path, shard, part.shape)
         yield _shard_write(array, shard, part, partial)
 
 

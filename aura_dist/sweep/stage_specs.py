@@ -145,7 +145,12 @@ STAGE_SPECS: dict[str, StageSpec] = {
         cost_question=lambda settings, planned: {**settings, **planned},
         cost_heading="collections to run, by `plan`",
     ),
-    "score": StageSpec(paths={"store": "{collect[store]}"}, needs=("collect",), progress=_scored_columns),
+    "score": StageSpec(
+        paths={"store": "{collect[store]}"},
+        needs=("collect",),
+        unshared=frozenset({"pooling"}),
+        progress=_scored_columns,
+    ),
     "fit": StageSpec(
         paths={"store": "{score[store]}", "out": "interventions/{name}"},
         needs=("score",),

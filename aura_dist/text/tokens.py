@@ -73,6 +73,11 @@ class TokenizedTexts:
         """The texts of `rows`, in that order."""
         return replace(self, ids=[self.ids[r] for r in rows])
 
+    def counted(self, rows: slice) -> NDArray[np.bool_]:
+        """[token] whether poolings count each token of `rows`, padding left out."""
+        batch = self.batch(rows)
+        return batch.pool_mask[batch.attention_mask]
+
     def batch(self, rows: slice) -> Batch:
         """The texts of `rows`, padded with id 0, because a tokenizer's own padding id may be beyond the vocabulary."""
         chosen = self.ids[rows]

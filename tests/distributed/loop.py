@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -20,6 +21,7 @@ from aura_dist.collecting import description
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import AuraError
 from aura_dist.models import on_disk
+from aura_dist.sites.pooling import TOKENS
 from aura_dist.stages import collect
 from aura_dist.store.writer import ChunkWriter, RowBuffer
 
@@ -52,6 +54,17 @@ def record_writes(written: Counter[str]) -> None:
         return writes(self, rows, buffer)
 
     ChunkWriter._writes = recorded
+    token_writes = ChunkWriter._token_writes
+
+    def recorded_tokens(self: ChunkWriter, site: str, place: int, values_TD: NDArray) -> list:
+        array = self._arrays[site, TOKENS]
+        assert place % array.shards[0] == 0
+        assert values_TD.shape[1] == array.shape[1]
+        for start in range(place, place + len(values_TD), array.shards[0]):
+            written[f"{array.store_path} {start} 0"] += 1
+        return token_writes(self, site, place, values_TD)
+
+    ChunkWriter._token_writes = recorded_tokens
 
 
 def record_reads(read: list[str]) -> None:
@@ -123,4 +136,14 @@ def run_in_memory(arguments: Sequence[str]) -> int:
     texts, labels = ([row[name] for row in rows] for name in ("text", "toxic"))
     settings = {"modules": modules_of(model), **OPTIONS}
     aura_dist.collect(model, texts, {"toxic": list(map(int, labels))}, store=store, **settings)
+    return 0
+
+
+def run_tokens(arguments: Sequence[str]) -> int:
+    """Run the collections in the file that is named, a list of settings, and note the shards that this rank wrote."""
+    file, written = Path(arguments[0]), Counter[str]()
+    record_writes(written)
+    for settings in json.loads(file.read_text()):
+        collect.run(CollectConfig(**settings))
+    file.with_name(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(written))
     return 0

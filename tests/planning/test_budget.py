@@ -14,6 +14,7 @@ from aura_dist.models.strategies.strategy import Spread, WeightSizes
 from aura_dist.models.strategies.table import title
 from aura_dist.planning.budget import (
     CUDA_DEVICE_BYTES,
+    MAX_WAITING_BYTES,
     NUM_BUFFERS,
     advice,
     over_more,
@@ -50,6 +51,7 @@ def memory(layout, machine=GPU, work=WORK, **options):
 
 def test_number_of_buffers_is_the_writers():
     assert NUM_BUFFERS == writer.NUM_BUFFERS
+    assert MAX_WAITING_BYTES == writer.MAX_WAITING_BYTES
 
 
 def test_page_locked_buffers_are_powers_of_two():
@@ -57,6 +59,15 @@ def test_page_locked_buffers_are_powers_of_two():
     assert 2**23 < buffer < 2**24
     assert memory(Layout()).host["queue"] == NUM_BUFFERS * 2**24 + buffer
     assert memory(Layout(), Machine(gpu=False)).host["queue"] == (NUM_BUFFERS + 1) * buffer
+
+
+def test_tokens_that_wait_are_bounded():
+    """One batch of a module is taken, encoded and joined; ranks that split columns hold it twice more."""
+    work = replace(WORK, token_bytes=2**26)
+    assert "tokens" not in memory(Layout()).host
+    assert memory(Layout(), work=work).host["tokens"] == MAX_WAITING_BYTES + 3 * 2**26
+    assert memory(Layout(tensor=2), work=work).host["tokens"] == MAX_WAITING_BYTES + 5 * 2**26
+    assert memory(Layout(), work=replace(work, token_bytes=2**30)).host["tokens"] == 4 * 2**30
 
 
 def test_weights_are_split_as_the_strategy_splits_them():

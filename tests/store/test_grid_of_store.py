@@ -15,6 +15,7 @@ from aura_dist.store.grid import (
     make_tasks,
     row_chunks,
     rows_per_chunk,
+    token_grid,
 )
 
 lengths = st.lists(st.integers(1, 130), min_size=1, max_size=200).map(sorted)
@@ -149,3 +150,22 @@ def test_columns_of_a_chunk_are_aligned_and_fit(width, num_rows, item_bytes):
     assert columns == 1 or columns * num_rows * item_bytes <= 256_000_000
     best = max(c for c in range(1, limit + 1) if share % c == 0)
     assert columns == (best if best >= limit / 8 else limit)
+
+
+@settings(deadline=None)
+@given(lengths, budgets, st.integers(1, 100_000), st.sampled_from([2, 4]))
+def test_blocks_of_tokens_are_the_batches_and_each_begins_with_a_shard(num_tokens, budget, width, item_bytes):
+    grid, rows = token_grid(num_tokens, budget), rows_per_chunk(len(num_tokens))
+    chunks = [slice(b, min(b + rows, len(num_tokens))) for b in range(0, len(num_tokens), rows)]
+    assert list(grid.blocks) == [batch for chunk in chunks for batch in make_batches(num_tokens, chunk, budget)]
+    assert all(sum(num_tokens[block]) <= grid.block_tokens for block in grid.blocks)
+    shard = grid.tokens_per_shard(width, item_bytes)
+    assert grid.block_tokens % shard == 0
+    assert shard % 64 == 0
+    assert shard == 64 or shard * width * item_bytes <= 64 * 2**20
+    places = {
+        (number * grid.block_tokens + token) // shard
+        for number, block in enumerate(grid.blocks)
+        for token in range(sum(num_tokens[block]))
+    }
+    assert grid.num_shards(num_tokens, width, item_bytes) == len(places)

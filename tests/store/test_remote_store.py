@@ -77,6 +77,16 @@ def local(command, tmp_path_factory):
     return store
 
 
+def test_tokens_in_s3_are_those_of_a_local_store(s3, command, tmp_path):
+    url, place = f"{s3}/tokens.zarr", tmp_path / "tokens.zarr"
+    for store in (url, place):
+        assert main(command(store, "--pooling", "tokens")) == 0
+        assert main(["score", "--store", str(store), "--pooling", "max", "--statistics", "auroc"]) == 0
+    trees = [aura_dist.open_store(store)["activations"][SITE] for store in (url, place)]
+    for name in ("tokens", "max"):
+        np.testing.assert_array_equal(*(tree[name].values for tree in trees))
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(remote, "RETRIES", remote.Retries(num_attempts=4, first_seconds=0.01))
