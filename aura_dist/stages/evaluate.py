@@ -170,7 +170,7 @@ class _Evaluation:
         config, team, stop, source = self.config, self.team, self.stop, source_of(self.config)
         if config.server is not None:
             check_one_process(team)
-            log = Path(config.out).with_suffix(".server.log")
+            log = Path(config.out).with_name(f"{Path(config.out).stem}-server.log")
             url = opened.enter_context(running(config.server, config.model, config.intervention, config.strength, log))
             client = opened.enter_context(Client(url, config.requests_in_flight, server_key()))
             return open_server(

@@ -123,7 +123,7 @@ def test_evaluate_starts_the_server_that_it_asks(tiny_dir, tmp_path, refused, mo
     assert there == pytest.approx(found[0]["perplexity"]["token_weighted"], rel=1e-5)
     assert found[1]["server"]["command"] == SMALL
     assert not listens(found[1]["server"]["url"])
-    assert (tmp_path / "there.server.log").exists()
+    assert (tmp_path / "there-server.log").exists()
     refused([*asked, tmp_path / "r.json", "--server", "false {port}"], "expected a server that answers /health")
 
 
@@ -171,5 +171,5 @@ def test_a_sweep_has_a_server_for_each_cell(tiny_dir, sentences_csv, tmp_path, m
     assert len(set(served["perplexity.token_weighted"])) == 3
     here = table.loc[table["evaluate.server"].isna(), "perplexity.token_weighted"].item()
     assert served.iloc[-1]["perplexity.token_weighted"] == pytest.approx(here, rel=1e-5)
-    logs = list((tmp_path / "sweep" / "results").glob("*.server.log"))
+    logs = list((tmp_path / "sweep" / "results").glob("*-server.log"))
     assert len(logs) == 3
