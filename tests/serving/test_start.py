@@ -151,25 +151,22 @@ def test_a_sweep_starts_one_process_for_a_server(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_has_a_server_for_each_cell(tiny_dir, sentences_csv, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     (tmp_path / "texts.csv").write_text("text\nthe cat sat on the mat\nYou are such a fool and so is he\n")
     document = {
         "model": str(tiny_dir("llama")), "out": str(tmp_path / "sweep"), "retries": 0,
         "collect": {"data": sentences_csv, "concepts": ["toxic"], "num_positive": 20, "num_negative": 20},
-        "evaluate": {"perplexity_texts": str(tmp_path / "texts.csv")},
-        "grid": [
-            {"method": ["none"], "evaluate": {"server": [SMALL]}},
-            {"method": ["aura"], "strength": [0.5, 1.0], "evaluate": {"server": [SMALL]}},
-            {"method": ["aura"], "strength": [1.0]},
-        ],
+        "evaluate": {"perplexity_texts": str(tmp_path / "texts.csv"), "server": SMALL},
+        "grid": [{"method": ["none"]}, {"method": ["aura"], "strength": [0.5]}],
     }  # fmt: skip
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(document))
     assert main(["sweep", "--config", str(tmp_path / "grid.yaml")]) == 0
     table = pd.read_csv(tmp_path / "sweep" / "table.csv")
-    served = table[table["evaluate.server"].notna()]
-    assert len(set(served["perplexity.token_weighted"])) == 3
-    here = table.loc[table["evaluate.server"].isna(), "perplexity.token_weighted"].item()
-    assert served.iloc[-1]["perplexity.token_weighted"] == pytest.approx(here, rel=1e-5)
-    logs = list((tmp_path / "sweep" / "results").glob("*-server.log"))
-    assert len(logs) == 3
+    assert list(table["state"]) == ["done", "done"]
+    assert len(set(table["perplexity.token_weighted"])) == 2
+    found = [json.loads(path.read_text()) for path in (tmp_path / "sweep" / "results").glob("*.json")]
+    assert [one["server"]["command"] for one in found] == [SMALL, SMALL]
+    assert not any(listens(one["server"]["url"]) for one in found)
+    assert len(list((tmp_path / "sweep" / "results").glob("*-server.log"))) == 2
