@@ -126,8 +126,9 @@ class ModelOptions(LoadOptions):
 class ServerOptions(Settings):
     """Which server continues and scores texts, in place of a model in this process."""
 
-    server: Annotated[str, Meta(title="URL")] | None = option(
-        "model", "OpenAI-compatible server of --model, such as http://localhost:8000/v1; no weights are loaded here",
+    server: Annotated[str, Meta(title="URL|COMMAND")] | None = option(
+        "model", "OpenAI-compatible server of --model: its address, such as http://localhost:8000/v1, or a command "
+        "that starts one here, such as 'vllm serve {model} --port {port}'; no weights are loaded in this process",
         None,
     )  # fmt: skip
     server_model: Name | None = option(

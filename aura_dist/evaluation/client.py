@@ -49,8 +49,10 @@ class Client:
         self.url = _address(url)
         self._in_flight = in_flight
         self._ended = threading.Event()
+        is_here = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         self._http = httpx2.Client(
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            trust_env=not is_here,  # a site's proxy does not reach this machine's own servers
             limits=httpx2.Limits(max_connections=in_flight, max_keepalive_connections=in_flight),
         )
 

@@ -7,8 +7,9 @@
     model            {name, revision, dtype, adapter: null or {name, sha256}, own_code: null or {file: sha256},
                      quantization: null or NAME:OPTION, fingerprint}
     model_fingerprint  the same fingerprint
-    server           absent without --server: {url, model, root (the checkpoint, as the server names it), engine,
-                     version, dialect: {token_ids, extended}, probe: {prompt, text, num_tokens, ids: maybe absent}};
+    server           absent without --server: {url, command: absent unless it started the server, model, root (the
+                     checkpoint, as the server names it), engine, version, dialect: {token_ids, extended},
+                     probe: {prompt, text, num_tokens, ids: maybe absent}};
                      `dtype` is null then, and the fingerprint, of the model's name alone, starts with `served-`
     intervention     null, or {…intervention.json (method, parameters, concept, model, …), directory, digest,
                      strength: as applied}

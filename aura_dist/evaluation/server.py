@@ -86,6 +86,7 @@ class Server:
     strength: float
     chat: bool = False  # whether prompts are chats
     received: Callable[[], int | None] = lambda: None
+    command: str | None = None  # that started it, if it was started for this run
     _found: dict[str, str] = field(default_factory=dict)
 
     def acting(self) -> AbstractContextManager[Any]:
@@ -95,16 +96,21 @@ class Server:
         model = {"dtype": None, "adapter": None, "own_code": None, "quantization": None}
         found = self.served.fingerprint
         dialect, probe = self._tried
-        server = {"url": self.client.url, **self.served.identity, "dialect": dialect.identity, "probe": probe}
+        server = {"url": self.client.url, **self._identity, "dialect": dialect.identity, "probe": probe}
         return {"model": {**model, "fingerprint": found}, "model_fingerprint": found, "server": server}
 
     def fixing(self) -> dict[str, Any]:
         return {
-            "server": self.served.identity,
+            "server": self._identity,
             "dialect": self.dialect.identity,
             "stop_ids": sorted(self.stop_ids),
             **fixing_alike(self.tokenizer, self.intervention, self.strength),
         }
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """The flags of a server that was started for this run may change its numbers, so they count too."""
+        return {**self.served.identity, **({} if self.command is None else {"command": self.command})}
 
     @cached_property
     def _tried(self) -> tuple[Dialect, dict[str, Any]]:
@@ -271,6 +277,15 @@ def _scored(choice: Mapping[str, Any], ids: Sequence[int]) -> Scored | None:
     return Scored([float(one) for one in logprobs], [one >= top for one, top in zip(logprobs, tops, strict=True)])
 
 
+def check_one_process(team: Team) -> None:
+    """ConfigError in a launch of several processes, because one sends all requests."""
+    if team.world.layout.world_size > 1:
+        raise ConfigError(
+            f"--server: expected one process, got {team.world.layout.world_size}; start it without a launcher, and "
+            "give more --requests-in-flight where the server has room"
+        )
+
+
 def open_server(
     client: Client,
     source: ModelSource,
@@ -278,21 +293,16 @@ def open_server(
     intervention_dir: str | None,
     strength: float,
     *,
-    team: Team,
     chat: bool,
     received: Callable[[], int | None],
+    command: str | None = None,
 ) -> Server:
     """The server at `client`, once all that it says of itself agrees with what was asked for.
 
-    `name` is what it calls the model, if that is another name. Only tokenizer and configuration of `source` are
-    loaded. ConfigError in a launch of several processes; ServerError if the server cannot be reached, or serves another
+    `name` is what it calls the model, if that is another name, and `command` what started it for this run. Only
+    tokenizer and configuration of `source` are loaded. ServerError if the server cannot be reached, or serves another
     model or intervention; otherwise as `load_intervention`.
     """
-    if team.world.layout.world_size > 1:
-        raise ConfigError(
-            f"--server: expected one process, got {team.world.layout.world_size}; start it without a launcher, and "
-            "give more --requests-in-flight where the server has room"
-        )
     served = find_served(client, source.name, name)
     subject = OnDisk(source)
     intervention = None
@@ -303,7 +313,9 @@ def open_server(
     ends = generation_of(source, subject.config).eos_token_id
     ids = ends if isinstance(ends, list) else [subject.tokenizer.eos_token_id if ends is None else ends]
     stop_ids = frozenset(int(i) for i in ids if i is not None)
-    return Server(client, served, subject.tokenizer, subject.config, stop_ids, intervention, strength, chat, received)
+    return Server(
+        client, served, subject.tokenizer, subject.config, stop_ids, intervention, strength, chat, received, command
+    )
 
 
 def _say_made_for(intervention: Intervention, directory: str, model: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.gates import Gate
 from aura_dist.interventions.methods import with_strength
 from aura_dist.serving.maps import CALLED, SiteGate, SiteMap, attach, attach_residual
 from aura_dist.serving.places import ELSEWHERE, Load, Place, generic, plain_name, probe
@@ -43,7 +44,7 @@ class _Site:
     name: str
     scale: NDArray[np.float32]
     shift: NDArray[np.float32]
-    gate: dict[str, NDArray[np.float32]]  # part → values; empty without a gate
+    gate: Gate | None
 
     @property
     def at_input(self) -> bool:
@@ -53,6 +54,23 @@ class _Site:
     def key(self) -> str:
         """The plain name of its module."""
         return plain_name(self.name.removesuffix(INPUT))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The units of a site that a module has on this rank."""
+
+    site: _Site
+    here: NDArray[np.intp]  # their places among the module's units
+    columns: NDArray[np.intp]  # their places among the site's units
+    holders: NDArray[np.float32]  # [D] how many ranks have each of the site's units
+    width: int  # of the module
+
+    def spread(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[width] values of the site's units here, and 0 for units of other sites."""
+        whole = np.zeros(self.width, np.float32)
+        whole[self.here] = values
+        return whole
 
 
 @dataclass
@@ -97,7 +115,7 @@ class Laying:
         if not sites or down is None:
             return tensor
         (site,) = sites
-        if site.gate or site.shift.any():
+        if site.gate is not None or site.shift.any():
             raise ModelError(
                 f"{site.name!r}: expected a map of experts that only scales, because vLLM's kernels show no neurons of "
                 "theirs; fit a method that only scales, without a gate, or leave the module out"
@@ -200,35 +218,40 @@ class Laying:
         """The map of `width` units, of which each site has those whose numbers are not `ELSEWHERE`."""
         scale, shift, gates = np.ones(width, np.float32), np.zeros(width, np.float32), []
         for site, numbers in sites:
-            here = np.flatnonzero(numbers != ELSEWHERE)
-            columns = numbers[here]
-            if (columns >= len(site.scale)).any():
-                raise self._missing(site)
-            holders = self._holders(columns, len(site.scale), device)
-            if not holders.all():
-                raise self._missing(site)
-            own_shift = site.shift[columns] * (not partial or self.ranks.rank == 0)
-            if not site.gate:
-                scale[here], shift[here] = site.scale[columns], own_shift
-                continue
-            parts = {}
-            for part, values in site.gate.items():
-                parts[part] = values
-                if len(values) == len(site.scale) and part != "bias":
-                    parts[part] = np.zeros(width, np.float32)
-                    parts[part][here] = values[columns]
-            shared = partial or bool((holders < self.ranks.number).any())
-            if "weight" in parts and shared and not partial:
-                parts["weight"][here] /= holders[columns]
-            moved = {"less": np.zeros(width, np.float32), "shift": np.zeros(width, np.float32)}
-            moved["less"][here], moved["shift"][here] = site.scale[columns] - 1, own_shift
-            reduce = self.ranks.reduce if shared and self.ranks.number > 1 else None
-            gates.append(SiteGate(_tensors(moved, device), _tensors(parts, device), reduce))
+            share = self._share(site, numbers, device)
+            here, own_shift = share.here, site.shift[share.columns] * (not partial or self.ranks.rank == 0)
+            if site.gate is None:
+                scale[here], shift[here] = site.scale[share.columns], own_shift
+            else:
+                gates.append(self._site_gate(share, site.gate, own_shift, device, partial=partial))
         constants = _tensors({"scale": scale, "shift": shift}, device)
         made = SiteMap(name, constants["scale"], constants["shift"], self.ranks.reduce if partial else None)
         made.gates.extend(gates)
         self._maps.append(name)
         return made
+
+    def _site_gate(
+        self, share: _Share, gate: Gate, shift: NDArray[np.float32], device: torch.device, *, partial: bool
+    ) -> SiteGate:
+        kind, own = gate.row, gate.restricted(share.columns).parts
+        shared = self.ranks.number > 1 and (partial or bool((share.holders < self.ranks.number).any()))
+        if kind.of_token and shared and not partial:  # several ranks may hold a unit, and a sum counts it once
+            own = {n: values / share.holders[share.columns] if kind.parts[n] else values for n, values in own.items()}
+        parts = {n: share.spread(values) if kind.parts[n] else values for n, values in own.items()}
+        moved = {"less": share.spread(share.site.scale[share.columns] - 1), "shift": share.spread(shift)}
+        add_up = _summing(self.ranks.reduce) if shared else _as_it_is
+        return SiteGate(kind, _tensors(moved, device), _tensors(parts, device), add_up)
+
+    def _share(self, site: _Site, numbers: NDArray[np.intp], device: torch.device) -> _Share:
+        """A site's units in a module whose units have these `numbers`; ModelError if no rank has one of them."""
+        here = np.flatnonzero(numbers != ELSEWHERE)
+        columns = numbers[here]
+        if (columns >= len(site.scale)).any():
+            raise self._missing(site)
+        share = _Share(site, here, columns, self._holders(columns, len(site.scale), device), len(numbers))
+        if not share.holders.all():
+            raise self._missing(site)
+        return share
 
     def _holders(self, columns: NDArray[np.intp], width: int, device: torch.device) -> NDArray[np.float32]:
         """[width] how many ranks hold each column; all ranks ask alike."""
@@ -259,12 +282,21 @@ class Laying:
 
 def _changing(intervention: Intervention, strength: float) -> Iterator[_Site]:
     """The sites whose maps change something at this strength."""
-    gates = getattr(intervention, "gate", {})
     for name in intervention.sites:
         scale, shift = with_strength(*intervention.map_of(name), strength)
         if (scale != 1).any() or (shift is not None and shift.any()):
-            gate = dict(gates[name].parts) if name in gates else {}
-            yield _Site(name, scale, np.zeros_like(scale) if shift is None else shift, gate)
+            yield _Site(name, scale, np.zeros_like(scale) if shift is None else shift, intervention.gate.get(name))
+
+
+def _summing(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def add_up(sums_T: Tensor) -> Tensor:
+        return reduce(sums_T[..., None])[..., 0]  # collectives expect two dims
+
+    return add_up
+
+
+def _as_it_is(sums_T: Tensor) -> Tensor:
+    return sums_T
 
 
 def _tensors(arrays: dict[str, NDArray[np.float32]], device: torch.device) -> dict[str, Tensor]:

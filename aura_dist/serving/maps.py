@@ -8,12 +8,14 @@ T tokens, D units of the module on this rank.
 
 from collections.abc import Callable
 from functools import cache
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aura_dist.errors import ModelError
+from aura_dist.interventions.gates import GateKind
 
 CALLED: set[str] = set()  # names of the maps that a forward, or the trace of one, has called
 
@@ -32,28 +34,29 @@ class SiteGate(nn.Module):
 
     less: Tensor
     shift: Tensor
-    weight: Tensor
-    bias: Tensor
-    quadratic: Tensor
-    linear: Tensor
-    constant: Tensor
 
-    def __init__(self, moved: dict[str, Tensor], parts: dict[str, Tensor], reduce: Callable[[Tensor], Tensor] | None):
+    def __init__(
+        self, kind: GateKind, moved: dict[str, Tensor], parts: dict[str, Tensor], add_up: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
+        self.of_token = kind.of_token
         for name, values in (moved | parts).items():
             self.register_buffer(name, values, persistent=False)
-        self.of_token = "weight" in parts
-        self._reduce = reduce  # sums over the ranks that share the site
+        self._names = tuple(parts)
+        self._logits: Callable[..., Tensor] = resolve_name(kind.in_torch)
+        self._add_up = add_up  # sums of this rank's units → sums of all units of the site
 
     def forward(self, z_TD: Tensor, seen_TD: Tensor) -> Tensor:
         """What is added to z; `seen_TD` are the values that the gate sees, where z is one rank's part of a sum."""
-        if self.of_token:
-            logit = (seen_TD * self.weight).sum(dim=-1, keepdim=True)
-            logit = (logit if self._reduce is None else self._reduce(logit)) + self.bias
-        else:
-            logit = (seen_TD * self.quadratic + self.linear) * seen_TD + self.constant
-        moved: Tensor = torch.sigmoid(logit) * (z_TD * self.less + self.shift)
+        parts = {name: self.get_buffer(name) for name in self._names}
+        logits = self._logits(parts, seen_TD, _along_units, self._add_up)
+        moved: Tensor = torch.sigmoid(logits) * (z_TD * self.less + self.shift)
         return moved
+
+
+def _along_units(vector_D: Tensor) -> Tensor:
+    """The units of served values are their last dim."""
+    return vector_D
 
 
 class SiteMap(nn.Module):
@@ -80,7 +83,7 @@ class SiteMap(nn.Module):
             out_TD = out_TD + self.shift
         seen_TD = z_TD
         if self._whole is not None and any(not gate.of_token for gate in self.gates):
-            seen_TD = self._whole(z_TD)
+            seen_TD = self._whole(z_TD.clone())  # on CPUs vLLM writes a sum into its argument
         for gate in self.gates:
             out_TD = out_TD + gate(z_TD, z_TD if gate.of_token else seen_TD)
         return out_TD.to(values.dtype)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from aura_dist.config.settings import flag
@@ -42,7 +43,7 @@ from aura_dist.evaluation.results import (
 )
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, head, load_scorer, score
-from aura_dist.evaluation.server import open_server
+from aura_dist.evaluation.server import check_one_process, open_server
 from aura_dist.evaluation.side_effects import measure, nontoxic_continuations
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.interventions.use import load_for_use
@@ -55,6 +56,7 @@ from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank, server_key
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
+from aura_dist.serving.start import running, started_by
 from aura_dist.text.chat import Chat
 from aura_dist.text.tokens import TokenizedTexts
 
@@ -168,10 +170,13 @@ class _Evaluation:
         """The model in this process, or the server, whose connections `opened` closes."""
         config, team, stop, source = self.config, self.team, self.stop, source_of(self.config)
         if config.server is not None:
-            client = opened.enter_context(Client(config.server, config.requests_in_flight, server_key()))
+            check_one_process(team)
+            log = Path(config.out).with_name(f"{Path(config.out).stem}-server.log")
+            url = opened.enter_context(running(config.server, config.model, config.intervention, config.strength, log))
+            client = opened.enter_context(Client(url, config.requests_in_flight, server_key()))
             return open_server(
                 client, source, config.server_model, config.intervention, config.strength,
-                team=team, chat=config.chat, received=lambda: stop.received,
+                chat=config.chat, received=lambda: stop.received, command=started_by(config.server),
             )  # fmt: skip
         with downloaded(team, source), explained("loading", team.world.device, lambda: HOLDS):
             loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)

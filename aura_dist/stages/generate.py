@@ -1,6 +1,7 @@
 """generate: continuations of prompts, with and without an intervention side by side."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -10,7 +11,7 @@ from aura_dist.evaluation.engines import Asked
 from aura_dist.evaluation.generation import continue_alike
 from aura_dist.evaluation.prompts import Pair, chat_of_prompts, make_prefix, read_preprompt, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.server import open_server
+from aura_dist.evaluation.server import check_one_process, open_server
 from aura_dist.interventions.artifact import Intervention, method_of
 from aura_dist.interventions.use import load_for_use
 from aura_dist.models.hub import downloaded
@@ -21,6 +22,7 @@ from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
 from aura_dist.ranks.process import configure_rank, server_key
 from aura_dist.ranks.team import Team
+from aura_dist.serving.start import running, started_by
 
 Variants = dict[str, list[str]]
 
@@ -67,10 +69,15 @@ def _served(config: GenerateConfig, how: Decoding, preprompt: str | None, team: 
     def take(records: list[dict[str, object]]) -> None:
         made.update({(int(str(one["prompt"])), int(str(one["sample"]))): str(one["text"]) for one in records})
 
-    with Client(config.server, config.requests_in_flight, server_key()) as client:
+    check_one_process(team)
+    log = Path("serve.log")
+    with (
+        running(config.server, config.model, config.intervention, config.strength, log) as url,
+        Client(url, config.requests_in_flight, server_key()) as client,
+    ):
         server = open_server(
             client, source_of(config), config.server_model, config.intervention, config.strength,
-            team=team, chat=config.chat, received=lambda: None,
+            chat=config.chat, received=lambda: None, command=started_by(config.server),
         )  # fmt: skip
         asked = _asked(config, how, preprompt, server.tokenizer, server.config)
         pairs = [(p, s) for p in range(len(config.prompt)) for s in range(how.num_samples)]

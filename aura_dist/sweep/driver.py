@@ -28,7 +28,7 @@ from aura_dist.sweep.graph import Graph, Job, ends, make_graph
 from aura_dist.sweep.grid import Cell, make_cells
 from aura_dist.sweep.jobs import JobCommand
 from aura_dist.sweep.launchers import LAUNCHERS, Launcher
-from aura_dist.sweep.stage_specs import STAGE_SPECS, kept
+from aura_dist.sweep.stage_specs import STAGE_SPECS, kept, num_ranks
 from aura_dist.sweep.table import cell_row, figures
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,26 @@ class Sweep:
         ranks = config.ranks if LAUNCHERS[config.launcher].starts_ranks else 1
         self._commands = {
             job.id: JobCommand(
-                self._out, job.id, job.stage, job.needs, ranks if STAGE_SPECS[job.stage].ranked else 1,
+                self._out, job.id, job.stage, job.needs, num_ranks(job.stage, job.settings, ranks),
                 partial(kept, job.stage, self._out / job.product),
             )
             for job in graph.jobs.values()
         }  # fmt: skip
         self._compared: dict[str, dict[str, float]] = {}
+        for job in graph.jobs.values():
+            self._check_processes(job)
+
+    def _check_processes(self, job: Job) -> None:
+        """ConfigError if the launcher would start several processes of a job that must be one."""
+        launcher, spec = LAUNCHERS[self._config.launcher], STAGE_SPECS[job.stage]
+        if launcher.starts_ranks or not spec.ranked or num_ranks(job.stage, job.settings, 2) == 2:
+            return
+        started = launcher.planned(self._config, job.stage)["world_size"]
+        if started > 1:
+            raise ConfigError(
+                f"resources: expected nodes 1 and tasks_per_node 1 for {job.stage} with {spec.single_with!r}, got "
+                f"{started} processes; give both in a section {job.stage!r} of the resources, and all GPUs to the one"
+            )
 
     def left(self) -> list[Job]:
         """Jobs that are not done and that some cell still needs, each after those that it needs."""

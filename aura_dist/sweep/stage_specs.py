@@ -34,6 +34,8 @@ class StageSpec:
     label: Callable[[Settings, Sequence[str]], list[str]] | None = None
     # whether several processes can share a job
     ranked: bool = False
+    # setting that makes a job one process, because the work is done elsewhere
+    single_with: str | None = None
     # settings beside `paths` that a grid file must not hold
     reserved: frozenset[str] = frozenset()
     # settings that this stage takes from its own sections alone, not from the top of the file or of the grid
@@ -63,6 +65,12 @@ class StageSpec:
     def set_by_sweep(self) -> set[str]:
         """Settings that a grid file must not hold."""
         return {*self.paths, *self.reserved}
+
+
+def num_ranks(stage: str, settings: Settings, ranks: int) -> int:
+    """How many of `ranks` processes take part in a job with these settings."""
+    spec = STAGE_SPECS[stage]
+    return ranks if spec.ranked and not settings.get(spec.single_with or "") else 1
 
 
 def kept(stage: str, product: Path) -> int:
@@ -164,6 +172,7 @@ STAGE_SPECS: dict[str, StageSpec] = {
         needs=("fit",),
         label=_evaluation_label,
         ranked=True,
+        single_with="server",
         optional=True,
         alone=frozenset({"strength", "side_effects"}),
         has_results=True,

@@ -1,8 +1,14 @@
-"""A small OpenAI-compatible server of a model in this process, with switches for what other servers lack."""
+"""A small OpenAI-compatible server of a model in this process, with switches for what other servers lack.
+
+`python -m tests.serving.openai_server MODEL PORT` serves a checkpoint, under the intervention of AURA_INTERVENTION.
+"""
 
 import json
+import os
+import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -10,7 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from aura_dist.interventions.hooks import intervene
 from aura_dist.interventions.statement import METRIC, Statement
+from aura_dist.models.load import ModelSource, load_causal, tokenizer_of
+from aura_dist.ranks.world import World
+from aura_dist.serving.vllm_plugin import VARIABLE, chosen
 
 
 @dataclass
@@ -30,6 +40,7 @@ class SmallServer:
     fails: list[int] = field(default_factory=list)  # statuses of the next answers
     num_until_silent: float = float("inf")  # completions until the connection is cut without an answer
     seconds: float = 0.0  # that a completion takes longer
+    port: int = 0  # 0: a free one
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     most_at_once: int = 0
 
@@ -61,7 +72,7 @@ class SmallServer:
                 self.end_headers()
                 self.wfile.write(content)
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._http.daemon_threads = True
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
@@ -80,6 +91,8 @@ class SmallServer:
         if path == "/v1/models":
             entry = {"id": self.name, "owned_by": "small", "root": self.root, "max_model_len": 256}
             return 200, {"object": "list", "data": [entry]}
+        if path == "/health":
+            return 200, {}
         if path == "/version":
             return 200, {"version": "1.2"}
         if path == "/metrics" and self.statement_fails:
@@ -162,3 +175,18 @@ class SmallServer:
             entry[str(token)] = {"logprob": float(found[t, token]), "rank": int((found[t] > found[t, token]).sum()) + 1}
             entries.append(entry)
         return {"prompt_logprobs": entries}
+
+
+def main(name: str, port: str) -> None:
+    source = ModelSource(name, None, "float32")
+    model, acting, statement = load_causal(source, World()), nullcontext(), None
+    if given := os.environ.get(VARIABLE):
+        intervention, strength = chosen(given)
+        acting = intervene(model, intervention, strength)
+        statement = Statement(intervention.digest, strength, len(intervention.sites))
+    with acting, SmallServer(model, tokenizer_of(source), name, statement=statement, port=int(port)):
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

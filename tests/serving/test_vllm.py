@@ -4,14 +4,17 @@
 brings its own aura_dist: its metadata and this checkout are put on the path.
 """
 
+import itertools
 import json
 import os
 import re
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +25,9 @@ from aura_dist.cli import main
 from aura_dist.evaluation.client import Client
 from aura_dist.evaluation.server import open_server
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.gates import GATES, Gate
 from aura_dist.interventions.hooks import intervene
 from aura_dist.models.load import ModelSource, load_causal
-from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import World
 from aura_dist.sites.find import find_sites
 from tests.distributed.launch import REPOSITORY
@@ -139,14 +142,23 @@ def healthy(port):
         return False
 
 
-def intervention_at(model, kinds, directory, *, only_scales=False):
-    """A random map of the model's sites of these kinds, where several of a layer act together."""
+def intervention_at(model, kinds, directory, *, only_scales=False, gated=False):
+    """A random map of the model's sites of these kinds, where several of a layer act together.
+
+    With `gated`, sites have gates of tokens, gates of units and none, in turn.
+    """
     rng = np.random.default_rng(0)
     sites = [s for s in find_sites(model).sites if s.kind in kinds]
     scale = {s.name: rng.uniform(0.2, 1.2, s.width).astype(np.float32) for s in sites}
     shifted = [] if only_scales else [s for s in sites if s.kind != "experts"]
     shift = {s.name: (rng.normal(size=s.width) * 0.05).astype(np.float32) for s in shifted}
-    Intervention(scale, shift, {"method": "linear-act"}).save(directory)
+    gates = {}
+    for site, kind in zip(shifted if gated else [], itertools.cycle([*GATES, None])):
+        if kind is not None:
+            parts = {n: rng.normal(size=site.width if each else 1) for n, each in GATES[kind].parts.items()}
+            size = {"weight": site.width**-0.5, "quadratic": 0.1}
+            gates[site.name] = Gate(kind, {n: (v * size.get(n, 1.0)).astype(np.float32) for n, v in parts.items()})
+    Intervention(scale, shift, {"method": "linear-act"}, gates).save(directory)
     return Intervention.load(directory)
 
 
@@ -162,9 +174,7 @@ def logprobs(model, rows):
 def served_logprobs(url, model, rows, intervention=None):
     source = ModelSource(str(model), None, "float32")
     with Client(url, 8) as client:
-        server = open_server(
-            client, source, None, intervention, STRENGTH, team=Team.alone(), chat=False, received=lambda: None
-        )
+        server = open_server(client, source, None, intervention, STRENGTH, chat=False, received=lambda: None)
         found = dict(server.score_all(rows))
         return [found[row].logprobs for row in range(len(rows))], server.about()["server"]
 
@@ -174,24 +184,28 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "flags"),
+    ("name", "dtype", "gates", "flags"),
     [
-        ("llama", "float32", ["--enforce-eager"]),
-        ("llama", "float32", []),
-        ("llama", "bfloat16", ["--enforce-eager"]),
-        ("falcon-40b-style", "float32", ["--enforce-eager"]),
-        ("qwen3-moe", "float32", ["--enforce-eager"]),
-        ("gpt2", "float32", ["--enforce-eager"]),
-        ("llama", "float32", ["--enforce-eager", "--tensor-parallel-size", "2"]),
-        ("falcon-40b-style", "float32", ["--enforce-eager", "--tensor-parallel-size", "2"]),
-        ("qwen3-moe", "float32", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("llama", "float32", "none", ["--enforce-eager"]),
+        ("llama", "float32", "gated", []),
+        ("llama", "bfloat16", "none", ["--enforce-eager"]),
+        ("llama", "bfloat16", "gated", ["--enforce-eager"]),
+        ("falcon-40b-style", "float32", "none", ["--enforce-eager"]),
+        ("falcon-40b-style", "float32", "gated", ["--enforce-eager"]),
+        ("qwen3-moe", "float32", "none", ["--enforce-eager"]),
+        ("qwen3-moe", "float32", "gated", ["--enforce-eager"]),
+        ("gpt2", "float32", "none", ["--enforce-eager"]),
+        ("llama", "float32", "none", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("llama", "float32", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("falcon-40b-style", "float32", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("qwen3-moe", "float32", "none", ["--enforce-eager", "--tensor-parallel-size", "2"]),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else value,
 )
-def test_the_plugin_is_the_hooked_model(name, dtype, flags, models, tmp_path):
+def test_the_plugin_is_the_hooked_model(name, dtype, gates, flags, models, tmp_path):
     directory = models(name)
     model = load_causal(ModelSource(str(directory), None, dtype), World())
-    intervention = intervention_at(model, KINDS, tmp_path / "iv")
+    intervention = intervention_at(model, KINDS, tmp_path / "iv", gated=gates == "gated")
     rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
     plain = logprobs(model, rows)
     with intervene(model, intervention, STRENGTH):
@@ -275,3 +289,65 @@ def test_serve_script_evaluates(models, tmp_path):
     assert sorted((r["prompt"], r["sample"]) for r in map(json.loads, lines)) == [
         (p, s) for p in range(3) for s in range(3)
     ]
+
+
+def test_a_server_that_was_killed_and_started_again(models, tmp_path):
+    """The same command goes on: no continuation twice, none missing."""
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    directory, out = models("llama"), tmp_path / "r.json"
+    (tmp_path / "prompts.csv").write_text("text\n" + "\n".join(f'"{text}"' for text in TEXTS))
+    asked = ["evaluate", "--model", directory, "--toxicity-prompts", tmp_path / "prompts.csv", "--scorer"]
+    asked += ["profanity-check", "--num-samples", "200", "--max-new-tokens", "40", "--out", out]
+    flags = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "4"]
+    with serving(directory, tmp_path, *flags) as url:
+        client = subprocess.Popen(
+            [sys.executable, "-m", "aura_dist", *map(str, asked), "--server", url, "--requests-in-flight", "4"],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 300
+        while num_lines(tmp_path) < 20:
+            assert client.poll() is None, client.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    said = client.communicate(timeout=120)[1]
+    assert client.returncode == 2
+    assert said.splitlines()[-1].startswith(f"error: --server {url}: expected a server that answers, got ")
+    before = num_lines(tmp_path)
+    assert 20 <= before < 600
+    with serving(directory, tmp_path, *flags) as url:
+        assert main([str(a) for a in (*asked, "--server", url)]) == 0
+    records = [json.loads(line) for line in (tmp_path / "r.continuations.jsonl").read_text().splitlines()]
+    assert sorted((r["prompt"], r["sample"]) for r in records) == [(p, s) for p in range(3) for s in range(200)]
+    assert json.loads(out.read_text())["seconds"]["num_generated"] == 600 - before
+
+
+def num_lines(directory):
+    return sum(path.read_text().count("\n") for path in directory.glob("r.continuations*"))
+
+
+GEMMA = Path.home() / ".cache" / "aura_dist" / "gemma-3-270m"
+
+
+@pytest.mark.realmodel
+@pytest.mark.skipif(not GEMMA.is_dir(), reason="Gemma 3 270M is not in the cache")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
+    model = load_causal(ModelSource(str(GEMMA), None, dtype), World())
+    tokenizer = hf.AutoTokenizer.from_pretrained(GEMMA)
+    rng = np.random.default_rng(0)
+    sites = [s for s in find_sites(model).sites if s.kind == "mlp" and s.name.endswith("up_proj")]
+    aura = Intervention({s.name: rng.uniform(0.5, 1, s.width).astype(np.float32) for s in sites}, {}, {})
+    aura.save(tmp_path / "iv")
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    plain = logprobs(model, rows)
+    with intervene(model, aura, STRENGTH):
+        wanted = logprobs(model, rows)
+    assert difference(plain, wanted) > 0.5
+    command = ["export", "--model", GEMMA, "--intervention", tmp_path / "iv", "--strength", STRENGTH]
+    assert main([str(a) for a in (*command, "--dtype", "float32", "--out", tmp_path / "out")]) == 0
+    laid = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
+    for served, env, stated in ((GEMMA, laid, str(tmp_path / "iv")), (tmp_path / "out", {}, None)):
+        with serving(served, tmp_path, "--dtype", dtype, "--enforce-eager", **env) as url:
+            found, _ = served_logprobs(url, served, rows, stated)
+        print(served, dtype, difference(found, wanted))
+        assert difference(found, wanted) <= TOLERANCE[dtype]
