@@ -56,7 +56,7 @@ def run(config: DemoConfig) -> None:
     _write_config(out, collected, {"concept": config.concept, **fits["aura"], "out": directories["aura"]})
     score.run(ScoreConfig(store=store))
     for name, how in fits.items():
-        fit.run(FitConfig(store=store, concept=config.concept, out=directories[name], **how))  # type: ignore[arg-type]
+        fit.run(FitConfig(store=store, concept=config.concept, out=directories[name], **how))
     passages = str(bundled / "passages.csv")
     perplexities = {}
     for name, directory in {"plain": None, **directories}.items():

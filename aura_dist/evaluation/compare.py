@@ -200,9 +200,9 @@ def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
     if cells:
         cells[_RATIO] = _interval(None if results is first else _ratio(results, first), 1, 2)
     for judge in judges(results):
-        own = by_judge(results, judge)
-        ratio = None if results is first else _ratio(own, by_judge(first, judge))
-        cells[f"{_FIRST} ({judge})"] = _interval(_at(own, "toxicity", "overall", "probability"), 100, 1)
+        seen = by_judge(results, judge)
+        ratio = None if results is first else _ratio(seen, by_judge(first, judge))
+        cells[f"{_FIRST} ({judge})"] = _interval(_at(seen, "toxicity", "overall", "probability"), 100, 1)
         cells[f"{_RATIO} ({judge})"] = _interval(ratio, 1, 2)
     for column, path in _PERPLEXITY.items():
         found = _at(results.get("perplexity"), *path) or {}
