@@ -109,7 +109,9 @@ def _product(part: Mapping[str, Any], known: Mapping[str, set[str]]) -> Iterator
 
 def _check_axis(axis: str, values: Any, known: Mapping[str, set[str]]) -> None:
     stage, _, name = axis.rpartition(".")
-    unlabelled = [s for s, spec in STAGE_SPECS.items() if spec.label is None and (s == stage or _is_shared(name, s))]
+    unlabelled = [
+        s for s, spec in STAGE_SPECS.items() if spec.label is None and (s == stage or name not in spec.unshared)
+    ]
     if name in EXECUTION or any(name in known[s] for s in unlabelled):
         raise ConfigError(f"grid: expected settings that change a result, got {name!r}; set it outside the grid")
     shared = set().union(*known.values()) - _set_by_sweep()

@@ -82,6 +82,8 @@ def test_store_equals_that_of_one_process(launch, models, tiny_dir, sentences_cs
     options = {**OPTIONS, **dict(launch.options)}
     if launch.sharding == "dispatch":
         options["offload_folder"] = str(tmp_path / "offloaded")
+    if launch.sharding == "layers":  # both ranks copy what they read
+        options["layer_cache"] = str(tmp_path / "copies")
     directories = {name: str(tiny_dir(name)) for name in models}
     plan = {
         "sharding": launch.sharding,
@@ -105,6 +107,8 @@ def test_store_equals_that_of_one_process(launch, models, tiny_dir, sentences_cs
     for name in models:
         if name not in launch.refused:
             assert_same(tmp_path / name, plain_store(name), name)
+        if launch.sharding == "layers":
+            assert len(list((tmp_path / "copies").glob("*/layer-*.safetensors"))) == 3 * len(models)
         if launch.sharding in ("fsdp", "fsdp=2", "zero3"):
             assert 0 < max(rank["whole"][directories[name]] for rank in notes) <= largest_whole(name), name
 

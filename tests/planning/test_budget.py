@@ -66,7 +66,7 @@ def test_tokens_that_wait_are_bounded():
     work = replace(WORK, token_bytes=2**26)
     assert "tokens" not in memory(Layout()).host
     assert memory(Layout(), work=work).host["tokens"] == MAX_WAITING_BYTES + 3 * 2**26
-    assert memory(Layout(tensor=2), work=work).host["tokens"] == MAX_WAITING_BYTES + 5 * 2**26
+    assert memory(Layout("tensor", 2, tensor=2), work=work).host["tokens"] == MAX_WAITING_BYTES + 5 * 2**26
     assert memory(Layout(), work=replace(work, token_bytes=2**30)).host["tokens"] == 4 * 2**30
 
 

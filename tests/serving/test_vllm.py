@@ -8,12 +8,13 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def serving(model, place, *flags, **env):
     ]  # fmt: skip
     log = place / "server.log"
     with log.open("w") as file:
-        process = subprocess.Popen(command, env=given, stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=given, stdout=file, stderr=file, start_new_session=True)
     try:
         deadline = time.monotonic() + SERVER_SECONDS
         while not healthy(port):
@@ -127,11 +128,11 @@ def serving(model, place, *flags, **env):
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):  # what the server leaves behind would keep a core busy
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def healthy(port):

@@ -99,7 +99,7 @@ def test_store_of_an_earlier_schema_is_renewed(tmp_path):
         ("--to datasets --out {out} --modules nothing.*", "matches none of the 2 modules of the store"),
         ("--to datasets --out s3://bucket/x", "--out: expected a local directory, got the URL"),
         ("--to store --out {out} --modules *.up", "--modules: expected none with --to store, which takes all"),
-        ("--to parquet --out {out}", "--to: expected one of datasets, safetensors, store, got 'parquet'"),
+        ("--to parquet --out {out}", "--to: expected one of datasets, saelens, safetensors, store, got 'parquet'"),
         ("--to datasets --out {here}", "expected a directory that does not exist yet"),
     ],
 )  # fmt: skip
