@@ -12,9 +12,10 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 4, "float16": 2}
 # share of those bytes that is left after byte shuffle and lz4: for maxima of Gemma 3 270M's MLP over 80 Jigsaw comments
 # 0.906 in float32, 0.409 in bfloat16 (0.45 is on the safe side) and, rounded to float16, 1.0
 COMPRESSED = {"float32": 0.91, "bfloat16": 0.45, "float16": 1.0}
-# the same of tokens' values, of which bfloat16 takes 2 bytes
+# the same of tokens' values, of which bfloat16 takes 2 bytes: for Gemma 3 270M's residual stream and neurons over 32
+# Jigsaw comments 0.94 and 0.98 in float32, 0.88 and 0.95 in bfloat16
 TOKEN_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TOKENS_COMPRESSED = {"float32": 0.91, "bfloat16": 0.9, "float16": 1.0}
+TOKENS_COMPRESSED = {"float32": 0.98, "bfloat16": 0.96, "float16": 1.0}
 
 
 @dataclass(frozen=True)
