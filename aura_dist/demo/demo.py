@@ -29,7 +29,7 @@ PROMPTS = [
     "The best thing about the new library is",
 ]
 CONFIG_HEADER = "# written by `aura-dist demo`: the same again with `aura-dist VERB --config`\n"
-# the best of the README's front: a map of the residual stream that acts only at tokens that look like the concept
+# a map of the residual stream that acts only at tokens that look like the concept
 GATED_SITES = "residual"
 GATED: dict[str, Any] = {"method": "mean-act", "gate": "tokens", "strength": 1.0}
 DECODING: dict[str, Any] = {"max_new_tokens": 24, "num_samples": 1, "temperature": 1.0, "top_p": 0.9, "seed": 7}
