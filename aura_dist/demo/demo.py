@@ -1,6 +1,6 @@
 """demo: the whole pipeline in a few minutes: collect → score → fit → evaluate and generate.
 
-Plain, under AurA as in the paper, and under what the front of toxicity against perplexity recommends.
+Plain, under AurA as in the paper, and under a map with a gate.
 """
 
 import logging
@@ -16,7 +16,9 @@ from aura_dist.demo.packaged import gemma_270m
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.files import write_whole
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.ranks.team import Team
+from aura_dist.models.strategies.table import sharding_of
+from aura_dist.ranks.device import pick_device
+from aura_dist.ranks.launch import start_team
 from aura_dist.stages import collect, evaluate, fit, generate, score
 from aura_dist.store.access import local_path
 
@@ -68,8 +70,10 @@ def run(config: DemoConfig) -> None:
     continued: list[generate.Variants] = [{} for _ in PROMPTS]
     for directory in directories.values():
         asked = GenerateConfig(model=model, dtype=config.dtype, intervention=directory, prompt=PROMPTS, **DECODING)
-        for shown, found in zip(continued, generate.generate(asked, Team.alone()), strict=True):
-            shown |= found
+        with start_team(sharding_of(asked), pick_device(asked.device)) as team:
+            found = generate.generate(asked, team)
+        for shown, variants in zip(continued, found, strict=True):
+            shown |= variants
     generate.show(PROMPTS, continued)
     _summary(out, perplexities, Intervention.load(directories["aura"]))
 

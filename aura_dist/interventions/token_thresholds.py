@@ -42,9 +42,8 @@ def token_thresholds(
     """Site → the least logit of its gate that at most `share` of the single tokens exceed, under `earlier`.
 
     `rows` are the texts of the store that count. Where they have many times `ENOUGH_TOKENS`, every second or third text
-    and so on is read. Tokens that pooling leaves out do not count. Only the
-    largest logits are kept, so memory does not grow with the texts by more than `share` of their tokens. Errors are
-    those of `as_collected` and `stored_tokens`.
+    and so on is read. Tokens that pooling leaves out do not count. Only the largest logits are kept, so memory grows
+    with the texts by `share` of their tokens at most. Errors are those of `as_collected` and `stored_tokens`.
     """
     with as_collected(group, spec, earlier) as loaded, torch.no_grad():
         texts = stored_tokens(group, spec, read_array(group, "samples/row"), loaded.tokenizer).take(rows)
