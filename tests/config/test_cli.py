@@ -33,21 +33,25 @@ def run(*arguments):
 
 
 def test_help_is_instant():
-    def seconds():
-        start = time.perf_counter()
+    def used():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    def cost():
+        before, start = used(), time.perf_counter()
         assert run("--help").returncode == 0
-        return time.perf_counter() - start
+        return used() - before, time.perf_counter() - start
 
-    def cpu_seconds():
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+    runs = [cost() for _ in range(3)]
+    # Other tests may have the processors, or the other thread of the same core: the least of some runs is the cost.
+    while len(runs) < 12 and not within(runs):
+        runs.append(cost())
+    assert within(runs), runs
 
-    before = cpu_seconds()
-    runs = [seconds() for _ in range(3)]
-    assert (cpu_seconds() - before) / len(runs) < HELP_CPU_SECONDS
-    while min(runs) >= HELP_SECONDS and len(runs) < 12:  # other tests may have the processors
-        runs.append(seconds())
-    assert min(runs) < HELP_SECONDS
+
+def within(runs):
+    """Whether the least processor time and the least elapsed time of `(processor, elapsed)` pairs keep the limits."""
+    return min(cpu for cpu, _ in runs) < HELP_CPU_SECONDS and min(elapsed for _, elapsed in runs) < HELP_SECONDS
 
 
 def test_both_ways_to_start_it_are_one_program():
