@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 TEXT = "text"  # the column of the texts
 CONCEPT = "concept"  # the name of labels that come without one
-_FROM_ARGUMENTS = {"data", "split", "text_column", "concepts", "clean_negatives"}
+_FROM_ARGUMENTS = {"data", "split", "text_column", "concepts", "unlabelled", "clean_negatives"}
 
 
 def _takes(*configs: type, without: Collection[str] = ()) -> Callable[[FunctionT], FunctionT]:
@@ -72,13 +72,13 @@ def _takes(*configs: type, without: Collection[str] = ()) -> Callable[[FunctionT
 def collect(
     model: "str | Path | PreTrainedModel",
     texts: Sequence[str],
-    labels: "ArrayLike | Mapping[str, ArrayLike]",
+    labels: "ArrayLike | Mapping[str, ArrayLike] | None",
     *,
     store: str | Path,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     **settings: Any,
 ) -> str:
-    """Run labelled texts through a model and store each neuron's pooled responses, or continue a store that was begun.
+    """Run texts through a model and store each neuron's pooled responses, or continue a store that was begun.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def collect(
         it, so an intervention fitted from the store counts as made for another model than the checkpoint on disk.
     labels
         [N] values for the concept "concept", or a dict concept → [N] values: 0, 1, or −1, NaN and None for "not
-        labelled"; numbers of any size with `threshold`.
+        labelled"; numbers of any size with `threshold`. None: all texts are run, and the store cannot be scored.
     store
         A directory or a URL to write to; it is returned.
     **settings
@@ -106,8 +106,9 @@ def collect(
     """
     from aura_dist.stages import collect as stage
 
-    by_concept = labels if isinstance(labels, Mapping) else {CONCEPT: labels}
-    given = {**settings, "store": store, "data": "texts", "concepts": list(by_concept)}
+    by_concept = labels if isinstance(labels, Mapping) else {} if labels is None else {CONCEPT: labels}
+    about = {"concepts": list(by_concept), "unlabelled": labels is None}
+    given = {**settings, **about, "store": store, "data": "texts"}
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise ConfigError("tokenizer: expected it with a model in memory, got it with a name; leave it out")

@@ -41,9 +41,8 @@ def parts(args: argparse.Namespace) -> None:
     openings(drawn[args.reported :], args.words, None, args.dir / "choose.jsonl")
     openings(drawn[: args.reported], args.words, args.beside, args.dir / "report.jsonl")
     num_controls = int(CONTROLS * len(neutral))
-    # `collect` wants texts of both labels; `fit --control` reads no label
-    write(args.dir / "control.csv", ["text", "toxic"], [[t, i % 2] for i, t in enumerate(neutral[:num_controls])])
-    write(args.dir / "choose.csv", ["text"], [[text] for text in neutral[num_controls:]])
+    for name, texts in (("control.csv", neutral[:num_controls]), ("choose.csv", neutral[num_controls:])):
+        write(args.dir / name, ["text"], [[text] for text in texts])
 
 
 def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -26,7 +26,7 @@ if [[ ! -f parts/done ]]; then
     touch parts/done
 fi
 mapfile -t modules < <(python "$here/front.py" modules "$grid")
-aura-dist collect --model "$model" --data parts/control.csv --concepts toxic --modules "${modules[@]}" --pooling mean \
+aura-dist collect --model "$model" --data parts/control.csv --unlabelled --modules "${modules[@]}" --pooling mean \
     --store control.zarr
 { echo "model: $model"; echo "out: sweep"; grep -v '^model:' "$grid"; } >sweep.yaml
 aura-dist sweep --config sweep.yaml

@@ -7,7 +7,7 @@ the demo and the command line read this module.
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from pkgutil import resolve_name
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -51,12 +51,25 @@ from aura_dist.config.options import (
 from aura_dist.config.settings import Settings, flag, option
 from aura_dist.errors import ConfigError
 
+_OF_LABELS = {"concepts", "threshold", "clean_negatives", "num_positive", "num_negative", "match_length", "seed"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig(TextOptions, ModelOptions):
     """Run labelled text through the model and store every neuron's pooled response."""
 
-    concepts: list[Column] = option("data", "label columns: 0/1, true/false, or scores with --threshold", distinct=True)
+    labels_needed: ClassVar[bool] = True  # unless `unlabelled`
+
+    concepts: list[Column] = option(
+        "data",
+        "label columns: 0/1, true/false, or scores with --threshold",
+        [],
+        unset="required, unless --unlabelled",
+        distinct=True,
+    )
+    unlabelled: bool = option(
+        "data", "run all texts, without labels: to convert their responses, or for `fit --control`; not to score", False
+    )
     modules: list[Module] = option(
         "sites", "kinds of modules, or name patterns; with ! in front: left out", ["mlp"], distinct=True
     )
@@ -72,14 +85,28 @@ class CollectConfig(TextOptions, ModelOptions):
     store: Store = option("output", "the store to write: a .zarr directory, or a URL such as s3://bucket/run.zarr")
 
     def __post_init__(self) -> None:
-        """Refuse to choose modules for tokens where all are chosen."""
+        """Refuse texts with neither concepts nor --unlabelled, or both; and modules for tokens where all are chosen."""
         super().__post_init__()
+        if self.unlabelled:
+            for spec in fields(self):
+                if spec.name in _OF_LABELS and self.is_set(spec):
+                    raise ConfigError(
+                        f"{flag(spec.name)}: expected it without --unlabelled, because all texts are run then, without "
+                        "labels; leave one of the two out"
+                    )
+        elif self.labels_needed and not self.concepts:
+            raise ConfigError(
+                "--concepts is required: give the flag, or 'concepts' in the config file; texts without labels are "
+                "collected with --unlabelled"
+            )
         resolve_name("aura_dist.sites.pooling:check_kept")(self.pooling, self.keep_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(CollectConfig):
     """Say what a collection takes, in bytes and seconds, and refuse what cannot fit; reads no weights."""
+
+    labels_needed: ClassVar[bool] = False
 
     data: Data = option("data", "labelled text", "", unset="--num-positive + --num-negative texts of --max-tokens each")
     concepts: list[Column] = option(

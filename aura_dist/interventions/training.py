@@ -68,9 +68,8 @@ def train_maps(
     ModelError
         The store's model cannot be loaded, or has changed.
     """
-    if concept not in spec.concepts:
-        raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
-    rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, spec.concepts.index(concept)]
+    which = spec.index_of(concept, str(group.store_path))
+    rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, which]
     train = resolve_name(method.train)
     labelled = np.flatnonzero(labels >= 0)
     with as_collected(group, spec, earlier) as loaded, torch.enable_grad():

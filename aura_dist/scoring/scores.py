@@ -69,8 +69,10 @@ class Basis:
 def basis_of(path: str, group: zarr.Group, spec: StoreSpec, *, partial: bool) -> Basis:
     """The rows to score.
 
-    StoreError if rows are missing and `partial` is not set, or if a concept has one class among those that are there.
+    InputError if the texts have no labels. StoreError if rows are missing and `partial` is not set, or if a concept has
+    one class among those that are there.
     """
+    spec.check_labelled(path)
     tokens, done = read_array(group, "samples/num_tokens"), read_array(group, DONE)
     runs: list[tuple[int, int]] = []
     for task in tasks_of(tokens, spec.tokens_per_batch):
@@ -367,8 +369,7 @@ def read_scores(
 
     InputError if the store has no such concept or pooling, StoreError if it has not been scored, or not wholly.
     """
-    if concept not in spec.concepts:
-        raise InputError(f"--concept: expected one of {', '.join(spec.concepts)}, got {concept!r}")
+    which = spec.index_of(concept, str(group.store_path))
     if pooling not in spec.poolings:
         from_tokens = len(spec.tokens) == len(spec.sites)
         verb, words = ("score", [pooling]) if from_tokens else ("collect", [*spec.poolings, pooling])
@@ -376,7 +377,6 @@ def read_scores(
             f"--pooling: expected one of {', '.join(spec.poolings) or 'those to make from tokens'}, got {pooling!r}; "
             f"{verb} with `--pooling {' '.join(words)}` for it"
         )
-    which = spec.concepts.index(concept)
     scores: dict[str, NDArray[Any]] = {}
     for site in spec.sites:
         if statistic not in scored_statistics(group, site.name, pooling):

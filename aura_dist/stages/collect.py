@@ -86,7 +86,7 @@ def collect(config: CollectConfig, subject: Subject, device: str, table: Table |
     with StopFlag() as stop, start_team(sharding_of(config), device) as team:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         samples, tokens, identity = team.once_a_host("samples", lambda: load_samples(config, subject, table))
-        _log_lengths(samples, config.concepts[0])
+        _log_lengths(samples, config.concepts)
         with downloaded(team, subject.source):
             spec = make_spec(config, subject, identity, lambda: team.once_a_host("fingerprint", subject.fingerprint))
             with _marked(config) if team.world.is_first else nullcontext():
@@ -280,11 +280,14 @@ def check_numbers(store: str, spec: StoreSpec) -> None:
     logger.warning("%s; they get no scores", text)
 
 
-def _log_lengths(samples: Samples, concept: str) -> None:
+def _log_lengths(samples: Samples, concepts: Sequence[str]) -> None:
+    if not concepts:
+        logger.info("%d rows of %.1f tokens on average", len(samples), samples.num_tokens.mean())
+        return
     positive, negative = (samples.num_tokens[samples.label[:, 0] == v] for v in (1, 0))
     logger.info(
         "%d rows: %d %s of %.1f tokens on average, %d not of %.1f",
-        len(samples), len(positive), concept, positive.mean(), len(negative), negative.mean(),
+        len(samples), len(positive), concepts[0], positive.mean(), len(negative), negative.mean(),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from aura_dist.errors import StoreError, brief
+from aura_dist.errors import InputError, StoreError, brief
 from aura_dist.sites.pooling import POOLINGS, TOKENS
 from aura_dist.sites.site import Site
 from aura_dist.store.access import FORMAT, SCHEMA_VERSION, clear, errors_of_writing, get_array, get_sharded, store_at
@@ -75,7 +75,7 @@ class StoreSpec:
     tokens_per_batch: int
     skip_special_tokens: bool
     poolings: tuple[str, ...]  # in the order of the flags; then those that were made from tokens later
-    concepts: tuple[str, ...]  # likewise
+    concepts: tuple[str, ...]  # likewise; none where the texts have no labels
     data: Mapping[str, Any]
     sites: tuple[Site, ...]  # in model order
     uncaptured: tuple[str, ...] = ()  # names of parameters that no site covers (experts of a mixture)
@@ -93,6 +93,21 @@ class StoreSpec:
     def token_sites(self) -> tuple[Site, ...]:
         """The sites whose values are stored token by token."""
         return tuple(site for site in self.sites if site.name in self.tokens)
+
+    def check_labelled(self, store: str) -> None:
+        """InputError if the texts have no labels."""
+        if not self.concepts:
+            raise InputError(
+                f"--store {store!r}: expected texts with labels, got a collection of --unlabelled; collect with "
+                "--concepts into another store"
+            )
+
+    def index_of(self, concept: str, store: str) -> int:
+        """The place of a concept's labels; InputError if there are none."""
+        self.check_labelled(store)
+        if concept not in self.concepts:
+            raise InputError(f"--concept: expected one of {', '.join(self.concepts)}, got {concept!r}")
+        return self.concepts.index(concept)
 
     def to_attributes(self) -> dict[str, Any]:
         left_out = [name for name in ADDED if getattr(self, name) == self.__dataclass_fields__[name].default]
@@ -113,8 +128,8 @@ class StoreSpec:
             raise _unusable(store, brief(error)) from error
         spec = replace(spec, poolings=(*spec.poolings, *spec.repooled))
         stored = (*spec.poolings, *spec.tokens)
-        if not (spec.sites and stored and spec.concepts and set(spec.poolings) <= POOLINGS.keys()):
-            raise _unusable(store, f"{len(spec.sites)} sites, poolings {spec.poolings}, concepts {spec.concepts}")
+        if not (spec.sites and stored and set(spec.poolings) <= POOLINGS.keys()):
+            raise _unusable(store, f"{len(spec.sites)} sites, poolings {spec.poolings}")
         return spec
 
 
@@ -272,7 +287,7 @@ def progress_layouts(
     found = {
         "samples/row": ArrayLayout((num_rows,), (num_rows,), "int64", ("sample",), 0),
         "samples/num_tokens": ArrayLayout((num_rows,), (num_rows,), "int32", ("sample",), 0),
-        "samples/label": ArrayLayout(labels, labels, "int8", ("sample", "concept"), 0),
+        "samples/label": ArrayLayout(labels, (num_rows, max(labels[1], 1)), "int8", ("sample", "concept"), 0),
         DONE: ArrayLayout((num_tasks,), (1,), "uint8", ("task",), 0),
         ATTEMPTS: ArrayLayout((num_tasks,), (1,), "uint8", ("task",), 0),
         NONFINITE: ArrayLayout((num_tasks, num_arrays), (1, num_arrays), "int64", ("task", "array"), 0),
