@@ -1,10 +1,11 @@
 """`--sharding layers` against `dispatch` and the bare arithmetic, for random weights of Falcon-40B's widths.
 
 python tests/benchmarks/bench_layers.py --folder BIG_DISK [--layers 20] [--rows 64] [--tokens 64] [--host-memory 6GiB]
-    [--dispatch] [--megabytes-per-second 400 | --balanced]
+    [--dispatch] [--ranks 1] [--megabytes-per-second 400 | --balanced]
 
-The checkpoint stays in the folder for the next run. A layer is 1.38 GB, and `dispatch` writes what does not fit in
-`--host-memory` once more. `--megabytes-per-second` slows down the reading of layers to that rate, within this benchmark
+The checkpoint stays in the folder for the next run; layers that another checkpoint there has are hard links to its
+files. A layer is 1.38 GB, and `dispatch` writes what does not fit in `--host-memory` once more. With several `--ranks`
+the rows are shared, each rank has one thread and its share of the memory, and `dispatch` is left out. `--megabytes-per-second` slows down the reading of layers to that rate, within this benchmark
 alone. `--balanced` first runs `layers` unhindered, and then with a reader that takes as long as that run computed.
 """
 
@@ -102,15 +103,24 @@ def make_checkpoint(folder: Path, num_layers: int, width: int) -> Path:
         within = name.removeprefix(f"{layers}.")
         files.setdefault(f"layer-{within.split('.')[0]}" if within != name else "outside", []).append((name, tensor))
     for file, tensors in files.items():
+        where |= {name: f"{file}.safetensors" for name, _ in tensors}
+        there = [other / f"{file}.safetensors" for other in folder.glob("falcon-*") if of_width(other) == width]
+        if found := [path for path in there if path.is_file()]:
+            os.link(found[0], directory / found[0].name)
+            continue
         made = {}
         for name, tensor in tensors:
             std = tensor.shape[-1] ** -0.5 if tensor.ndim == 2 else 0.1
             made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(std=std)
-            where[name] = f"{file}.safetensors"
         save_file(made, directory / f"{file}.safetensors", metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def of_width(directory: Path) -> int:
+    """The hidden size of a checkpoint that was begun."""
+    return int(json.loads((directory / "config.json").read_text())["hidden_size"])
 
 
 def drop_from_cache(directory: Path) -> None:
@@ -121,17 +131,25 @@ def drop_from_cache(directory: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(arguments: list[str], rate: float = 0.0) -> dict[str, float]:
-    """Run `aura-dist ARGUMENTS`: seconds, peak of anonymous memory, bytes read from the disk."""
-    begun, peak, read = time.perf_counter(), 0, 0
-    with subprocess.Popen([sys.executable, "-c", CHILD, str(rate), *arguments]) as process:
+def measure(folder: Path, arguments: list[str], rate: float, ranks: int) -> dict[str, float]:
+    """Run `aura-dist ARGUMENTS`: seconds, peak of a rank's anonymous memory, bytes that all read from the disk."""
+    child = folder / "child.py"
+    child.write_text(CHILD)
+    run = [sys.executable]
+    if ranks > 1:
+        run += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    begun, peak, read = time.perf_counter(), 0, {}
+    path = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([*run, str(child), str(rate), *arguments], env={**os.environ, **path}) as process:
         while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
             with suppress(psutil.Error):
-                read = max(read, psutil.Process(process.pid).io_counters().read_bytes)
+                parent = psutil.Process(process.pid)
+                for one in parent.children() if ranks > 1 else [parent]:
+                    peak = max(peak, anonymous_bytes(one.pid))
+                    read[one.pid] = one.io_counters().read_bytes
             time.sleep(0.05)
         assert process.returncode == 0
-    return {"seconds": time.perf_counter() - begun, "peak": peak, "read": read}
+    return {"seconds": time.perf_counter() - begun, "peak": peak, "read": sum(read.values())}
 
 
 def best_rate(rows: int) -> float:
@@ -153,6 +171,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
     parser.add_argument("--host-memory", default="6GiB")
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--dispatch", action="store_true")
     parser.add_argument("--megabytes-per-second", type=float, default=0.0)
     parser.add_argument("--balanced", action="store_true")
@@ -171,7 +190,7 @@ def main() -> None:
     source = ModelSource(str(model), None, "bfloat16")
     fingerprint(source, load_config(source))  # kept in the user's cache, so that no run reads the weights for it
     ways = {"layers": ["--sharding", "layers", "--host-memory", args.host_memory]}
-    if args.dispatch:
+    if args.dispatch and args.ranks == 1:
         offload = ["--max-memory", f"cpu={args.host_memory}", "--offload-folder", str(args.folder / "offloaded")]
         ways["dispatch"] = ["--sharding", "dispatch", *offload]
     if args.balanced:
@@ -188,7 +207,7 @@ def run_one(args: argparse.Namespace, model: Path, size: int, name: str, argumen
     """Collect from a cold cache, and print what it took; returns the seconds without start and loading."""
     drop_from_cache(model)
     store = args.folder / f"{name}.zarr"
-    found = measure(["collect", *arguments, "--store", str(store)], rate)
+    found = measure(args.folder, ["collect", *arguments, "--store", str(store)], rate, args.ranks)
     times = json.loads((store / "progress" / "zarr.json").read_text())["attributes"]["times"]
     arithmetic = times["tokens"] * 2 * (size // 2) / best_rate(args.tokens_per_batch)
     print(
