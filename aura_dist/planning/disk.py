@@ -1,7 +1,6 @@
 """Whether the disk has room for a store."""
 
 import shutil
-from collections.abc import Iterable
 
 from aura_dist.planning.work import StoreSize
 from aura_dist.store.access import local_path
@@ -11,7 +10,7 @@ from aura_dist.units import show_bytes
 def shortage_of_disk(store: str, size: StoreSize, freed_bytes: int = 0) -> str:
     """Why a store of tokens has no room at a path: one line; empty if it has, or at a URL, where nobody can tell.
 
-    `freed_bytes` are free once the store begins.
+    `freed_bytes` are free once the store begins, or hold a part of it already.
     """
     place = local_path(store)
     if place is None or not size.num_tokens:
@@ -28,7 +27,8 @@ def shortage_of_disk(store: str, size: StoreSize, freed_bytes: int = 0) -> str:
 
 
 def bytes_at(store: str) -> int:
-    """Bytes of the files of a local store; 0 at a URL."""
+    """Bytes of the files of a local store; 0 where there is none, and at a URL."""
     place = local_path(store)
-    files: Iterable[int] = () if place is None else (f.stat().st_size for f in place.rglob("*") if f.is_file())
-    return sum(files)
+    if place is None or not (place / "zarr.json").is_file():
+        return 0
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())

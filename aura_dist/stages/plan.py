@@ -51,7 +51,7 @@ from aura_dist.models.quantization import check_held
 from aura_dist.models.strategies.strategy import Spread
 from aura_dist.models.strategies.table import sharding_of
 from aura_dist.planning.budget import with_largest_batch
-from aura_dist.planning.disk import shortage_of_disk
+from aura_dist.planning.disk import bytes_at, shortage_of_disk
 from aura_dist.planning.estimate import collection_report, estimate, estimate_evaluation
 from aura_dist.planning.seconds import EvaluationPlan, Rates, Step, continuing
 from aura_dist.planning.text import Report, refusal, render
@@ -103,7 +103,9 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
         found, origin, spread, machine, config.tflops, _rates(config), first_tokens=not config.skip_first_tokens
     )
     refused = refusal(report, config.device_memory, config.host_memory)
-    return report, refused or (shortage_of_disk(config.store, report.store) if config.store else "")
+    if config.store and not refused:
+        refused = shortage_of_disk(config.store, report.store, bytes_at(config.store))
+    return report, refused
 
 
 def _rates(config: PlanConfig) -> Rates:

@@ -254,6 +254,7 @@ def test_plan_says_bytes_and_files(store, tiny_dir, sentences_csv, tmp_path, cap
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**5))
     assert main(["plan", *flags, *FEW, *TOKENS, "--store", str(tmp_path / "s.zarr")]) == 2
     assert "keep tokens of fewer modules" in capsys.readouterr().err
+    assert main(["plan", *flags, *FEW, *TOKENS, "--store", str(store)]) == 0, "what is written needs no more room"
 
 
 def test_a_damaged_shard_is_named(store, tmp_path, capsys):
