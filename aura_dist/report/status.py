@@ -117,6 +117,8 @@ def _collection(group: zarr.Group, spec: StoreSpec) -> Part:
 
 
 def _scores(group: zarr.Group, spec: StoreSpec) -> Part:
+    if not spec.concepts:
+        return Part("score", NOTHING, "", "texts without labels")
     if not spec.poolings:
         return Part("score", NOTHING, "", "tokens alone; `score --pooling` makes poolings of them")
     scored, total = count_columns(group, spec)

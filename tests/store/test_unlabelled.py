@@ -94,7 +94,9 @@ def test_planned(given, capsys):
     assert json.loads(capsys.readouterr().out)["store"]["num_rows"] == len(TEXTS)
 
 
-def test_reported(store, tmp_path):
+def test_reported(store, tmp_path, capsys):
+    assert main(["status", str(store.parent)]) == 0
+    assert "texts without labels" in capsys.readouterr().out
     assert main(["report", str(store.parent), "--out", str(tmp_path / "page.html")]) == 0
 
 
