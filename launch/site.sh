@@ -21,3 +21,17 @@ if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   head_node=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
   head_port=${HEAD_PORT:-$((12000 + SLURM_JOB_ID % 20000))}
 fi
+
+# end_of_job CODE: the end of a job whose step ended with CODE. One that Slurm warned queues itself again, at most
+# MAX_REQUEUES (100) times.
+end_of_job() {
+  if [ "$1" -eq $((128 + $(kill -l USR1))) ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_REQUEUES:-100}" ]; then
+      echo "warned by Slurm: requeued as job $SLURM_JOB_ID" >&2
+      scontrol requeue "$SLURM_JOB_ID"
+      sleep 60 # until Slurm ends this run of the job
+    fi
+    echo "stopped: requeued ${SLURM_RESTART_COUNT:-0} times and not finished; give the job more time, or MAX_REQUEUES" >&2
+  fi
+  exit "$1"
+}

@@ -1,76 +1,60 @@
-"""`launch/serve.sh` with stand-ins for vLLM and evaluate: the server runs while evaluate does, and ends with it."""
+"""`launch/serve.sh` with a stand-in for Python: it runs `evaluate` with the command of a server, and ends like it."""
 
 import os
 import subprocess
-import sys
-import time
 
 import pytest
 
 from tests.distributed.launch import REPOSITORY
 
-HEALTHY = """
-import sys, http.server, pathlib
-pathlib.Path("{place}/served").write_text(" ".join(sys.argv[1:]))
-class Health(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
-        self.end_headers()
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Health).serve_forever()
-"""
+SERVER = "vllm-here serve {model} --host 127.0.0.1 --port {port} --dtype float32"
 
 
 @pytest.fixture
 def serve(tmp_path):
-    """`serve(server, code, …)`: the script around a server's program, and an evaluate that ends with `code`."""
+    """`serve(code, …)`: the script's exit code, and the words of an evaluate that ends with `code`."""
 
-    def run(server, code, *arguments, **env):
-        (tmp_path / "server.py").write_text(server.replace("{place}", str(tmp_path)))
+    def run(code, *arguments, **env):
         evaluate = tmp_path / "evaluate"
-        evaluate.write_text(
-            f'#!/bin/sh\necho "$@" > {tmp_path}/asked\npgrep -f {tmp_path}/server.py >&2\nexit {code}\n'
-        )
+        evaluate.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/asked\nexit {code}\n')
         evaluate.chmod(0o755)
+        (tmp_path / "asked").unlink(missing_ok=True)
         given = {
-            "PATH": os.environ["PATH"], "CONTAINER": str(evaluate), "PORT": "8761", "SERVE": "--dtype float32",
-            "VLLM": f"{sys.executable} {tmp_path}/server.py", "SERVER_LOG": str(tmp_path / "log"), **env,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "CONTAINER": str(evaluate), "VLLM": "vllm-here",
+            "SERVE": "--dtype float32", **env,
         }  # fmt: skip
-        return subprocess.run(
+        done = subprocess.run(
             ["bash", REPOSITORY / "launch" / "serve.sh", *arguments],
             env=given, capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
+        asked = tmp_path / "asked"
+        return done, asked.read_text().splitlines() if asked.exists() else []
 
     return run
 
 
-def is_running(tmp_path):
-    return subprocess.run(["pgrep", "-f", f"{tmp_path}/server.py"], check=False, capture_output=True).returncode == 0
-
-
-def test_evaluates_what_it_serves(serve, tmp_path):
+def test_evaluates_with_a_server_of_its_own(serve, tmp_path):
     (tmp_path / "aura").mkdir()
-    done = serve(HEALTHY, 3, "m", "--out", "r.json", AURA_INTERVENTION=f"{tmp_path}/aura@0.5")
-    assert done.returncode == 3, done.stderr
-    assert done.stderr.strip().isdigit(), "the server runs while evaluate does"
-    port = (tmp_path / "served").read_text().split("--port ")[1].split()[0]
-    assert (tmp_path / "served").read_text() == f"serve m --host 127.0.0.1 --port {port} --dtype float32"
-    asked = f"python -m aura_dist evaluate --model m --server http://127.0.0.1:{port}/v1"
-    laid = f"--intervention {tmp_path}/aura --strength 0.5 --out r.json"
-    assert (tmp_path / "asked").read_text().strip() == f"{asked} {laid}"
-    assert not is_running(tmp_path)
-    done = serve(HEALTHY, 0, "m", "--out", "r.json", AURA_INTERVENTION=f"{tmp_path}/aura")
-    assert done.returncode == 0
-    assert (tmp_path / "asked").read_text().strip().endswith(f"--intervention {tmp_path}/aura --out r.json")
+    expected = ["python", "-m", "aura_dist", "evaluate", "--model", "m", "--server", SERVER]
+    laid = ["--intervention", f"{tmp_path}/aura"]
+    for name, flags in ((f"{tmp_path}/aura@0.5", [*laid, "--strength", "0.5"]), (f"{tmp_path}/aura", laid), ("", [])):
+        done, asked = serve(3, "m", "--out", "r.json", AURA_INTERVENTION=name)
+        assert done.returncode == 3, done.stderr
+        assert asked == [*expected, *flags, "--out", "r.json"]
+    done, asked = serve(0)
+    assert done.returncode != 0
+    assert "usage: bash launch/serve.sh MODEL" in done.stderr
+    assert not asked
 
 
-def test_a_server_that_ends_or_never_answers(serve, tmp_path):
-    began = time.monotonic()
-    done = serve("print('no such model'); raise SystemExit(1)", 0, "m")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == "no such model"
-    assert done.stderr.splitlines()[-1].startswith("error: expected a server of m within 1800 s, got none; see ")
-    done = serve("import time; time.sleep(60)", 0, "m", SERVER_SECONDS="2")
-    assert done.returncode == 2
-    assert time.monotonic() - began < 40
-    assert not (tmp_path / "asked").exists()
-    assert not is_running(tmp_path)
+def test_a_job_that_slurm_warned_is_queued_again(serve, tmp_path):
+    for name, does in (("srun", 'exec "$@"'), ("scontrol", f'echo "$@" >> {tmp_path}/asked'), ("sleep", "exit 0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    done, asked = serve(138, "m", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2")
+    assert done.returncode == 138
+    assert asked[-1] == "requeue 7"
+    done, asked = serve(138, "m", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2", MAX_REQUEUES="2")
+    assert done.returncode == 138
+    assert asked[-2:] == ["--server", SERVER]
+    assert "requeued 2 times and not finished" in done.stderr

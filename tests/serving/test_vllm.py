@@ -276,7 +276,7 @@ def test_serve_script_evaluates(models, tmp_path):
     vllm.chmod(0o755)
     env = {
         **os.environ, "VLLM": str(vllm), "AURA_INTERVENTION": f"{tmp_path}/iv@0.5", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "PYTHONPATH": f"{REPOSITORY}:{metadata(tmp_path)}", "SERVER_LOG": str(tmp_path / "log"),
+        "PYTHONPATH": f"{REPOSITORY}:{metadata(tmp_path)}",
         "SERVE": "--dtype float32 --enforce-eager --max-model-len 200 --gpu-memory-utilization 0.2",
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
     }  # fmt: skip
