@@ -96,8 +96,8 @@ class CollectConfig(TextOptions, ModelOptions):
                     )
         elif self.labels_needed and not self.concepts:
             raise ConfigError(
-                "--concepts is required: give the flag, or 'concepts' in the config file; texts without labels are "
-                "collected with --unlabelled"
+                "--concepts: expected at least one value, got none; name the label columns, or collect texts without "
+                "labels with --unlabelled"
             )
         resolve_name("aura_dist.sites.pooling:check_kept")(self.pooling, self.keep_tokens)
 

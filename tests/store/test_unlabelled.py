@@ -117,7 +117,7 @@ def test_nothing_is_scored_or_fitted(refused, store, words):
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        ((), "--concepts is required.* collected with --unlabelled"),
+        ((), "--concepts: expected at least one value, got none.* with --unlabelled"),
         (("--unlabelled", "--concepts", "score"), "--concepts: expected it without --unlabelled"),
         (("--unlabelled", "--match-length"), "--match-length: expected it without --unlabelled"),
         (("--unlabelled", "--seed", "1"), "--seed: expected it without --unlabelled"),
