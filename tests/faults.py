@@ -2,6 +2,7 @@
 
 import http.client
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 # (method, unquoted path with its query, how often this was asked before) → "busy" (an error 503), "close" (no answer),
-# "cut" (half of the body), "deny" (an error 403), or None
+# "hang" (no answer for a second), "cut" (half of the body), "deny" (an error 403), or None
 Fault = Callable[[str, str, int], str | None]
 STATUS = {"busy": 503, "deny": 403}
 
@@ -59,7 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.next_fault(self.command, unquote(self.path))
-        if fault == "close":
+        if fault in ("close", "hang"):
+            time.sleep(fault == "hang")
             self.close_connection = True
         elif fault in STATUS:
             self.answer(STATUS[fault], {}, b"<Error><Code>Fault</Code></Error>")

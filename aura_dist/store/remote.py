@@ -7,7 +7,7 @@ repeating it changes nothing.
 import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from functools import cache, partial
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 # Requests in flight of one store and event loop: enough to fill a connection, few enough that none waits for long.
 NUM_CONCURRENT = 32
-# The waits of 24 repetitions take 50 s in the median. A server that never answers has three minutes, because `timeout`
-# and `read_timeout` leave a slow connection time for a whole shard.
+# The waits of 24 repetitions take 50 s in the median. A server that never answers has four minutes, because the
+# timeouts leave a slow connection time for a whole shard.
 RETRIES: "RetryConfig" = {
     "max_retries": 24,
     "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=8), "base": 2},
     "retry_timeout": timedelta(minutes=3),
 }
-_CLIENT: "ClientConfig" = {
+CLIENT: "ClientConfig" = {
     "allow_http": True,  # for endpoints of one's own; without one, the address is https
     "timeout": timedelta(minutes=10),
-    "read_timeout": timedelta(minutes=1),
+    "read_timeout": timedelta(minutes=2),
 }
 # Part of an error's text → what the user may change.
 _ADVICE = {
@@ -46,17 +46,13 @@ _ADVICE = {
     "403 Forbidden": "expected credentials that may list, read, write and delete there",
     "error sending request": "check the network and the server's address (for s3://: AWS_ENDPOINT_URL)",
 }
-_NO_CREDENTIALS = (
-    "; give credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or choose a profile with AWS_PROFILE, or set "
-    "AWS_SKIP_SIGNATURE=true for a public bucket"
-)
 
 
 class RemoteStore(ObjectStore[Any]):
     """A store at a URL; at http:// and https:// it is only read.
 
-    Every method raises a StoreError that names the URL where a request fails for good. A missing key is no error, as in
-    any Zarr store.
+    The requests that arrays and groups make raise a StoreError that names the URL and the key where they fail for good.
+    A missing key is no error, as in any Zarr store.
     """
 
     def __init__(self, store: Any, url: str, *, read_only: bool = False) -> None:
@@ -73,9 +69,6 @@ class RemoteStore(ObjectStore[Any]):
     def __str__(self) -> str:
         return self.url
 
-    def __repr__(self) -> str:
-        return f"RemoteStore({self.url!r})"
-
     @asynccontextmanager
     async def _request(self, key: str) -> AsyncGenerator[None, None]:
         """Context of a request; it waits while too many are in flight."""
@@ -90,19 +83,9 @@ class RemoteStore(ObjectStore[Any]):
         async with self._request(key):
             return await super().get(key, prototype, byte_range)
 
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        async with self._request(""):
-            return await super().get_partial_values(prototype, key_ranges)
-
     async def exists(self, key: str) -> bool:
         async with self._request(key):
             return await super().exists(key)
-
-    async def getsize(self, key: str) -> int:
-        async with self._request(key):
-            return await super().getsize(key)
 
     async def set(self, key: str, value: Buffer) -> None:
         async with self._request(key):
@@ -125,10 +108,6 @@ class RemoteStore(ObjectStore[Any]):
                 with suppress(FileNotFoundError):  # another process deleted one of them
                     await obstore.delete_async(self.store, [item["path"] for item in found])
 
-    async def list(self) -> AsyncGenerator[str, None]:
-        async for key in self.list_prefix(""):
-            yield key
-
     async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
         async with self._request(prefix):
             keys = [key async for key in super().list_prefix(prefix)]
@@ -148,7 +127,11 @@ class RemoteStore(ObjectStore[Any]):
         """
         if self.read_only:
             raise StoreError(f"--store {self.url!r}: expected a place that can be written; a store is only read there")
-        return all(name.startswith(but) for name in run_in_zarr(_all(self.list_dir(""))))
+
+        async def ask() -> bool:
+            return all([name.startswith(but) async for name in self.list_dir("")])
+
+        return run_in_zarr(ask())
 
     def existing(self, keys: Sequence[str]) -> Sequence[bool]:
         """Whether each key has a value, all asked at once; call it from a thread without a running loop."""
@@ -157,10 +140,6 @@ class RemoteStore(ObjectStore[Any]):
             return await asyncio.gather(*map(self.exists, keys))
 
         return run_in_zarr(ask())
-
-
-async def _all(items: AsyncIterator[str]) -> list[str]:
-    return [item async for item in items]
 
 
 def open_remote(url: str, *, read_only: bool = False) -> RemoteStore:
@@ -174,15 +153,14 @@ def open_remote(url: str, *, read_only: bool = False) -> RemoteStore:
     if scheme not in _SCHEMES:
         expected = "a path, file://, s3://, gs://, az:// or, to read, https:// or http://"
         raise StoreError(f"--store {url!r}: expected {expected}, got {url.partition('/')[0]}//")
-    try:
-        import obstore  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(f"--store {url!r}", "obstore", "s3") from error
     _check_not_forked(url)
     try:
         store = _SCHEMES[scheme](url)
     except StoreError:
         raise
+    except ImportError as error:
+        package = (error.name or "obstore").partition(".")[0]
+        raise MissingPackageError(f"--store {url!r}", package, "s3") from error
     except Exception as error:  # obstore's and boto3's own kinds
         raise StoreError(f"--store {url!r} cannot be opened: {_explain(error)}") from error
     return RemoteStore(store, url, read_only=read_only or scheme in _ONLY_READ)
@@ -192,26 +170,23 @@ def _cloud(url: str, **options: Any) -> Any:
     """The bucket of a cloud and a prefix in it, which is taken as it is written."""
     from obstore.store import from_url
 
-    literal = quote(url, safe=":/@")  # obstore decodes it, and would drop what follows ? and #
-    return from_url(literal, client_options=_CLIENT, retry_config=RETRIES, **options)
-
-
-def _google(url: str) -> Any:
-    return _cloud("gs:" + url.partition(":")[2])  # gcs:// is the same
+    literal = re.sub("^gcs:", "gs:", quote(url, safe=":/@"))  # obstore would drop what follows ? and #
+    return from_url(literal, client_options=CLIENT, retry_config=RETRIES, **options)
 
 
 def _s3(url: str) -> Any:
     """A bucket of S3, with what boto3 finds of what the environment lacks: profiles, SSO, roles of the machine."""
     if any(names <= os.environ.keys() for names in _WITHOUT_BOTO):
         return _cloud(url)
-    try:
-        import botocore.session
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:  # obstore finds roles of the machine by itself
-        return _cloud(url)
+    import botocore.session
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
     session = botocore.session.Session()
     if session.get_credentials() is None:
-        raise StoreError(f"--store {url!r}: expected credentials for S3, found none{_NO_CREDENTIALS}")
+        raise StoreError(
+            f"--store {url!r}: expected credentials for S3, found none; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or AWS_SKIP_SIGNATURE=true for a public bucket"
+        )
     options = {
         "region": os.environ.get("AWS_REGION") or session.get_config_variable("region"),
         "endpoint": os.environ.get("AWS_ENDPOINT_URL") or session.get_scoped_config().get("endpoint_url"),
@@ -225,7 +200,7 @@ def _web(url: str) -> Any:
 
     if "?" in url or "#" in url:
         raise StoreError(f"--store {url!r}: expected an address without ? and #, because keys are added to it")
-    return HTTPStore.from_url(url, client_options=_CLIENT, retry_config=RETRIES)
+    return HTTPStore.from_url(url, client_options=CLIENT, retry_config=RETRIES)
 
 
 @cache
@@ -239,8 +214,7 @@ def _memory(url: str) -> Any:
 # Scheme of a URL → what opens it.
 _SCHEMES: Mapping[str, Callable[[str], Any]] = {
     **dict.fromkeys(("s3", "s3a"), _s3),
-    **dict.fromkeys(("gs", "gcs"), _google),
-    **dict.fromkeys(("az", "azure", "abfs", "abfss", "adl"), _cloud),
+    **dict.fromkeys(("gs", "gcs", "az", "azure", "abfs", "abfss", "adl"), _cloud),
     **dict.fromkeys(("http", "https"), _web),
     "memory": _memory,
 }
