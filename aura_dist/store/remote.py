@@ -72,7 +72,11 @@ class RemoteStore(ObjectStore[Any]):
     @asynccontextmanager
     async def _request(self, key: str) -> AsyncGenerator[None, None]:
         """Context of a request; it waits while too many are in flight."""
-        _check_not_forked(self.url)
+        if _first_process() != os.getpid():  # obstore's threads are not here, so requests would never end
+            raise StoreError(
+                f"--store {self.url!r}: expected a process of its own, got the fork of one that asked a URL; start "
+                "processes with multiprocessing's methods spawn or forkserver"
+            )
         async with self._limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(NUM_CONCURRENT)):
             try:
                 yield
@@ -107,12 +111,6 @@ class RemoteStore(ObjectStore[Any]):
             while found := await obstore.list(self.store, prefix.rstrip("/")).collect_async():
                 with suppress(FileNotFoundError):  # another process deleted one of them
                     await obstore.delete_async(self.store, [item["path"] for item in found])
-
-    async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
-        async with self._request(prefix):
-            keys = [key async for key in super().list_prefix(prefix)]
-        for key in keys:
-            yield key
 
     async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         async with self._request(prefix):
@@ -153,7 +151,6 @@ def open_remote(url: str, *, read_only: bool = False) -> RemoteStore:
     if scheme not in _SCHEMES:
         expected = "a path, file://, s3://, gs://, az:// or, to read, https:// or http://"
         raise StoreError(f"--store {url!r}: expected {expected}, got {url.partition('/')[0]}//")
-    _check_not_forked(url)
     try:
         store = _SCHEMES[scheme](url)
     except StoreError:
@@ -229,17 +226,8 @@ _WITHOUT_BOTO = (
 
 @cache
 def _first_process() -> int:
-    """The process that opened a URL first, also in those that were forked from it."""
+    """The process that asked a URL first, also in those that were forked from it."""
     return os.getpid()
-
-
-def _check_not_forked(url: str) -> None:
-    """StoreError in a fork of a process that opened a URL, because obstore's threads are not in it: it would hang."""
-    if _first_process() != os.getpid():
-        raise StoreError(
-            f"--store {url!r}: expected a process of its own, got a fork of one that opened a URL; start processes "
-            "with multiprocessing's methods spawn or forkserver"
-        )
 
 
 def _explain(error: Exception) -> str:
