@@ -26,6 +26,7 @@ class Proxy(ThreadingHTTPServer):
         self.target = urlsplit(target).netloc
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.fault: Fault = lambda method, path, before: None
+        self.headers: dict[str, str] = {}  # added to every request
         self.faults, self.asked = Counter[str](), Counter[tuple[str, str]]()
         self._lock = threading.Lock()
 
@@ -67,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(STATUS[fault], {}, b"<Error><Code>Fault</Code></Error>")
         else:
             to_server = http.client.HTTPConnection(self.server.target, timeout=60)
-            to_server.request(self.command, self.path, body, dict(self.headers))
+            to_server.request(self.command, self.path, body, dict(self.headers) | self.server.headers)
             answer = to_server.getresponse()
             headers = {name: value for name, value in answer.headers.items() if name.lower() not in _OURS}
             size = answer.headers["Content-Length"] if self.command == "HEAD" else None

@@ -233,6 +233,7 @@ def _first_process() -> int:
 def _explain(error: Exception) -> str:
     """An error in one line, with its cause and what the user may change."""
     text, _, details = str(error).partition("\n\nDebug source:")
+    text = re.sub(r" in [\d.]+\w+(?=,| - )|, max_retries: \d+, retry_timeout: \w+ *(?= - )", "", text)
     text = re.sub(r"<\?xml.*?<Message>(.*?)</Message>.*", r"\1", text, flags=re.DOTALL)
     if causes := re.findall(r'(?:message|error|details): "([^"]+)"', details):
         text += f" ({causes[-1]})"
