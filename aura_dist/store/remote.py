@@ -44,6 +44,10 @@ _ADVICE = {
     "404 Not Found": "make the bucket first, or choose another",
     "401 Unauthorized": "expected credentials that the server knows",
     "403 Forbidden": "expected credentials that may list, read, write and delete there",
+    **dict.fromkeys(
+        ("416 Range Not Satisfiable", "non-partial response"),
+        "expected a file with content, and a server that knows ranges; collect again with --overwrite if it is empty",
+    ),
     "error sending request": "check the network and the server's address (for s3://: AWS_ENDPOINT_URL)",
 }
 

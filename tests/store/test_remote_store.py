@@ -227,10 +227,12 @@ def test_missing_and_damaged_chunks_and_overwrite(s3, command, capsys):
     write(chunk, bytes(content))
     assert main(["score", "--store", store]) == 2
     assert f"the chunk {chunk!r} is damaged" in capsys.readouterr().err
-    for size in (len(content) // 2, 10, 0):
+    for size, text in ((len(content) // 2, "is damaged"), (10, "is damaged"), (0, "again with --overwrite")):
         write(chunk, bytes(content[:size]))
         assert main(["score", "--store", store]) == 2
-        assert f"the chunk {chunk!r} is damaged" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert text in error
+        assert f"{SITE}/max/c/1/0" in error
     bucket().delete(key_of(chunk))
     assert main(["score", "--store", store]) == 2
     assert f"the chunk {chunk!r} is missing" in capsys.readouterr().err
