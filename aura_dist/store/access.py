@@ -29,7 +29,7 @@ SCHEMA_VERSION = 4
 READ_VERSIONS = (3, SCHEMA_VERSION)
 # The groups directly under a store's root.
 MEMBERS = ("activations", "progress", "samples", "scores", "tokens")
-# s3://…, and chained drivers such as simplecache::s3://…
+# s3://…; also fsspec's simplecache::s3://…, which is refused instead of taken for a directory
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
 FIX = "fix the cause and run the same command again"
@@ -142,9 +142,9 @@ def local_path(store: str) -> Path | None:
 
 
 def store_at(store: str) -> str | RemoteStore:
-    """The argument that opens `--store` in Zarr: a directory's path, or for a URL its driver, with retries.
+    """The argument that opens `--store` in Zarr: a directory's path, or the store at a URL.
 
-    StoreError if the URL has no driver here.
+    StoreError if there is no store for such a URL.
     """
     place = local_path(store)
     if place is None:
@@ -220,8 +220,8 @@ def open_group(path: str, *, must_be_created: bool = True, to_write: bool = Fals
     consolidated = None if isinstance(place, RemoteStore) and must_be_created and not to_write else False
     try:
         with fast_codecs():
-            # a URL does not tell beforehand whether it can be written
-            writable = isinstance(place, RemoteStore) or os.access(place, os.W_OK)
+            # most URLs do not tell beforehand whether they can be written
+            writable = not place.read_only if isinstance(place, RemoteStore) else os.access(place, os.W_OK)
             group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3, use_consolidated=consolidated)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # zarr.json may hold any JSON
         raise StoreError(f"--store {path!r}: expected a store that `collect` wrote, found none: {error}") from error

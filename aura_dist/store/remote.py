@@ -1,178 +1,139 @@
-"""Stores at a URL: an fsspec file system as a Zarr store that repeats requests which may succeed the next time.
+"""Stores at URLs, through obstore: a Zarr store whose errors name the URL, the key and what to change.
 
-Every request runs in fsspec's own event loop, because the connections of s3fs, gcsfs and adlfs belong to the loop that
-opened them, while Zarr's calls come from Zarr's loop and from the writer's. A request reads or writes the whole value
-of a key, so repeating it changes nothing.
+obstore repeats requests that may succeed the next time. A request reads or writes the whole value of a key, so
+repeating it changes nothing.
 """
 
 import asyncio
-import logging
-import random
-import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+import os
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
-from fsspec.asyn import get_loop
 from zarr.abc.buffer import Buffer, BufferPrototype
-from zarr.abc.store import ByteRequest, Store
-from zarr.errors import ZarrUserWarning
-from zarr.storage import FsspecStore, WrapperStore
+from zarr.abc.store import ByteRequest
+from zarr.storage import ObjectStore
 
-from aura_dist.errors import StoreError, brief
+from aura_dist.errors import MissingPackageError, StoreError, brief
+from aura_dist.store.zarr_adapter import run_in_zarr
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
 
-T = TypeVar("T")
-
-# Requests in flight of one store: enough to fill a connection, few enough that none waits for long.
+# Requests in flight of one store and event loop: enough to fill a connection, few enough that none waits for long.
 NUM_CONCURRENT = 32
-# Errors that the same request would raise again.
-_PERMANENT = (
-    FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
-    TypeError, ValueError, LookupError, NotImplementedError, ImportError, AssertionError,
-)  # fmt: skip
-# Parts of the names of errors in the drivers' own hierarchies, which need not be installed here.
-_NO_CREDENTIALS = (
-    "NoCredentials", "PartialCredentials", "CredentialRetrieval", "DefaultCredentials", "ProfileNotFound",
-)  # fmt: skip
-_DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+# The waits of 24 repetitions take 50 s in the median. A server that never answers has four minutes, because the
+# timeouts leave a slow connection time for a whole shard.
+RETRIES: "RetryConfig" = {
+    "max_retries": 24,
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=8), "base": 2},
+    "retry_timeout": timedelta(minutes=3),
+}
+CLIENT: "ClientConfig" = {
+    "allow_http": True,  # for endpoints of one's own; without one, the address is https
+    "timeout": timedelta(minutes=10),
+    "read_timeout": timedelta(minutes=2),
+}
+# Part of an error's text → what the user may change.
+_ADVICE = {
+    "404 Not Found": "make the bucket first, or choose another",
+    "401 Unauthorized": "expected credentials that the server knows",
+    "403 Forbidden": "expected credentials that may list, read, write and delete there",
+    **dict.fromkeys(
+        ("416 Range Not Satisfiable", "non-partial response"),
+        "expected a file with content, and a server that knows ranges; collect again with --overwrite if it is empty",
+    ),
+    "error sending request": "check the network and the server's address (for s3://: AWS_ENDPOINT_URL)",
+}
 
 
-@dataclass(frozen=True)
-class Retries:
-    """How often a request is made, and the waits between: each twice the one before, half of it at random."""
+class RemoteStore(ObjectStore[Any]):
+    """A store at a URL; at http:// and https:// it is only read.
 
-    num_attempts: int = 8  # including the first; 8 wait for a minute at most
-    first_seconds: float = 0.5
-    longest_seconds: float = 30.0
-
-    def wait_seconds(self, failures: int) -> float:
-        """Seconds to wait after so many failures (1, 2, …)."""
-        longest: float = min(self.first_seconds * 2 ** (failures - 1), self.longest_seconds)
-        return longest * random.uniform(0.5, 1.0)
-
-
-RETRIES = Retries()
-
-
-class RemoteStore(WrapperStore[Store]):
-    """A store at a URL; requests are made by `store`, and repeated while their errors are transient.
-
-    Every method raises a StoreError that names the URL and the last error, where that is permanent or the attempts
-    are used up. A missing key is no error, as in any Zarr store.
+    The requests that arrays and groups make raise a StoreError that names the URL and the key where they fail for good.
+    A missing key is no error, as in any Zarr store.
     """
 
-    def __init__(self, store: Store, url: str, retries: Retries = RETRIES) -> None:
-        super().__init__(store)
+    def __init__(self, store: Any, url: str, *, read_only: bool = False) -> None:
+        super().__init__(store, read_only=read_only)
         self.url = url
-        self.retries = retries
-        self._limit = asyncio.Semaphore(NUM_CONCURRENT)
+        self._limits: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
-    def _with_store(self, store: Store) -> Self:
-        return type(self)(store, self.url, self.retries)
+    def with_read_only(self, read_only: bool = False) -> Self:
+        return type(self)(self.store, self.url, read_only=read_only)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._store, self.url, self.retries)
+        return partial(open_remote, read_only=self.read_only), (self.url,)
 
     def __str__(self) -> str:
         return self.url
 
-    def __repr__(self) -> str:
-        return f"RemoteStore({self.url!r})"
-
-    async def _request(self, key: str, request: Callable[[], Awaitable[T]]) -> T:
-        """The answer of `request`, made on fsspec's loop."""
-        loop = get_loop()
-        if asyncio.get_running_loop() is loop:
-            return await self._repeat(key, request)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._repeat(key, request), loop))
-
-    async def _repeat(self, key: str, request: Callable[[], Awaitable[T]]) -> T:
-        failures = 0
-        while True:
+    @asynccontextmanager
+    async def _request(self, key: str) -> AsyncGenerator[None, None]:
+        """Context of a request; it waits while too many are in flight."""
+        if _first_process() != os.getpid():  # obstore's threads are not here, so requests would never end
+            raise StoreError(
+                f"--store {self.url!r}: expected a process of its own, got the fork of one that asked a URL; start "
+                "processes with multiprocessing's methods spawn or forkserver"
+            )
+        async with self._limits.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(NUM_CONCURRENT)):
             try:
-                async with self._limit:
-                    return await request()
+                yield
             except Exception as error:
-                failures += 1
-                if not is_transient(error) or failures >= self.retries.num_attempts:
-                    raise self._failure(key, error, failures) from error
-                seconds = self.retries.wait_seconds(failures)
-                logger.warning(
-                    "%s/%s: attempt %d of %d failed (%s); next in %.1f s",
-                    self.url, key, failures, self.retries.num_attempts, _kind_and_text(error), seconds,
-                )  # fmt: skip
-            await asyncio.sleep(seconds)
-
-    def _failure(self, key: str, error: Exception, attempts: int) -> StoreError:
-        times = f" after {attempts} attempts" if attempts > 1 else ""
-        return StoreError(
-            f"--store {self.url!r}: {key or 'the store'}: failed{times}: {_kind_and_text(error)}{_advice(error)}"
-        )
+                raise StoreError(f"--store {self.url!r}: {key or 'the store'}: failed: {_explain(error)}") from error
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        return await self._request(key, lambda: self._store.get(key, prototype, byte_range))
-
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        wanted = list(key_ranges)
-        return await self._request("", lambda: self._store.get_partial_values(prototype, wanted))
+        async with self._request(key):
+            return await super().get(key, prototype, byte_range)
 
     async def exists(self, key: str) -> bool:
-        return await self._request(key, lambda: self._store.exists(key))
+        async with self._request(key):
+            return await super().exists(key)
 
     async def set(self, key: str, value: Buffer) -> None:
-        await self._request(key, lambda: self._store.set(key, value))
+        async with self._request(key):
+            await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        await self._request(key, lambda: self._store.set_if_not_exists(key, value))
-
-    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
-        await asyncio.gather(*(self.set(key, value) for key, value in values))
-
-    async def _get_many(
-        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
-    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
-        wanted = list(requests)
-        for request, value in zip(wanted, await asyncio.gather(*(self.get(*r) for r in wanted)), strict=True):
-            yield request[0], value
+        async with self._request(key):
+            await super().set_if_not_exists(key, value)
 
     async def delete(self, key: str) -> None:
-        await self._request(key, lambda: self._store.delete(key))
+        async with self._request(key):
+            await super().delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        await self._request(prefix, lambda: self._store.delete_dir(prefix))
+        import obstore
 
-    async def clear(self) -> None:
-        await self._request("", self._store.clear)
+        async with self._request(prefix):
+            self._check_writable()
+            while found := await obstore.list(self.store, prefix.rstrip("/")).collect_async():
+                with suppress(FileNotFoundError):  # another process deleted one of them
+                    await obstore.delete_async(self.store, [item["path"] for item in found])
 
-    async def is_empty(self, prefix: str) -> bool:
-        return await self._request(prefix, lambda: self._store.is_empty(prefix))
-
-    async def getsize(self, key: str) -> int:
-        return await self._request(key, lambda: self._store.getsize(key))
-
-    async def list(self) -> AsyncIterator[str]:
-        for key in await self._request("", lambda: _all(self._store.list())):
-            yield key
-
-    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        for key in await self._request(prefix, lambda: _all(self._store.list_prefix(prefix))):
-            yield key
-
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        for key in await self._request(prefix, lambda: _all(self._store.list_dir(prefix))):
-            yield key
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        async with self._request(prefix):
+            names = [name async for name in super().list_dir(prefix)]
+        for name in names:
+            yield name
 
     def is_vacant(self, but: str) -> bool:
-        """Whether nothing is there but names that begin with `but`; asked from a thread without a running loop."""
+        """Whether nothing is there but names that begin with `but`; asked from a thread without a running loop.
+
+        StoreError where the store can only be read.
+        """
+        if self.read_only:
+            raise StoreError(f"--store {self.url!r}: expected a place that can be written; a store is only read there")
 
         async def ask() -> bool:
             return all([name.startswith(but) async for name in self.list_dir("")])
 
-        return asyncio.run_coroutine_threadsafe(ask(), get_loop()).result()
+        return run_in_zarr(ask())
 
     def existing(self, keys: Sequence[str]) -> Sequence[bool]:
         """Whether each key has a value, all asked at once; call it from a thread without a running loop."""
@@ -180,74 +141,106 @@ class RemoteStore(WrapperStore[Store]):
         async def ask() -> Sequence[bool]:
             return await asyncio.gather(*map(self.exists, keys))
 
-        return asyncio.run_coroutine_threadsafe(ask(), get_loop()).result()
+        return run_in_zarr(ask())
 
 
-async def _all(items: AsyncIterator[str]) -> list[str]:
-    return [item async for item in items]
+def open_remote(url: str, *, read_only: bool = False) -> RemoteStore:
+    """The store at `url`; credentials, region and endpoint come from the environment, for S3 also from boto3.
 
-
-def open_remote(url: str) -> RemoteStore:
-    """The store at `url`, through the fsspec driver of its scheme; credentials and endpoints are the driver's.
-
-    StoreError if the scheme is unknown, or its driver is not installed or refuses the URL.
+    StoreError if the scheme is unknown or the URL or its credentials cannot be used; MissingPackageError without
+    obstore.
     """
-    scheme = url.split(":", 1)[0]
+    url = url.rstrip("/")
+    scheme = url.partition(":")[0].lower()
+    if scheme not in _SCHEMES:
+        expected = "a path, file://, s3://, gs://, az:// or, to read, https:// or http://"
+        raise StoreError(f"--store {url!r}: expected {expected}, got {url.partition('/')[0]}//")
     try:
-        store = _driver_store(url.rstrip("/"))
+        store = _SCHEMES[scheme](url)
+    except StoreError:
+        raise
     except ImportError as error:
-        raise StoreError(f"--store {url!r}: expected {_driver(scheme)} to be installed: {brief(error)}") from error
-    except Exception as error:
-        if "Protocol not known" in str(error):
-            known = "a path, s3://, gs://, az://, file:// or another scheme of fsspec"
-            raise StoreError(f"--store {url!r}: expected {known}, got {scheme}://") from error
-        raise StoreError(f"--store {url!r} cannot be opened: {_kind_and_text(error)}{_advice(error)}") from error
-    return RemoteStore(store, url.rstrip("/"), RETRIES)
+        package = (error.name or "obstore").partition(".")[0]
+        raise MissingPackageError(f"--store {url!r}", package, "s3") from error
+    except Exception as error:  # obstore's and boto3's own kinds
+        raise StoreError(f"--store {url!r} cannot be opened: {_explain(error)}") from error
+    return RemoteStore(store, url, read_only=read_only or scheme in _ONLY_READ)
 
 
-def _driver_store(url: str) -> FsspecStore:
-    """The store of the URL's driver, without a cache of listings, because other processes write to the same store."""
-    with warnings.catch_warnings():
-        # made like this, the driver belongs to fsspec's loop, where its requests run and its connections are closed
-        warnings.filterwarnings("ignore", "fs .* was not created with `asynchronous=True`", ZarrUserWarning)
-        return FsspecStore.from_url(url, storage_options={"asynchronous": False, "use_listings_cache": False})
+def _cloud(url: str, **options: Any) -> Any:
+    """The bucket of a cloud and a prefix in it, which is taken as it is written."""
+    from obstore.store import from_url
+
+    literal = re.sub("^gcs:", "gs:", quote(url, safe=":/@"))  # obstore would drop what follows ? and #
+    return from_url(literal, client_options=CLIENT, retry_config=RETRIES, **options)
 
 
-def _driver(scheme: str) -> str:
-    """The package that serves a scheme of URLs, and how to install it."""
-    if scheme not in _DRIVERS:
-        return f"the fsspec driver of {scheme}://"
-    extra = "'aura-dist[s3]'" if _DRIVERS[scheme] == "s3fs" else _DRIVERS[scheme]
-    return f"{_DRIVERS[scheme]} (pip install {extra})"
+def _s3(url: str) -> Any:
+    """A bucket of S3, with what boto3 finds of what the environment lacks: profiles, SSO, roles of the machine."""
+    if any(names <= os.environ.keys() for names in _WITHOUT_BOTO):
+        return _cloud(url)
+    import botocore.session
+    from obstore.auth.boto3 import Boto3CredentialProvider
 
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later: errors of connections, servers and their libraries may pass."""
-    if isinstance(error, (StoreError, *_PERMANENT)) or _lacks_credentials(error):
-        return False
-    if isinstance(error, (OSError, EOFError)):
-        return True
-    return type(error).__module__.split(".")[0] not in ("builtins", "zarr", "aura_dist")
-
-
-def _lacks_credentials(error: BaseException) -> bool:
-    return any(name in type(error).__name__ for name in _NO_CREDENTIALS)
-
-
-def _kind_and_text(error: BaseException) -> str:
-    """The kind and the text of an error, in one line."""
-    return f"{type(error).__name__}: {brief(error)}" if str(error) else type(error).__name__
-
-
-def _advice(error: BaseException) -> str:
-    """What the user may change, or nothing."""
-    if _lacks_credentials(error):
-        return (
-            "; give credentials where the driver looks for them (for s3://: AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+    session = botocore.session.Session()
+    if session.get_credentials() is None:
+        raise StoreError(
+            f"--store {url!r}: expected credentials for S3, found none; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or AWS_SKIP_SIGNATURE=true for a public bucket"
         )
-    if isinstance(error, PermissionError):
-        return "; expected credentials that may list, read, write and delete there"
-    if isinstance(error, FileNotFoundError):
-        return "; make the bucket first, or choose another"
-    return ""
+    options = {
+        "region": os.environ.get("AWS_REGION") or session.get_config_variable("region"),
+        "endpoint": os.environ.get("AWS_ENDPOINT_URL") or session.get_scoped_config().get("endpoint_url"),
+    }
+    given = {name: value for name, value in options.items() if value}
+    return _cloud(url, credential_provider=Boto3CredentialProvider(session), **given)
+
+
+def _web(url: str) -> Any:
+    from obstore.store import HTTPStore
+
+    if "?" in url or "#" in url:
+        raise StoreError(f"--store {url!r}: expected an address without ? and #, because keys are added to it")
+    return HTTPStore.from_url(url, client_options=CLIENT, retry_config=RETRIES)
+
+
+@cache
+def _memory(url: str) -> Any:
+    """A store in this process, for tests."""
+    from obstore.store import MemoryStore
+
+    return MemoryStore()
+
+
+# Scheme of a URL → what opens it.
+_SCHEMES: Mapping[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("s3", "s3a"), _s3),
+    **dict.fromkeys(("gs", "gcs", "az", "azure", "abfs", "abfss", "adl"), _cloud),
+    **dict.fromkeys(("http", "https"), _web),
+    "memory": _memory,
+}
+_ONLY_READ = ("http", "https")
+# Variables that say all that obstore needs for S3.
+_WITHOUT_BOTO = (
+    {"AWS_SKIP_SIGNATURE"},
+    {"AWS_ACCESS_KEY_ID", "AWS_REGION"},
+    {"AWS_ACCESS_KEY_ID", "AWS_DEFAULT_REGION"},
+)  # fmt: skip
+
+
+@cache
+def _first_process() -> int:
+    """The process that asked a URL first, also in those that were forked from it."""
+    return os.getpid()
+
+
+def _explain(error: Exception) -> str:
+    """An error in one line, with its cause and what the user may change."""
+    text, _, details = str(error).partition("\n\nDebug source:")
+    text = re.sub(r" in [\d.]+\w+(?=,| - )|, max_retries: \d+, retry_timeout: \w+ *(?= - )", "", text)
+    text = re.sub(r"<\?xml.*?<Message>(.*?)</Message>.*", r"\1", text, flags=re.DOTALL)
+    if causes := re.findall(r'(?:message|error|details): "([^"]+)"', details):
+        text += f" ({causes[-1]})"
+    if not type(error).__module__.startswith("obstore"):
+        text = f"{type(error).__name__}: {text}"
+    return brief(text) + next((f"; {advice}" for part, advice in _ADVICE.items() if part in text), "")

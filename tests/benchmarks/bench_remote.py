@@ -1,9 +1,10 @@
-"""Requests to a store in S3: through fsspec's driver, as the product makes them, and through `obstore`.
+"""Requests to a store in S3: as the product makes them, through bare `obstore`, and through fsspec's driver if `s3fs`
+is installed.
 
 python -m tests.benchmarks.bench_remote [--megabytes 8] [--files 48] [--small 1000] [--repeats 3]
 
-Both talk to the tests' own server, which is a Python process of this machine, so seconds are mostly the server's: the
-client's processor time says what a client costs. Needs the extras `s3` and `test`, and `pip install obstore`.
+All talk to the tests' own server, which is a Python process of this machine, so seconds are mostly the server's: the
+client's processor time says what a client costs. Needs the extras `s3` and `test`.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import resource
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from importlib.util import find_spec
 from statistics import median
 
 import numpy as np
@@ -19,7 +21,7 @@ from obstore.store import S3Store
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import ObjectStore
+from zarr.storage import FsspecStore, ObjectStore
 
 from aura_dist.store.remote import NUM_CONCURRENT, open_remote
 from tests.s3 import ENVIRONMENT, s3_server
@@ -70,12 +72,14 @@ def main() -> None:
     args = parser.parse_args()
     with s3_server("bucket") as endpoint:
         os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=endpoint)
-        rust = S3Store.from_url("s3://bucket/obstore", endpoint=endpoint, client_options={"allow_http": True})
-        ways = {"fsspec": open_remote("s3://bucket/fsspec"), "obstore": ObjectStore(rust)}
+        bare = S3Store.from_url("s3://bucket/obstore", endpoint=endpoint, client_options={"allow_http": True})
+        ways: dict[str, Store] = {"product": open_remote("s3://bucket/product"), "obstore": ObjectStore(bare)}
+        if find_spec("s3fs"):
+            ways["fsspec"] = FsspecStore.from_url("s3://bucket/fsspec", storage_options={"use_listings_cache": False})
         found = [{name: measure(store, args) for name, store in ways.items()} for _ in range(args.repeats)]
     megabytes = args.megabytes * args.files
     print(f"{args.files} files of {args.megabytes} MB, {args.small} of 1 kB; medians of {args.repeats}")
-    for what in found[0]["fsspec"]:
+    for what in found[0]["product"]:
         amount = megabytes if "large" in what else args.small
         unit = "MB/s" if "large" in what else "requests/s"
         for name in ways:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -18,9 +18,10 @@ from aura_dist.store import remote
 from aura_dist.store.access import exists, open_group
 from aura_dist.store.record import unfinished
 from tests.distributed.launch import run_ranks
+from tests.faults import proxy_before
 from tests.s3 import ENVIRONMENT, s3_server
 
-s3fs = pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
+obstore = pytest.importorskip("obstore", reason="the extra `s3` is not installed")
 pytest.importorskip("moto", reason="the S3 server of the extra `test` is not installed")
 
 pytestmark = pytest.mark.timeout(480)
@@ -47,9 +48,7 @@ def s3():
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        s3fs.S3FileSystem.clear_instance_cache()
         yield "s3://bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +87,29 @@ def test_tokens_in_s3_are_those_of_a_local_store(s3, command, tmp_path):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "RETRIES", remote.Retries(num_attempts=4, first_seconds=0.01))
+def proxy(s3, monkeypatch):
+    """A proxy before the server, and few repetitions."""
+    quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=20), "base": 2}
+    monkeypatch.setattr(remote, "RETRIES", {"max_retries": 4, "backoff": quick})
+    with proxy_before(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+def bucket():
+    return obstore.store.from_url("s3://bucket", client_options={"allow_http": True})
+
+
+def key_of(url):
+    return url.removeprefix("s3://bucket/")
+
+
+def read(url):
+    return bytes(bucket().get(key_of(url)).bytes())
+
+
+def write(url, content):
+    bucket().put(key_of(url), content)
 
 
 def assert_equal(one, other):
@@ -153,51 +173,48 @@ def assert_scores_equal(store, local):
     assert top.equals(expected)
 
 
-def test_failures_that_pass_are_outlived(s3, command, local, impatient, monkeypatch, capsys):
-    failures = Counter()
-    for name in ("_pipe_file", "_cat_file"):
-        failing_first(monkeypatch, name, 2, failures)
-    store = f"{s3}/flaky.zarr"
+@pytest.mark.parametrize("fault", ["busy", "close"])
+def test_failures_that_pass_are_outlived(fault, s3, command, local, proxy):
+    proxy.fault = lambda method, path, before: fault if before < 2 and method in ("GET", "PUT") else None
+    store = f"{s3}/flaky-{fault}.zarr"
     assert main(command(store)) == 0
     assert main(["score", "--store", store, "--dask", "threads"]) == 0
-    assert sum(failures.values()) > 100
-    assert "attempt 2 of 4 failed (TimeoutError: the server is slow)" in capsys.readouterr().err
-    monkeypatch.undo()
+    assert proxy.faults[fault] > 100
     assert_equal(store, local)
     assert_scores_equal(store, local)
 
 
-def failing_first(monkeypatch, name, times, failures):
-    """Make the first `times` requests for every key fail."""
-    request = getattr(s3fs.S3FileSystem, name)
-
-    async def flaky(self, path, *args, **kwargs):
-        failures[name, path] += 1
-        if failures[name, path] <= times:
-            raise TimeoutError("the server is slow")
-        return await request(self, path, *args, **kwargs)
-
-    monkeypatch.setattr(s3fs.S3FileSystem, name, flaky)
-
-
-def test_failure_that_stays_is_one_error_and_the_store_resumes(s3, command, local, impatient, monkeypatch, capsys):
-    request = s3fs.S3FileSystem._pipe_file
-
-    async def broken(self, path, *args, **kwargs):
-        if "/c/1/" in path:
-            raise ConnectionResetError("connection reset by peer")
-        return await request(self, path, *args, **kwargs)
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", broken)
+def test_failure_that_stays_is_one_error_and_the_store_resumes(s3, command, local, proxy, capsys):
+    proxy.fault = lambda method, path, before: "close" if method == "PUT" and "/c/1/" in path else None
     store = f"{s3}/broken.zarr"
     assert main(command(store)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
-    assert f"{store}" in error
-    assert "failed after 4 attempts: ConnectionResetError: connection reset by peer" in error
-    monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", request)
+    assert f"--store {store!r}: activations/{SITE}/max/c/1/0: failed: " in error
+    assert "after 4 retries" in error
+    proxy.fault = lambda method, path, before: None
     assert main(command(store)) == 0
     assert_equal(store, local)
+
+
+def test_finished_store_is_read_over_http(s3, command, local, proxy, tmp_path, capsys):
+    store, web = f"{s3}/web.zarr", f"{proxy.url}/bucket/web.zarr"
+    proxy.headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=testing/20260101/us-east-1/s3/aws4_request"}
+    assert main(command(store)) == 0
+    assert main(["score", "--store", store]) == 0
+    assert_equal(web, local)
+    assert_scores_equal(web, local)
+    assert main(["fit", "--store", web, "--concept", "toxic", "--out", str(tmp_path / "aura")]) == 0
+    fitted, expected = Intervention.load(tmp_path / "aura"), Intervention.load(local.parent / "aura")
+    assert np.array_equal(fitted.scale[SITE], expected.scale[SITE])
+    assert main(["convert", "--store", web, "--to", "safetensors", "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    for arguments in (command(web), command(web, "--overwrite"), ["score", "--store", web, "--overwrite"]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: --store {web!r}")
+        assert "read" in error
+    assert_scores_equal(store, local)
 
 
 def test_missing_and_damaged_chunks_and_overwrite(s3, command, capsys):
@@ -205,27 +222,31 @@ def test_missing_and_damaged_chunks_and_overwrite(s3, command, capsys):
     few = command(store, rows=20)
     assert main(few) == 0
     chunk = f"{store}/activations/{SITE}/max/c/1/0"
-    files = s3fs.S3FileSystem(use_listings_cache=False)
-    content = bytearray(files.cat_file(chunk))
+    content = bytearray(read(chunk))
     content[len(content) // 2] ^= 1
-    files.pipe_file(chunk, bytes(content))
+    write(chunk, bytes(content))
     assert main(["score", "--store", store]) == 2
     assert f"the chunk {chunk!r} is damaged" in capsys.readouterr().err
-    files.rm_file(chunk)
+    for size, text in ((len(content) // 2, "is damaged"), (10, "is damaged"), (0, "again with --overwrite")):
+        write(chunk, bytes(content[:size]))
+        assert main(["score", "--store", store]) == 2
+        error = capsys.readouterr().err
+        assert text in error
+        assert f"{SITE}/max/c/1/0" in error
+    bucket().delete(key_of(chunk))
     assert main(["score", "--store", store]) == 2
     assert f"the chunk {chunk!r} is missing" in capsys.readouterr().err
-    files.pipe_file(f"{s3}/holes.zarr-beside/kept", b"not of the store")
+    write(f"{s3}/holes.zarr-beside/kept", b"not of the store")
     assert main([*few, "--overwrite"]) == 0
     assert main(["score", "--store", store]) == 0
-    assert files.cat_file(f"{s3}/holes.zarr-beside/kept") == b"not of the store"
+    assert read(f"{s3}/holes.zarr-beside/kept") == b"not of the store"
 
 
 def test_what_is_no_store_is_never_replaced(s3, command, capsys):
-    files = s3fs.S3FileSystem(use_listings_cache=False)
-    files.pipe_file(f"{s3}/results/table.csv", b"precious")
+    write(f"{s3}/results/table.csv", b"precious")
     assert main(command(f"{s3}/results", "--overwrite")) == 2
     assert "expected a store or nothing, found something else" in capsys.readouterr().err
-    assert files.cat_file(f"{s3}/results/table.csv") == b"precious"
+    assert read(f"{s3}/results/table.csv") == b"precious"
 
 
 def test_bucket_that_is_not_there(s3, command, capsys):
@@ -236,11 +257,9 @@ def test_bucket_that_is_not_there(s3, command, capsys):
 
 
 def test_credentials_that_are_not_there(s3, command, monkeypatch, capsys):
-    s3fs.S3FileSystem.clear_instance_cache()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     assert main(command(f"{s3}/x.zarr")) == 2
-    s3fs.S3FileSystem.clear_instance_cache()
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: --store '{s3}/x.zarr'")
     assert "AWS_ACCESS_KEY_ID" in error
