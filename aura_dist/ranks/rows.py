@@ -43,7 +43,7 @@ class RowsOverRanks:
         everyone = [torch.empty_like(mine) for _ in range(self._num_ranks)]
         dist.all_gather(everyone, mine)
         widths = [rows_KD.shape[1] for rows_KD in rows]
-        by_matrix = zip(*(part.split(widths, dim=1) for part in everyone), strict=True)
+        by_matrix = zip(*(torch.split(part, widths, dim=1) for part in everyone), strict=True)
         found = []
         for rows_KD, parts in zip(rows, by_matrix, strict=True):
             by_rank = [*parts[: self._rank], rows_KD, *parts[self._rank + 1 :]]
@@ -70,5 +70,5 @@ def from_first(world: World, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
