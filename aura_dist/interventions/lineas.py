@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class _Learner:
                     f"lineas: expected a finite loss, got {value} after {step} steps; give a smaller "
                     f"--learning-rate than {self._options['learning_rate']:g}"
                 )
-            gradients = summed(self._team.world, torch.autograd.grad(loss, parameters))
+            gradients = summed(self._team.world, self._gradients(loss, parameters))
             self._descend(gradients, self._options["learning_rate"] * (1 + math.cos(math.pi * step / total)) / 2)
             if (step + 1) % _SAVE_EVERY == 0:
                 self._state.save(step + 1, parameters)
@@ -120,6 +121,11 @@ class _Learner:
         found = zip(self._forwards.responses(maps), self._targets, self._units, strict=True)
         distances = [((z_ND.sort(dim=0).values - y_ND) / u).square().mean(dim=0).sum() for z_ND, y_ND, u in found]
         return torch.stack(distances).sum()
+
+    def _gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of the loss, by this rank's texts; the models' outputs take part with gradients of 0."""
+        ends = self._forwards.ends
+        return torch.autograd.grad([loss, *ends], parameters, [torch.ones_like(loss), *map(torch.zeros_like, ends)])
 
     @torch.no_grad()
     def _descend(self, gradients: Sequence[Tensor], rate: float) -> None:
@@ -166,6 +172,8 @@ class _Forwards:
     ) -> None:
         device = input_device(training.model)
         self._model, self._taps, self._recompute = training.model, taps, recompute
+        self._is_split = training.team.world.layout.fsdp > 1
+        self.ends: list[Tensor] = []  # what the latest forwards returned, where weights are split
         self._rows = RowsOverRanks(training.team.world, len(texts.ids))
         mine, lengths = texts.take(self._rows.mine_K), self._rows.longest(texts.num_tokens)
         batches = [mine.batch(rows) for rows in make_batches(lengths, slice(0, len(lengths)), _BATCH_TOKENS)]
@@ -178,6 +186,7 @@ class _Forwards:
     def responses(self, maps: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """[N, D] float32 mean responses of each site to all texts, under (ω, b) of each, or under none."""
         pooled: list[dict[str, Tensor]] = []
+        self.ends = []
         for (ids_BT, mask_BT), tokens in zip(self._inputs, self._tokens, strict=True):
             pooled.append({})
             callbacks = [
@@ -185,8 +194,21 @@ class _Forwards:
             ]
             again = _computed_again(self._model, callbacks) if self._recompute else nullcontext()
             with again, attached(self._model, callbacks):
-                self._model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+                self._run(ids_BT, mask_BT)
         return self._rows.whole([torch.cat([of[tap.site] for of in pooled]) for tap in self._taps])
+
+    def _run(self, ids_BT: Tensor, mask_BT: Tensor) -> None:
+        """One forward, without the model's head where that is possible.
+
+        Hooks of the whole model and of its layers gather weights that are split (FSDP2). In the backward pass they act
+        when the gradient of what they returned comes, which the loss alone would not send to the last layers.
+        """
+        if not self._is_split:
+            self._model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            return
+        can_be_short = "logits_to_keep" in signature(self._model.forward).parameters
+        short = {"logits_to_keep": 1} if can_be_short else {}
+        self.ends.append(self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **short).logits)
 
 
 def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask, pooled: dict[str, Tensor]) -> Callback:

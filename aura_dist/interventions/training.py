@@ -62,6 +62,7 @@ def train_maps(
     options: Mapping[str, Any],
     earlier: Intervention | None,
     state: Path | None,
+    sharding: str = "replicate",
 ) -> tuple[tuple[Scales, Shifts], list[NDArray[Any]]]:
     """The trained (scales, shifts), alike on all ranks, and the arrays of the store that they depend on.
 
@@ -76,7 +77,8 @@ def train_maps(
     rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, which]
     train = resolve_name(method.train)
     labelled = np.flatnonzero(labels >= 0)
-    with as_collected(group, spec, earlier, together=True) as (loaded, team), torch.enable_grad():
+    training = as_collected(group, spec, earlier, sharding, together=True)
+    with training as (loaded, team), torch.enable_grad():
         tokens = team.once_a_host("tokens", lambda: stored_tokens(group, spec, rows, loaded.tokenizer))
         digest = hashlib.sha256(json.dumps([spec.to_attributes(), concept, getattr(earlier, "digest", None)]).encode())
         digest.update(rows.tobytes() + labels.tobytes())
@@ -91,9 +93,14 @@ def train_maps(
 
 @contextmanager
 def as_collected(
-    group: zarr.Group, spec: StoreSpec, earlier: Intervention | None, *, together: bool = False
+    group: zarr.Group,
+    spec: StoreSpec,
+    earlier: Intervention | None,
+    sharding: str = "replicate",
+    *,
+    together: bool = False,
 ) -> Iterator[tuple[LoadedModel, Team]]:
-    """Within the context, the model that a store was collected from, whole on every rank, under `earlier`.
+    """Within the context, the model that a store was collected from, spread over the ranks, under `earlier`.
 
     `together`: see `start_team`. ModelError if it cannot be loaded, or has changed.
     """
@@ -103,7 +110,7 @@ def as_collected(
     source = ModelSource(
         spec.model["name"], spec.model["revision"], spec.dtype, adapter, tokenizer=how, quantization=quantization
     )
-    with start_team(parse_sharding("replicate"), pick_device("auto"), together=together) as team:
+    with start_team(parse_sharding(sharding), pick_device("auto"), together=together) as team:
         configure_rank(team.world.global_rank, team.world.layout.world_size)
         with downloaded(team, source):
             loaded = replace(load_for_use(source, team, None), intervention=earlier)

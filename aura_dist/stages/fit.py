@@ -32,7 +32,10 @@ def fit(config: FitConfig) -> Intervention:
     earlier = earlier_intervention(config.store, spec, config.onto)
     out = Path(config.out)
     state = out.with_name(f"{out.name}.training") if config.out else None
-    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options, config.gate_fit, state)
+    options, gate = config.options, config.gate_fit
+    wanted = Fit(
+        config.method, config.concept, config.modules, config.strength, options, gate, state, config.sharding
+    )  # fmt: skip
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
     first = is_first_process()
     finished = finish(fitted, config.method, earlier, config.onto, config.out if first else "")

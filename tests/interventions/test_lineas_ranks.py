@@ -16,6 +16,7 @@ STEPS = 10
 MODULES = {"gpt2": ["transformer.h.0.mlp.c_fc", "transformer.h.1.ln_2"], "gemma3": ["norm"]}
 # an odd number of texts, in several batches; one text, which is fewer than ranks
 CASES = {"odd": ("gpt2", 11), "other": ("gemma3", 10), "single": ("gpt2", 1), "resumed": ("gpt2", 11)}
+SPLIT = ["--sharding", "fsdp"]
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +66,41 @@ def test_texts_over_two_ranks_make_the_maps_of_one_process(stores, tmp_path, mon
     interrupt(lineas_of(stores, "resumed", ranks / "resumed"), monkeypatch)
     kept = load_file(ranks / "resumed.training")
     assert int(kept["step"]) == 6
-    commands = [*(lineas_of(stores, case, ranks / case) for case in CASES), fit(stores["gpt2"], ranks / "aura", "aura")]
+    split = {"single", "resumed"}
+    commands = [[*lineas_of(stores, c, ranks / c), *(SPLIT if c in split else ())] for c in CASES]
+    commands.append([*lineas_of(stores, "other", ranks / "recomputed"), *SPLIT, "--recompute"])
+    commands.append(fit(stores["gpt2"], ranks / "aura", "aura"))
     commands.append(lineas_of(stores, "odd", ranks / "failed"))
     with launched(Launch(2, [shlex.join(command) for command in commands], run_commands)) as launch:
         codes = launch.wait(150)
         said = launch.text()
     assert codes == [2, 2], said
-    for case in CASES:
-        ours, theirs = (Intervention.load(where / case) for where in (ranks, alone))
-        assert ours.meta == theirs.meta
+    for case in [*CASES, "recomputed"]:
+        ours = Intervention.load(ranks / case)
+        theirs = Intervention.load(alone / ("other" if case == "recomputed" else case))
+        assert ours.meta == theirs.meta or case == "recomputed"
         assert ours.num_changed > 0
         for site in theirs.sites:
             for mine, expected in zip(ours.map_of(site), theirs.map_of(site), strict=True):
                 np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-5, err_msg=f"{case}, {site}\n{said}")
     # what is written comes from rank 0, once; the state of the failed one stays, the others' states are gone
     assert sorted(line for line in said.splitlines() if " writes " in line) == sorted(
-        f"rank 0 writes {name}" for name in [*CASES, "aura"]
+        f"rank 0 writes {name}" for name in [*CASES, "recomputed", "aura"]
     )
-    assert sorted(path.name for path in ranks.iterdir()) == sorted([*CASES, "aura", "failed.training"])
+    assert sorted(path.name for path in ranks.iterdir()) == sorted([*CASES, "recomputed", "aura", "failed.training"])
     assert "lineas: 6 steps were taken before" in said
     assert said.count("error: ") == said.count("error: no more steps here") == 1
     assert said.count("ended, because another rank failed: rank 1: no more steps here") <= 1
     failed = load_file(ranks / "failed.training")
     assert int(failed["step"]) == SAVE_EVERY
     assert bytes(failed["key"]) == bytes(kept["key"]), "a state is of any number of ranks"
+
+
+def test_sharding_that_nothing_would_look_at_is_refused(stores, tmp_path, refused):
+    store, out = stores["gpt2"], tmp_path / "out"
+    refused(fit(store, out, "aura", *SPLIT), "--sharding: expected replicate with --method aura, got 'fsdp'; leave it")
+    refused(fit(store, out, "lineas", "--sharding", "tensor"), "--sharding: expected replicate or fsdp with --method l")
+    refused(fit(store, out, "lineas", *SPLIT, "--gate", "tokens"), "expected replicate with --gate tokens without --g")
+    file = tmp_path / "file.yaml"
+    file.write_text(f"sharding: fsdp\nfit: {{store: {store}, concept: toxic, method: aura, out: {out}}}\n")
+    assert main(["fit", "--config", str(file), "--check"]) == 0, "on top of a file it is for other verbs"
