@@ -79,7 +79,7 @@ def merge(verb: str, document: dict[str, Any], flags: dict[str, Any]) -> dict[st
     record, own = chosen(verb, document, flags), {**(document.get(verb) or {}), **flags}
     taken = {f.name for f in fields(record.config)}
     check_taken(verb, record, own)
-    top = {k: v for k, v in document.items() if k not in VERBS and k in taken}
+    top = {k: v for k, v in document.items() if k not in VERBS and k in taken - record.unshared}
     for name in top:
         _check_once(verb, document, flags, name)
     inherited = document.get(record.inherits or "") or {}

@@ -207,6 +207,9 @@ class FitConfig(FitOptions):
     store: Store = option("data", "a store that has been scored")
     control: Store | None = option("data", "store of texts that must stay as they are: negatives of the gate", None)
     gate: GateKind = option("intervention", "where the map acts", "none")
+    sharding: Annotated[str, Meta(title="replicate|fsdp")] = option(
+        EXECUTION, "lineas: the whole model on each process, or its weights split over all of them", "replicate"
+    )
     gate_threshold: float | None = option(
         "intervention", "logit at which a gate is half open", None,
         unset="units: 0; tokens: in each module, so that 1 % of tokens of --control exceed it, or of texts without the "
@@ -229,7 +232,13 @@ class FitConfig(FitOptions):
     def __post_init__(self) -> None:
         """Refuse an option that the gate does not read, and what only the command line can turn into another verb."""
         super().__post_init__()
-        self.gate_fit  # noqa: B018
+        gate = self.gate_fit
+        resolve_name("aura_dist.interventions.methods:check_sharding")(self.method, self.sharding)
+        if gate is not None and gate.runs_model and self.sharding != "replicate":
+            raise ConfigError(
+                f"--sharding: expected replicate with --gate {self.gate} without --gate-threshold, because the whole "
+                f"model finds the threshold, got {self.sharding}; give --gate-threshold, or leave it out"
+            )
         if self.sequential:
             raise ConfigError("--sequential: expected it with a model and its data, got it with a store; leave it out")
 
@@ -463,6 +472,8 @@ class Verb:
     takes_file: bool = False
     # of what it inherits, settings that mean something else here
     not_inherited: frozenset[str] = frozenset()
+    # settings that it takes from its own section alone: on top of a file they are for other verbs
+    unshared: frozenset[str] = frozenset()
     # a setting that turns the verb, where it is true, into another one: its name, and that verb
     other: "tuple[str, Verb] | None" = None
 
@@ -495,6 +506,7 @@ VERBS: dict[str, Verb] = {
         FitConfig,
         "stages.fit",
         "--store runs/gpt2/store.zarr --concept toxic --out runs/gpt2/aura",
+        unshared=frozenset({"sharding"}),
         other=(
             "sequential",
             Verb(

@@ -49,6 +49,7 @@ class Fit:
     options: Options = field(default_factory=dict)  # one that is missing or None takes the method's default
     gate: GateFit | None = None
     state: Path | None = None  # file of a training that was interrupted
+    sharding: str = "replicate"  # how a trained method spreads the model: one of its `shardings`
 
 
 def fit_intervention(
@@ -75,7 +76,7 @@ def fit_intervention(
     if isinstance(method, FromModel):
         from aura_dist.interventions.training import train_maps
 
-        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier, fit.state)
+        maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier, fit.state, fit.sharding)
     else:
         statistics: dict[str, Scores] = {}
         for name in needed_statistics(method, options):

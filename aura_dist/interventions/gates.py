@@ -126,6 +126,11 @@ class GateFit:
     min_accuracy: float | None = None
 
     @property
+    def runs_model(self) -> bool:
+        """Whether the threshold comes from single tokens, for which the model runs."""
+        return GATES[self.kind].of_token and self.threshold is None
+
+    @property
     def settled_sharpness(self) -> float:
         return DEFAULT_SHARPNESS if self.sharpness is None else self.sharpness
 

@@ -8,6 +8,9 @@ proximal operator of the sparse group lasso moves ω − 1 and b to 0; a group i
 
 Responses of a site are divided by one number, the root mean square of those without the concept, so that one learning
 rate serves all sites. b is learned in that unit too. The weights stay as they are and have no gradients.
+
+The ranks of a launch share the texts of each class. Each has all responses, so each has the same loss; its gradient
+goes through its own texts. The sum over ranks is the gradient of one process, and all ranks take the same step.
 """
 
 import hashlib
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from aura_dist.files import replacing
 from aura_dist.interventions.methods import Scales, Shifts
 from aura_dist.interventions.training import Training
 from aura_dist.models.load import input_device
+from aura_dist.ranks.rows import RowsOverRanks, from_first, summed
 from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.pooling import POOLINGS, TokenMask
 from aura_dist.sites.routed import Routed
@@ -66,37 +71,44 @@ class _Learner:
 
     def __init__(self, training: Training) -> None:
         self._options = training.options
-        self._model = training.model
+        self._team = training.team
         with_concept, without = _chosen(training)
-        self._texts = with_concept
         self._taps = [tap_of(training.model, site) for site in training.sites]
-        plain = _Forwards(self._model, without, self._taps)
+        plain = _Forwards(training, without, self._taps)
         with torch.no_grad():
             self._targets = [z_ND.sort(dim=0).values for z_ND in plain.responses([])]
         self._units = [_root_mean_square(z_ND) for z_ND in self._targets]
-        device = input_device(self._model)
+        self._forwards = _Forwards(training, with_concept, self._taps, recompute=self._options["recompute"])
+        device = input_device(training.model)
         self._scales = [torch.ones(tap.width, device=device, requires_grad=True) for tap in self._taps]
         self._shifts = [torch.zeros(tap.width, device=device, requires_grad=True) for tap in self._taps]
-        self._state = _State(training.state, _key(training))
+        self._state = _State(training.state if self._team.world.is_first else None, _key(training))
 
     def steps(self) -> Iterator[tuple[int, float]]:
         """Take all steps; yields how many were taken, and the loss before the last of them."""
-        total = self._options["steps"]
-        first = self._state.load([*self._scales, *self._shifts])
-        forwards = _Forwards(self._model, self._texts, self._taps, recompute=self._options["recompute"])
-        for step in range(first, total):
-            loss = self._loss(forwards)
+        total, parameters = self._options["steps"], [*self._scales, *self._shifts]
+        for step in range(self._begin(parameters), total):
+            self._team.check()
+            loss = self._loss()
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise ModelError(
                     f"lineas: expected a finite loss, got {value} after {step} steps; give a smaller "
                     f"--learning-rate than {self._options['learning_rate']:g}"
                 )
-            gradients = torch.autograd.grad(loss, [*self._scales, *self._shifts])
+            gradients = summed(self._team.world, self._gradients(loss, parameters))
             self._descend(gradients, self._options["learning_rate"] * (1 + math.cos(math.pi * step / total)) / 2)
             if (step + 1) % _SAVE_EVERY == 0:
-                self._state.save(step + 1, [*self._scales, *self._shifts])
+                self._state.save(step + 1, parameters)
             yield step + 1, value
+
+    def _begin(self, parameters: Sequence[Tensor]) -> int:
+        """Fill the parameters on all ranks from rank 0's state; returns how many steps they have taken."""
+        taken = self._team.from_first("steps taken", lambda: self._state.load(parameters))
+        with torch.no_grad():
+            for parameter, kept in zip(parameters, from_first(self._team.world, parameters), strict=True):
+                parameter.copy_(kept)
+        return int(taken)
 
     def maps(self) -> tuple[Scales, Shifts]:
         """The maps as they are now."""
@@ -104,11 +116,16 @@ class _Learner:
         moved = [(u * b).detach().cpu().numpy() for u, b in zip(self._units, self._shifts, strict=True)]
         return scales, {tap.site: b for tap, b in zip(self._taps, moved, strict=True)}
 
-    def _loss(self, forwards: "_Forwards") -> Tensor:
+    def _loss(self) -> Tensor:
         maps = [(w, u * b) for w, b, u in zip(self._scales, self._shifts, self._units, strict=True)]
-        found = zip(forwards.responses(maps), self._targets, self._units, strict=True)
+        found = zip(self._forwards.responses(maps), self._targets, self._units, strict=True)
         distances = [((z_ND.sort(dim=0).values - y_ND) / u).square().mean(dim=0).sum() for z_ND, y_ND, u in found]
         return torch.stack(distances).sum()
+
+    def _gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of the loss, by this rank's texts; the models' outputs take part with gradients of 0."""
+        ends = self._forwards.ends
+        return torch.autograd.grad([loss, *ends], parameters, [torch.ones_like(loss), *map(torch.zeros_like, ends)])
 
     @torch.no_grad()
     def _descend(self, gradients: Sequence[Tensor], rate: float) -> None:
@@ -148,15 +165,18 @@ def _chosen(training: Training) -> tuple[TokenizedTexts, TokenizedTexts]:
 
 
 class _Forwards:
-    """All texts of a class, in batches of similar lengths."""
+    """This rank's texts of a class, the shortest first, in batches of similar lengths; all ranks have as many."""
 
     def __init__(
-        self, model: PreTrainedModel, texts: TokenizedTexts, taps: Sequence[Tap], *, recompute: bool = False
+        self, training: Training, texts: TokenizedTexts, taps: Sequence[Tap], *, recompute: bool = False
     ) -> None:
-        device = input_device(model)
-        self._model, self._taps, self._recompute = model, taps, recompute
-        lengths = texts.num_tokens.tolist()
-        batches = [texts.batch(rows) for rows in make_batches(lengths, slice(0, len(lengths)), _BATCH_TOKENS)]
+        device = input_device(training.model)
+        self._model, self._taps, self._recompute = training.model, taps, recompute
+        self._is_split = training.team.world.layout.fsdp > 1
+        self.ends: list[Tensor] = []  # what the latest forwards returned, where weights are split
+        self._rows = RowsOverRanks(training.team.world, len(texts.ids))
+        mine, lengths = texts.take(self._rows.mine_K), self._rows.longest(texts.num_tokens)
+        batches = [mine.batch(rows) for rows in make_batches(lengths, slice(0, len(lengths)), _BATCH_TOKENS)]
         self._inputs = [
             (torch.from_numpy(b.input_ids).to(device), torch.from_numpy(b.attention_mask).to(device).long())
             for b in batches
@@ -164,8 +184,9 @@ class _Forwards:
         self._tokens = [TokenMask.build(b.pool_mask, device) for b in batches]
 
     def responses(self, maps: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """[N, D] float32 mean responses of each site under (ω, b) of each, or under none."""
+        """[N, D] float32 mean responses of each site to all texts, under (ω, b) of each, or under none."""
         pooled: list[dict[str, Tensor]] = []
+        self.ends = []
         for (ids_BT, mask_BT), tokens in zip(self._inputs, self._tokens, strict=True):
             pooled.append({})
             callbacks = [
@@ -173,8 +194,21 @@ class _Forwards:
             ]
             again = _computed_again(self._model, callbacks) if self._recompute else nullcontext()
             with again, attached(self._model, callbacks):
-                self._model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-        return [torch.cat([of[tap.site] for of in pooled]) for tap in self._taps]
+                self._run(ids_BT, mask_BT)
+        return self._rows.whole([torch.cat([of[tap.site] for of in pooled]) for tap in self._taps])
+
+    def _run(self, ids_BT: Tensor, mask_BT: Tensor) -> None:
+        """One forward, without the model's head where that is possible.
+
+        Hooks of the whole model and of its layers gather weights that are split (FSDP2). In the backward pass they act
+        when the gradient of what they returned comes, which the loss alone would not send to the last layers.
+        """
+        if not self._is_split:
+            self._model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            return
+        can_be_short = "logits_to_keep" in signature(self._model.forward).parameters
+        short = {"logits_to_keep": 1} if can_be_short else {}
+        self.ends.append(self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **short).logits)
 
 
 def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask, pooled: dict[str, Tensor]) -> Callback:
@@ -247,7 +281,7 @@ class _State:
                 f"{str(self.path)!r} cannot be read ({error}); remove it to train from the beginning"
             ) from error
         if bytes(kept["key"].tolist()).decode() != self.key:
-            logger.warning("%s is of other settings: training begins anew in its place", self.path)
+            logger.warning("%s is of other settings: training starts from the beginning", self.path)
             return 0
         with torch.no_grad():
             for i, parameter in enumerate(parameters):

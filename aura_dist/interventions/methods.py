@@ -53,6 +53,7 @@ class FromModel:
     summary: str  # what it does, for `--help`
     train: str
     options: Options = field(default_factory=dict)  # options of `fit` that it reads → their defaults
+    shardings: tuple[str, ...] = ("replicate",)  # ways to spread the model over all ranks under which it can train
 
 
 def aura_scale(auroc: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -143,6 +144,7 @@ METHODS: dict[str, FromStatistics | FromModel] = {
             "texts_per_class": 32, "steps": 1000, "learning_rate": 0.1, "sparsity": 0.0, "group_sparsity": 0.0,
             "fit_seed": 0, "recompute": False,
         },
+        shardings=("replicate", "fsdp"),
     ),
 }  # fmt: skip
 
@@ -183,6 +185,16 @@ def settle_options(method: str, given: Options) -> dict[str, Any]:
             f"{method}; leave it out"
         )
     return {name: default if given.get(name) is None else given[name] for name, default in read.items()}
+
+
+def check_sharding(method: str, sharding: str) -> None:
+    """ConfigError unless the model may be spread like this while the method's maps are fitted."""
+    row = find_method(method)
+    able = row.shardings if isinstance(row, FromModel) else ("replicate",)
+    if sharding not in able:
+        raise ConfigError(
+            f"--sharding: expected {' or '.join(able)} with --method {method}, got {sharding!r}; leave it out"
+        )
 
 
 def needed_statistics(method: FromStatistics, options: Options) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def token_thresholds(
     and so on is read. Tokens that pooling leaves out do not count. Only the largest logits are kept, so memory grows
     with the texts by `share` of their tokens at most. Errors are those of `as_collected` and `stored_tokens`.
     """
-    with as_collected(group, spec, earlier) as loaded, torch.no_grad():
+    with as_collected(group, spec, earlier) as (loaded, _), torch.no_grad():
         texts = stored_tokens(group, spec, read_array(group, "samples/row"), loaded.tokenizer).take(rows)
         step = max(1, int(texts.num_tokens.sum()) // ENOUGH_TOKENS)
         texts = texts.take(np.arange(0, len(texts.ids), step))  # they are in the order of their lengths

@@ -20,11 +20,14 @@ from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.methods import FromModel, Scales, Shifts
 from aura_dist.interventions.use import LoadedModel, load_for_use
 from aura_dist.models.fingerprints import comparable
+from aura_dist.models.hub import downloaded
 from aura_dist.models.identity import earlier_fingerprint
 from aura_dist.models.load import ModelSource, load_config
 from aura_dist.models.strategies.table import parse_sharding
 from aura_dist.ranks.device import pick_device
 from aura_dist.ranks.launch import start_team
+from aura_dist.ranks.process import configure_rank
+from aura_dist.ranks.team import Team
 from aura_dist.sites.site import Site
 from aura_dist.store.access import read_array
 from aura_dist.store.schema import StoreSpec
@@ -45,8 +48,9 @@ class Training:
     tokens: TokenizedTexts  # N texts, cut as in the store
     is_positive: NDArray[np.bool_]  # [N]
     options: Mapping[str, Any]  # the method's options → values
+    team: Team  # the ranks that train together; each must return the same maps
     identity: str = ""  # digest of all other inputs but the sites and the options
-    state: Path | None = None  # a file for what an interrupted training has learned; None: nothing is kept
+    state: Path | None = None  # a file in which rank 0 keeps what it has learned; None: nothing is kept
 
 
 def train_maps(
@@ -58,8 +62,9 @@ def train_maps(
     options: Mapping[str, Any],
     earlier: Intervention | None,
     state: Path | None,
+    sharding: str = "replicate",
 ) -> tuple[tuple[Scales, Shifts], list[NDArray[Any]]]:
-    """The trained (scales, shifts), and the arrays of the store that they depend on.
+    """The trained (scales, shifts), alike on all ranks, and the arrays of the store that they depend on.
 
     Raises
     ------
@@ -72,24 +77,32 @@ def train_maps(
     rows, labels = read_array(group, "samples/row"), read_array(group, "samples/label")[:, which]
     train = resolve_name(method.train)
     labelled = np.flatnonzero(labels >= 0)
-    with as_collected(group, spec, earlier) as loaded, torch.enable_grad():
-        tokens = stored_tokens(group, spec, rows, loaded.tokenizer)
+    training = as_collected(group, spec, earlier, sharding, together=True)
+    with training as (loaded, team), torch.enable_grad():
+        tokens = team.once_a_host("tokens", lambda: stored_tokens(group, spec, rows, loaded.tokenizer))
         digest = hashlib.sha256(json.dumps([spec.to_attributes(), concept, getattr(earlier, "digest", None)]).encode())
         digest.update(rows.tobytes() + labels.tobytes())
         scales, shifts = train(
             Training(
                 loaded.model, loaded.tokenizer, sites, tokens.take(labelled), labels[labelled] == 1, options,
-                digest.hexdigest(), state,
+                team, digest.hexdigest(), state,
             )
         )  # fmt: skip
     return (scales, shifts), [rows, labels]
 
 
 @contextmanager
-def as_collected(group: zarr.Group, spec: StoreSpec, earlier: Intervention | None) -> Iterator[LoadedModel]:
-    """Within the context, the model that a store was collected from, in one process, under `earlier`.
+def as_collected(
+    group: zarr.Group,
+    spec: StoreSpec,
+    earlier: Intervention | None,
+    sharding: str = "replicate",
+    *,
+    together: bool = False,
+) -> Iterator[tuple[LoadedModel, Team]]:
+    """Within the context, the model that a store was collected from, spread over the ranks, under `earlier`.
 
-    ModelError if it cannot be loaded, or has changed.
+    `together`: see `start_team`. ModelError if it cannot be loaded, or has changed.
     """
     collected_with: Any = group.attrs.get("config", {})
     how = TokenizerSettings(collected_with.get("tokenizer_ids"), collected_with.get("tokenizer_option", {}))
@@ -97,8 +110,10 @@ def as_collected(group: zarr.Group, spec: StoreSpec, earlier: Intervention | Non
     source = ModelSource(
         spec.model["name"], spec.model["revision"], spec.dtype, adapter, tokenizer=how, quantization=quantization
     )
-    with start_team(parse_sharding("replicate"), pick_device("auto")) as team:
-        loaded = replace(load_for_use(source, team, None), intervention=earlier)
+    with start_team(parse_sharding(sharding), pick_device("auto"), together=together) as team:
+        configure_rank(team.world.global_rank, team.world.layout.world_size)
+        with downloaded(team, source):
+            loaded = replace(load_for_use(source, team, None), intervention=earlier)
         recorded = spec.model["fingerprint"]
         here = comparable(
             recorded, loaded.fingerprint, lambda: earlier_fingerprint(source, load_config(source)), "the store"
@@ -109,7 +124,7 @@ def as_collected(group: zarr.Group, spec: StoreSpec, earlier: Intervention | Non
                 f"{recorded[:12]}), got others ({here[:12]}); restore them, or collect again"
             )
         with loaded.intervened(1.0):
-            yield loaded
+            yield loaded, team
 
 
 def stored_tokens(

@@ -34,10 +34,11 @@ class Sharding(Protocol):
 
 
 @contextmanager
-def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
+def start_team(sharding: Sharding, device: str, *, together: bool = False) -> Iterator[Team]:
     """The team of this launch, from the launcher's variables; meets the other ranks on entry.
 
-    `sharding` says how the model is spread over the ranks, `device` is what `pick_device` returns.
+    `sharding` says how the model is spread over the ranks, `device` is what `pick_device` returns. `together`: torch's
+    default group holds all ranks, for the collectives of `rows.py`; replicas of several ranks must not be split then.
 
     ConfigError if the sharding does not fit the launch, or the other ranks cannot be met; PeerError if another rank
     failed, and says why.
@@ -53,9 +54,11 @@ def start_team(sharding: Sharding, device: str) -> Iterator[Team]:
     )
     team = Team(world, store)
     try:
+        # by a connection of its own, because a wait for a rank that fails now would block the watcher's
         if sharding.collective(layout):
-            # by a connection of its own, because a wait for a rank that fails now would block the watcher's
             team.join(*_join_replica(world, store.clone()))
+        elif together and not alone:
+            _join(world, store.clone(), range(layout.world_size))
         yield team
         team.finish()
     except BaseException as error:
@@ -90,15 +93,8 @@ def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
 
     torch's default group, in which the strategy's collectives run, is the replica.
     """
-    layout = world.layout
-    os.environ.setdefault("LOCAL_RANK", "0")  # transformers and DeepSpeed ask for it also of a process that is alone
-    dist.init_process_group(
-        _backends(world, store),
-        store=PrefixStore(f"replica/{world.replica}", store),
-        rank=world.rank,
-        world_size=layout.replica_size,
-        timeout=TIMEOUT,
-    )
+    layout, first = world.layout, world.global_rank - world.rank
+    _join(world, store, range(first, first + layout.replica_size))
     if layout.replica_size == 1:
         return None, None
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -110,15 +106,27 @@ def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
     return control, columns
 
 
-def _backends(world: World, store: Store) -> str:
+def _join(world: World, store: Store, ranks: range) -> None:
+    """Make `ranks`, some neighbours that this rank is among, torch's default group."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # transformers and DeepSpeed ask for it also of a process that is alone
+    dist.init_process_group(
+        _backends(world, store, ranks),
+        store=PrefixStore(f"ranks from {ranks.start}", store),
+        rank=world.global_rank - ranks.start,
+        world_size=len(ranks),
+        timeout=TIMEOUT,
+    )
+
+
+def _backends(world: World, store: Store, ranks: range) -> str:
     """The backend of each kind of device, as torch spells it; gloo's where ranks share a GPU, as NCCL refuses that."""
     if world.device == "cpu":
         return "gloo"
-    first, kind = world.global_rank - world.rank, kind_of(world.device)
+    kind = kind_of(world.device)
     store.set(f"device/{world.global_rank}", identity(world.device))
-    found = [store.get(f"device/{rank}") for rank in range(first, first + world.layout.replica_size)]
+    found = [store.get(f"device/{rank}") for rank in ranks]
     told = [device for device in found if device]
     shared = len(set(told)) < len(told)
-    if shared and world.rank == 0:
+    if shared and world.global_rank == ranks.start:
         logger.warning("ranks share a GPU: their collectives go through host memory, which is slow")
     return f"cpu:gloo,{kind}:{'gloo' if shared else backend_of(kind)}"

@@ -85,6 +85,17 @@ def place_from_environment(environment: MutableMapping[str, str] | None = None) 
     return Place()
 
 
+def is_first_process(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is the first of its launch, or belongs to none; also for a command typed in a step's shell.
+
+    It asks for no meeting: the work of a single process that every rank does alike is written by the first alone.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _number(env, "RANK") == 0
+    return _number(env, "SLURM_STEP_NUM_TASKS", "1") == 1 or _number(env, "SLURM_PROCID", "0") == 0
+
+
 def _checked(place: Place) -> Place:
     if place.global_rank >= place.world_size:
         raise ConfigError(

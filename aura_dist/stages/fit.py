@@ -7,6 +7,7 @@ from aura_dist.config.verbs import FitConfig
 from aura_dist.errors import ConfigError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.fitting import Fit, check_out, earlier_intervention, finish, fit_intervention
+from aura_dist.ranks.world import is_first_process
 from aura_dist.scoring.scores import read_scores
 from aura_dist.store.access import open_group
 from aura_dist.store.schema import StoreSpec
@@ -20,7 +21,10 @@ def run(config: FitConfig) -> None:
 
 
 def fit(config: FitConfig) -> Intervention:
-    """The same intervention, written only if `config.out` names a directory."""
+    """The same intervention, written only if `config.out` names a directory.
+
+    In a launch of several processes every rank fits, those of a trained method together, and the first alone writes.
+    """
     group = open_group(config.store)
     if config.out:
         check_out(config.out, config.onto)
@@ -28,9 +32,13 @@ def fit(config: FitConfig) -> Intervention:
     earlier = earlier_intervention(config.store, spec, config.onto)
     out = Path(config.out)
     state = out.with_name(f"{out.name}.training") if config.out else None
-    wanted = Fit(config.method, config.concept, config.modules, config.strength, config.options, config.gate_fit, state)
+    options, gate = config.options, config.gate_fit
+    wanted = Fit(
+        config.method, config.concept, config.modules, config.strength, options, gate, state, config.sharding
+    )  # fmt: skip
     fitted = fit_intervention(group, spec, wanted, partial(read_scores, group, spec), earlier)
-    finished = finish(fitted, config.method, earlier, config.onto, config.out)
-    if state is not None:
+    first = is_first_process()
+    finished = finish(fitted, config.method, earlier, config.onto, config.out if first else "")
+    if first and state is not None:
         state.unlink(missing_ok=True)
     return finished

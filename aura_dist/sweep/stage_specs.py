@@ -163,7 +163,7 @@ STAGE_SPECS: dict[str, StageSpec] = {
         paths={"store": "{score[store]}", "out": "interventions/{name}"},
         needs=("score",),
         label=_fit_label,
-        unshared=frozenset({"strength"}),
+        unshared=frozenset({"strength", "sharding"}),
         skipped_by="method",
         settle=_settle_fit,
     ),

@@ -46,8 +46,8 @@ def test_ranks_that_share_a_gpu_use_gloo(devices, backends, monkeypatch):
     world = World(Layout("fsdp", 4, fsdp=2), global_rank=2, device="cuda:0")
     store.set("device/3", devices[1])
     monkeypatch.setattr(launch, "identity", lambda device: devices[0])
-    assert launch._backends(world, store) == backends
-    assert launch._backends(replace(world, device="cpu"), store) == "gloo"
+    assert launch._backends(world, store, range(2, 4)) == backends
+    assert launch._backends(replace(world, device="cpu"), store, range(2, 4)) == "gloo"
 
 
 def test_libraries_find_the_number_of_the_gpu_in_local_rank(monkeypatch):
