@@ -6,7 +6,8 @@ python tests/benchmarks/bench_layers.py --folder BIG_DISK [--layers 20] [--rows 
 The checkpoint stays in the folder for the next run; layers that another checkpoint there has are hard links to its
 files. A layer is 1.38 GB, and `dispatch` writes what does not fit in `--host-memory` once more. With several `--ranks`
 the rows are shared, each rank has one thread and its share of the memory, and `dispatch` is left out.
-`--megabytes-per-second` slows down the reading of layers to that rate, within this benchmark alone. `--balanced` first runs `layers` unhindered, and then with a reader that takes as long as that run computed.
+`--megabytes-per-second` slows down the reading of layers to that rate, within this benchmark alone. `--balanced` first
+runs `layers` unhindered, and then with a reader that takes as long as that run computed.
 """
 
 import argparse
