@@ -53,6 +53,11 @@ def server_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY") or None
 
 
+def aws_variables() -> dict[str, str]:
+    """The variables that clients of S3 share."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
 def configure_rank(rank: int, world_size: int) -> None:
     """Among several ranks, put the rank in front of each line, and log only warnings of all but rank 0."""
     logger = logging.getLogger("aura_dist")

@@ -20,6 +20,7 @@ from zarr.abc.store import ByteRequest
 from zarr.storage import ObjectStore
 
 from aura_dist.errors import MissingPackageError, StoreError, brief
+from aura_dist.ranks.process import aws_variables
 from aura_dist.store.zarr_adapter import run_in_zarr
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def _cloud(url: str, **options: Any) -> Any:
 
 def _s3(url: str) -> Any:
     """A bucket of S3, with what boto3 finds of what the environment lacks: profiles, SSO, roles of the machine."""
-    if any(names <= os.environ.keys() for names in _WITHOUT_BOTO):
+    given = aws_variables()
+    if any(names <= given.keys() for names in _WITHOUT_BOTO):
         return _cloud(url)
     import botocore.session
     from obstore.auth.boto3 import Boto3CredentialProvider
@@ -189,11 +191,11 @@ def _s3(url: str) -> Any:
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or AWS_SKIP_SIGNATURE=true for a public bucket"
         )
     options = {
-        "region": os.environ.get("AWS_REGION") or session.get_config_variable("region"),
-        "endpoint": os.environ.get("AWS_ENDPOINT_URL") or session.get_scoped_config().get("endpoint_url"),
+        "region": given.get("AWS_REGION") or session.get_config_variable("region"),
+        "endpoint": given.get("AWS_ENDPOINT_URL") or session.get_scoped_config().get("endpoint_url"),
     }
-    given = {name: value for name, value in options.items() if value}
-    return _cloud(url, credential_provider=Boto3CredentialProvider(session), **given)
+    found = {name: value for name, value in options.items() if value}
+    return _cloud(url, credential_provider=Boto3CredentialProvider(session), **found)
 
 
 def _web(url: str) -> Any:
