@@ -32,6 +32,7 @@ from aura_dist.sites.find import decoder_layers_name
 from tests.memory import anonymous_bytes
 from tests.models import COMMON, tiny_tokenizer
 
+INDEX = "model.safetensors.index.json"  # written last
 WIDTHS = {"hidden_size": 8192, "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True}
 WORDS = [
     "the",
@@ -87,7 +88,7 @@ sys.exit(main(sys.argv[1:]))
 def make_checkpoint(folder: Path, num_layers: int, width: int) -> Path:
     """Random weights, a file a layer, written one by one."""
     directory = folder / f"falcon-40b-widths-{num_layers}{f'-{width}' if width != 8192 else ''}"
-    if (directory / "model.safetensors.index.json").is_file():
+    if (directory / INDEX).is_file():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     config = hf.FalconConfig(
@@ -103,11 +104,13 @@ def make_checkpoint(folder: Path, num_layers: int, width: int) -> Path:
     for name, tensor in model.state_dict().items():
         within = name.removeprefix(f"{layers}.")
         files.setdefault(f"layer-{within.split('.')[0]}" if within != name else "outside", []).append((name, tensor))
+    others = [index.parent for index in folder.glob(f"falcon-*/{INDEX}") if of_width(index.parent) == width]
     for file, tensors in files.items():
         where |= {name: f"{file}.safetensors" for name, _ in tensors}
-        there = [other / f"{file}.safetensors" for other in folder.glob("falcon-*") if of_width(other) == width]
-        if found := [path for path in there if path.is_file()]:
-            os.link(found[0], directory / found[0].name)
+        made_before = [other / f"{file}.safetensors" for other in others if (other / f"{file}.safetensors").is_file()]
+        if made_before:
+            (directory / made_before[0].name).unlink(missing_ok=True)
+            os.link(made_before[0], directory / made_before[0].name)
             continue
         made = {}
         for name, tensor in tensors:
@@ -115,12 +118,12 @@ def make_checkpoint(folder: Path, num_layers: int, width: int) -> Path:
             made[name] = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(std=std)
         save_file(made, directory / f"{file}.safetensors", metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": where}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / INDEX).write_text(json.dumps(index))
     return directory
 
 
 def of_width(directory: Path) -> int:
-    """The hidden size of a checkpoint that was begun."""
+    """The hidden size of a checkpoint."""
     return int(json.loads((directory / "config.json").read_text())["hidden_size"])
 
 
