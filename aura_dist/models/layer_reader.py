@@ -7,9 +7,9 @@ then reads them into the page cache, because a forward that waits for the disk p
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -123,6 +123,26 @@ class LayerReader:
                 weight.record_stream(stream)
         return layer
 
+    @contextmanager
+    def lent(self, index: int, to: int) -> Iterator[nn.Module]:
+        """The layer `to`, within the context with the weights of layer `index`, which is loaded, if they fit it.
+
+        If they do not, or if its own were begun, it comes with its own.
+        """
+        layer, lender = self._layers[to], self._layers[index]
+        own, weights = _held(layer), _held(lender)
+        fit = type(layer) is type(lender) and _shapes(own) == _shapes(weights)
+        if not fit or to in self._coming:
+            yield self.take(to)
+            return
+        try:
+            for name, tensor in weights.items():
+                _set(layer, name, tensor)
+            yield layer.eval()
+        finally:
+            for name, tensor in own.items():
+                _set(layer, name, tensor)
+
     def drop(self, index: int) -> None:
         """Free a layer's weights."""
         future = self._coming.pop(index, None)
@@ -202,6 +222,15 @@ def _touch(layer: nn.Module) -> None:
     for weight in layer.parameters():
         if weight.is_contiguous():
             weight.detach().reshape(-1).view(torch.uint8)[::_PAGE_BYTES].sum()
+
+
+def _held(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's parameters and buffers, also those that no checkpoint has."""
+    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _set(layer: nn.Module, name: str, tensor: Tensor) -> None:

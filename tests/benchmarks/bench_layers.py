@@ -65,13 +65,13 @@ import sys, time
 from aura_dist.models.weights import Source, open_weights
 rate, read = float(sys.argv.pop(1)) * 1e6, None
 if rate:
-    from aura_dist.models.layer_reader import LayerReader
-    ahead = LayerReader._read_ahead
-    def slow(self, tensors):
-        begun, size = time.perf_counter(), sum(self._places[n][1].stop - self._places[n][1].start for n in tensors)
-        ahead(self, tensors)
+    from aura_dist.models import layer_reader
+    ahead = layer_reader._read_ahead
+    def slow(tensors, places):
+        begun, size = time.perf_counter(), sum(places[n][1].stop - places[n][1].start for n in tensors)
+        ahead(tensors, places)
         time.sleep(max(0, size / rate - (time.perf_counter() - begun)))
-    LayerReader._read_ahead = slow
+    layer_reader._read_ahead = slow
     from accelerate.utils import OffloadedWeightsLoader
     get = OffloadedWeightsLoader.__getitem__
     def slow_get(self, key):

@@ -36,6 +36,14 @@ def test_outputs_have_the_bits_of_an_ordinary_forward(name, dtype, tiny_dir):
     assert all(p.is_meta for p in executor_of(ours)._layers.parameters())
 
 
+@pytest.mark.parametrize(("name", "loaded"), [("llama", [0]), ("jamba", [0, 1])])
+def test_the_check_loads_one_layer_where_the_second_is_alike(name, loaded, tiny_dir):
+    executor = executor_of(load_base(ModelSource(str(tiny_dir(name)), None, "float32"), LAYERS))
+    executor.prepare(batches()[0])
+    held = [i for i, layer in enumerate(executor._layers) if not any(p.is_meta for p in layer.parameters())]
+    assert held == loaded
+
+
 def save_random(config, directory):
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return ModelSource(str(directory), None, "float32")
