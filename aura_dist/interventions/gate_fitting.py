@@ -83,7 +83,7 @@ def with_gates(
         A store is not finished, or damaged.
     """
     changed = [site for site in sites if fitted.restricted([site.name]).num_changed]
-    poolings, find = _KINDS[fit.kind]
+    kind = _KINDS[fit.kind]
     _check_kinds(fit, changed)
     if earlier is not None:
         for site in changed:
@@ -93,13 +93,23 @@ def with_gates(
     if fit.control is not None:
         stores.append(_control(fit.control, stores[0], changed))
     for store in stores:
-        _check_store(store, poolings)
-    gates, about = find(stores, changed, fit, earlier)
+        _check_store(store, kind.poolings)
+    gates, about = kind.find(stores, changed, fit, earlier)
     evidence = [part for gate in gates.values() for part in gate.parts.values()]
     if fit.control is not None:
         control = stores[1]
         about["control"] = {"store": control.path, "data": dict(control.spec.data), "num_texts": len(control.rows)}
     return Gated(_closed_where_unknown(fitted.restricted(list(gates)), gates), about, evidence)
+
+
+def fitting_bytes(sites: Sequence[Site], poolings: Sequence[str], num_texts: int) -> dict[str, int]:
+    """Kind of gate that a store of `poolings` can be asked for → bytes at most of a thread that fits one."""
+    found = {
+        name: max((kind.num_bytes(num_texts, site.width) for site in sites if _can_have(name, site)), default=0)
+        for name, kind in _KINDS.items()
+        if set(kind.poolings) <= set(poolings)
+    }
+    return {name: size for name, size in found.items() if size}
 
 
 def _closed_where_unknown(fitted: Intervention, gates: Mapping[str, Gate]) -> Intervention:
@@ -115,8 +125,12 @@ def _closed_where_unknown(fitted: Intervention, gates: Mapping[str, Gate]) -> In
     return Intervention(scales, shifts, fitted.meta, kept)
 
 
+def _can_have(kind: str, site: Site) -> bool:
+    return KINDS[site.kind].whole_tokens or not GATES[kind].of_token
+
+
 def _check_kinds(fit: GateFit, sites: Sequence[Site]) -> None:
-    parted = [site for site in sites if GATES[fit.kind].of_token and not KINDS[site.kind].whole_tokens]
+    parted = [site for site in sites if not _can_have(fit.kind, site)]
     if parted:
         raise InputError(
             f"--gate {fit.kind}: expected modules that hold all values of a token together, got {parted[0].name!r} of "
@@ -192,8 +206,7 @@ def _token_gates(
     def of(site: Site) -> Separation | None:
         return separate(np.concatenate([store.responses(site.name, MEAN) for store in stores]), is_positive)
 
-    item = np.dtype(np.float32).itemsize
-    bytes_of = [2 * site_bytes(len(is_positive), site.width, item) for site in sites]
+    bytes_of = [_KINDS[fit.kind].num_bytes(len(is_positive), site.width) for site in sites]
     found = {site.name: one for site, one in _each(of, sites, bytes_of) if one is not None}
     if len(found) < len(sites):
         logger.warning(
@@ -289,7 +302,8 @@ def _unit_gates(
         (m1, m0), (square1, square0) = moments
         return posterior((m1, m0), (square1, square0))
 
-    bytes_of = [16 * sum(len(store.rows) for store in stores) * site.width for site in sites]
+    num_texts = sum(len(store.rows) for store in stores)
+    bytes_of = [_KINDS[fit.kind].num_bytes(num_texts, site.width) for site in sites]
     found = {
         site.name: gate.moved(fit.threshold or 0.0, fit.settled_sharpness) for site, gate in _each(of, sites, bytes_of)
     }
@@ -297,8 +311,14 @@ def _unit_gates(
     return found, about
 
 
-# kind of gate → the poolings that it is fitted from, and what fits it
-_KINDS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[dict[str, Gate], dict[str, Any]]]]] = {
-    "tokens": ((MEAN,), _token_gates),
-    "units": ((MEAN, MEAN_SQUARE), _unit_gates),
+@dataclass(frozen=True)
+class _Kind:
+    poolings: tuple[str, ...]  # that it is fitted from
+    find: Callable[..., tuple[dict[str, Gate], dict[str, Any]]]
+    num_bytes: Callable[[int, int], int]  # of N texts × D units, at most
+
+
+_KINDS = {
+    "tokens": _Kind((MEAN,), _token_gates, lambda n, d: 2 * site_bytes(n, d, np.dtype(np.float32).itemsize)),
+    "units": _Kind((MEAN, MEAN_SQUARE), _unit_gates, lambda n, d: 16 * n * d),
 }

@@ -12,6 +12,7 @@ from transformers import Conv1D, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from aura_dist.errors import ModelError
 from aura_dist.evaluation.cached import only_attention
+from aura_dist.interventions.gate_fitting import fitting_bytes
 from aura_dist.models.load import DTYPES, ModelSource, check_positions, skeleton
 from aura_dist.models.quantization import bits, by_library, check_converts, converts, method_of
 from aura_dist.models.strategies.strategy import Spread, WeightSizes
@@ -277,6 +278,7 @@ def collection_report(
         stream_seconds=stream,
         reading=read,
         layer_cache_bytes=wanted.memory.streamed if spread.options.get("layer_cache") else 0,
+        gate_bytes=fitting_bytes(found.sites, found.poolings, len(num_tokens)),
         fits=tuple(
             (title(f.spread), f.memory.device_bytes, f.memory.host_bytes(machine.ranks_per_host), f.tokens_per_batch)
             for f in others

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from aura_dist.interventions import gate_fitting
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.gates import settle_gate
 from aura_dist.interventions.separation import separate
+from aura_dist.sites.site import Site
 from aura_dist.text.table import read_table
 from aura_dist.text.tokenizer import load_tokenizer
 from tests.models import tiny_causal
@@ -84,6 +86,20 @@ def test_texts_that_nothing_separates_are_told_as_well_as_by_chance():
     values, is_positive = separated(rng, 50, 12)
     values[3, 4] = np.inf
     assert separate(values, is_positive) is None
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(400, 100), (100, 400), (60, 9000)])
+def test_a_regression_stays_within_the_bytes_of_the_plan(num_rows, width):
+    values, is_positive = separated(np.random.default_rng(2), num_rows, width)
+    separate(values[:20, :8], is_positive[:20])  # imports
+    tracemalloc.start()
+    try:
+        separate(values.copy(), is_positive)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    site = Site("mlp.up_proj", "mlp", 0, width)
+    assert peak <= gate_fitting.fitting_bytes([site], ["mean"], num_rows)["tokens"] <= 5 * peak
 
 
 def test_the_gate_of_tokens_is_the_regression_of_the_stored_means(place, tmp_path):

@@ -85,6 +85,7 @@ def test_plan_says_what_collect_makes(dtype, tmp_path, sentences_csv, capsys):
     assert store["num_chunks"] == sum(a.nchunks for a in arrays)
     assert report["num_tasks"] == group["progress/done"].shape[0]
     assert batches["num_tokens"] == int(np.sum(group["samples/num_tokens"][:]))
+    assert report["gate_bytes"].keys() == {"tokens"}  # gates of units need a further pooling
 
 
 @pytest.mark.parametrize("extra", [{}, {"match_length": True, "num_negative": 20}, {"clean_negatives": ["toxic"]}])
