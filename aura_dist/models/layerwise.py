@@ -8,6 +8,7 @@ layers, or shares an object among them, would get wrong values, so it is refused
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class Layerwise:
         layers = model.get_submodule(decoder_layers_name(model))
         assert isinstance(layers, nn.ModuleList)
         self._layers = layers
+        self._num_waves = Counter[str]()  # of each key so far
         self._calls: dict[Hashable, list[Call]] = {}
         self._last_use: dict[Link, int] = {}  # of each output → the layer that takes it last
         self._form: Any = None  # of a layer's output, with tensors without data
@@ -125,7 +127,8 @@ class Layerwise:
     ) -> list[Unit]:
         """The units of this rank's next wave; none at the end. Ranks claim units one by one, as in `Team.claimed`.
 
-        No rank claims more than its even share of what is left.
+        No rank claims more than its even share of what is left, and the ranks of a host begin their waves together:
+        they go through the layers at about the same time, so the page cache need not hold many of these.
         """
         wave, tokens = list[Unit](), 0
         left = sum(map(num_tokens, units)) - team.add(f"tokens/{key}", 0)
@@ -138,6 +141,9 @@ class Layerwise:
             wave.append(unit)
             tokens += num_tokens(unit)
             team.add(f"tokens/{key}", num_tokens(unit))
+        turn = self._num_waves[key] if wave else None
+        self._num_waves[key] += 1
+        team.keep_abreast(f"waves/{key}", turn, before)
         if not wave:
             team.meet(f"claimed/{key}", before)
         return wave

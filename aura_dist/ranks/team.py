@@ -53,6 +53,7 @@ class Team:
         self._columns: Any = None
         self._failure: AuraError | None = None
         self._shown: list[int] = []
+        self._num_here = 0  # ranks of this host, once `keep_abreast` has asked
         self._leaving = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="team-watcher", daemon=True)
         if world.layout.world_size > 1:
@@ -212,6 +213,24 @@ class Team:
         leads = self.world.column_rank == 0
         claims = self.share(self.count(f"claimed/{key}") if leads else 0)[:: self.world.layout.tensor]
         return [units[c] if c < len(units) else None for c in claims] if min(claims) < len(units) else []
+
+    def keep_abreast(self, key: str, turn: int | None, received: Callable[[], int | None] = lambda: None) -> None:
+        """Begin a turn together with the other ranks of this host, so that they read the same files at the same time.
+
+        Waits until each of them has begun this turn, or has left by a `turn` of None, which does not wait. Turns count
+        from 0. All ranks of the launch call this, at least once. `received` and what is raised: as in `meet`.
+        """
+        if self.world.layout.world_size == 1:
+            return
+        host = platform.node()
+        self._num_here = self._num_here or self.gather("hosts", host, received).count(host)
+        left, begun = (f"turns/{host}/{key}/{which}" for which in ("left", turn))
+        self._store.add(left if turn is None else begun, 1)
+        if turn is not None:
+            self._wait(
+                lambda: self._store.add(begun, 0) + self._store.add(left, 0) >= self._num_here,
+                lambda: received() or self.stop_signal,
+            )
 
     def agreed(self, ids: Tensor) -> Tensor:
         """Return the `ids` of the row worker's first column rank; all of its ranks must call this together."""
