@@ -130,16 +130,18 @@ class Layerwise:
         No rank claims more than its even share of what is left, and the ranks of a host begin their waves together:
         they go through the layers at about the same time, so the page cache need not hold many of these.
         """
-        wave, tokens = list[Unit](), 0
+        wave, tokens, half_unit = list[Unit](), 0, 0.0
         left = sum(map(num_tokens, units)) - team.add(f"tokens/{key}", 0)
         most = min(self.tokens_of_a_wave(), ceil(left / team.world.layout.world_size))
-        while tokens < most or not wave:
+        # up to the nearest number of units; the next one is about as large as the last
+        while tokens + half_unit < most or not wave:
             team.keep_step(before())
             unit = team.claim(key, units)
             if unit is None:
                 break
             wave.append(unit)
             tokens += num_tokens(unit)
+            half_unit = num_tokens(unit) / 2
             team.add(f"tokens/{key}", num_tokens(unit))
         turn = self._num_waves[key] if wave else None
         self._num_waves[key] += 1

@@ -3,17 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from aura_dist.collecting.capture import Capture
 from aura_dist.collecting.waves import Waves
 from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import StoreError
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.models.layerwise import Layerwise
+from aura_dist.models.layerwise import Layerwise, executor_of
+from aura_dist.models.load import ModelSource, load_base
 from aura_dist.models.waiting import Waiting
+from aura_dist.ranks.layout import Layout
+from aura_dist.ranks.team import Team
+from aura_dist.ranks.world import World
 from aura_dist.stages import collect
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.record import response_names
+from tests.layerwise import LAYERS
 from tests.models import save_tiny
 
 pytestmark = pytest.mark.timeout(240)
@@ -66,6 +72,19 @@ def test_waves_of_any_size_give_the_same_store(tokens, expected, make, tiny_dir,
     waves = count_waves(monkeypatch)
     assert_equal(make(tiny_dir("llama"), tmp_path / "store", sharding="layers", wave_tokens=tokens), plain)
     assert waves == expected
+
+
+def test_ranks_of_a_host_share_two_tasks_though_the_first_is_less_than_half(tiny_dir):
+    """With 95 + 105 tokens an even share is 100: the rank that has the first task leaves the second to the other."""
+    store, claimed = HashStore(), []
+    for rank in range(2):
+        team = Team(World(Layout("layers", 2), rank), store)
+        team.keep_abreast = lambda *given: None  # the ranks of this test take turns
+        executor = executor_of(load_base(ModelSource(str(tiny_dir("llama")), None, "float32"), LAYERS))
+        executor.wave_tokens = 10**6
+        claimed.append(executor.claim(team, "tasks", [95, 105], int, int))
+        team.close()
+    assert claimed == [[95], [105]]
 
 
 def test_hidden_states_wait_in_a_file_where_memory_is_short(make, tiny_dir, plain, tmp_path, monkeypatch):
