@@ -7,7 +7,8 @@ computes for that prompt alone.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +142,7 @@ class Decoder:
             made.update(ids)
             put(ids)
 
-        with exact_products(self.model):
+        with exact_products(self.model), _head_in_one_product(self.model):
             flight = self._begin(rows, 0)
             num_given, num_left, most = len(rows.keys), self.how.max_new_tokens - 1, max(most, len(rows.keys))
             while True:
@@ -237,3 +238,21 @@ class Decoder:
         output = self.model(input_ids=ids_BT, attention_mask=mask_BC, past_key_values=cache, use_cache=True, **more)
         cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1], cache if isinstance(cache, Cache) else None
+
+
+@contextmanager
+def _head_in_one_product(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, the head takes the hidden states of the last tokens as one matrix.
+
+    They are a slice, and torch multiplies each row of a slice by a copy of the weight: for 16 prompts and a vocabulary
+    of 262,144 that took 5 times as long in float32, and 500 times in bfloat16 on a CPU with instructions for it.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, inputs: tuple(map(Tensor.contiguous, inputs)))
+    try:
+        yield
+    finally:
+        hook.remove()

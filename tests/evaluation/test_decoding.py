@@ -37,6 +37,15 @@ def test_batch_equals_one_prompt_alone(name):
     assert len({tuple(ids) for ids in got}) > 1
 
 
+def test_the_head_takes_one_matrix():
+    """Of a slice torch copies the head's weight for each prompt."""
+    model, contiguous = tiny_causal("llama"), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: contiguous.append(inputs[0].is_contiguous()))
+    Decoder(model, HOW, [STOP_ID]).run(Rows([[5, 6, 7], [8, 9, 10]], [0, 1], [3, 4]))
+    assert contiguous
+    assert all(contiguous)
+
+
 def test_step_is_taken_as_long_as_any_rank_needs_one():
     """And the ids that others have agreed upon are gone on with."""
     model, steps = tiny_causal("llama"), []
