@@ -28,14 +28,13 @@ def anonymous_bytes(pid: int) -> int:
     return total
 
 
-def peak_of(arguments: Sequence[str], timeout_seconds: float = 240) -> int:
-    """Run `python -m aura_dist ARGUMENTS` and return its peak anonymous memory in bytes."""
+def peak_of(arguments: Sequence[str], timeout_seconds: float = 240, before: str = "") -> int:
+    """Run `aura-dist ARGUMENTS`, after some lines of Python, and return its peak anonymous memory in bytes."""
+    code = f"{before}\nimport sys\nfrom aura_dist.cli import main\nsys.exit(main(sys.argv[1:]))"
     peak, end = 0, time.monotonic() + timeout_seconds
     with (
         tempfile.TemporaryFile("w+") as output,
-        subprocess.Popen(
-            [sys.executable, "-m", "aura_dist", *arguments], stdout=output, stderr=subprocess.STDOUT
-        ) as process,
+        subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=output, stderr=subprocess.STDOUT) as process,
     ):
         while process.poll() is None:
             if time.monotonic() > end:

@@ -133,7 +133,7 @@ def estimate(
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
         data_bytes=data_bytes,
         mapped=not gpu and is_mapped(model, source),
-        token_bytes=max(tokens_per_batch, longest) * widest * TOKEN_BYTES[source.dtype],
+        kept_bytes=widest * TOKEN_BYTES[source.dtype],
     )
     splits, quantization = any(part for _, part in weights.layers), source.quantization or method_of(config)
     num_tasks = len(tasks_of(num_tokens, tokens_per_batch))

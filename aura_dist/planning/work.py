@@ -58,7 +58,7 @@ class Work:
     hidden_bytes: int = 0  # of the hidden states of all rows
     layer_neurons: tuple[tuple[int, int], ...] = ()  # `neurons` of the layer that has most
     mapped: bool = False  # whether a CPU can use the weights in their files, because they have the forward's dtype
-    token_bytes: int = 0  # of the tokens' values of one batch at the widest site where they are stored
+    kept_bytes: int = 0  # of one token's values at the widest site where they are stored
 
     def neurons_at_once(self, by_layer: bool) -> tuple[tuple[int, int], ...]:
         """The sites whose values are on their way to the store at the same time: all, or those of a layer."""
@@ -73,6 +73,11 @@ class Work:
     def batch_tokens(self) -> int:
         """Most tokens that a batch can have, padding included."""
         return max(self.longest, min(self.tokens_per_batch, self.rows_chunk * self.longest))
+
+    @property
+    def token_bytes(self) -> int:
+        """Most bytes of the tokens' values of one batch at one site."""
+        return self.batch_tokens * self.kept_bytes
 
     def with_batch(self, tokens_per_batch: int) -> "Work":
         return replace(self, tokens_per_batch=tokens_per_batch)

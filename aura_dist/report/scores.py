@@ -226,10 +226,12 @@ def read_scores_of(group: zarr.Group, spec: StoreSpec, pooling: str, bar: Bar, k
 def _neurons(
     group: zarr.Group, spec: StoreSpec, pooling: str, concept: int, best: BestNeurons, shown: list[str]
 ) -> tuple[Neuron, ...]:
-    rows = []
-    for _, i, unit in best.found:
-        site = spec.sites[i]
-        arrays = {name: read_statistic(group, site.name, pooling, name) for name in shown}
-        values = {name: float(array[concept, unit]) for name, array in arrays.items()}
-        rows.append(Neuron(site.name, site.layer, unit, values))
-    return tuple(rows)
+    places = [(i, unit) for _, i, unit in best.found]
+    found: dict[tuple[int, int], dict[str, float]] = {place: {} for place in places}
+    for i in dict.fromkeys(i for i, _ in places):
+        for name in shown:  # once a site, because each is requests where the store is at a URL
+            array_CD = read_statistic(group, spec.sites[i].name, pooling, name)
+            for place in (p for p in places if p[0] == i):
+                found[place][name] = float(array_CD[concept, place[1]])
+    sites = spec.sites
+    return tuple(Neuron(sites[i].name, sites[i].layer, unit, found[i, unit]) for i, unit in places)

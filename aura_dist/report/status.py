@@ -13,7 +13,7 @@ from aura_dist.interventions.artifact import META_FILE, WEIGHTS_FILE, method_of
 from aura_dist.report.evaluations import read_evaluation
 from aura_dist.report.rundir import INTERVENTIONS, JOBS, JOBS_FILE, RESULTS, RunDirectory, is_run_directory, open_run
 from aura_dist.scoring.scores import count_columns, score_attributes, score_path, scored_statistics
-from aura_dist.store.access import local_path, open_group, read_array
+from aura_dist.store.access import is_vacant, local_path, open_group, read_array
 from aura_dist.store.schema import DONE, StoreSpec, response_paths, tasks_of
 
 FINISHED, HALF_DONE, NOTHING, DAMAGED = "done", "half done", "nothing", "damaged"
@@ -103,8 +103,16 @@ def _store_parts(store: str) -> list[Part]:
         spec = StoreSpec.of(group)
         return [_collection(group, spec), _scores(group, spec)]
     except AuraError as error:
-        there = (local_path(store) or Path()).exists()
-        return [Part("collect", DAMAGED if there else NOTHING, "", str(error)), Part("score", NOTHING)]
+        state = NOTHING if _is_missing(store) else DAMAGED
+        return [Part("collect", state, "", str(error)), Part("score", NOTHING)]
+
+
+def _is_missing(store: str) -> bool:
+    """Whether nothing is at a path or a URL, as far as that can be asked."""
+    try:
+        return is_vacant(store)
+    except (AuraError, OSError):
+        return False
 
 
 def _collection(group: zarr.Group, spec: StoreSpec) -> Part:

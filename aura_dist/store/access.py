@@ -187,6 +187,11 @@ def exists(path: str) -> bool:
     return attributes.get("created") is True
 
 
+def is_vacant(path: str) -> bool:
+    """Whether nothing is at a path or a URL; StoreError if it can only be read, or cannot be reached."""
+    return _is_empty(store_at(path))
+
+
 def _check_not_nested(path: str) -> None:
     """StoreError for a place within another store: replacing that one would delete this."""
     place = local_path(path)

@@ -1,6 +1,11 @@
 """Stores of every token's values: the forward's numbers, and poolings made from them are those that are collected."""
 
+import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -17,20 +22,69 @@ from aura_dist.sites.pooling import POOLINGS
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.first_token import _counts
 from aura_dist.store.record import response_names, unfinished
-from aura_dist.store.schema import StoreSpec, activation_path
+from aura_dist.store.schema import TOKEN_FIELDS, StoreSpec, activation_path
 from aura_dist.store.tokens import StoredTokens, num_nonfinite
 from aura_dist.store.writer import ChunkWriter
 from aura_dist.text.table import read_table
+from tests.distributed.launch import run_ranks
+from tests.store.test_store_faults import chunk_files
 
 SITES = {"model.layers.1": "residual", "model.layers.0.mlp.down_proj:input": "neurons"}
 MODULES = ["residual", "neurons"]
 FEW = ["--tokens-per-batch", "256", "--num-positive", "70", "--num-negative", "70"]
 TOKENS = ["--pooling", "tokens"]
+# Forks for each share: the child collects and is killed, the first while it makes the store, later ones while they hand
+# values over or are half through the file of a shard. Files are slow, so that values wait to be written. At last a
+# child collects to the end. A task has four batches of six modules at least; making the store takes over thirty files.
+KILLED = """
+import json, os, signal, sys, time
+from itertools import count
+from zarr.storage import LocalStore
+from aura_dist.cli import main
+from aura_dist.collecting.tokens import TokenSink
+from aura_dist.store import shards
+from aura_dist.store.access import exists, open_group
+from aura_dist.store.record import unfinished
+command, shares = json.loads(sys.argv[1])
+store = command[command.index("--store") + 1]
+take, replace_file, put = TokenSink.take, shards.replace_file, LocalStore.set
+for number, share in enumerate([*shares, None]):
+    child = os.fork()
+    if child == 0:
+        moments = 48 * (len(unfinished(open_group(store))) if exists(store) else 4) if number else 30
+        calls, moment = count(1), None if share is None else 1 + int(share * moments)
+        def strike():
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+        def struck_take(*arguments):
+            strike()
+            take(*arguments)
+        def struck_file(path, content, partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(path.name + partial).write_bytes(content[: len(content) // 2])
+            strike()
+            time.sleep(0.005)
+            replace_file(path, content, partial)
+        async def struck_put(*arguments):
+            strike()
+            await put(*arguments)
+        if number:
+            TokenSink.take, shards.replace_file = struck_take, struck_file
+        else:
+            LocalStore.set = struck_put
+        os._exit(main(command))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (0 if share is None else -signal.SIGKILL), (share, status)
+"""
 
 
-def collect(model, data, store, *more, modules=MODULES):
+def command(model, data, store, *more, modules=MODULES, few=FEW):
     given = ["--model", str(model), "--data", data, "--concepts", "toxic", "--store", str(store), "--modules", *modules]
-    return main(["collect", *given, *FEW, *map(str, more)])
+    return ["collect", *given, *few, *map(str, more)]
+
+
+def collect(*arguments, **settings):
+    return main(command(*arguments, **settings))
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
@@ -190,6 +244,22 @@ def test_a_store_that_was_cut_off_and_continued_is_the_same(store, tiny_dir, sen
     assert same(store, again)
 
 
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_killed_at_random_moments_and_resumed(kills, tiny_dir, sentences_csv, tmp_path):
+    """Tokens of 120 texts, in four tasks: every value, every index and every mark are the uninterrupted store's."""
+    few, flags = [*FEW[:2], "--num-positive", "60", "--num-negative", "60"], [*TOKENS, "--max-attempts", "0"]
+    whole, killed = (
+        command(tiny_dir("llama"), sentences_csv, tmp_path / name, *flags, few=few) for name in ("whole", "killed")
+    )
+    assert main(whole) == 0
+    chance = random.Random(kills)
+    shares = [(part + chance.random()) / kills for part in range(kills)]
+    chance.shuffle(shares)
+    subprocess.run([sys.executable, "-c", KILLED, json.dumps([killed, shares])], check=True, timeout=100 + 60 * kills)
+    assert same(tmp_path / "whole", tmp_path / "killed")
+    assert chunk_files(tmp_path / "killed") == chunk_files(tmp_path / "whole")
+
+
 def test_memory_of_what_waits_is_bounded(store, tiny_dir, sentences_csv, tmp_path, monkeypatch):
     """Where the disk is slow, the forward waits; where it fails, the run ends."""
     monkeypatch.setattr("aura_dist.store.writer.MAX_WAITING_BYTES", 1)
@@ -315,12 +385,17 @@ def test_values_that_are_not_finite_are_counted():
 @pytest.mark.realmodel
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gemma(dtype, gemma_dir, jigsaw_csv, tmp_path):
-    """200 comments, the residual stream and the MLP's neurons: every value, and the poolings."""
+def test_gemma(dtype, gemma_dir, jigsaw_csv, tmp_path, capsys):
+    """200 comments, the residual stream and the MLP's neurons: every value, the poolings, and what several ranks write.
+
+    Values are compared relative to the largest of a module's in a text, because Gemma's residual stream goes up to
+    thousands.
+    """
     flags = ["--num-positive", "100", "--num-negative", "100", "--dtype", dtype, "--modules", *MODULES]
-    given = ["--model", str(gemma_dir), "--data", jigsaw_csv, "--concepts", "toxic"]
-    store = tmp_path / "s.zarr"
-    assert main(["collect", *given, *flags, "--store", str(store), "--pooling", "tokens", *POOLINGS]) == 0
+    given = ["collect", "--model", str(gemma_dir), "--data", jigsaw_csv, "--concepts", "toxic", *flags]
+    store, began = tmp_path / "s.zarr", time.monotonic()
+    assert main([*given, "--store", str(store), "--pooling", "tokens", *POOLINGS]) == 0
+    seconds = time.monotonic() - began
     tree = aura_dist.open_store(store)
     table = read_table(jigsaw_csv, ["text", "toxic"]).columns["text"]
     plain = hf.AutoModelForCausalLM.from_pretrained(gemma_dir, dtype=getattr(torch, dtype))
@@ -333,19 +408,52 @@ def test_gemma(dtype, gemma_dir, jigsaw_csv, tmp_path):
             module.register_forward_hook(lambda _m, _a, out, s=site: seen.__setitem__(s, out[0]))
     offset, worst = tree["samples"]["offset"].values, 0.0
     values = {site: tree["activations"][site]["tokens"] for site in tree["activations"]}
+    assert len(offset) == 201
+    assert {site.endswith("mlp.down_proj:input") for site in values} == {True, False}
     with torch.no_grad():
         for number, row in list(enumerate(tree["samples"]["row"].values))[:: 1 if dtype == "float32" else 20]:
-            plain(**tokenizer(table[row], return_tensors="pt", truncation=True, max_length=128))
+            inputs = tokenizer(table[row], return_tensors="pt", truncation=True, max_length=128)
+            plain(**inputs)
+            here = slice(offset[number], offset[number + 1])
+            assert tree["tokens"]["input_ids"][here].values.tolist() == inputs["input_ids"][0].tolist()
             for site, acts_TD in seen.items():
-                ours = values[site][offset[number] : offset[number + 1]].values
-                worst = max(worst, float(np.abs(ours - acts_TD.float().numpy()).max() / acts_TD.abs().max()))
-    assert worst <= (1e-5 if dtype == "float32" else 0.05)
-    raw = tree["tokens"].sizes["token"] * sum(v.shape[1] for v in values.values()) * (4 if dtype == "float32" else 2)
+                difference = np.abs(values[site][here].values - acts_TD.float().numpy()).max()
+                worst = max(worst, float(difference / acts_TD.abs().max()))
+    del plain
+    num_tokens, num_neurons = tree["tokens"].sizes["token"], sum(v.shape[1] for v in values.values())
+    raw = num_tokens * num_neurons * (4 if dtype == "float32" else 2)
     places = [store / activation_path(site) for site in values]
     size = sum(p.stat().st_size for place in places for p in place.rglob("*") if p.is_file())
+    with capsys.disabled():
+        print(f"\n{dtype}: {num_tokens:,} tokens at {num_neurons:,} neurons, largest difference {worst:.1e}")
+        print(f"{raw / 1e9:.2f} GB raw, {size / 1e9:.2f} GB in files, collected in {seconds:.0f} s")
+    assert worst <= (1e-5 if dtype == "float32" else 0.05)
     assert size / raw <= TOKENS_COMPRESSED[dtype], "what `plan` says"
     group = open_group(str(store))
     collected = {name: read_array(group, name) for name in response_names(group) if not name.endswith("/tokens")}
+    for sharding in ("replicate", "tensor=2") if dtype == "float32" else ():
+        other, began = tmp_path / f"{sharding}.zarr", time.monotonic()
+        again = [*given, "--store", str(other), "--pooling", "tokens", *POOLINGS, "--sharding", sharding]
+        run_ranks(2, again, timeout_seconds=600)
+        largest = largest_difference(other, store)
+        with capsys.disabled():
+            seconds = time.monotonic() - began
+            print(f"2 ranks, {sharding}: largest difference {largest:.1e}; {seconds:.0f} s with the comparison")
+        assert largest <= 1e-5
+        shutil.rmtree(other)  # some GB
     repool(group, StoreSpec.of(group), list(POOLINGS))  # in place of those that were collected
     for name, theirs in collected.items():
         np.testing.assert_array_equal(read_array(group, name, complete=True), theirs, err_msg=name)
+
+
+def largest_difference(ours, theirs):
+    """The largest difference of two stores' values at tokens, relative to a module's largest; all indices are equal."""
+    groups = [open_group(str(store)) for store in (ours, theirs)]
+    for path in ("samples/row", "samples/offset", "samples/place", *(f"tokens/{name}" for name in TOKEN_FIELDS)):
+        np.testing.assert_array_equal(*(read_array(group, path) for group in groups), err_msg=path)
+    assert response_names(groups[0]) == response_names(groups[1])
+    tokens, largest = [StoredTokens.of(group) for group in groups], 0.0
+    for site in (site.name for site in StoreSpec.of(groups[0]).token_sites):
+        a, b = (one.values(site).read(slice(0, one.num_tokens)) for one in tokens)
+        largest = max(largest, float(np.abs(a - b).max() / np.abs(b).max()))
+    return largest

@@ -63,11 +63,14 @@ def test_page_locked_buffers_are_powers_of_two():
 
 def test_tokens_that_wait_are_bounded():
     """One batch of a module is taken, encoded and joined; ranks that split columns hold it twice more."""
-    work = replace(WORK, token_bytes=2**26)
+    work = replace(WORK, kept_bytes=2**14)
+    assert work.token_bytes == 2**26
     assert "tokens" not in memory(Layout()).host
     assert memory(Layout(), work=work).host["tokens"] == MAX_WAITING_BYTES + 3 * 2**26
     assert memory(Layout("tensor", 2, tensor=2), work=work).host["tokens"] == MAX_WAITING_BYTES + 5 * 2**26
-    assert memory(Layout(), work=replace(work, token_bytes=2**30)).host["tokens"] == 4 * 2**30
+    assert memory(Layout(), work=replace(work, kept_bytes=2**18)).host["tokens"] == 4 * 2**30
+    assert work.with_batch(2048).token_bytes == 2**25
+    assert work.with_batch(2**20).token_bytes == 2**27, "a batch is a row chunk at most"
 
 
 def test_weights_are_split_as_the_strategy_splits_them():

@@ -53,26 +53,41 @@ def wait_until_working(launch: Launch, store: Path, num_tasks: int = 1) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tiny_dir, sentences_csv, tmp_path_factory):
-    """`whole(sharding)`: the uninterrupted store under a strategy, made at first use."""
+    """`whole(sharding, …)`: the uninterrupted store under a strategy and further flags, made at first use."""
     out = tmp_path_factory.mktemp("whole")
+    made: dict[tuple[str, ...], Path] = {}
 
-    def store(sharding):
-        path = out / sharding
-        if not path.exists():
-            command = arguments(tiny_dir("llama"), sentences_csv, path, "--sharding", sharding)
-            run_ranks(NUM_RANKS, command)
-        return path
+    def store(*flags):
+        if flags not in made:
+            made[flags] = out / f"{len(made)}"
+            run_ranks(NUM_RANKS, arguments(tiny_dir("llama"), sentences_csv, made[flags], "--sharding", *flags))
+        return made[flags]
 
     return store
 
 
-def kill_and_resume(sharding, seed, model, data, store, expected):
+def run_slowly(command):
+    """`aura-dist COMMAND` as a rank that takes 20 ms more a batch, so that no machine is too fast to strike it."""
+    from aura_dist.collecting.capture import Capture
+
+    run = Capture.run
+
+    def slow(*given):
+        time.sleep(0.02)
+        run(*given)
+
+    Capture.run = slow
+    return main(command)
+
+
+def kill_and_resume(sharding, seed, model, data, store, expected, *more):
     """Kill one rank or all at a random moment; the same command completes the store, bit for bit."""
     chance = random.Random(seed)
-    command = arguments(model, data, store, "--sharding", sharding)
-    with launched(Launch(NUM_RANKS, command)) as launch:
+    command = arguments(model, data, store, "--sharding", sharding, *more)
+    with launched(Launch(NUM_RANKS, command, run_slowly)) as launch:
         wait_until_working(launch, store)
         time.sleep(chance.uniform(0, 1.5))
+        assert launch.is_running(), f"they ended before the kill:\n{launch.text()}"
         ranks = launch.ranks()
         for rank in ranks if chance.random() < 0.5 else ranks[chance.randrange(len(ranks)) :][:1]:
             rank.kill()
@@ -93,6 +108,19 @@ def test_twenty_five_kills(whole, tiny_dir, sentences_csv, tmp_path):
     for turn in range(25):
         sharding = SHARDINGS[turn % 3]
         kill_and_resume(sharding, 100 + turn, tiny_dir("llama"), sentences_csv, tmp_path / f"{turn}", whole(sharding))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_kills_where_tokens_are_kept(sharding, whole, tiny_dir, sentences_csv, tmp_path):
+    """Values of tokens have files of their own, which ranks write in turns under tensor parallelism."""
+    kept = ("--keep-tokens", "*.layers.1.mlp.*")
+    for turn in range(3):
+        store = tmp_path / f"{turn}"
+        expected = whole(sharding, *kept)
+        kill_and_resume(sharding, 200 + turn, tiny_dir("llama"), sentences_csv, store, expected, *kept)
+        assert len(list(store.glob("activations/*.layers.1.mlp.*/tokens/c/**/0"))) > 500
 
 
 @pytest.mark.parametrize(("first", "second"), [("replicate", "tensor"), ("tensor", "replicate")])

@@ -1,18 +1,22 @@
 """A store in S3: collected, killed, resumed and scored as a local one, and what can go wrong on the way."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import aura_dist
 from aura_dist.cli import main
+from aura_dist.collecting.capture import Capture
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.store import remote
 from aura_dist.store.access import exists, open_group
@@ -26,6 +30,7 @@ pytest.importorskip("moto", reason="the S3 server of the extra `test` is not ins
 
 pytestmark = pytest.mark.timeout(480)
 SITE = "model.layers.1.mlp.up_proj"
+MADE_BEFORE = Path(__file__).with_name("made_before.tar.gz")
 
 # the command line of `aura-dist`, with a forward slow enough to be killed within
 SLOWED = """
@@ -98,6 +103,12 @@ def proxy(s3, monkeypatch):
 
 def bucket():
     return obstore.store.from_url("s3://bucket", client_options={"allow_http": True})
+
+
+def upload(directory, url):
+    """Put every file of a directory below a URL."""
+    for file in (f for f in directory.rglob("*") if f.is_file()):
+        write(f"{url}/{file.relative_to(directory)}", file.read_bytes())
 
 
 def key_of(url):
@@ -215,6 +226,89 @@ def test_finished_store_is_read_over_http(s3, command, local, proxy, tmp_path, c
         assert error.startswith(f"error: --store {web!r}")
         assert "read" in error
     assert_scores_equal(store, local)
+
+
+def assert_same_tree(one, other, *parts):
+    """Every array of some parts of two stores, by path, value and coordinate."""
+    trees = [aura_dist.open_store(str(store)) for store in (one, other)]
+    for part in parts:
+        nodes = [{n.path: n.to_dataset(inherit=False) for n in t[part].subtree if n.data_vars} for t in trees]
+        assert nodes[0].keys() == nodes[1].keys() != set()
+        for path, found in nodes[0].items():
+            assert found.drop_attrs().equals(nodes[1][path].drop_attrs()), path
+
+
+def test_store_is_copied_from_s3(s3, command, tmp_path):
+    """With tokens, and a pooling that was made of them."""
+    store, copy = f"{s3}/copied.zarr", tmp_path / "copy.zarr"
+    assert main(command(store, "--pooling", "mean", "tokens")) == 0
+    scored = ["--pooling", "max", "--statistics", "auroc"]
+    assert main(["score", "--store", store, *scored]) == 0
+    assert main(["convert", "--store", store, "--to", "store", "--out", str(copy)]) == 0
+    assert main(["score", "--store", str(copy), *scored]) == 0
+    assert_same_tree(copy, store, "activations", "samples", "tokens", "scores")
+
+
+def test_unfinished_store_is_copied_from_s3_and_finished(s3, command, tmp_path, monkeypatch):
+    run, calls = Capture.run, []
+
+    def counted(self, *args):
+        calls.append(args)
+        if len(calls) == num_calls:
+            raise KeyboardInterrupt
+        run(self, *args)
+
+    store, copy, whole = f"{s3}/half.zarr", tmp_path / "half.zarr", tmp_path / "whole.zarr"
+    flags, num_calls = ["--pooling", "mean", "tokens"], 0
+    monkeypatch.setattr(Capture, "run", counted)
+    assert main(command(whole, *flags)) == 0
+    num_calls = len(calls)
+    calls.clear()
+    assert main(command(store, *flags)) == 130, "at the last batch"
+    left = unfinished(open_group(store))
+    assert len(left) == 1
+    assert main(["convert", "--store", store, "--to", "store", "--out", str(copy)]) == 0
+    assert unfinished(open_group(str(copy))) == left
+    monkeypatch.setattr(Capture, "run", run)
+    assert main(command(copy, *flags)) == 0
+    assert_same_tree(copy, whole, "activations", "samples", "tokens")
+
+
+def test_store_of_an_earlier_schema_is_renewed_from_s3(s3, tmp_path):
+    with tarfile.open(MADE_BEFORE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    old, url, new = tmp_path / "run" / "store.zarr", f"{s3}/before.zarr", tmp_path / "new.zarr"
+    upload(old, url)
+    assert main(["convert", "--store", url, "--to", "store", "--out", str(new)]) == 0
+    assert main(["score", "--store", str(new)]) == 0
+    assert_same_tree(new, old, "activations", "samples", "scores")
+
+
+def test_report_and_status_of_a_store_in_s3(s3, command, local, tmp_path, capsys):
+    """The run's configuration names the store; the page is that of a local store, but for names and times."""
+    pytest.importorskip("jinja2", reason="the extra `report` is not installed")
+    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
+    store = f"{s3}/reported.zarr"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"collect:\n  store: {store}\n")
+    assert main(["status", str(run)]) == 0
+    assert re.search("collect +nothing", capsys.readouterr().out), "there is no store yet"
+    assert main(command(store)) == 0
+    assert main(["score", "--store", store]) == 0
+    capsys.readouterr()
+    assert main(["status", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 tasks" in shown
+    assert "160 of 160 rows" in shown
+    pages = []
+    for directory in (run, local.parent):
+        assert main(["report", str(directory), "--out", str(tmp_path / "page.html")]) == 0
+        pages.append((tmp_path / "page.html").read_text())
+    assert store in pages[0]
+    best = aura_dist.top_neurons(str(local), "toxic", 25)
+    for page in pages:
+        assert all(f"{auroc:.4f}" in page for auroc in best["auroc"])
 
 
 def test_missing_and_damaged_chunks_and_overwrite(s3, command, capsys):
