@@ -8,7 +8,6 @@ layers, or shares an object among them, would get wrong values, so it is refused
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -93,7 +92,6 @@ class Layerwise:
         layers = model.get_submodule(decoder_layers_name(model))
         assert isinstance(layers, nn.ModuleList)
         self._layers = layers
-        self._num_waves = Counter[str]()  # of each key so far
         self._calls: dict[Hashable, list[Call]] = {}
         self._last_use: dict[Link, int] = {}  # of each output → the layer that takes it last
         self._form: Any = None  # of a layer's output, with tensors without data
@@ -127,25 +125,25 @@ class Layerwise:
     ) -> list[Unit]:
         """The units of this rank's next wave; none at the end. Ranks claim units one by one, as in `Team.claimed`.
 
-        No rank claims more than its even share of what is left, and the ranks of a host begin their waves together:
-        they go through the layers at about the same time, so the page cache need not hold many of these.
+        No rank claims more than its even share of the units that were left when this turn of waves began. The ranks of
+        a host begin their waves together, so that they go through the layers at about the same time, and the page cache
+        need not hold many of them.
         """
-        wave, tokens, half_unit = list[Unit](), 0, 0.0
-        left = sum(map(num_tokens, units)) - team.add(f"tokens/{key}", 0)
-        most = min(self.tokens_of_a_wave(), ceil(left / team.world.layout.world_size))
-        # up to the nearest number of units; the next one is about as large as the last
-        while tokens + half_unit < most or not wave:
+        turn = team.turn(f"waves/{key}")
+        # units are counted in the turn first, so that what was left is never taken for less than it was
+        left = len(units) - team.add(f"units/{key}", 0) + team.add(f"units/{key}/{turn}", 0)
+        most, most_tokens = ceil(left / team.world.layout.world_size), self.tokens_of_a_wave()
+        wave, tokens = list[Unit](), 0
+        while len(wave) < most and (tokens < most_tokens or not wave):
             team.keep_step(before())
             unit = team.claim(key, units)
             if unit is None:
                 break
+            team.add(f"units/{key}/{turn}", 1)
+            team.add(f"units/{key}", 1)
             wave.append(unit)
             tokens += num_tokens(unit)
-            half_unit = num_tokens(unit) / 2
-            team.add(f"tokens/{key}", num_tokens(unit))
-        turn = self._num_waves[key] if wave else None
-        self._num_waves[key] += 1
-        team.keep_abreast(f"waves/{key}", turn, before)
+        team.keep_abreast(f"waves/{key}", before, leaves=not wave)
         if not wave:
             team.meet(f"claimed/{key}", before)
         return wave

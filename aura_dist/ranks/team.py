@@ -12,6 +12,7 @@ import pickle
 import platform
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 from uuid import uuid4
@@ -54,6 +55,7 @@ class Team:
         self._failure: AuraError | None = None
         self._shown: list[int] = []
         self._num_here = 0  # ranks of this host, once `keep_abreast` has asked
+        self._turns = Counter[str]()  # of each key of `keep_abreast` so far
         self._leaving = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="team-watcher", daemon=True)
         if world.layout.world_size > 1:
@@ -214,19 +216,25 @@ class Team:
         claims = self.share(self.count(f"claimed/{key}") if leads else 0)[:: self.world.layout.tensor]
         return [units[c] if c < len(units) else None for c in claims] if min(claims) < len(units) else []
 
-    def keep_abreast(self, key: str, turn: int | None, received: Callable[[], int | None] = lambda: None) -> None:
+    def turn(self, key: str) -> int:
+        """How many turns of `keep_abreast` this rank has begun."""
+        return self._turns[key]
+
+    def keep_abreast(self, key: str, received: Callable[[], int | None] = lambda: None, *, leaves: bool) -> None:
         """Begin a turn together with the other ranks of this host, so that they read the same files at the same time.
 
-        Waits until each of them has begun this turn, or has left by a `turn` of None, which does not wait. Turns count
-        from 0. All ranks of the launch call this, at least once. `received` and what is raised: as in `meet`.
+        Waits until each of them has begun as many turns, or has left; a rank that `leaves` does not wait. All ranks of
+        the launch call this, and each leaves at its end. `received` and what is raised: as in `meet`.
         """
+        turn = self._turns[key]
+        self._turns[key] += 1
         if self.world.layout.world_size == 1:
             return
         host = platform.node()
         self._num_here = self._num_here or self.gather("hosts", host, received).count(host)
         left, begun = (f"turns/{host}/{key}/{which}" for which in ("left", turn))
-        self._store.add(left if turn is None else begun, 1)
-        if turn is not None:
+        self._store.add(left if leaves else begun, 1)
+        if not leaves:
             self._wait(
                 lambda: self._store.add(begun, 0) + self._store.add(left, 0) >= self._num_here,
                 lambda: received() or self.stop_signal,

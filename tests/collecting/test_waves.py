@@ -74,17 +74,26 @@ def test_waves_of_any_size_give_the_same_store(tokens, expected, make, tiny_dir,
     assert waves == expected
 
 
-def test_ranks_of_a_host_share_two_tasks_though_the_first_is_less_than_half(tiny_dir):
-    """With 95 + 105 tokens an even share is 100: the rank that has the first task leaves the second to the other."""
+@pytest.mark.parametrize(
+    ("num_ranks", "tokens", "expected"),
+    [
+        (2, [95, 105], [1, 1]),
+        (2, [100] * 3, [2, 1]),
+        (2, [100] * 4, [2, 2]),
+        (2, [100] * 25, [13, 12]),
+        (8, [100] * 25, [4, 4, 4, 4, 4, 4, 1, 0]),
+    ],
+)
+def test_ranks_share_the_tasks_evenly_in_one_turn(num_ranks, tokens, expected, tiny_dir):
+    executor = executor_of(load_base(ModelSource(str(tiny_dir("llama")), None, "float32"), LAYERS))
+    executor.wave_tokens = 10**6
     store, claimed = HashStore(), []
-    for rank in range(2):
-        team = Team(World(Layout("layers", 2), rank), store)
-        team.keep_abreast = lambda *given: None  # the ranks of this test take turns
-        executor = executor_of(load_base(ModelSource(str(tiny_dir("llama")), None, "float32"), LAYERS))
-        executor.wave_tokens = 10**6
-        claimed.append(executor.claim(team, "tasks", [95, 105], int, int))
+    for rank in range(num_ranks):
+        team = Team(World(Layout("layers", num_ranks), rank), store)
+        team.keep_abreast = team.meet = lambda *given, **more: None  # the ranks of this test claim after one another
+        claimed.append(len(executor.claim(team, "tasks", tokens, int, int)))
         team.close()
-    assert claimed == [[95], [105]]
+    assert claimed == expected
 
 
 def test_hidden_states_wait_in_a_file_where_memory_is_short(make, tiny_dir, plain, tmp_path, monkeypatch):

@@ -134,21 +134,21 @@ def test_signals_that_come_while_a_stopped_command_ends_do_not_change_its_exit_c
 
 def test_ranks_of_a_host_begin_their_turns_together(teams):
     first, second = teams
-    together(teams, lambda team: team.keep_abreast("waves", 0))
+    together(teams, lambda team: team.keep_abreast("waves", leaves=False))
     with ThreadPoolExecutor(1) as ahead:
-        waits = ahead.submit(first.keep_abreast, "waves", 1)
+        waits = ahead.submit(first.keep_abreast, "waves", leaves=False)
         with pytest.raises(TimeoutError):
             waits.result(timeout=0.5)
-        second.keep_abreast("waves", 1)
+        second.keep_abreast("waves", leaves=False)
         waits.result(timeout=5)
-        waits = ahead.submit(first.keep_abreast, "waves", 2)
-        second.keep_abreast("waves", None)  # it has no more, and does not wait
+        waits = ahead.submit(first.keep_abreast, "waves", leaves=False)
+        second.keep_abreast("waves", leaves=True)  # it has no more, and does not wait
         waits.result(timeout=5)
 
 
 def test_a_rank_does_not_wait_for_a_turn_of_a_stopped_one(teams):
     first, second = teams
-    together(teams, lambda team: team.keep_abreast("waves", 0))
+    together(teams, lambda team: team.keep_abreast("waves", leaves=False))
     second.ended_by(interruption(signal.SIGTERM))
     with pytest.raises(RunInterruptedError, match="SIGTERM received"):
-        first.keep_abreast("waves", 1)
+        first.keep_abreast("waves", leaves=False)
