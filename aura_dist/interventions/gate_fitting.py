@@ -103,7 +103,10 @@ def with_gates(
 
 
 def fitting_bytes(sites: Sequence[Site], poolings: Sequence[str], num_texts: int) -> dict[str, int]:
-    """Kind of gate that a store of `poolings` can be asked for → bytes at most of a thread that fits one."""
+    """Kind of gate that a store of `poolings` can be asked for → bytes at most of a thread that fits one.
+
+    `num_texts` are those of all stores that it is fitted from.
+    """
     found = {
         name: max((kind.num_bytes(num_texts, site.width) for site in sites if _can_have(name, site)), default=0)
         for name, kind in _KINDS.items()

@@ -39,7 +39,7 @@ class Report:
     stream_seconds: float
     reading: Reading | None  # of weights, layer by layer
     layer_cache_bytes: int  # of all layers' copies on the disk of each machine
-    gate_bytes: dict[str, int]  # `fit --gate` → of a thread that fits the largest gate from this store
+    gate_bytes: dict[str, int]  # `fit --gate` → of a thread that fits the largest gate from this store alone
     # (sharding, device bytes, host bytes of a machine, largest tokens per batch or None) of every strategy
     fits: tuple[tuple[str, int, int, int | None], ...]
     advice: str  # what to change; empty where the plan fits
@@ -120,7 +120,10 @@ def _memory(report: Report) -> list[str]:
         lines.append(f"  and weights of {show_bytes(memory.mapped)} read from their files through the page cache")
     if memory.disk:
         lines.append(f"  and {show_bytes(memory.disk)} offloaded to the disk")
-    lines += [f"  later `fit --gate {kind}`: {show_bytes(size)} a thread" for kind, size in report.gate_bytes.items()]
+    lines += [
+        f"  later `fit --gate {kind}`: {show_bytes(size)} a thread, and more with --control"
+        for kind, size in report.gate_bytes.items()
+    ]
     return lines
 
 

@@ -102,6 +102,8 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
     report = collection_report(
         found, origin, spread, machine, config.tflops, _rates(config), first_tokens=not config.skip_first_tokens
     )
+    if config.unlabelled:  # no gate is fitted from texts without labels alone
+        report = replace(report, gate_bytes={})
     refused = refusal(report, config.device_memory, config.host_memory)
     if config.store and not refused:
         refused = shortage_of_disk(config.store, report.store, bytes_at(config.store))
