@@ -7,7 +7,7 @@ then reads them into the page cache, because a forward that waits for the disk p
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -131,7 +131,8 @@ class LayerReader:
         """
         layer, lender = self._layers[to], self._layers[index]
         own, weights = _held(layer), _held(lender)
-        fit = type(layer) is type(lender) and _shapes(own) == _shapes(weights)
+        own_shapes, shapes = ({name: tensor.shape for name, tensor in held.items()} for held in (own, weights))
+        fit = type(layer) is type(lender) and own_shapes == shapes
         if not fit or to in self._coming:
             yield self.take(to)
             return
@@ -227,10 +228,6 @@ def _touch(layer: nn.Module) -> None:
 def _held(layer: nn.Module) -> dict[str, Tensor]:
     """A layer's parameters and buffers, also those that no checkpoint has."""
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _set(layer: nn.Module, name: str, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 import aura_dist
 from aura_dist.cli import main
@@ -22,7 +22,7 @@ from aura_dist.models.load import ModelSource, load_base, load_causal
 from aura_dist.models.quantization import LIBRARIES, configuration_of, settled, spellings
 from aura_dist.ranks.world import World
 from aura_dist.store.access import open_group
-from tests.models import DEMO_SENTENCES, LLAMA_LIKE, TINY_CONFIGS, save_tiny
+from tests.models import COMMON, DEMO_SENTENCES, LLAMA_LIKE, TINY_CONFIGS, save_tiny
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries use what Python and torch warn of
 
@@ -43,13 +43,25 @@ def needs(spelled):
     return spelled
 
 
+# in blocks of 32 rows and 64 columns, as bitsandbytes packs 4-bit weights on CPUs with bfloat16 products
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+WIDE_CONFIGS = {
+    "llama": LlamaConfig(**{**LLAMA_LIKE, **WIDE}),
+    "gemma3": Gemma3TextConfig(**{**LLAMA_LIKE, **WIDE}, head_dim=16, sliding_window=32, sliding_window_pattern=2),
+    "bloom": BloomConfig(**COMMON, hidden_size=64, n_layer=3, n_head=4),
+    "gpt2": GPT2Config(**COMMON, n_embd=64, n_layer=3, n_head=4, n_positions=256),
+}
+
+
+def save_wide(name, directory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(TINY_CONFIGS, name, lambda: WIDE_CONFIGS[name])
+        return str(save_tiny(name, directory))
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """Layers of 32 and 64 units: on a CPU with bfloat16 products bitsandbytes packs 4-bit weights in such blocks."""
-    wide = LlamaConfig(**{**LLAMA_LIKE, "hidden_size": 64, "intermediate_size": 128})
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(TINY_CONFIGS, "llama", lambda: wide)
-        return str(save_tiny("llama", tmp_path_factory.mktemp("llama")))
+    return save_wide("llama", tmp_path_factory.mktemp("llama"))
 
 
 def plain(directory, spelled=None, **more):
@@ -129,9 +141,9 @@ def test_hooks_change_quantised_layers_and_leave_no_trace(spelled, llama):
 @torch.no_grad()
 def test_a_part_of_the_model_is_quantised_as_the_whole_is(tmp_path):
     """Of architectures without and with tied embeddings, and one whose linear layers are no `nn.Linear`."""
-    how = needs("bitsandbytes:8bit-rows")  # 4 bits need blocks of 32 rows on some CPUs
+    needs("bitsandbytes:nf4")
     for name in ("bloom", "gpt2", "gemma3"):
-        source = ModelSource(str(save_tiny(name, tmp_path / name)), None, "float32", quantization=how)
+        source = ModelSource(save_wide(name, tmp_path / name), None, "float32", quantization="bitsandbytes:nf4")
         whole, part = load_causal(source, World()), load_base(source, World(), num_layers=2)
         hidden = whole.base_model(input_ids=IDS, output_hidden_states=True).hidden_states[1]
         assert torch.equal(part(input_ids=IDS, output_hidden_states=True).hidden_states[1], hidden)

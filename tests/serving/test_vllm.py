@@ -322,10 +322,6 @@ def test_a_server_that_was_killed_and_started_again(models, tmp_path):
     assert json.loads(out.read_text())["seconds"]["num_generated"] == 600 - before
 
 
-def mean_difference(a, b):
-    return np.mean([abs(x - y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)])
-
-
 def num_lines(directory):
     return sum(path.read_text().count("\n") for path in directory.glob("r.continuations*"))
 
@@ -337,11 +333,6 @@ GEMMA = Path.home() / ".cache" / "aura_dist" / "gemma-3-270m"
 @pytest.mark.skipif(not GEMMA.is_dir(), reason="Gemma 3 270M is not in the cache")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
-    """In bfloat16 vLLM may differ from the float32 model by twice what transformers differs from it.
-
-    The logits of Gemma's 262,144 tokens are rounded to sixteenths and eighths there: without an intervention, vLLM and
-    transformers differ by 0.12 at most and 0.04 on average.
-    """
     model = load_causal(ModelSource(str(GEMMA), None, dtype), World())
     tokenizer = hf.AutoTokenizer.from_pretrained(GEMMA)
     rng = np.random.default_rng(0)
@@ -353,9 +344,6 @@ def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
     with intervene(model, aura, STRENGTH):
         wanted = logprobs(model, rows)
     assert difference(plain, wanted) > 0.5
-    exact_model = load_causal(ModelSource(str(GEMMA), None, "float32"), World())
-    with intervene(exact_model, aura, STRENGTH):
-        exact = logprobs(exact_model, rows)
     command = ["export", "--model", GEMMA, "--intervention", tmp_path / "iv", "--strength", STRENGTH]
     assert main([str(a) for a in (*command, "--dtype", "float32", "--out", tmp_path / "out")]) == 0
     laid = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
@@ -363,7 +351,4 @@ def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
         with serving(served, tmp_path, "--dtype", dtype, "--enforce-eager", **env) as url:
             found, _ = served_logprobs(url, served, rows, stated)
         print(served, dtype, difference(found, wanted))
-        if dtype == "float32":
-            assert difference(found, wanted) <= TOLERANCE[dtype]
-        else:
-            assert mean_difference(found, exact) <= 2 * mean_difference(wanted, exact)
+        assert difference(found, wanted) <= TOLERANCE[dtype]

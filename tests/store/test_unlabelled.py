@@ -90,8 +90,10 @@ def test_they_are_controls_of_a_gate(given, tmp_path):
 
 
 def test_planned(given, capsys):
-    assert main(["plan", *given, "--unlabelled", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["store"]["num_rows"] == len(TEXTS)
+    assert main(["plan", *given, "--unlabelled", "--pooling", "mean", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["store"]["num_rows"] == len(TEXTS)
+    assert not found["gate_bytes"], "gates need texts of both classes"
 
 
 def test_reported(store, tmp_path, capsys):
