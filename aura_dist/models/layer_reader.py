@@ -5,7 +5,10 @@ On a CPU the weights stay in their files, which are memory-mapped, where they ha
 then reads them into the page cache, because a forward that waits for the disk page by page is slow.
 """
 
+import ctypes
+import mmap
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,13 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aura_dist.errors import ModelError, brief
+from aura_dist.models.adapter import MergedWeight
 from aura_dist.models.layer_cache import LayerCache, Places, Tensors
 from aura_dist.ranks.torch_adapter import is_out_of_memory
 from aura_dist.sites.transformers_adapter import initialize_rest, is_optional, load_tensors, loaded_names
 
 # so much of a file is read at once
 _PIECE_BYTES = 4 << 20
-_PAGE_BYTES = 4096
+_MADV_COLD = 20  # of Linux; Python has no name for it
 
 
 class LayerReader:
@@ -72,6 +76,7 @@ class LayerReader:
         self._places = places
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
         self._coming: dict[int, Future[Any]] = {}
+        self._in_files: dict[int, list[Tensor]] = {}  # what the layers that are loaded use where it is
         self._stream: Any = None
         self.waited_seconds = 0.0  # by the forward, for weights
         self.read_seconds, self._num_read = 0.0, 0  # by the thread
@@ -149,6 +154,7 @@ class LayerReader:
         future = self._coming.pop(index, None)
         if future is not None:
             future.result()
+            _let_go(self._in_files.pop(index))
             for name, tensor in self._meta[index].items():
                 _set(self._layers[index], name, tensor)
 
@@ -192,11 +198,23 @@ class LayerReader:
         else:
             event = self._to_device(layer)
         layer.eval().requires_grad_(False)
+        self._in_files[index] = self._used_in_files(layer, copied[0] if copied else tensors)
         self.read_seconds += time.perf_counter() - begun
         self._num_read += 1
         if self._cache is not None:
             self._cache.keep(index, tensors, self._places)
         return event
+
+    def _used_in_files(self, layer: nn.Module, tensors: Tensors) -> list[Tensor]:
+        """Those of the checkpoint's tensors that the layer uses where they are; the pages of others are let go."""
+        addresses = {weight.data_ptr() for weight in layer.parameters()}
+        used, others = [], []
+        for tensor in tensors.values():
+            if not isinstance(tensor, MergedWeight):  # it makes another tensor whenever it is indexed
+                whole = tensor[...]
+                (used if whole.data_ptr() in addresses else others).append(whole)
+        _let_go(others)
+        return used
 
     def _to_device(self, layer: nn.Module) -> Any:
         """Copy a layer to the GPU through page-locked memory, beside the forward."""
@@ -211,9 +229,10 @@ class LayerReader:
 
 
 def _read_ahead(tensors: Tensors, places: Places) -> None:
-    """Bring a layer's bytes into the page cache, in the order in which they are in the files."""
+    """Bring what will be mapped of a layer into the page cache, in the order in which it is in the files."""
     scratch = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
-    for source, stored in sorted(map(places.__getitem__, tensors), key=lambda p: (id(p[0]), p[1].start)):
+    mapped = [places[name] for name, tensor in tensors.items() if not isinstance(tensor, MergedWeight)]
+    for source, stored in sorted(mapped, key=lambda p: (id(p[0]), p[1].start)):
         for start in range(stored.start, stored.stop, _PIECE_BYTES):
             source.read(start, scratch[: min(_PIECE_BYTES, stored.stop - start)])
 
@@ -222,7 +241,24 @@ def _touch(layer: nn.Module) -> None:
     """Map each page of the weights, because pages that nothing maps are the first that the system drops."""
     for weight in layer.parameters():
         if weight.is_contiguous():
-            weight.detach().reshape(-1).view(torch.uint8)[::_PAGE_BYTES].sum()
+            weight.detach().reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+
+
+def _let_go(tensors: Sequence[Tensor]) -> None:
+    """Unmap tensors of a file, and have the system drop their pages first where no other process maps them.
+
+    Without it pages that were mapped outlive those that are read ahead, and in little memory these are read twice.
+    The tensors may be used again. Linux alone has this (`man 2 madvise`).
+    """
+    if sys.platform != "linux":
+        return
+    advise = ctypes.CDLL(None).madvise
+    for tensor in tensors:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            for advice in (_MADV_COLD, mmap.MADV_DONTNEED):
+                advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
 
 def _held(layer: nn.Module) -> dict[str, Tensor]:

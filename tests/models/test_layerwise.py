@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,3 +245,28 @@ def test_limits_of_memory(given, expected):
 def test_wrong_limits_are_refused(given, error):
     with pytest.raises(ConfigError, match=error):
         parse_sharding("layers", given)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process give up pages that it has mapped")
+@pytest.mark.parametrize(("dtype", "while_used"), [("float32", True), ("bfloat16", False)])
+def test_pages_of_a_layer_are_let_go_with_it(dtype, while_used, tmp_path):
+    config = hf.LlamaConfig(**{**LLAMA_LIKE, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8})
+    source = save_random(config, tmp_path)
+    file, size = tmp_path / "model.safetensors", 4 * (3 * 256 * 1024)  # of the layer's MLP
+    reader = executor_of(load_base(ModelSource(source.name, None, dtype), LAYERS)).reader
+    before, weight = mapped_bytes(file), reader.take(0).mlp.down_proj.weight.detach().clone()
+    assert (mapped_bytes(file) - before >= size) == while_used
+    reader.drop(0)
+    assert mapped_bytes(file) - before < size / 4
+    assert torch.equal(reader.take(0).mlp.down_proj.weight, weight)
+
+
+def mapped_bytes(file):
+    """Bytes of a file that this process has mapped."""
+    found, of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            of_file = line.endswith(str(file))
+        elif of_file and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
