@@ -208,7 +208,8 @@ class LayerReader:
     def _used_in_files(self, layer: nn.Module, tensors: Tensors) -> list[Tensor]:
         """Those of the checkpoint's tensors that the layer uses where they are; the pages of others are let go."""
         addresses = {weight.data_ptr() for weight in layer.parameters()}
-        used, others = [], []
+        used: list[Tensor] = []
+        others: list[Tensor] = []
         for tensor in tensors.values():
             if not isinstance(tensor, MergedWeight):  # it makes another tensor whenever it is indexed
                 whole = tensor[...]

@@ -186,15 +186,16 @@ def conversion(config: Any, model: str) -> str:
         loaded = "dtype='bfloat16').dequantize()"
     else:
         return f"save the model once in 16 bits, with the library that quantised it ({method})"
-    return resaving(model, loaded)
+    # transformers would reverse the conversions of loading, and give the weights the names of quantised ones, or fail
+    return resaving(model, f"{loaded}; vars(m).pop('_weight_conversions', None)")
 
 
 def resaving(model: str, loaded: str) -> str:
     """The command that saves a model again; `loaded` ends the call of `from_pretrained`, after the name."""
     return (
-        f'convert it once: python -c "import transformers as t; m = {model!r}; '
-        f"t.AutoModelForCausalLM.from_pretrained(m, {loaded}.save_pretrained('CONVERTED'); "
-        "t.AutoTokenizer.from_pretrained(m).save_pretrained('CONVERTED')\""
+        f'convert it once: python -c "import transformers as t; name = {model!r}; '
+        f"m = t.AutoModelForCausalLM.from_pretrained(name, {loaded}; m.save_pretrained('CONVERTED'); "
+        "t.AutoTokenizer.from_pretrained(name).save_pretrained('CONVERTED')\""
     )
 
 

@@ -1,12 +1,13 @@
-"""Continuations in process: this tree, another one (a git worktree of an earlier commit), and transformers' `generate`.
+"""Continuations: this tree, another one (a git worktree of an earlier commit), transformers' `generate`, and vLLM.
 
     python -m tests.benchmarks.bench_generate --model MODEL_DIR --prompts rtp_prompts.jsonl --before TREE
-        [--num-prompts 100] [--samples 5] [--new-tokens 20] [--dtypes float32 bfloat16] [--rounds 1]
+        [--num-prompts 100] [--samples 5] [--new-tokens 20] [--dtypes float32 bfloat16] [--rounds 1] [--vllm PYTHON]
 
 Every measurement is a process of its own, in turns, and times the continuations alone, at temperature 1 and top-p 0.9.
 A rate is tokens a second, counted as prompts × samples × new tokens. CPU seconds are of all threads. Then it says
 how many continuations of this tree are those of the other, and how far apart the noisy logits of the two choices are
-where they part, by a forward without a cache in the same dtype.
+where they part, by a forward without a cache in the same dtype. `--vllm` names the Python of an environment with vLLM,
+which continues all prompts in one call, on both cores, after a call that warms it up.
 """
 
 import argparse
@@ -65,13 +66,46 @@ def transformers(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
 
 
+def vllm(args: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's own scheduling, in its own process; CPU seconds are not seen from here."""
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    model = LLM(args.model, dtype=args.dtypes[0], max_model_len=512, max_num_seqs=256, gpu_memory_utilization=0.5)
+    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: args.num_prompts]
+    texts = [json.loads(line)["prompt"]["text"] for line in lines]
+    how = SamplingParams(n=args.samples, temperature=1.0, top_p=TOP_P, max_tokens=args.new_tokens, seed=0)
+    model.generate(["Warm up."], SamplingParams(max_tokens=4), use_tqdm=False)
+    start = time.perf_counter()
+    made = model.generate(texts, how, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    assert sum(len(one.outputs) for one in made) == len(texts) * args.samples
+    return {"seconds": seconds, "cpu": float("nan")}
+
+
 def child(tree: Path, what: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     given = ["--model", args.model, "--prompts", args.prompts, "--samples", args.samples, "--dtypes", dtype]
-    command = [sys.executable, __file__, "--child", what, "--num-prompts", args.num_prompts, *given]
+    command = [
+        args.vllm if what == "vllm" else sys.executable,
+        __file__,
+        "--child",
+        what,
+        "--num-prompts",
+        args.num_prompts,
+        *given,
+    ]
     command += ["--new-tokens", args.new_tokens]
     env = {**os.environ, "PYTHONPATH": str(tree)}
-    done = subprocess.run([str(c) for c in command], env=env, cwd=tree, check=True, capture_output=True, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    if what == "vllm":  # it would leave one core to its server, and no plugin is wanted
+        env |= {
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+            "VLLM_PLUGINS": "",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+        }
+    done = subprocess.run([str(c) for c in command], env=env, cwd=tree, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+    return dict(json.loads(found[-1]))
 
 
 def compare(mine: dict[str, list[int]], theirs: dict[str, list[int]], dtype: str, args: argparse.Namespace) -> None:
@@ -114,8 +148,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--gaps", type=int, default=50, help="continuations at most whose parting is looked at")
     parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--vllm", help="the Python of an environment with vLLM")
     parser.add_argument("--child")
     args = parser.parse_args()
+    if args.child == "vllm":
+        print("\n" + json.dumps(vllm(args)))
+        return
     if args.child:
         from aura_dist.ranks.process import keep_freed_memory
 
@@ -127,6 +165,8 @@ def main() -> None:
         del variants["before"]
     if args.without_transformers:
         del variants["transformers"]
+    if args.vllm:
+        variants["vllm"] = (ROOT, "vllm")
     num_tokens = args.num_prompts * args.samples * args.new_tokens
     for dtype in args.dtypes:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
@@ -139,7 +179,7 @@ def main() -> None:
                 )
         for key in ("seconds", "cpu"):
             best = {name: min(run[key] for run in runs) for name, runs in found.items()}
-            others = [f"{best[n] / best['now']:.2f} x {n}" for n in best if n != "now"]
+            others = [f"{best[n] / best['now']:.2f} x {n}" for n in best if n != "now" and best[n] > 0]
             print(f"{dtype}, best {key}: now is {', '.join(others)}")
         if "before" in found:
             compare(found["now"][0]["made"], found["before"][0]["made"], dtype, args)

@@ -174,36 +174,6 @@ def test_quantised_weights_are_refused(tiny_dir, tmp_path):
         load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
 
 
-def save_fp8(directory, target):
-    """A copy of a checkpoint whose layers' matrices are FP8 with a scale each; what they stand for, in float32."""
-    shutil.copytree(directory, target)
-    stands_for = load_file(target / "model.safetensors")
-    stored = dict(stands_for)
-    for name in [name for name, weight in stands_for.items() if ".layers." in name and weight.ndim == 2]:
-        scale = stands_for[name].abs().max() / 448
-        stored[name] = (stands_for[name] / scale).to(torch.float8_e4m3fn)
-        stored[f"{name}_scale_inv"], stands_for[name] = scale.reshape(1, 1), stored[name].float() * scale
-    save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
-    how = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
-    return stands_for
-
-
-def test_a_refused_checkpoint_in_fp8_comes_with_the_command_that_converts_it(tiny_dir, tmp_path, monkeypatch):
-    stands_for = save_fp8(tiny_dir("llama"), tmp_path / "model")
-    with pytest.raises(ModelError, match=r"not quantised with --sharding layers; .* or convert it once: ") as refused:
-        load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
-    monkeypatch.chdir(tmp_path)
-    exec(re.search('python -c "(.*)"', str(refused.value))[1], {})
-    assert (tmp_path / "CONVERTED" / "tokenizer.json").exists()
-    converted = load_file(tmp_path / "CONVERTED" / "model.safetensors")
-    for name, weight in stands_for.items():
-        torch.testing.assert_close(converted[name].float(), weight, rtol=2**-6, atol=1e-6)
-    model = load_base(ModelSource("CONVERTED", None, "bfloat16"), LAYERS)
-    assert all(torch.isfinite(found).all() for found in by_layer(model, batches()))
-
-
 def test_a_layer_that_lacks_a_weight_is_an_error(tiny_dir, tmp_path):
     shutil.copytree(tiny_dir("llama"), tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
