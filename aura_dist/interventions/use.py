@@ -52,7 +52,7 @@ def load_for_use(
     another one or is in its weights already; StoreError if there is no intervention at `intervention_dir`.
     """
     subject = OnDisk(source, options)
-    check_can_load(source.quantization, subject.config, team.world.layout.strategy)
+    check_can_load(source, subject.config, team.world.layout.strategy)
     key = f"fingerprint of {source.name}"
     intervention, found = find_intervention(
         subject, intervention_dir, lambda: team.once_a_host(key, subject.fingerprint)

@@ -66,7 +66,7 @@ class Checkpoint:
                 else:
                     raise ModelError(
                         f"weight file {str(file)!r}: expected safetensors, or torch's format since 1.6, to read it "
-                        "tensor by tensor; " + resaving(self.source.name, "dtype='auto')")
+                        "tensor by tensor; " + resaving(self.source.name, self.source.revision, 'dtype="auto"')
                     )
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise ModelError(f"--model {self.source.name!r} cannot be loaded: {brief(error)}") from error

@@ -76,7 +76,7 @@ class LayerReader:
         self._places = places
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
         self._coming: dict[int, Future[Any]] = {}
-        self._in_files: dict[int, list[Tensor]] = {}  # what the layers that are loaded use where it is
+        self._in_files: dict[int, list[Tensor]] = {}  # tensors of safetensors that a loaded layer uses without a copy
         self._stream: Any = None
         self.waited_seconds = 0.0  # by the forward, for weights
         self.read_seconds, self._num_read = 0.0, 0  # by the thread
@@ -206,12 +206,15 @@ class LayerReader:
         return event
 
     def _used_in_files(self, layer: nn.Module, tensors: Tensors) -> list[Tensor]:
-        """Those of the checkpoint's tensors that the layer uses where they are; the pages of others are let go."""
-        addresses = {weight.data_ptr() for weight in layer.parameters()}
+        """Those of the checkpoint's tensors that the layer uses without a copy; the pages of others are let go.
+
+        Only safetensors: a file in torch's own format is mapped twice, and `MergedWeight` is read, not mapped.
+        """
+        addresses = {held.data_ptr() for held in _held(layer).values()}
         used: list[Tensor] = []
         others: list[Tensor] = []
         for tensor in tensors.values():
-            if not isinstance(tensor, MergedWeight):  # it makes another tensor whenever it is indexed
+            if not isinstance(tensor, MergedWeight | Tensor):
                 whole = tensor[...]
                 (used if whole.data_ptr() in addresses else others).append(whole)
         _let_go(others)
@@ -246,20 +249,24 @@ def _touch(layer: nn.Module) -> None:
 
 
 def _let_go(tensors: Sequence[Tensor]) -> None:
-    """Unmap tensors of a file, and have the system drop their pages first where no other process maps them.
+    """Unmap tensors of files, and have the system drop their pages first, where no other process maps them.
 
-    Without it pages that were mapped outlive those that are read ahead, and in little memory these are read twice.
-    The tensors may be used again. Linux alone has this (`man 2 madvise`).
+    Without it pages that were mapped outlive pages that were read ahead, which in little memory are then read twice.
+    The tensors may be used again. Does nothing but on Linux, whose advice MADV_COLD this is (since 5.4).
     """
     if sys.platform != "linux":
         return
-    advise = ctypes.CDLL(None).madvise
     for tensor in tensors:
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if begin < end:
-            for advice in (_MADV_COLD, mmap.MADV_DONTNEED):
-                advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if size > 0:
+            _advise(begin, size, _MADV_COLD)  # first, because a page that was used lately is kept when it is unmapped
+            _advise(begin, size, mmap.MADV_DONTNEED)
+
+
+def _advise(begin: int, size: int, advice: int) -> int:
+    """The system's `madvise`; 0 if it was taken."""
+    return int(ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice))
 
 
 def _held(layer: nn.Module) -> dict[str, Tensor]:

@@ -4,15 +4,20 @@ A library stores the linear layers' weights in fewer bits as they are read. All 
 `nn.Linear` to everyone who looks, so sites, taps and hooks need to know nothing of it.
 """
 
+import json
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aura_dist.errors import ConfigError, MissingPackageError, ModelError
 from aura_dist.models.strategies.table import STRATEGIES
+
+if TYPE_CHECKING:
+    from aura_dist.models.load import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -177,26 +182,28 @@ def method_of(config: Any) -> str:
     return "" if found is None else str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
 
 
-def conversion(config: Any, model: str) -> str:
+def conversion(config: Any, model: str, revision: str | None) -> str:
     """How to store a quantised checkpoint once in 16 bits, as the end of an error: a command where there is one."""
     method = method_of(config)
     if method in _UNPACKED:
-        loaded = f"dtype='bfloat16', quantization_config=t.{_UNPACKED[method]}(dequantize=True))"
+        loading, then = f'dtype="bfloat16", quantization_config=t.{_UNPACKED[method]}(dequantize=True)', ""
     elif method in LIBRARIES["bitsandbytes"].methods:
-        loaded = "dtype='bfloat16').dequantize()"
+        loading, then = 'dtype="bfloat16"', "m.dequantize(); "
     else:
         return f"save the model once in 16 bits, with the library that quantised it ({method})"
-    # transformers would reverse the conversions of loading, and give the weights the names of quantised ones, or fail
-    return resaving(model, f"{loaded}; vars(m).pop('_weight_conversions', None)")
+    # or saving takes back what loading did: weights get the names of quantised ones, or it fails
+    return resaving(model, revision, loading, f'{then}vars(m).pop("_weight_conversions", None); ')
 
 
-def resaving(model: str, loaded: str) -> str:
-    """The command that saves a model again; `loaded` ends the call of `from_pretrained`, after the name."""
-    return (
-        f'convert it once: python -c "import transformers as t; name = {model!r}; '
-        f"m = t.AutoModelForCausalLM.from_pretrained(name, {loaded}; m.save_pretrained('CONVERTED'); "
-        "t.AutoTokenizer.from_pretrained(name).save_pretrained('CONVERTED')\""
+def resaving(model: str, revision: str | None, loading: str, then: str = "") -> str:
+    """The command that saves a model again: arguments of `from_pretrained`, and statements about the model `m`."""
+    which = json.dumps(model, ensure_ascii=False)
+    which += "" if revision is None else f", revision={json.dumps(revision)}"
+    program = (
+        f"import transformers as t; m = t.AutoModelForCausalLM.from_pretrained({which}, {loading}); {then}"
+        f'm.save_pretrained("CONVERTED"); t.AutoTokenizer.from_pretrained({which}).save_pretrained("CONVERTED")'
     )
+    return f"convert it once: python -c {shlex.quote(program)}"
 
 
 def check_float(quantization: str | None, config: Any, model: str) -> None:
@@ -208,12 +215,13 @@ def check_float(quantization: str | None, config: Any, model: str) -> None:
         )
 
 
-def check_can_load(quantization: str | None, config: Any, strategy: str) -> None:
+def check_can_load(source: "ModelSource", config: Any, strategy: str) -> None:
     """Refuse before weights are read what could not be loaded, and warn of a pitfall.
 
     MissingPackageError if the library is not installed; ConfigError as of `check_held`.
     """
-    check_held(quantization, config, strategy)
+    check_held(source, config, strategy)
+    quantization = source.quantization
     library, what = _library(quantization, config)
     if library is None:
         return
@@ -262,11 +270,12 @@ def by_library(quantization: str | None, config: Any) -> bool:
     return _library(quantization, config)[0] is not None
 
 
-def check_held(quantization: str | None, config: Any, strategy: str) -> None:
+def check_held(source: "ModelSource", config: Any, strategy: str) -> None:
     """ConfigError if a strategy cannot hold the weights; those of other libraries are left to transformers."""
-    library, what = _library(quantization, config)
+    library, what = _library(source.quantization, config)
     if library is not None:
-        _check_strategy(strategy, what, "" if quantization else f", or {conversion(config, config.name_or_path)}")
+        converted = f", or {conversion(config, source.name, source.revision)}"
+        _check_strategy(strategy, what, "" if source.quantization else converted)
 
 
 def _library(quantization: str | None, config: Any) -> tuple[Library | None, str]:

@@ -295,7 +295,7 @@ def make_spec(
     config: CollectConfig, subject: Subject, identity: Identity, fingerprint: Callable[[], str] | None = None
 ) -> StoreSpec:
     """What the store will hold. The weights are hashed last, by `fingerprint` where several ranks share that."""
-    check_can_load(subject.source.quantization, subject.config, sharding_of(config).strategy.name)
+    check_can_load(subject.source, subject.config, sharding_of(config).strategy.name)
     table = subject.sites()
     sites = table.select(config.modules)
     intervention, found = find_intervention(subject, config.intervention, fingerprint or subject.fingerprint)

@@ -80,7 +80,7 @@ def make_plan(config: PlanConfig) -> tuple[Report, str]:
     spread = Spread(sharding.layout(config.world_size), sharding.options)
     source = source_of(config)
     model_config = load_config(source)
-    check_held(source.quantization, model_config, sharding.strategy.name)
+    check_held(source, model_config, sharding.strategy.name)
     num_tokens, shortest, origin = find_rows(config, model_config)
     found = estimate(
         source,

@@ -63,7 +63,7 @@ def fit(config: SequentialConfig) -> Intervention:
         configure_rank(team.world.global_rank, 1)
         subject = OnDisk(source_of(config), sharding.options)
         samples, tokens, identity = load_samples(config, subject)
-        check_can_load(subject.source.quantization, subject.config, sharding.strategy.name)
+        check_can_load(subject.source, subject.config, sharding.strategy.name)
         table = subject.sites()
         sites = changeable(table.select(config.modules), config.modules)
         earlier, found = find_intervention(subject, config.onto, subject.fingerprint, "--onto")

@@ -7,7 +7,7 @@ Every measurement is a process of its own, in turns, and times the continuations
 A rate is tokens a second, counted as prompts × samples × new tokens. CPU seconds are of all threads. Then it says
 how many continuations of this tree are those of the other, and how far apart the noisy logits of the two choices are
 where they part, by a forward without a cache in the same dtype. `--vllm` names the Python of an environment with vLLM,
-which continues all prompts in one call, on both cores, after a call that warms it up.
+which continues all prompts in one call, on all cores, after a call that warms it up.
 """
 
 import argparse
@@ -174,13 +174,13 @@ def main() -> None:
             for name, (tree, what) in variants.items():
                 found[name].append(child(tree, what, dtype, args))
                 wall, cpu = (found[name][-1][key] for key in ("seconds", "cpu"))
-                print(
-                    f"{dtype} {name}: {num_tokens / wall:.1f} tokens/s, {num_tokens / cpu:.1f} a CPU second", flush=True
-                )
+                a_cpu_second = f", {num_tokens / cpu:.1f} a CPU second" if cpu > 0 else ""
+                print(f"{dtype} {name}: {num_tokens / wall:.1f} tokens/s{a_cpu_second}", flush=True)
         for key in ("seconds", "cpu"):
             best = {name: min(run[key] for run in runs) for name, runs in found.items()}
             others = [f"{best[n] / best['now']:.2f} x {n}" for n in best if n != "now" and best[n] > 0]
-            print(f"{dtype}, best {key}: now is {', '.join(others)}")
+            if others:
+                print(f"{dtype}, best {key}: now is {', '.join(others)}")
         if "before" in found:
             compare(found["now"][0]["made"], found["before"][0]["made"], dtype, args)
 

@@ -1,7 +1,7 @@
 """A quantised checkpoint that is refused comes with the command that converts it once, and that command works."""
 
 import json
-import re
+import shlex
 
 import pytest
 import torch
@@ -32,10 +32,10 @@ def overwrite(directory, stored, quantization):
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
-def save_fp8(directory):
-    stands_for, names = written(directory, hf.LlamaConfig(**WIDE))
+def save_fp8(directory, config=None):
+    stands_for, names = written(directory, config or hf.LlamaConfig(**WIDE))
     stored = dict(stands_for)
-    for name in names:
+    for name in [name for name in names if not name.endswith("gate.weight")]:  # a mixture's router
         scale = stands_for[name].abs().max() / 448
         stored[name] = (stands_for[name] / scale).to(torch.float8_e4m3fn)
         stored[f"{name}_scale_inv"], stands_for[name] = scale.reshape(1, 1), stored[name].float() * scale
@@ -79,31 +79,40 @@ def save_mxfp4(directory):
     return stands_for
 
 
-def save_bitsandbytes(directory, **how):
+def save_bitsandbytes(directory, error, **how):
+    """The quantised weights as bitsandbytes reads them, which are within `error` of the largest plain one of each."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantization`)")
-    written(directory, hf.LlamaConfig(**WIDE))
+    plain, _ = written(directory, hf.LlamaConfig(**WIDE))
     given = {"quantization_config": hf.BitsAndBytesConfig(**how), "dtype": "bfloat16"}
     hf.AutoModelForCausalLM.from_pretrained(directory, **given).save_pretrained(directory)
-    return hf.AutoModelForCausalLM.from_pretrained(directory, dtype="bfloat16").dequantize().state_dict()
+    read = hf.AutoModelForCausalLM.from_pretrained(directory, dtype="bfloat16").dequantize().state_dict()
+    assert all((read[name].float() - plain[name]).abs().max() <= error * plain[name].abs().max() for name in plain)
+    return read
 
 
 SAVERS = {
     "fp8": save_fp8,
+    "fp8, a mixture": lambda directory: save_fp8(
+        directory, hf.Qwen3MoeConfig(**WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    ),
     "compressed-tensors": save_compressed_tensors,
     "mxfp4": save_mxfp4,
-    "bitsandbytes:8bit": lambda directory: save_bitsandbytes(directory, load_in_8bit=True),
-    "bitsandbytes:nf4": lambda d: save_bitsandbytes(d, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "bitsandbytes:8bit": lambda directory: save_bitsandbytes(directory, 0.01, load_in_8bit=True),
+    "bitsandbytes:nf4": lambda d: save_bitsandbytes(d, 0.2, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # the command passes how to load it
 @pytest.mark.parametrize("kind", SAVERS)
 def test_the_command_converts_it(kind, tmp_path, monkeypatch):
-    stands_for = SAVERS[kind](tmp_path / "model")
+    model = tmp_path / "it's a $HOME"
+    stands_for = SAVERS[kind](model)
     with pytest.raises(ModelError, match=r"not quantised with --sharding layers; .* or convert it once: ") as refused:
-        load_base(ModelSource(str(tmp_path / "model"), None, "float32"), LAYERS)
+        load_base(ModelSource(str(model), None, "float32"), LAYERS)
     monkeypatch.chdir(tmp_path)
-    exec(re.search('python -c "(.*)"', str(refused.value))[1], {})
+    command = shlex.split(str(refused.value).partition("convert it once: ")[2])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2], {})
     assert (tmp_path / "CONVERTED" / "tokenizer.json").exists()
     converted = load_file(tmp_path / "CONVERTED" / "model.safetensors")
     assert converted.keys() == stands_for.keys()

@@ -1,6 +1,7 @@
 """A model that runs layer by layer gives the bits of an ordinary forward, or is refused by name."""
 
 import json
+import mmap
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from aura_dist.errors import ConfigError, ModelError
 from aura_dist.evaluation.harness import make_harness
 from aura_dist.evaluation.perplexity import negative_log_likelihoods
+from aura_dist.models import layer_reader
 from aura_dist.models.layerwise import executor_of
 from aura_dist.models.load import ModelSource, load_base, load_causal
 from aura_dist.models.strategies.table import parse_sharding
@@ -219,7 +221,9 @@ def test_wrong_limits_are_refused(given, error):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process give up pages that it has mapped")
 @pytest.mark.parametrize(("dtype", "while_used"), [("float32", True), ("bfloat16", False)])
-def test_pages_of_a_layer_are_let_go_with_it(dtype, while_used, tmp_path):
+def test_pages_of_a_layer_are_let_go_with_it(dtype, while_used, tmp_path, monkeypatch):
+    advice, advise = [], layer_reader._advise
+    monkeypatch.setattr(layer_reader, "_advise", lambda *a: advice.append((a[2], advise(*a))))
     config = hf.LlamaConfig(**{**LLAMA_LIKE, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8})
     source = save_random(config, tmp_path)
     file, size = tmp_path / "model.safetensors", 4 * (3 * 256 * 1024)  # of the layer's MLP
@@ -227,6 +231,8 @@ def test_pages_of_a_layer_are_let_go_with_it(dtype, while_used, tmp_path):
     before, weight = mapped_bytes(file), reader.take(0).mlp.down_proj.weight.detach().clone()
     assert (mapped_bytes(file) - before >= size) == while_used
     reader.drop(0)
+    assert advice[::2] == [(layer_reader._MADV_COLD, 0)] * (len(advice) // 2)
+    assert advice[1::2] == [(mmap.MADV_DONTNEED, 0)] * (len(advice) // 2)
     assert mapped_bytes(file) - before < size / 4
     assert torch.equal(reader.take(0).mlp.down_proj.weight, weight)
 

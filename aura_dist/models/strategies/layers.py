@@ -105,9 +105,10 @@ def _check(checkpoint: "Checkpoint", shell: "PreTrainedModel", name: str) -> Non
     from aura_dist.sites.transformers_adapter import tied_parameters
 
     if getattr(shell.config, "quantization_config", None) is not None:
+        source = checkpoint.source
         raise ModelError(
-            f"--model {checkpoint.source.name!r}: expected weights that are not quantised with --sharding layers; use "
-            f"--sharding replicate or dispatch, or {conversion(checkpoint.config, checkpoint.source.name)}"
+            f"--model {source.name!r}: expected weights that are not quantised with --sharding layers; use "
+            f"--sharding replicate or dispatch, or {conversion(checkpoint.config, source.name, source.revision)}"
         )
     tied = [parameter for parameter in tied_parameters(shell) if parameter.startswith(f"{name}.")]
     if tied:
