@@ -3,7 +3,8 @@
 Values come as the bits of float32 numbers and are compared as unsigned integers, so that no floating-point mode
 (flush to zero, fast math) can change a comparison. A column whose keys fit in 16 bits is ordered by counting, any
 other by a radix sort. Nothing runs in parallel here: the GIL is released, and the caller spreads columns over threads
-or processes.
+or processes. It is one module, because numba keeps machine code as long as the module of a function is unchanged, and
+does not look at the modules of those that it calls.
 
 An ordered column is kept as its *runs*: the distinct values, ascending, and the rows that hold each. Two counts a run,
 positives and negatives, are all that a concept needs: one walk over the runs and one merge of the two classes make its
