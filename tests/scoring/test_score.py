@@ -379,7 +379,7 @@ def test_scheduler_that_does_not_answer(store, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def long_store(tmp_path_factory):
     """A store of many sites, so that there is a middle to be killed in."""
-    return make_store(tmp_path_factory.mktemp("long") / "store.zarr", 400, (128,) * 24, CONCEPTS)
+    return make_store(tmp_path_factory.mktemp("long") / "store.zarr", 400, (128,) * 60, CONCEPTS)
 
 
 @pytest.fixture(scope="module")
