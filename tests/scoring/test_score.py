@@ -379,7 +379,7 @@ def test_scheduler_that_does_not_answer(store, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def long_store(tmp_path_factory):
     """A store of many sites, so that there is a middle to be killed in."""
-    return make_store(tmp_path_factory.mktemp("long") / "store.zarr", 400, (128,) * 60, CONCEPTS)
+    return make_store(tmp_path_factory.mktemp("long") / "store.zarr", 400, (128,) * 24, CONCEPTS)
 
 
 @pytest.fixture(scope="module")
@@ -397,8 +397,9 @@ def finished_files(store: Path) -> dict[str, bytes]:
 def started(store: Path, *more: str, start_new_session: bool = False) -> subprocess.Popen:
     command = [sys.executable, "-m", "aura_dist", "score", "--store", str(store), *more]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
+    )  # fmt: skip
 
 
 def wait_for_spans(store: Path, process: subprocess.Popen, count: int) -> None:
