@@ -44,7 +44,7 @@ from aura_dist.planning.shortage import explained, largest
 from aura_dist.planning.work import Machine, store_size, with_tokens
 from aura_dist.ranks.device import device_memory, memory_within_reach, pick_device
 from aura_dist.ranks.launch import start_team
-from aura_dist.ranks.process import configure_rank, free_memory, local_ranks
+from aura_dist.ranks.process import configure_rank, free_memory, local_ranks, return_freed_memory
 from aura_dist.ranks.signals import StopFlag
 from aura_dist.ranks.team import Team
 from aura_dist.ranks.world import World
@@ -179,6 +179,7 @@ def collect_tasks(
     """Have the ranks load the model together, and run this rank's share of `tasks` into the store."""
     # batches of tokens are the store's, because a file holds the tokens of one
     batch_tokens = None if spec.tokens else _batch_tokens(config, subject, tokens, team)
+    return_freed_memory()  # of the tokenizer, before weights come
     begun = time.perf_counter()
     with subject.base(team.world, num_layers=1 + max(s.layer for s in spec.sites)) as model:
         group = open_group(config.store)
