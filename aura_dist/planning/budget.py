@@ -91,8 +91,8 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     tokens = _tokens(work, num_ranks)
     texts = TABLE_BYTES_PER_FILE_BYTE * work.data_bytes
     preparing = runtime + TOKENIZER_BYTES_PER_FILE_BYTE * work.tokenizer_bytes + texts
-    texts += TOKENIZER_LEFT_BYTES_PER_FILE_BYTE * work.tokenizer_bytes
-    used = runtime + queue + exchange + tokens + texts + (0 if machine.gpu else activations)
+    left_of_texts = texts + TOKENIZER_LEFT_BYTES_PER_FILE_BYTE * work.tokenizer_bytes
+    used = runtime + queue + exchange + tokens + left_of_texts + (0 if machine.gpu else activations)
     room = Room(
         machine.gpu,
         _left(machine.device_bytes, CUDA_DEVICE_BYTES + activations),
@@ -102,7 +102,7 @@ def rank_memory(work: Work, spread: Spread, machine: Machine) -> RankMemory:
     held = strategy.held(work.weights, spread, room)
     host = {
         "runtime": runtime,
-        "texts": texts,
+        "texts": left_of_texts,
         "queue": queue,
         "exchange": exchange,
         "tokens": tokens,

@@ -331,21 +331,7 @@ GEMMA = Path.home() / ".cache" / "aura_dist" / "gemma-3-270m"
 
 @pytest.mark.realmodel
 @pytest.mark.skipif(not GEMMA.is_dir(), reason="Gemma 3 270M is not in the cache")
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        "float32",
-        pytest.param(
-            "bfloat16",
-            marks=pytest.mark.xfail(
-                raises=AssertionError,
-                strict=True,
-                reason="plain Gemma in bfloat16: vLLM differs by up to 0.12 from transformers, and transformers in "
-                "bfloat16 by up to 0.27 from transformers in float32",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
     model = load_causal(ModelSource(str(GEMMA), None, dtype), World())
     tokenizer = hf.AutoTokenizer.from_pretrained(GEMMA)
