@@ -1,6 +1,6 @@
 """What configs/front.sh does between the commands: the parts of the data, and the choice of what is reported.
 
-python configs/front.py parts COMMENTS.csv NEUTRAL.csv DIR [--beside RTP.jsonl] [--choosing 60] [--reported 150]
+python configs/front.py parts COMMENTS.csv NEUTRAL.csv DIR [--beside RTP.jsonl] [--choosing 120] [--reported 150]
 python configs/front.py modules GRID.yaml
 python configs/front.py choose sweep/table.csv [--budget 0.5]
 """
@@ -21,7 +21,7 @@ from aura_dist.text.labels import check_texts
 from aura_dist.text.table import read_table
 
 LEAST_NEUTRAL = 40
-CONTROLS = 0.75  # share of the neutral texts
+MEASURED = 100  # of the neutral texts, but a quarter of them at most
 
 
 def parts(args: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def parts(args: argparse.Namespace) -> None:
     write_rest(table, set(drawn), str(args.dir / "fit.csv"))
     openings(drawn[args.reported :], args.words, None, args.dir / "choose.jsonl")
     openings(drawn[: args.reported], args.words, args.beside, args.dir / "report.jsonl")
-    num_controls = int(CONTROLS * len(neutral))
+    num_controls = len(neutral) - min(MEASURED, len(neutral) // 4)
     for name, texts in (("control.csv", neutral[:num_controls]), ("choose.csv", neutral[num_controls:])):
         write(args.dir / name, ["text"], [[text] for text in texts])
 
@@ -94,7 +94,7 @@ def main() -> None:
             own.add_argument(path, type=str if path in ("comments", "neutral") else Path)
         if verb is parts:
             own.add_argument("--beside")
-            own.add_argument("--choosing", type=int, default=60)
+            own.add_argument("--choosing", type=int, default=120)
             own.add_argument("--reported", type=int, default=150)
             own.add_argument("--words", type=int, default=10)
         if verb is choose:

@@ -7,17 +7,17 @@
 #   bash configs/front.sh configs/front-gemma-3-270m.yaml comments.csv neutral.csv texts.csv runs/front prompts.jsonl
 #
 # COMMENTS.csv has the columns text and toxic; NEUTRAL.csv has text, 400 or more passages that an intervention must leave
-# as they are: three quarters become the controls of the gates, the others measure perplexity while choosing. TEXTS.csv,
-# other such passages, and PROMPTS.jsonl, RealToxicityPrompts' records, are used once, for the report. Finished steps are
+# as they are: 100 of them, or a quarter of fewer, measure perplexity while choosing, the others become the controls of the
+# gates. TEXTS.csv, other such passages, and PROMPTS.jsonl, RealToxicityPrompts' records, are used once, for the report. Finished steps are
 # skipped, so that the same command continues after an interruption. RUN_DIR/front.md has the table, RUN_DIR/report.html
-# the picture. From the environment: MODEL (instead of the grid's), BUDGET (0.5), SAMPLES (5 continuations a prompt),
-# JUDGES ("profanity-check tox-block": the first one chooses).
+# the picture. The grid's `model` and `dtype` count in every step. From the environment: MODEL (instead of the grid's),
+# BUDGET (0.5), SAMPLES (5 continuations a prompt), JUDGES ("profanity-check tox-block": the first one chooses).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 grid=$(realpath "$1") comments=$(realpath "$2") neutral=$(realpath "$3") texts=$(realpath "$4") run=$5
 prompts=${6:+$(realpath "$6")}
 read -ra judges <<<"${JUDGES:-profanity-check tox-block}"
-model=${MODEL:-$(sed -n 's/^model: *//p' "$grid")}
+model=${MODEL:-$(sed -n 's/^model: *//p' "$grid")} dtype=$(sed -n 's/^dtype: *//p' "$grid")
 mkdir -p "$run"
 cd "$run"
 
@@ -26,8 +26,8 @@ if [[ ! -f parts/done ]]; then
     touch parts/done
 fi
 mapfile -t modules < <(python "$here/front.py" modules "$grid")
-aura-dist collect --model "$model" --data parts/control.csv --unlabelled --modules "${modules[@]}" --pooling mean \
-    --store control.zarr
+aura-dist collect --model "$model" ${dtype:+--dtype "$dtype"} --data parts/control.csv --unlabelled \
+    --modules "${modules[@]}" --pooling mean --store control.zarr
 { echo "model: $model"; echo "out: sweep"; grep -v '^model:' "$grid"; } >sweep.yaml
 aura-dist sweep --config sweep.yaml
 
@@ -35,9 +35,9 @@ mkdir -p results
 python "$here/front.py" choose sweep/table.csv --budget "${BUDGET:-0.5}" >chosen.tsv
 measure() { # NAME [flags]
     [[ -f results/$1.json ]] && return
-    aura-dist evaluate --model "$model" --toxicity-prompts parts/report.jsonl --num-samples "${SAMPLES:-5}" \
-        --scorer "${judges[0]}" ${judges[1]:+--more-scorers "${judges[@]:1}"} --perplexity-texts "$texts" "${@:2}" \
-        --out "results/$1.json"
+    aura-dist evaluate --model "$model" ${dtype:+--dtype "$dtype"} --toxicity-prompts parts/report.jsonl \
+        --num-samples "${SAMPLES:-5}" --scorer "${judges[0]}" ${judges[1]:+--more-scorers "${judges[@]:1}"} \
+        --perplexity-texts "$texts" "${@:2}" --out "results/$1.json"
 }
 measure none
 found=(results/none.json)

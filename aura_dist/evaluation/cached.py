@@ -1,10 +1,15 @@
-"""Rows of a cache of keys and values: join them with other rows, widen them on the left, drop columns.
+"""Rows of a cache of keys and values: join them with other rows, widen them on the left, drop columns, append in place.
 
 All rows of a cache have the same number of columns. A row's tokens are in its last columns; what is before them is
 padding, which the attention mask leaves out.
 """
 
+import math
+from functools import partial
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicLayer
 
@@ -14,6 +19,41 @@ from aura_dist.sites.transformers_adapter import SELECTABLE_LAYERS
 def only_attention(cache: object) -> bool:
     """Whether a cache holds keys and values alone: its rows can be chosen, and a text can be read piece by piece."""
     return isinstance(cache, Cache) and all(type(layer) in SELECTABLE_LAYERS for layer in cache.layers)
+
+
+def append_in_place(cache: Cache, room: int) -> None:
+    """Let each step write its column beside the others: what is held moves once in `room` columns, not at every one."""
+    for layer in _layers(cache):
+        layer.update = partial(_update, layer, room)
+
+
+def _update(
+    layer: DynamicLayer, room: int, keys: Tensor, values: Tensor, *args: Any, **more: Any
+) -> tuple[Tensor, Tensor]:
+    """What `layer.update` does; a sliding window that is full drops a column at each step, so it stays as it is."""
+    number = layer.get_seq_length() + keys.shape[-2]
+    if layer.is_sliding and number >= layer.sliding_window:
+        both: tuple[Tensor, Tensor] = type(layer).update(layer, keys, values, *args, **more)
+        return both
+    if layer.is_sliding:
+        layer.cumulative_length = number
+    layer.keys, layer.values = _append(layer.keys, keys, room), _append(layer.values, values, room)
+    return layer.keys, layer.values
+
+
+def _append(held: Tensor, new: Tensor, room: int) -> Tensor:
+    """`held` and `new` [rows, heads, columns, width] as one, in the memory of `held` where that goes on behind it."""
+    rows, heads, first, width = held.shape
+    last, columns = first + new.shape[-2], held.stride(1) // width
+    whole, strides = (rows, heads, columns, width), (heads * columns * width, columns * width, width, 1)
+    num_bytes = held.untyped_storage().nbytes() - held.storage_offset() * held.itemsize
+    if held.stride() == strides and num_bytes == math.prod(whole) * held.itemsize and last <= columns:
+        all_columns = held.as_strided(whole, strides)
+    else:
+        all_columns = held.new_empty((rows, heads, last + room, width))
+        all_columns[:, :, :first] = held
+    all_columns[:, :, first:last] = new
+    return all_columns[:, :, :last]
 
 
 def join(cache: Cache, other: Cache) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from aura_dist.evaluation.cached import drop_columns, join, only_attention
+from aura_dist.evaluation.cached import append_in_place, drop_columns, join, only_attention
 from aura_dist.evaluation.products import exact_products
 from aura_dist.evaluation.sampling import Decoding, choose
 from aura_dist.models.load import input_device
@@ -213,6 +213,7 @@ class Decoder:
             logits_PV, cache = self._forward(prompts_PT, start_P, prompts_PT.shape[1], None)
             if cache is not None and only_attention(cache):
                 cache.batch_select_indices(of_B)
+                append_in_place(cache, self.how.max_new_tokens)
                 return logits_PV[of_B], cache
             self._selects = False
         rows_BT = prompts_PT[of_B]

@@ -27,11 +27,11 @@ def run_commands(commands: Sequence[str]) -> int:
         print(f"rank {rank} writes {Path(directory).name}", flush=True)
         save(self, directory)
 
-    def failing(self: Any, gradients: Any, rate: float) -> None:
+    def failing(self: Any, at: Any, rate: float) -> None:
         taken.append(rate)
         if rank == "1" and len(taken) == FAILS_IN_STEP:
             raise ModelError("no more steps here")
-        descend(self, gradients, rate)
+        descend(self, at, rate)
 
     Intervention.save = announced
     for command in commands[:-1]:

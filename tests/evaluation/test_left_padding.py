@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from aura_dist.evaluation.cached import drop_columns, join
+from aura_dist.evaluation.cached import append_in_place, drop_columns, join
 from aura_dist.evaluation.decoding import LEFT_PADDED, Decoder, Rows, takes_padding
 from aura_dist.evaluation.prompts import TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding, prompt_keys, sample_key
@@ -123,6 +123,42 @@ def test_rows_of_a_cache_join_at_their_last_column():
     for layer in caches[0].layers:
         assert (layer.get_seq_length(), layer.keys.shape[-2]) == (20, 20)
         assert torch.equal(layer.keys[:2], keys[0][:, :, -20:])
+
+
+def test_columns_are_appended_in_place_and_as_without():
+    config = tiny_causal("gemma3").config
+    plain, placed = (DynamicCache(config=config) for _ in range(2))
+    draw = torch.Generator().manual_seed(1)
+    moved = set()
+
+    def step(columns):
+        states = torch.randn((len(rows), 2, columns, 12), generator=draw)
+        for layer in range(3):
+            ours, theirs = (cache.update(states, -states, layer) for cache in (placed, plain))
+            assert torch.equal(ours[0], theirs[0]), "keys"
+            assert torch.equal(ours[1], theirs[1]), "values"
+            assert torch.equal(placed.layers[layer].keys, plain.layers[layer].keys), "what stays"
+        assert placed.get_seq_length() == plain.get_seq_length()
+        moved.add(placed.layers[-1].keys.data_ptr())
+
+    rows = [0, 1, 2]
+    step(5)
+    append_in_place(placed, 8)
+    moved.clear()
+    for _ in range(9):
+        step(1)
+    assert len(moved) == 1, "the last layer attends to all, and moved once"
+    rows = [2, 0]
+    for cache in (placed, plain):
+        cache.batch_select_indices(torch.tensor(rows))
+        drop_columns(cache, 3)
+        other = DynamicCache(config=config)
+        for layer in range(3):
+            other.update(torch.ones(1, 2, 30, 12), torch.zeros(1, 2, 30, 12), layer)
+        join(cache, other)
+    rows = [2, 0, 3]
+    for _ in range(12):  # past the sliding window
+        step(1)
 
 
 def test_prompts_share_a_batch_where_padding_costs_little():

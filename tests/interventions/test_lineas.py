@@ -111,21 +111,36 @@ def test_maps_by_plain_hooks_give_the_same_logits_and_a_smaller_loss(fitted, sto
 def test_logged_loss_is_that_of_the_formula(store, sentences_csv, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lineas, "_LOG_EVERY", 1)
     assert fit(store, tmp_path / "out", steps=1) == 0
-    said = float(re.search(r"lineas: loss (\S+) after 1 of 1 steps", capsys.readouterr().err)[1])
-    widths = {name: len(Intervention.load(tmp_path / "out").map_of(name)[0]) for name in SITES}
-    nothing = {name: (np.ones(w, np.float32), np.zeros(w, np.float32)) for name, w in widths.items()}
-    assert said == pytest.approx(loss(store, sentences_csv, nothing), rel=1e-4)
+    said = re.findall(r"lineas: loss (\S+) after (\d) of 1 steps", capsys.readouterr().err)
+    made = Intervention.load(tmp_path / "out")
+    maps = {name: made.map_of(name) for name in SITES}
+    nothing = {name: (np.ones_like(w), np.zeros_like(w)) for name, (w, _) in maps.items()}
+    assert [int(step) for _, step in said] == [0, 1]
+    for (value, _), of in zip(said, (nothing, maps), strict=True):
+        assert float(value) == pytest.approx(loss(store, sentences_csv, of), rel=1e-4)
+
+
+def test_a_step_that_raises_the_loss_is_taken_back(store, sentences_csv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lineas, "_LOG_EVERY", 1)
+    assert fit(store, tmp_path / "out", steps=40, rate=1e6) == 0
+    said = capsys.readouterr().err
+    losses = [float(value) for value in re.findall(r"lineas: loss (\S+) after", said)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(set(losses)) + int(re.search(r"(\d+) of 40 steps raised the loss", said)[1]) == 41
+    made = Intervention.load(tmp_path / "out")
+    assert losses[-1] == pytest.approx(loss(store, sentences_csv, {n: made.map_of(n) for n in SITES}), rel=1e-4)
 
 
 def test_resumed_equals_uninterrupted(store, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(lineas, "_SAVE_EVERY", 3)
     descend, taken = lineas._Learner._descend, []
 
-    def broken(self, gradients, rate):
+    def broken(self, at, rate):
         taken.append(rate)
         if len(taken) == 9:
             raise MemoryError
-        descend(self, gradients, rate)
+        descend(self, at, rate)
 
     with monkeypatch.context() as patch:
         patch.setattr(lineas._Learner, "_descend", broken)
@@ -189,15 +204,17 @@ def test_folds(fitted, tiny_dir, tmp_path):
         torch.testing.assert_close(folded(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
 
 
-def test_bad_input_is_one_line(store, tmp_path, refused):
+def test_bad_input_is_one_line(store, tmp_path, refused, monkeypatch):
     known = ["fit", "--store", str(store), "--concept", "toxic", "--out", str(tmp_path / "out")]
     refused([*known, "--method", "lineas", "--texts-per-class", "13"], "--texts-per-class: expected at most 12, the n")
     refused([*known, "--method", "aura", "--steps", "5"], "--steps: expected it with --method lineas alone")
     refused([*known, "--method", "lineas", "--top-k", "5"], "--top-k: expected it with --method")
-    many = ["--texts-per-class", "5", "--steps", "30", "--learning-rate", "1e6"]
-    refused([*known, "--method", "lineas", *many], "expected a finite loss, got .* give a smaller --learning-rate")
     (tmp_path / "out.training").write_text(json.dumps({}))
-    refused([*known, "--method", "lineas", *many[:2]], "cannot be read .*; remove it to train from the beginning")
+    few = ["--texts-per-class", "5"]
+    refused([*known, "--method", "lineas", *few], "cannot be read .*; remove it to train from the beginning")
+    (tmp_path / "out.training").unlink()
+    monkeypatch.setattr(lineas, "_root_mean_square", lambda z_ND: float("nan"))
+    refused([*known, "--method", "lineas", *few], "expected a finite loss of the model as it is, got nan")
 
 
 def test_experts_learn_too(tiny_dir, sentences_csv, tmp_path, monkeypatch, capsys):
@@ -219,7 +236,7 @@ def test_experts_learn_too(tiny_dir, sentences_csv, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert fit(store, tmp_path / "map", steps=4, rate=0.01) == 0
     losses = [float(found) for found in re.findall(r"lineas: loss (\S+) after", capsys.readouterr().err)]
-    assert len(losses) == 4
+    assert len(losses) == 5
     assert losses == sorted(losses, reverse=True)
-    assert losses[3] < losses[0]
+    assert losses[4] < losses[0]
     assert set(Intervention.load(tmp_path / "map").sites) == {f"model.layers.{i}.mlp.experts" for i in range(3)}

@@ -14,8 +14,10 @@ from tests.distributed.learned import BATCH_TOKENS, SAVE_EVERY, run_commands
 
 STEPS = 10
 MODULES = {"gpt2": ["transformer.h.0.mlp.c_fc", "transformer.h.1.ln_2"], "gemma3": ["norm"]}
-# an odd number of texts, in several batches; one text, which is fewer than ranks
-CASES = {"odd": ("gpt2", 11), "other": ("gemma3", 10), "single": ("gpt2", 1), "resumed": ("gpt2", 11)}
+# an odd number of texts, in several batches; one text, which is fewer than ranks; steps that are taken back
+CASES = {
+    "odd": ("gpt2", 11), "other": ("gemma3", 10), "single": ("gpt2", 1), "resumed": ("gpt2", 11), "steep": ("gpt2", 11),
+}  # fmt: skip
 SPLIT = ["--sharding", "fsdp"]
 
 
@@ -37,7 +39,8 @@ def fit(store, out, method="lineas", *more):
 
 def lineas_of(stores, case, out):
     model, texts = CASES[case]
-    few = ["--steps", STEPS, "--texts-per-class", texts, "--learning-rate", 0.05, "--sparsity", 0.001]
+    rate = 30 if case == "steep" else 0.05
+    few = ["--steps", STEPS, "--texts-per-class", texts, "--learning-rate", rate, "--sparsity", 0.001]
     return fit(stores[model], out, "lineas", *few)
 
 
@@ -45,11 +48,11 @@ def interrupt(command, monkeypatch):
     """Run it in this process until its eighth step."""
     descend, taken = lineas._Learner._descend, []
 
-    def broken(self, gradients, rate):
+    def broken(self, at, rate):
         taken.append(rate)
         if len(taken) == 8:
             raise MemoryError
-        descend(self, gradients, rate)
+        descend(self, at, rate)
 
     with monkeypatch.context() as patch:
         patch.setattr(lineas, "_SAVE_EVERY", SAVE_EVERY)
@@ -66,7 +69,7 @@ def test_texts_over_two_ranks_make_the_maps_of_one_process(stores, tmp_path, mon
     interrupt(lineas_of(stores, "resumed", ranks / "resumed"), monkeypatch)
     kept = load_file(ranks / "resumed.training")
     assert int(kept["step"]) == 6
-    split = {"single", "resumed"}
+    split = {"single", "resumed", "steep"}
     commands = [[*lineas_of(stores, c, ranks / c), *(SPLIT if c in split else ())] for c in CASES]
     commands.append([*lineas_of(stores, "other", ranks / "recomputed"), *SPLIT, "--recompute"])
     commands.append(fit(stores["gpt2"], ranks / "aura", "aura"))
