@@ -8,8 +8,9 @@
 #
 # COMMENTS.csv has the columns text and toxic; NEUTRAL.csv has text, 400 or more passages that an intervention must leave
 # as they are: 100 of them, or a quarter of fewer, measure perplexity while choosing, the others become the controls of the
-# gates. TEXTS.csv, other such passages, and PROMPTS.jsonl, RealToxicityPrompts' records, are used once, for the report. Finished steps are
-# skipped, so that the same command continues after an interruption. RUN_DIR/front.md has the table, RUN_DIR/report.html
+# gates. TEXTS.csv, other such passages, and PROMPTS.jsonl, RealToxicityPrompts' records, are used once, for the report,
+# which has the side effects of the best cell too. Finished steps are skipped, so that the same command continues after an
+# interruption; another budget, dtype or data needs another RUN_DIR. RUN_DIR/front.md has the table, RUN_DIR/report.html
 # the picture. The grid's `model` and `dtype` count in every step. From the environment: MODEL (instead of the grid's),
 # BUDGET (0.5), SAMPLES (5 continuations a prompt), JUDGES ("profanity-check tox-block": the first one chooses).
 set -euo pipefail
@@ -41,8 +42,10 @@ measure() { # NAME [flags]
 }
 measure none
 found=(results/none.json)
+effects=--side-effects # of the first, which is the best of all: they take as long as the rest
 while IFS=$'\t' read -r name intervention strength; do
-    measure "$name" --intervention "$intervention" --strength "$strength" --baseline results/none.json --side-effects
+    measure "$name" --intervention "$intervention" --strength "$strength" --baseline results/none.json $effects
+    effects=
     found+=("results/$name.json")
 done <chosen.tsv
 python -m aura_dist.evaluation.compare "${found[@]}" | tee front.md

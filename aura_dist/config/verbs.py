@@ -179,7 +179,7 @@ class FitOptions(Settings):
     kd: float = option("intervention", "pid-act: gain of the change since the layer before it", 0.1)
     texts_per_class: PositiveInt = option("training", "lineas: texts with the concept, and as many without it", 32)
     steps: Count = option("training", "lineas: steps of gradient descent", 1000)
-    learning_rate: Positive = option("training", "lineas: learning rate of the first step; it falls to 0", 0.1)
+    learning_rate: Positive = option("training", "lineas: largest learning rate; it falls to 0", 0.1)
     sparsity: NotNegative = option("training", "lineas: weight of the sum of |ω − 1| and |b|", 0.0)
     group_sparsity: NotNegative = option("training", "lineas: weight of the group lasso; a group is a site", 0.0)
     fit_seed: Seed = option("training", "lineas: seed of the choice of texts", 0)

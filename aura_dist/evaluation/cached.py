@@ -5,8 +5,10 @@ padding, which the attention mask leaves out.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -22,27 +24,32 @@ def only_attention(cache: object) -> bool:
 
 
 def append_in_place(cache: Cache, room: int) -> None:
-    """Let each step write its column beside the others: what is held moves once in `room` columns, not at every one."""
+    """Let steps write their columns beside the others; all move every `room` steps, and after rows change."""
     for layer in _layers(cache):
-        layer.update = partial(_update, layer, room)
+        layer.update = partial(_update, ref(layer), room)  # weak, because the layer holds it
 
 
 def _update(
-    layer: DynamicLayer, room: int, keys: Tensor, values: Tensor, *args: Any, **more: Any
+    of: Callable[[], Any], room: int, keys: Tensor, values: Tensor, *args: Any, **more: Any
 ) -> tuple[Tensor, Tensor]:
     """What `layer.update` does; a sliding window that is full drops a column at each step, so it stays as it is."""
+    layer = of()
     number = layer.get_seq_length() + keys.shape[-2]
-    if layer.is_sliding and number >= layer.sliding_window:
-        both: tuple[Tensor, Tensor] = type(layer).update(layer, keys, values, *args, **more)
-        return both
     if layer.is_sliding:
+        room = min(room, layer.sliding_window - 1 - number)
+        if room < 0:
+            both: tuple[Tensor, Tensor] = type(layer).update(layer, keys, values, *args, **more)
+            return both
         layer.cumulative_length = number
     layer.keys, layer.values = _append(layer.keys, keys, room), _append(layer.values, values, room)
     return layer.keys, layer.values
 
 
 def _append(held: Tensor, new: Tensor, room: int) -> Tensor:
-    """`held` and `new` [rows, heads, columns, width] as one, in the memory of `held` where that goes on behind it."""
+    """`held` and `new` [rows, heads, columns, width] as one, in the memory of `held` if that has free columns after it.
+
+    Otherwise in memory with free columns for `room` more.
+    """
     rows, heads, first, width = held.shape
     last, columns = first + new.shape[-2], held.stride(1) // width
     whole, strides = (rows, heads, columns, width), (heads * columns * width, columns * width, width, 1)

@@ -32,6 +32,8 @@ LEFT_PADDED = frozenset(
 )  # fmt: skip
 # rows leave the batch, and new ones come, when so large a share of it is free
 _FREE_SHARE = 0.25
+# columns that a cache has free after it was moved: rows that end early leave few of them unused
+_ROOM = 32
 
 
 def takes_padding(model: PreTrainedModel) -> bool:
@@ -213,7 +215,7 @@ class Decoder:
             logits_PV, cache = self._forward(prompts_PT, start_P, prompts_PT.shape[1], None)
             if cache is not None and only_attention(cache):
                 cache.batch_select_indices(of_B)
-                append_in_place(cache, self.how.max_new_tokens)
+                append_in_place(cache, min(_ROOM, self.how.max_new_tokens))
                 return logits_PV[of_B], cache
             self._selects = False
         rows_BT = prompts_PT[of_B]

@@ -55,8 +55,10 @@ _BATCH_TOKENS = 1024
 # the state is saved, and the loss is logged, so often
 _SAVE_EVERY = 25
 _LOG_EVERY = 100
-# what the learning rate grows by after a step that lowers the loss, up to the one that was asked for
+# what the learning rate grows by after a step that does not raise the loss, up to the one that was asked for
 _FASTER = 1.2
+# down to which share of it the learning rate falls: below it the loss would change by its rounding alone
+_LEAST_SHARE = 2.0**-24
 # of the file that a training under way is kept in
 _STATE_VERSION = 2
 
@@ -64,7 +66,7 @@ _STATE_VERSION = 2
 def train(training: Training) -> tuple[Scales, Shifts]:
     """Site → [D] float32 ω, and site → [D] float32 b. InputError if a class has too few texts.
 
-    ModelError if the loss becomes infinite or NaN.
+    ModelError if the loss of the model as it is, or a gradient, is infinite or NaN.
     """
     learner = _Learner(training)
     for step, loss in learner.steps():
@@ -101,19 +103,22 @@ class _Learner:
                 self._descend(at, self._options["learning_rate"] * annealed * at.share)
             loss = self._loss()
             value = self._value(loss)
-            if value < at.value:
-                gradients = [] if step == total else summed(self._team.world, self._gradients(loss, self._parameters))
-                at.move(self._parameters, gradients, value)
+            if math.isfinite(value) and value <= at.value:
+                at.move(self._parameters, value)
+                if step < total:
+                    at.lead(summed(self._team.world, self._gradients(loss, self._parameters)))
             elif not step:
                 raise ModelError(f"lineas: expected a finite loss of the model as it is, got {value}; see its weights")
             else:
                 at.stay(self._parameters)
             del loss  # its graph holds what each layer returned
+            self._forwards.ends = []
             if step and step % _SAVE_EVERY == 0:
                 self._state.save(step, at.tensors)
             yield step, at.value
-        if at.num_halved:
-            logger.info("lineas: %d of %d steps raised the loss and were taken back", at.num_halved, total)
+        if at.num_taken_back:
+            level = logging.WARNING if at.num_taken_back == total else logging.INFO
+            logger.log(level, "lineas: %d of %d steps raised the loss and were taken back", at.num_taken_back, total)
 
     def _begin(self, at: "_Point") -> int:
         """Fill `at` on all ranks from rank 0's state; returns the next step."""
@@ -188,21 +193,32 @@ class _Point:
 
     value = property(lambda self: float(self.numbers[0]))
     share = property(lambda self: float(self.numbers[1]))
-    num_halved = property(lambda self: int(self.numbers[2]))
+    num_taken_back = property(lambda self: int(self.numbers[2]))
 
     @torch.no_grad()
-    def move(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], value: float) -> None:
-        for kept, new in zip([*self.parameters, *self.gradients], [*parameters, *gradients], strict=False):
+    def move(self, parameters: Sequence[Tensor], value: float) -> None:
+        """Keep `parameters`, whose loss is `value`; the next step is longer."""
+        for kept, new in zip(self.parameters, parameters, strict=True):
             kept.copy_(new)
         self.numbers[0] = value
         self.numbers[1] = min(1.0, _FASTER * self.share)
+
+    def lead(self, gradients: Sequence[Tensor]) -> None:
+        """Keep the gradients, alike on all ranks; ModelError if they are not finite."""
+        for kept, new in zip(self.gradients, gradients, strict=True):
+            if not bool(new.isfinite().all()):
+                raise ModelError(
+                    f"lineas: expected finite gradients, got NaN or infinity at a loss of {self.value:g}; collect in "
+                    "another --dtype, or leave out modules"
+                )
+            kept.copy_(new)
 
     @torch.no_grad()
     def stay(self, parameters: Sequence[Tensor]) -> None:
         """Put `parameters` back; the next step is half as long."""
         for parameter, kept in zip(parameters, self.parameters, strict=True):
             parameter.copy_(kept)
-        self.numbers[1] /= 2
+        self.numbers[1] = max(_LEAST_SHARE, self.share / 2)
         self.numbers[2] += 1
 
 
@@ -337,13 +353,13 @@ def _key(training: Training) -> str:
 
 @dataclass(frozen=True)
 class _State:
-    """Parameters of a training under way, in a file; nothing where there is none."""
+    """The point of a training under way, in a file; nothing where there is none."""
 
     path: Path | None
     key: str
 
     def load(self, parameters: Sequence[Tensor]) -> int:
-        """Fill `parameters`; returns how many steps they have taken, 0 where nothing of the same settings is kept."""
+        """Fill `parameters`, the tensors of a point; returns how many steps led there, 0 where no such file is kept."""
         if self.path is None or not self.path.is_file():
             return 0
         try:

@@ -1,5 +1,7 @@
 """Prompts of different lengths in one batch, and rows that come and go, against each prompt alone."""
 
+from weakref import ref
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -159,6 +161,17 @@ def test_columns_are_appended_in_place_and_as_without():
     rows = [2, 0, 3]
     for _ in range(12):  # past the sliding window
         step(1)
+
+
+def test_memory_of_a_cache_is_free_as_soon_as_it_is_left():
+    cache = DynamicCache(config=tiny_causal("gemma3").config)
+    for layer in range(3):
+        cache.update(torch.ones(1, 2, 5, 12), torch.ones(1, 2, 5, 12), layer)
+    append_in_place(cache, 8)
+    cache.update(torch.ones(1, 2, 1, 12), torch.ones(1, 2, 1, 12), 2)
+    layer = ref(cache.layers[2])
+    del cache
+    assert layer() is None
 
 
 def test_prompts_share_a_batch_where_padding_costs_little():

@@ -213,6 +213,9 @@ def test_bad_input_is_one_line(store, tmp_path, refused, monkeypatch):
     few = ["--texts-per-class", "5"]
     refused([*known, "--method", "lineas", *few], "cannot be read .*; remove it to train from the beginning")
     (tmp_path / "out.training").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(lineas, "summed", lambda world, tensors: [tensor / 0 for tensor in tensors])
+        refused([*known, "--method", "lineas", *few], "expected finite gradients, got NaN or infinity at a loss of")
     monkeypatch.setattr(lineas, "_root_mean_square", lambda z_ND: float("nan"))
     refused([*known, "--method", "lineas", *few], "expected a finite loss of the model as it is, got nan")
 

@@ -119,7 +119,7 @@ def test_no_text_of_a_front_is_in_two_parts(collected, neutral, tmp_path):
     assert {*control, *chosen} == set(texts_of(neutral))
     few = front("parts", collected / "comments.csv", neutral, tmp_path / "x", "--reported", 100)
     assert few.stderr.startswith("error: ")
-    assert "expected 160 toxic comments of 10 words or more" in few.stderr
+    assert "expected 220 toxic comments of 10 words or more" in few.stderr
 
 
 def test_chosen_is_the_least_toxic_cell_that_costs_little(tmp_path):
