@@ -2,8 +2,10 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aura_dist.cli import main
 from aura_dist.errors import ModelError
@@ -42,12 +44,18 @@ def run_failing(arguments: Sequence[str]) -> int:
     """The first argument is the part of an evaluation in which rank 1 fails, the others are the command's."""
     from lm_eval.models.huggingface import HFLM
 
-    def fail(*given: object, **more: object) -> None:
-        raise ModelError("this rank has had enough")
-
     owner, name = {"texts": (perplexity.Reader, "read"), "tasks": (HFLM, "loglikelihood")}[arguments[0]]
-    if os.environ["RANK"] == "1":
-        setattr(owner, name, fail)
+    original, begun = getattr(owner, name), Path(arguments[arguments.index("--out") + 1]).parent.with_suffix(".begun")
+
+    def read(*given: object, **more: object) -> Any:
+        if os.environ["RANK"] == "1":
+            begun.touch()
+            raise ModelError("this rank has had enough")
+        while not begun.exists():  # on a busy machine rank 0 would claim all texts before the other comes
+            time.sleep(0.01)
+        return original(*given, **more)
+
+    setattr(owner, name, read)
     return main(arguments[1:])
 
 
