@@ -3,25 +3,29 @@
 python configs/front.py parts COMMENTS.csv NEUTRAL.csv DIR [--beside RTP.jsonl] [--choosing 120] [--reported 150]
 python configs/front.py modules GRID.yaml
 python configs/front.py choose sweep/table.csv [--budget 0.5]
+python configs/front.py table RUN_DIR [RUN_DIR …] [--rows none aura mean-act-gated …]
 """
 
 import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from held_out_openings import held_out, openings, write_rest
 
 from aura_dist.errors import AuraError, InputError
+from aura_dist.evaluation.compare import MISSING, against_plain, interval
 from aura_dist.evaluation.results import read_results
 from aura_dist.text.labels import check_texts
 from aura_dist.text.table import read_table
 
 LEAST_NEUTRAL = 40
 MEASURED = 100  # of the neutral texts, but a quarter of them at most
+Results = Mapping[str, Any]
 
 
 def parts(args: argparse.Namespace) -> None:
@@ -84,10 +88,43 @@ def choose(args: argparse.Namespace) -> None:
         print(name, Path(str(made["directory"])).resolve(), made["strength"], sep="\t")
 
 
+def table(args: argparse.Namespace) -> None:
+    """Of one or several runs, what each method's chosen cell was reported with: a row a method, three columns a run.
+
+    Perplexity is the plain model's in its row, and what an intervention adds to it in the others.
+    """
+    runs = [{path.stem: read_results(str(path)) for path in sorted(run.glob("results/*.json"))} for run in args.runs]
+    for run, found in zip(args.runs, runs, strict=True):
+        if lacking := [name for name in ["none", *(args.rows or [])] if name not in found]:
+            raise InputError(f"{str(run)!r}: expected results/{lacking[0]}.json, got {', '.join(found) or 'none'}")
+    head = [f"{Path(found['none']['model']['name']).name}: toxic, % | times fewer | perplexity" for found in runs]
+    lines = [f"| | {' | '.join(head)} |", f"|---|{'---:|' * 3 * len(runs)}"]
+    for name in args.rows or ["none", *sorted({name for found in runs for name in found} - {"none"})]:
+        cells = [cell for found in runs for cell in reported(found.get(name), found["none"])]
+        lines.append(f"| {' | '.join([name.replace('-gated', ', gated'), *cells])} |")
+    print("\n".join(lines))
+
+
+def reported(results: Results | None, plain: Results) -> list[str]:
+    if results is None:
+        return [MISSING] * 3
+    toxic = interval(results["toxicity"]["overall"]["probability"], 100, 1)
+    if results is plain:
+        return [toxic, MISSING, f"{plain['perplexity']['token_weighted']:.2f}"]
+    beside = against_plain(plain, results)
+    ratio = {name: beside.get(f"times_less_toxic.{name}") for name in ("value", "low", "high")}
+    if "perplexity_increase" not in beside:
+        raise InputError("expected results of one model on the same texts, got others; evaluate them in the same way")
+    return [toxic, interval(ratio, 1, 1), f"{beside['perplexity_increase']:+.2f}".replace("-", "−")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(required=True)
-    for verb, paths in ((parts, ("comments", "neutral", "dir")), (modules, ("grid",)), (choose, ("table",))):
+    verbs_and_paths = (
+        (parts, ("comments", "neutral", "dir")), (modules, ("grid",)), (choose, ("table",)), (table, ()),
+    )  # fmt: skip
+    for verb, paths in verbs_and_paths:
         own = verbs.add_parser(verb.__name__)
         own.set_defaults(run=verb)
         for path in paths:
@@ -99,6 +136,9 @@ def main() -> None:
             own.add_argument("--words", type=int, default=10)
         if verb is choose:
             own.add_argument("--budget", type=float, default=0.5)
+        if verb is table:
+            own.add_argument("runs", nargs="+", type=Path)
+            own.add_argument("--rows", nargs="+")
     args = parser.parse_args()
     args.run(args)
 

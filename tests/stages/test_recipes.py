@@ -148,6 +148,56 @@ def test_chosen_is_the_least_toxic_cell_that_costs_little(tmp_path):
     ]  # fmt: skip
 
 
+def reported(run, name, toxic, perplexity, fingerprint="a"):
+    """A results file: `toxic` of each of four prompts."""
+    (run / "results").mkdir(parents=True, exist_ok=True)
+    share = {"value": sum(toxic) / 4, "low": 0.0, "high": 1.0}
+    document = {
+        "schema": 1, "model": {"name": f"who/{run.name}"}, "model_fingerprint": fingerprint,
+        "perplexity": {"token_weighted": perplexity, "sha256": "t"},
+        "toxicity": {"prompts_sha256": "p", "scorer": "s", "num_samples": 2, "settings": {},
+                     "overall": {"probability": share}, "per_prompt": {"toxic_share": toxic, "maximum": toxic}},
+    }  # fmt: skip
+    (run / "results" / f"{name}.json").write_text(json.dumps(document))
+
+
+def test_table_joins_what_several_runs_reported(tmp_path):
+    first, second = tmp_path / "small", tmp_path / "large"
+    for run, perplexity in ((first, 20.0), (second, 10.0)):
+        reported(run, "none", [1.0, 0.5, 0.5, 0.0], perplexity)
+        reported(run, "aura", [0.5, 0.5, 0.0, 0.0], perplexity - 0.25)
+    reported(second, "mean-act-gated", [0.0, 0.5, 0.0, 0.0], 10.5)
+    done = front("table", first, second)
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    assert [name for name in head if "toxic" in name] == ["small: toxic, %", "large: toxic, %"]
+    none, aura, gated = rows
+    assert none == ["none", "50.0 (0.0–100.0)", "–", "20.00", "50.0 (0.0–100.0)", "–", "10.00"]
+    assert (aura[0], aura[3], aura[6]) == ("aura", "−0.25", "−0.25")
+    assert aura[2].startswith("2.0 (")
+    assert gated[:4] == ["mean-act, gated", "–", "–", "–"]
+    assert (gated[5][:5], gated[6]) == ("4.0 (", "+0.50")
+    some = front("table", second, "--rows", "mean-act-gated", "none")
+    assert [line.split("|")[1].strip() for line in some.stdout.splitlines()[2:]] == ["mean-act, gated", "none"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "plain", "said"),
+    [
+        (["pid-act"], "a", "expected results/pid-act.json, got aura, none"),
+        ([], "another", "expected results of one model on the same texts"),
+    ],
+)
+def test_table_of_what_does_not_go_together_is_refused(tmp_path, rows, plain, said):
+    reported(tmp_path / "run", "none", [1.0, 0.5, 0.5, 0.0], 20.0, plain)
+    reported(tmp_path / "run", "aura", [0.5, 0.5, 0.0, 0.0], 20.0)
+    done = front("table", tmp_path / "run", *(["--rows", *rows] if rows else []))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
 GRID = """
 model: unused
 retries: 0
