@@ -193,9 +193,9 @@ def lines(points: Sequence[Point]) -> list[Line]:
     groups: dict[tuple[Any, ...], list[Point]] = {}
     for p in points:
         groups.setdefault((p.one.method, p.modules, p.one.preprompt is not None, p.one.variant), []).append(p)
+    several = len({p.one.variant for p in points if p.one.is_fitted}) > 1
     found = []
-    for (*alike_but_for_it, variant), group in groups.items():
-        several = sum(key[:-1] == tuple(alike_but_for_it) for key in groups) > 1
+    for (*_, variant), group in groups.items():
         which = f", {variant}" if variant and several else ""
         if len({p.one.strength for p in group}) == 1:
             found.append(_line(group, [p.one.top_k for p in group], "k {:,}", which))

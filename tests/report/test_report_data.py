@@ -358,6 +358,13 @@ def test_units_of_a_low_q_value_are_no_part_of_the_line_of_all(front, swept):
     assert "mean-act, mlp, q ≤ 1e-06" in [line.name for line in found]
 
 
+def test_a_line_says_how_it_was_fitted_where_no_other_of_its_method_was(front, swept):
+    selected = swept("linear-0123456787", "linear-act", 0.5, modules=["mlp"], max_q=1e-6)
+    names = [line.name for line in lines(comparisons(labelled([*front, selected]))[0].points)]
+    assert "linear-act, mlp, q ≤ 1e-06" in names
+    assert "det0, mlp" in names
+
+
 def test_caption_tells_of_the_lines_that_are_drawn(front):
     (compared,) = comparisons(labelled(front))
     assert "the number at a marker is the strength" in caption(compared)
