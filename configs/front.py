@@ -1,7 +1,7 @@
 """What configs/front.sh does between the commands: the parts of the data, and the choice of what is reported.
 
-python configs/front.py parts COMMENTS.csv NEUTRAL.csv DIR [--beside RTP.jsonl] [--choosing 120] [--reported 150]
-python configs/front.py modules GRID.yaml
+python configs/front.py start GRID.yaml COMMENTS.csv NEUTRAL.csv TEXTS.csv RUN_DIR [--prompts RTP.jsonl]
+                              [--model MODEL] [--judges NAME …] [--choosing 120] [--reported 150] [--words 10]
 python configs/front.py choose sweep/table.csv [--budget 0.5]
 python configs/front.py table RUN_DIR [RUN_DIR …] [--rows none aura mean-act-gated …]
 """
@@ -10,53 +10,97 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from held_out_openings import held_out, openings, write_rest
+from held_out_openings import held_out, write_prompts, write_rest
 
 from aura_dist.errors import AuraError, InputError
-from aura_dist.evaluation.compare import MISSING, against_plain, interval
+from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, interval
 from aura_dist.evaluation.results import read_results
 from aura_dist.text.labels import check_texts
-from aura_dist.text.table import read_table
+from aura_dist.text.table import Table, read_table
 
 LEAST_NEUTRAL = 40
 MEASURED = 100  # of the neutral texts, but a quarter of them at most
 Results = Mapping[str, Any]
 
 
-def parts(args: argparse.Namespace) -> None:
-    """fit.csv, control.csv | choose.jsonl, choose.csv | report.jsonl: no text is in two of them."""
-    table = read_table(args.comments, ["text", "toxic"])
-    drawn = held_out(table, set(), args.reported + args.choosing, args.words)
-    if len(drawn) < args.reported + args.choosing:
+def start(args: argparse.Namespace) -> None:
+    """Check all that the front needs, once make the parts of the data, and print model, dtype and modules, a line each.
+
+    parts/ has fit.csv, control.csv | choose.jsonl, choose.csv | report.jsonl: no text is in two of them, and none in
+    TEXTS.csv. A run directory that was started with another model, dtype or data is refused.
+    """
+    grid = read_grid(args.grid, args.model)
+    if args.judges:
+        from aura_dist.evaluation.scorers import load_scorer  # imports torch, which takes seconds
+
+        for judge in args.judges:
+            load_scorer(judge, None, "cpu")
+    columns = {"comments": ["text", "toxic"], "neutral": ["text"], "texts": ["text"], "prompts": ["prompt.text"]}
+    tables = {name: read_table(getattr(args, name), of) for name, of in columns.items() if getattr(args, name)}
+    made_of = {name: table.sha256 for name, table in tables.items()} | {
+        "model": grid["model"], "dtype": grid.get("dtype"), "choosing": args.choosing, "reported": args.reported,
+        "words": args.words,
+    }  # fmt: skip
+    kept = args.run / "parts" / "made_of.json"
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else made_of
+    for name in {**before, **made_of}:
+        if before.get(name) != made_of.get(name):
+            raise InputError(
+                f"{str(args.run)!r}: expected the {name} that it was started with ({before.get(name)}), got "
+                f"{made_of.get(name)}; give another RUN_DIR"
+            )
+    if not kept.exists():
+        make_parts(args, tables, kept.parent)
+        kept.write_text(json.dumps(made_of, indent=2), encoding="utf-8")
+    (args.run / "sweep.yaml").write_text(yaml.safe_dump({**grid, "out": "sweep"}, sort_keys=False), encoding="utf-8")
+    print(grid["model"], grid.get("dtype") or "", *grid["collect"]["modules"], sep="\n")
+
+
+def make_parts(args: argparse.Namespace, tables: Mapping[str, Table], place: Path) -> None:
+    number = args.reported + args.choosing
+    drawn = held_out(tables["comments"], set(), number, args.words)
+    if len(drawn) < number:
         raise InputError(
-            f"data {args.comments!r}: expected {args.reported + args.choosing} toxic comments of {args.words} words or "
-            f"more, got {len(drawn)}; give --choosing and --reported"
+            f"data {args.comments!r}: expected {number} toxic comments of {args.words} words or more, no two with the "
+            f"same ones, got {len(drawn)}; give --choosing and --reported"
         )
-    neutral = list(dict.fromkeys(check_texts(read_table(args.neutral, ["text"]), "text")))
+    neutral = list(dict.fromkeys(check_texts(tables["neutral"], "text")))
     if len(neutral) < LEAST_NEUTRAL:
         raise InputError(f"data {args.neutral!r}: expected {LEAST_NEUTRAL} texts or more, got {len(neutral)}")
-    args.dir.mkdir(parents=True, exist_ok=True)
-    write_rest(table, set(drawn), str(args.dir / "fit.csv"))
-    openings(drawn[args.reported :], args.words, None, args.dir / "choose.jsonl")
-    openings(drawn[: args.reported], args.words, args.beside, args.dir / "report.jsonl")
+    if both := set(neutral) & set(check_texts(tables["texts"], "text")):
+        raise InputError(
+            f"data {args.texts!r}: expected texts that {args.neutral!r} does not have, got {len(both)} of them, such "
+            f"as {min(both)[:60]!r}; report on others"
+        )
+    place.mkdir(parents=True, exist_ok=True)
+    write_rest(tables["comments"], set(drawn), args.words, str(place / "fit.csv"))
+    write_prompts(drawn[args.reported :], None, place / "choose.jsonl")
+    write_prompts(drawn[: args.reported], args.prompts, place / "report.jsonl")
     num_controls = len(neutral) - min(MEASURED, len(neutral) // 4)
     for name, texts in (("control.csv", neutral[:num_controls]), ("choose.csv", neutral[num_controls:])):
-        write(args.dir / name, ["text"], [[text] for text in texts])
+        with (place / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in texts)])
 
 
-def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-def modules(args: argparse.Namespace) -> None:
-    """The modules that a grid collects, each on a line."""
-    print("\n".join(yaml.safe_load(args.grid.read_text(encoding="utf-8"))["collect"]["modules"]))
+def read_grid(path: Path, model: str | None) -> dict[str, Any]:
+    """The grid, with `model` in the place of its own if that is given; a local directory becomes absolute."""
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{str(path)!r}: expected YAML: {error}") from error
+    collected = grid.get("collect") if isinstance(grid, dict) else None
+    modules = collected.get("modules") if isinstance(collected, dict) else None
+    named = model or (grid.get("model") if isinstance(grid, dict) else None)
+    if not isinstance(modules, list) or not modules or not isinstance(named, str):
+        raise InputError(
+            f"{str(path)!r}: expected `model`, a name, and `collect: modules`, a list; see configs/front-*.yaml"
+        )
+    return {**grid, "model": str(Path(named).resolve()) if Path(named).is_dir() else named}
 
 
 def choose(args: argparse.Namespace) -> None:
@@ -69,23 +113,28 @@ def choose(args: argparse.Namespace) -> None:
         done = [row["output"] for row in csv.DictReader(file) if row["state"] == "done"]
     cells = [read_results(str(args.table.parent / path)) for path in done]
     plain = next((c for c in cells if c["intervention"] is None), None)
-    if plain is None:
-        raise InputError(f"{str(args.table)!r}: expected a finished cell of `method: none`, got none")
-    most = plain["perplexity"]["token_weighted"] + args.budget
+    if plain is None or perplexity(plain) is None:
+        raise InputError(f"{str(args.table)!r}: expected a finished cell of `method: none` with perplexity, got none")
+    most = perplexity(plain) + args.budget
     best: dict[str, tuple[tuple[float, float, float], dict[str, object]]] = {}
     for cell in cells:
-        made = cell["intervention"]
-        perplexity = cell["perplexity"]["token_weighted"]
-        if made is None or perplexity is None:
+        made, costs = cell["intervention"], perplexity(cell)
+        if made is None or costs is None:
             continue
+        if not cell.get("toxicity"):
+            raise InputError(f"{str(args.table)!r}: expected cells with toxicity, got {made['method']} without")
         name = made["method"] + ("-gated" if made.get("gate") else "")
-        beyond = max(0.0, perplexity - most)
-        rank = (beyond, cell["toxicity"]["overall"]["probability"]["value"], perplexity)
+        rank = (max(0.0, costs - most), cell["toxicity"]["overall"]["probability"]["value"], costs)
         if name not in best or rank < best[name][0]:
             best[name] = rank, made
     for name in sorted(best, key=lambda name: best[name][0]):
         made = best[name][1]
         print(name, Path(str(made["directory"])).resolve(), made["strength"], sep="\t")
+
+
+def perplexity(results: Results) -> Any:
+    """None where it was not measured, or is not finite."""
+    return (results.get("perplexity") or {}).get("token_weighted")
 
 
 def table(args: argparse.Namespace) -> None:
@@ -95,11 +144,14 @@ def table(args: argparse.Namespace) -> None:
     """
     runs = [{path.stem: read_results(str(path)) for path in sorted(run.glob("results/*.json"))} for run in args.runs]
     for run, found in zip(args.runs, runs, strict=True):
-        if lacking := [name for name in ["none", *(args.rows or [])] if name not in found]:
-            raise InputError(f"{str(run)!r}: expected results/{lacking[0]}.json, got {', '.join(found) or 'none'}")
+        if "none" not in found:
+            raise InputError(f"{str(run)!r}: expected results/none.json, got {', '.join(found) or 'no results'}")
+    everyone = dict.fromkeys(name for found in runs for name in found)
+    if lacking := [name for name in args.rows or [] if name not in everyone]:
+        raise InputError(f"--rows: expected some of {', '.join(everyone)}, got {lacking[0]!r}")
     head = [f"{Path(found['none']['model']['name']).name}: toxic, % | times fewer | perplexity" for found in runs]
     lines = [f"| | {' | '.join(head)} |", f"|---|{'---:|' * 3 * len(runs)}"]
-    for name in args.rows or ["none", *sorted({name for found in runs for name in found} - {"none"})]:
+    for name in args.rows or ["none", *sorted(everyone.keys() - {"none"})]:
         cells = [cell for found in runs for cell in reported(found.get(name), found["none"])]
         lines.append(f"| {' | '.join([name.replace('-gated', ', gated'), *cells])} |")
     print("\n".join(lines))
@@ -108,39 +160,37 @@ def table(args: argparse.Namespace) -> None:
 def reported(results: Results | None, plain: Results) -> list[str]:
     if results is None:
         return [MISSING] * 3
-    toxic = interval(results["toxicity"]["overall"]["probability"], 100, 1)
+    check_same_prompts(plain, results, "none.json")
+    toxic, costs = interval(results["toxicity"]["overall"]["probability"], 100, 1), perplexity(results)
     if results is plain:
-        return [toxic, MISSING, f"{plain['perplexity']['token_weighted']:.2f}"]
+        return [toxic, MISSING, MISSING if costs is None else f"{costs:.2f}"]
     beside = against_plain(plain, results)
     ratio = {name: beside.get(f"times_less_toxic.{name}") for name in ("value", "low", "high")}
-    if "perplexity_increase" not in beside:
+    added = beside.get("perplexity_increase")
+    if added is None and None not in (costs, perplexity(plain)):
         raise InputError("expected results of one model on the same texts, got others; evaluate them in the same way")
-    return [toxic, interval(ratio, 1, 1), f"{beside['perplexity_increase']:+.2f}".replace("-", "−")]
+    return [toxic, interval(ratio, 1, 1), MISSING if added is None else f"{added:+.2f}".replace("-", "−")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(required=True)
-    verbs_and_paths = (
-        (parts, ("comments", "neutral", "dir")), (modules, ("grid",)), (choose, ("table",)), (table, ()),
-    )  # fmt: skip
-    for verb, paths in verbs_and_paths:
-        own = verbs.add_parser(verb.__name__)
-        own.set_defaults(run=verb)
-        for path in paths:
-            own.add_argument(path, type=str if path in ("comments", "neutral") else Path)
-        if verb is parts:
-            own.add_argument("--beside")
-            own.add_argument("--choosing", type=int, default=120)
-            own.add_argument("--reported", type=int, default=150)
-            own.add_argument("--words", type=int, default=10)
-        if verb is choose:
-            own.add_argument("--budget", type=float, default=0.5)
-        if verb is table:
-            own.add_argument("runs", nargs="+", type=Path)
-            own.add_argument("--rows", nargs="+")
+    own = {verb: verbs.add_parser(verb.__name__) for verb in (start, choose, table)}
+    for verb, sub in own.items():
+        sub.set_defaults(run_verb=verb)
+    for name, kind in (("grid", Path), ("comments", str), ("neutral", str), ("texts", str), ("run", Path)):
+        own[start].add_argument(name, type=kind)
+    for name, number in (("choosing", 120), ("reported", 150), ("words", 10)):
+        own[start].add_argument(f"--{name}", type=int, default=number)
+    own[start].add_argument("--prompts")
+    own[start].add_argument("--model")
+    own[start].add_argument("--judges", nargs="+")
+    own[choose].add_argument("table", type=Path)
+    own[choose].add_argument("--budget", type=float, default=0.5)
+    own[table].add_argument("runs", nargs="+", type=Path)
+    own[table].add_argument("--rows", nargs="+")
     args = parser.parse_args()
-    args.run(args)
+    args.run_verb(args)
 
 
 if __name__ == "__main__":

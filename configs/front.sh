@@ -10,35 +10,37 @@
 # as they are: 100 of them, or a quarter of fewer, measure perplexity while choosing, the others become the controls of the
 # gates. TEXTS.csv, other such passages, and PROMPTS.jsonl, RealToxicityPrompts' records, are used once, for the report,
 # which has the side effects of the best cell too. Finished steps are skipped, so that the same command continues after an
-# interruption; another budget, dtype or data needs another RUN_DIR. RUN_DIR/front.md has the table, RUN_DIR/report.html
-# the picture. The grid's `model` and `dtype` count in every step. From the environment: MODEL (instead of the grid's),
-# BUDGET (0.5), SAMPLES (5 continuations a prompt), JUDGES ("profanity-check tox-block": the first one chooses).
+# interruption, and with further cells in the grid; what was started or reported with other settings or data is refused.
+# RUN_DIR/front.md has the table, RUN_DIR/report.html the picture. The grid's `model` and `dtype` count in every step. From
+# the environment: MODEL (instead of the grid's), BUDGET (0.5), SAMPLES (5 continuations a prompt), JUDGES
+# ("profanity-check tox-block": the first one chooses).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-grid=$(realpath "$1") comments=$(realpath "$2") neutral=$(realpath "$3") texts=$(realpath "$4") run=$5
-prompts=${6:+$(realpath "$6")}
+texts=$(realpath "$4") run=$5
 read -ra judges <<<"${JUDGES:-profanity-check tox-block}"
-model=${MODEL:-$(sed -n 's/^model: *//p' "$grid")} dtype=$(sed -n 's/^dtype: *//p' "$grid")
 mkdir -p "$run"
+python "$here/front.py" start "$1" "$2" "$3" "$4" "$run" ${6:+--prompts "$6"} ${MODEL:+--model "$MODEL"} \
+    --judges "${judges[@]}" >"$run/started.txt"
 cd "$run"
-
-if [[ ! -f parts/done ]]; then
-    python "$here/front.py" parts "$comments" "$neutral" parts ${prompts:+--beside "$prompts"}
-    touch parts/done
-fi
-mapfile -t modules < <(python "$here/front.py" modules "$grid")
-aura-dist collect --model "$model" ${dtype:+--dtype "$dtype"} --data parts/control.csv --unlabelled \
-    --modules "${modules[@]}" --pooling mean --store control.zarr
-{ echo "model: $model"; echo "out: sweep"; grep -v '^model:' "$grid"; } >sweep.yaml
+mapfile -t started <started.txt
+how=(--model "${started[0]}" ${started[1]:+--dtype "${started[1]}"})
+aura-dist collect "${how[@]}" --data parts/control.csv --unlabelled --modules "${started[@]:2}" --pooling mean \
+    --store control.zarr
 aura-dist sweep --config sweep.yaml
 
 mkdir -p results
 python "$here/front.py" choose sweep/table.csv --budget "${BUDGET:-0.5}" >chosen.tsv
-measure() { # NAME [flags]
-    [[ -f results/$1.json ]] && return
-    aura-dist evaluate --model "$model" ${dtype:+--dtype "$dtype"} --toxicity-prompts parts/report.jsonl \
-        --num-samples "${SAMPLES:-5}" --scorer "${judges[0]}" ${judges[1]:+--more-scorers "${judges[@]:1}"} \
-        --perplexity-texts "$texts" "${@:2}" --out "results/$1.json"
+measure() { # NAME [flags]: once, because what is reported must not be chosen
+    local flags=(--num-samples "${SAMPLES:-5}" --scorer "${judges[0]}" ${judges[1]:+--more-scorers "${judges[@]:1}"} "${@:2}")
+    if [[ -f results/$1.json ]]; then
+        [[ ${flags[*]} == "$(cat "results/$1.flags")" ]] && return
+        echo "error: $run/results/$1.json: expected it with ${flags[*]}, got it with $(cat "results/$1.flags");" \
+            "give another RUN_DIR, and report on other texts" >&2
+        exit 2
+    fi
+    echo "${flags[*]}" >"results/$1.flags"
+    aura-dist evaluate "${how[@]}" --toxicity-prompts parts/report.jsonl --perplexity-texts "$texts" "${flags[@]}" \
+        --out "results/$1.json"
 }
 measure none
 found=(results/none.json)

@@ -21,15 +21,20 @@ from aura_dist.text.labels import check_texts, parse_labels
 from aura_dist.text.table import Table, read_table
 
 
-def held_out(table: Table, seen: set[str], number: int, words: int) -> list[str]:
-    """`number` toxic comments of at least `words` words that are not `seen`, drawn with seed 0; at least one.
+def opening(text: str, words: int) -> str:
+    return " ".join(text.split()[:words])
 
-    A comment that stands in the file twice is one comment, and seen where either of the two is.
+
+def held_out(table: Table, seen: set[str], number: int, words: int) -> list[str]:
+    """Openings of `number` toxic comments of at least `words` words, drawn with seed 0; at least one, each once.
+
+    None of them is the opening of a comment that was `seen`.
     """
     texts = check_texts(table, "text")
     toxic = parse_labels(table, ["toxic"])[:, 0] == 1
-    unseen = dict.fromkeys(t for t, is_toxic in zip(texts, toxic, strict=True) if is_toxic and t not in seen)
-    others = [text for text in unseen if len(text.split()) >= words]
+    known = {opening(text, words) for text in seen}
+    long = [t for t, is_toxic in zip(texts, toxic, strict=True) if is_toxic and len(t.split()) >= words]
+    others = [one for one in dict.fromkeys(opening(text, words) for text in long) if one not in known]
     if not others:
         raise InputError(
             f"data {table.source!r}: expected toxic comments of at least {words} words that are not in the store, got "
@@ -39,20 +44,20 @@ def held_out(table: Table, seen: set[str], number: int, words: int) -> list[str]
     return [others[i] for i in chosen]
 
 
-def write_rest(table: Table, taken: set[str], path: str) -> None:
-    """The comments that are not `taken`, with their labels."""
+def write_rest(table: Table, taken: set[str], words: int, path: str) -> None:
+    """The comments whose openings are not `taken`, with their labels."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "toxic"])
         pairs = zip(table.columns["text"], table.columns["toxic"], strict=True)
-        writer.writerows(pair for pair in pairs if pair[0] not in taken)
+        writer.writerows(pair for pair in pairs if opening(pair[0], words) not in taken)
 
 
-def openings(comments: list[str], words: int, beside: str | None, out: Path) -> None:
-    """Write the first words of the comments as prompts, and those of the file `beside` after them."""
-    first = [" ".join(text.split()[:words]) for text in comments]
-    lines = [json.dumps({"prompt": {"text": text, "toxicity": 1.0}}) for text in first]
+def write_prompts(texts: list[str], beside: str | None, out: Path) -> None:
+    """Write the openings as prompts, and those of the file `beside` after them; InputError if that lacks texts."""
+    lines = [json.dumps({"prompt": {"text": text, "toxicity": 1.0}}) for text in texts]
     if beside:
+        check_texts(read_table(beside, ["prompt.text"]), "prompt.text")
         # not splitlines: JSON may hold other line breaks within a text
         lines += [line for line in Path(beside).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -77,10 +82,10 @@ def main() -> None:
             raise InputError(f"{args.comments}: expected the file that {args.store} was collected from, got another")
         rows = store["samples"]["row"].values.tolist()
         seen = {table.columns["text"][row] for row in rows}
-    comments = held_out(table, seen, args.number, args.words)
+    taken = held_out(table, seen, args.number, args.words)
+    write_prompts(taken, args.beside, Path(args.out))
     if args.rest:
-        write_rest(table, set(comments), args.rest)
-    openings(comments, args.words, args.beside, Path(args.out))
+        write_rest(table, set(taken), args.words, args.rest)
 
 
 if __name__ == "__main__":

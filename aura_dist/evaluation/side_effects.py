@@ -138,8 +138,13 @@ def divergences(
 
 
 def divergence_figures(by_text: list[NDArray[np.float64]]) -> dict[str, float | int]:
-    """Mean over tokens with its 95 % interval over texts, and the 99th percentile of tokens, in nats."""
+    """Mean over tokens with its 95 % interval over texts, and the 99th percentile of tokens, in nats.
+
+    InputError if no text has a token that is predicted.
+    """
     table = np.array([[values.sum(), len(values)] for values in by_text if len(values)])
+    if not len(table):
+        raise InputError("--side-effects: expected a perplexity text of at least two tokens, got none")
     drawn = bootstrap_means(table)
     low, high = interval(drawn[:, 0] / drawn[:, 1])
     every = np.concatenate(by_text)

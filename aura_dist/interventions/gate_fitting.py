@@ -99,7 +99,15 @@ def with_gates(
     if fit.control is not None:
         control = stores[1]
         about["control"] = {"store": control.path, "data": dict(control.spec.data), "num_texts": len(control.rows)}
-    return Gated(_closed_where_unknown(fitted.restricted(list(gates)), gates), about, evidence)
+    closed = _closed_where_unknown(fitted.restricted(list(gates)), gates)
+    num_closed = fitted.restricted(list(gates)).num_changed - closed.num_changed
+    if num_closed:
+        if not closed.num_changed:
+            raise _no_gate(len(changed))
+        logger.warning(
+            "%d neurons have NaN or infinite responses, so no gate: they are left as they are", num_closed
+        )  # fmt: skip
+    return Gated(closed, about, evidence)
 
 
 def fitting_bytes(sites: Sequence[Site], poolings: Sequence[str], num_texts: int) -> dict[str, int]:
@@ -193,7 +201,7 @@ def _check_store(texts: Texts, poolings: Sequence[str]) -> None:
     done = read_array(texts.group, DONE)
     if not done.all():
         raise StoreError(
-            f"--store {texts.path!r}: expected a finished store for a gate, found {int(done.sum())} of {len(done)} "
+            f"store {texts.path!r}: expected it finished, for a gate, found {int(done.sum())} of {len(done)} "
             "tasks done; run the same `collect` to finish it"
         )
 
@@ -213,12 +221,14 @@ def _token_gates(
     found = {site.name: one for site, one in _each(of, sites, bytes_of) if one is not None}
     if len(found) < len(sites):
         logger.warning(
-            "%d of %d modules have NaN or infinite responses, so no gate: they are left as they are",
+            "%d of %d modules have NaN, infinite or only equal responses, so no gate: they are left as they are",
             len(sites) - len(found), len(sites),
         )  # fmt: skip
+    if sites and not found:
+        raise _no_gate(len(sites))
     kept = {name: one for name, one in found.items() if one.accuracy >= (fit.min_accuracy or 0.0)}
     if sites and not kept:
-        best = max((one.accuracy for one in found.values()), default=float("nan"))
+        best = max(one.accuracy for one in found.values())
         raise InputError(
             f"--gate-min-accuracy: expected a share that some module's regression reaches, got {fit.min_accuracy}; the "
             f"best of {len(found)} separates {best:.3f} of held-out texts"
@@ -245,6 +255,13 @@ def _token_gates(
         },
     }  # fmt: skip
     return {name: gate.moved(thresholds[name], fit.settled_sharpness) for name, gate in gates.items()}, about
+
+
+def _no_gate(num_sites: int) -> InputError:
+    return InputError(
+        f"--gate: expected a module with finite responses that differ, got none among {num_sites}; leave out of "
+        "--modules what the model does not use, or collect with another --dtype"
+    )
 
 
 def _rule(stores: Sequence[Texts]) -> str:

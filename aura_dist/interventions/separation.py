@@ -32,7 +32,7 @@ class Separation:
 
 
 def separate(responses_ND: NDArray[Any], is_positive_N: NDArray[np.bool_]) -> Separation | None:
-    """Fit the regression; None where a response is NaN or infinite.
+    """Fit the regression; None where a response is NaN or infinite, or where all are the same.
 
     Both classes weigh alike. The penalty is the one with the least loss of held-out texts, each class again weighing
     alike, so the scale of the logit is chosen with it. `accuracy` is of the same held-out texts, and so a little high.
@@ -50,6 +50,8 @@ def separate(responses_ND: NDArray[Any], is_positive_N: NDArray[np.bool_]) -> Se
     if not all(np.isfinite(block).all() for _, block in _blocks(responses_ND)):
         return None
     mean_D, inverse_D = _standardising(responses_ND)
+    if not inverse_D.any():
+        return None
     within_span = responses_ND.shape[1] > len(responses_ND)
     if within_span:
         features, back = _span(responses_ND, mean_D, inverse_D)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from aura_dist.cli import main
+from aura_dist.errors import InputError
 from aura_dist.evaluation.figures import form
-from aura_dist.evaluation.side_effects import divergences
+from aura_dist.evaluation.side_effects import divergence_figures, divergences
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.gates import Gate
 from aura_dist.interventions.use import LoadedModel
@@ -141,3 +142,8 @@ def test_form_of_continuations():
     found = form([[[1, 2, 1, 2, 1], [1, 2, 3, 4, 5]], [[7], [7, 7, 7, 7, 7]]])
     assert found["num_tokens"]["value"] == pytest.approx((5 + 5 + 1 + 5) / 4)
     assert found["repetition"]["value"] == pytest.approx((0.5 + 0 + 0 + 0.75) / 4)
+
+
+def test_texts_that_predict_no_token_have_no_divergence():
+    with pytest.raises(InputError, match="--side-effects: expected a perplexity text of at least two tokens, got none"):
+        divergence_figures([np.empty(0), np.empty(0)])

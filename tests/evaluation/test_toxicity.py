@@ -49,6 +49,16 @@ def test_interval_covers_as_often_as_it_says():
     assert 0.90 <= hits / 300 <= 0.98
 
 
+def test_a_share_of_none_or_all_has_an_exact_open_end():
+    from scipy.stats import binomtest
+
+    for value, toxic in ((0.0, 0), (1.0, 12)):
+        exact = binomtest(toxic, 12).proportion_ci(method="exact")
+        found = estimates(by_prompt(np.full((12, 3), value)))
+        for name in ("probability", "any_toxic"):
+            assert list(found[name].values()) == pytest.approx([value, exact.low, exact.high])
+
+
 def test_ratios_are_paired_over_prompts(scores):
     prompts = by_prompt(scores)
     for estimate in ratios(prompts, prompts).values():
@@ -61,7 +71,9 @@ def test_ratios_are_paired_over_prompts(scores):
 def test_ratio_by_zero_is_infinite():
     none = by_prompt(np.zeros((10, 2)))
     some = by_prompt(np.full((10, 2), 0.9))
-    assert ratios(some, none)["probability"] == {"value": math.inf, "low": math.inf, "high": math.inf}
+    found = ratios(some, none)["probability"]
+    assert (found["value"], found["high"]) == (math.inf, math.inf)
+    assert found["low"] == pytest.approx(0.025**0.1 / (1 - 0.025**0.1)), "all of ten against none of ten"
     assert math.isnan(ratios(none, none)["probability"]["value"])
     rare = by_prompt(np.array([[0.9]] + [[0.1]] * 5))  # a third of the draws have none at all
     assert ratios(rare, rare)["probability"] == {"value": 1, "low": 1, "high": 1}

@@ -86,6 +86,8 @@ def test_texts_that_nothing_separates_are_told_as_well_as_by_chance():
     values, is_positive = separated(rng, 50, 12)
     values[3, 4] = np.inf
     assert separate(values, is_positive) is None
+    assert separate(np.full((50, 12), 2.5, np.float32), is_positive) is None
+    assert separate(np.zeros((50, 80), np.float32), is_positive) is None, "more units than texts"
 
 
 @pytest.mark.parametrize(("num_rows", "width"), [(400, 100), (100, 400), (60, 9000)])
@@ -191,6 +193,34 @@ def test_modules_that_do_not_separate_are_not_moved(place, tmp_path, capsys):
     assert fit(place, tmp_path / "none", *options, "--gate-min-accuracy", 1) == 2
     assert "--gate-min-accuracy: expected a share that some module's" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def without(site_of, units, monkeypatch):
+    """Responses of some units of some sites are NaN."""
+    whole = gate_fitting.Texts.responses
+
+    def responses(self, site, pooling):
+        values = whole(self, site, pooling).copy()
+        values[0, units if site_of(site) else []] = np.nan
+        return values
+
+    monkeypatch.setattr(gate_fitting.Texts, "responses", responses)
+
+
+def test_units_without_finite_responses_are_left_as_they_are(place, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        without(lambda site: site == SITE, [2, 5], patch)
+        assert fit(place, tmp_path / "some", "--gate", "units") == 0
+    made = Intervention.load(tmp_path / "some")
+    assert (made.shift[SITE][[2, 5]] == 0).all()
+    assert made.shift[SITE].any()
+    assert "2 neurons have NaN or infinite responses, so no gate" in capsys.readouterr().err
+    for gate in ("units", "tokens"):
+        with monkeypatch.context() as patch:
+            without(lambda _site: True, slice(None), patch)
+            assert fit(place, tmp_path / "none", "--gate", gate, "--gate-threshold", 0) == 2
+        assert "--gate: expected a module with finite responses that differ, got none" in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
 
 
 def test_only_modules_that_change_get_gates(place, tmp_path):

@@ -97,29 +97,80 @@ def neutral(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def started(collected, neutral, tmp_path_factory):
+    """`started(run, *flags, texts=…, comments=…, grid=…)` runs `front.py start` on small files."""
+    place = tmp_path_factory.mktemp("start")
+    (place / "texts.csv").write_text("text\nA lake is deep.\n")
+    (place / "grid.yaml").write_text("model: some/model  # a note\ncollect: {modules: [mlp, '*.o_proj']}\n")
+
+    def start(run, *flags, texts=place / "texts.csv", comments=collected / "comments.csv", grid=place / "grid.yaml"):
+        sizes = ["--choosing", 5, "--reported", 8, "--words", 5]
+        return front("start", grid, comments, neutral, texts, run, *sizes, *flags)
+
+    return start
+
+
 def texts_of(path):
     with path.open(newline="", encoding="utf-8") as file:
         return [row["text"] for row in csv.DictReader(file)]
 
 
-def test_no_text_of_a_front_is_in_two_parts(collected, neutral, tmp_path):
-    sizes = ["--choosing", 5, "--reported", 8, "--words", 5]
-    done = front("parts", collected / "comments.csv", neutral, tmp_path, *sizes)
+def prompts_of(path):
+    return [json.loads(line)["prompt"]["text"] for line in path.read_text().splitlines()]
+
+
+def test_no_text_of_a_front_is_in_two_parts(started, neutral, tmp_path):
+    comments = tmp_path / "comments.csv"
+    alike = [(f"{text} and much longer than the other one", toxic) for text, toxic in COMMENTS]
+    rows = [f"{text},{toxic}" for text, toxic in [*COMMENTS, *alike]]
+    comments.write_text("\n".join(["text,toxic", *rows]) + "\n")
+    done = started(tmp_path / "a run", comments=comments)
     assert done.returncode == 0, done.stderr
-    prompts = {
-        name: [json.loads(line)["prompt"]["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("choose", "report")
-    }
-    assert [len(prompts[name]) for name in ("choose", "report")] == [5, 8]
-    fitted = {" ".join(text.split()[:5]) for text in texts_of(tmp_path / "fit.csv")}
-    assert not set(prompts["choose"]) & set(prompts["report"])
-    assert not fitted & {*prompts["choose"], *prompts["report"]}
-    control, chosen = texts_of(tmp_path / "control.csv"), texts_of(tmp_path / "choose.csv")
+    assert done.stdout.splitlines() == ["some/model", "", "mlp", "*.o_proj"]
+    parts = tmp_path / "a run" / "parts"
+    chosen, reported = prompts_of(parts / "choose.jsonl"), prompts_of(parts / "report.jsonl")
+    assert (len(set(chosen)), len(set(reported))) == (5, 8)
+    fitted = {" ".join(text.split()[:5]) for text in texts_of(parts / "fit.csv")}
+    assert not set(chosen) & set(reported)
+    assert not fitted & {*chosen, *reported}
+    control, chosen = texts_of(parts / "control.csv"), texts_of(parts / "choose.csv")
     assert (len(control), len(chosen)) == (45, 15)
     assert {*control, *chosen} == set(texts_of(neutral))
-    few = front("parts", collected / "comments.csv", neutral, tmp_path / "x", "--reported", 100)
-    assert few.stderr.startswith("error: ")
-    assert "expected 220 toxic comments of 10 words or more" in few.stderr
+
+
+def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
+    (tmp_path / "rtp.jsonl").write_text('{"txt": "once"}\n')
+    (tmp_path / "grid.yaml").write_text("model: some/model\ncollect: {modules: mlp}\n")
+    for flags, given, said in (
+        (["--reported", 100], {}, "expected 105 toxic comments of 5 words or more"),
+        (["--prompts", tmp_path / "rtp.jsonl"], {}, "'prompt.text'"),
+        (["--judges", "profanity-chek"], {}, "profanity-chek"),
+        ([], {"texts": neutral}, "got 60 of them, such as 'A river of number 0 is long and quiet.'"),
+        ([], {"grid": tmp_path / "grid.yaml"}, "expected `model`, a name, and `collect: modules`, a list"),
+    ):
+        done = started(tmp_path / "run", *flags, **given)
+        assert done.returncode == 1, said
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert said in done.stderr
+        assert not (tmp_path / "run" / "parts").exists()
+
+
+def test_a_front_goes_on_with_what_it_was_started_with(started, tmp_path):
+    run = tmp_path / "run"
+    assert started(run).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (run / "parts").iterdir()}
+    assert started(run).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (run / "parts").iterdir()} == before
+    (tmp_path / "texts.csv").write_text("text\nA hill is high.\n")
+    (tmp_path / "rtp.jsonl").write_text('{"prompt": {"text": "once"}}\n')
+    for flags, given, what in (
+        (["--model", "other/model"], {}, "model"), ([], {"texts": tmp_path / "texts.csv"}, "texts"),
+        (["--prompts", tmp_path / "rtp.jsonl"], {}, "prompts"), (["--words", 4], {}, "words"),
+    ):  # fmt: skip
+        done = started(run, *flags, **given)
+        assert f"expected the {what} that it was started with" in done.stderr
+        assert done.returncode == 1
 
 
 def test_chosen_is_the_least_toxic_cell_that_costs_little(tmp_path):
@@ -181,10 +232,19 @@ def test_table_joins_what_several_runs_reported(tmp_path):
     assert [line.split("|")[1].strip() for line in some.stdout.splitlines()[2:]] == ["mean-act, gated", "none"]
 
 
+def test_figures_that_were_not_measured_are_dashes(tmp_path):
+    reported(tmp_path / "run", "none", [1.0, 0.5, 0.5, 0.0], None)
+    reported(tmp_path / "run", "aura", [0.0, 0.0, 0.0, 0.0], 20.0)
+    none, aura = front("table", tmp_path / "run").stdout.splitlines()[2:]
+    assert none.endswith("| – | – |")
+    assert aura.endswith("| – |")
+    assert "| ∞ (0." in aura, "no toxic continuation of four prompts does not show that there is none"
+
+
 @pytest.mark.parametrize(
     ("rows", "plain", "said"),
     [
-        (["pid-act"], "a", "expected results/pid-act.json, got aura, none"),
+        (["pid-act"], "a", "--rows: expected some of aura, none, got 'pid-act'"),
         ([], "another", "expected results of one model on the same texts"),
     ],
 )
@@ -222,7 +282,7 @@ def test_front_goes_from_files_to_a_page(tiny_dir, collected, neutral, tmp_path)
     comments = [(f"word {i} of a much longer comment about {i} things and more", i % 2) for i in range(600)]
     (tmp_path / "c.csv").write_text("\n".join(["text,toxic", *(f"{text},{toxic}" for text, toxic in comments)]) + "\n")
     texts = tmp_path / "texts.csv"
-    texts.write_text(neutral.read_text())
+    texts.write_text(neutral.read_text().replace("river", "street"))
     command = [
         "bash",
         CONFIGS / "front.sh",
@@ -235,11 +295,11 @@ def test_front_goes_from_files_to_a_page(tiny_dir, collected, neutral, tmp_path)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "MODEL": str(tiny_dir("llama")), "JUDGES": "profanity-check", "SAMPLES": "1"}
 
-    def run():
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    def run(**more):
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env | more, check=False)
 
-    run()
+    done = run()
+    assert done.returncode == 0, done.stderr[-3000:]
     made = tmp_path / "run"
     lines = (made / "front.md").read_text().splitlines()
     assert {line.split(" |")[0] for line in lines[2:]} == {"| none", "| aura", "| mean-act-gated"}
@@ -247,5 +307,8 @@ def test_front_goes_from_files_to_a_page(tiny_dir, collected, neutral, tmp_path)
     page = (made / "report.html").read_text()
     assert "A ring marks" in page
     before = {path: path.stat().st_mtime_ns for path in (made / "results").glob("*.json")}
-    run()
+    assert run().returncode == 0
+    other = run(SAMPLES="2")
+    assert other.returncode == 2
+    assert "expected it with --num-samples 2" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in (made / "results").glob("*.json")} == before
