@@ -25,6 +25,7 @@ from aura_dist.report.scores import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_NUMBERED_LAYERS = 40
 MAX_LABEL_CHARACTERS = 200
@@ -241,8 +242,7 @@ def tradeoff(comparison: Comparison, name: str) -> Picture | None:
             linestyle="none", marker="o", markersize=15, markerfacecolor="none", markeredgecolor=INK,
         )  # fmt: skip
         _set_axes(ax, [p.x.value for p in points])
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
-        figure.draw_without_rendering()
+        legend_below(figure, handles)
         labelled = [
             (p, _mark(line, mark, front), look[0])
             for line, look in looked
@@ -251,6 +251,16 @@ def tradeoff(comparison: Comparison, name: str) -> Picture | None:
         if sum(len(text) for _, text, _ in labelled) <= MAX_LABEL_CHARACTERS:
             _label(ax, labelled, 9 if front else 10)
         return to_picture(figure, name, f"Toxic continuations against perplexity of {comparison.title}")
+
+
+def legend_below(figure: "Figure", handles: Sequence[Any]) -> None:
+    """A legend of as many columns, three at most, as the figure is wide enough for; lays the figure out."""
+    for columns in (3, 2, 1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def caption(comparison: Comparison) -> str:

@@ -18,8 +18,8 @@ from aura_dist.report.evaluations import (
     plain_first,
     read_evaluation,
 )
-from aura_dist.report.figures import caption, lines
-from aura_dist.report.pictures import FAINT, INK, SERIES, Picture, inline, tidy
+from aura_dist.report.figures import caption, legend_below, lines
+from aura_dist.report.pictures import FAINT, INK, SERIES, Picture, inline, new_figure, tidy
 from aura_dist.report.rundir import named_apart, open_run
 from aura_dist.report.scores import (
     EDGES,
@@ -363,6 +363,18 @@ def test_a_line_says_how_it_was_fitted_where_no_other_of_its_method_was(front, s
     names = [line.name for line in lines(comparisons(labelled([*front, selected]))[0].points)]
     assert "linear-act, mlp, q ≤ 1e-06" in names
     assert "det0, mlp" in names
+
+
+@pytest.mark.parametrize("length", [5, 70, 110])
+def test_a_legend_is_no_wider_than_its_figure(length):
+    figure, ax = new_figure(760, 540)
+    handles = [ax.plot([0], [0], label=f"{i} {'x' * length}")[0] for i in range(12)]
+    legend_below(figure, handles)
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= figure.bbox.x0
+    assert box.x1 <= figure.bbox.x1
+    assert ax.bbox.y0 > box.y1, "below the axes"
 
 
 def test_caption_tells_of_the_lines_that_are_drawn(front):
