@@ -6,8 +6,11 @@ optimal coupling in one dimension, and the squared differences are averaged over
 descent on the sum over all sites moves the maps. The learning rate falls to 0 along a cosine. After each step the
 proximal operator of the sparse group lasso moves ω − 1 and b to 0; a group is all units of a site.
 
-A step that raises the loss is taken back, and the next ones are shorter. The paper has no such rule. But the first
-layers of Gemma 3 270M move the later ones so much that each learning rate from 0.1 down to 0.00002 raised the loss.
+A step that raises the loss above the least one so far is taken back, and the next ones are shorter. The paper has no
+such rule. But the first layers of Gemma 3 270M move the later ones so much that each learning rate from 0.1 down to
+0.00002 raised the loss. A share of it as large as the epsilon of the model's dtype counts as rounding, not as a rise (a
+nonmonotone line search: Grippo, Lampariello and Lucidi, 1986). For in bfloat16 the least loss is partly luck, and
+without this every step from the 200th of 1,000 on was taken back.
 
 Responses of a site are divided by one number, the root mean square of those without the concept, so that one learning
 rate serves all sites. b is learned in that unit too. The weights stay as they are and have no gradients.
@@ -60,7 +63,7 @@ _FASTER = 1.2
 # down to which share of it the learning rate falls: below it the loss would change by its rounding alone
 _LEAST_SHARE = 2.0**-24
 # of the file that a training under way is kept in
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 
 def train(training: Training) -> tuple[Scales, Shifts]:
@@ -81,6 +84,7 @@ class _Learner:
     def __init__(self, training: Training) -> None:
         self._options = training.options
         self._team = training.team
+        self._rounding = torch.finfo(training.model.dtype).eps
         with_concept, without = _chosen(training)
         self._taps = [tap_of(training.model, site) for site in training.sites]
         plain = _Forwards(training, without, self._taps)
@@ -103,7 +107,7 @@ class _Learner:
                 self._descend(at, self._options["learning_rate"] * annealed * at.share)
             loss = self._loss()
             value = self._value(loss)
-            if math.isfinite(value) and value <= at.value:
+            if at.accepts(value, self._rounding):
                 at.move(self._parameters, value)
                 if step < total:
                     at.lead(summed(self._team.world, self._gradients(loss, self._parameters)))
@@ -176,16 +180,19 @@ class _Learner:
 
 @dataclass(frozen=True)
 class _Point:
-    """Where the descent is: the parameters of the least loss so far, and the gradient there."""
+    """Where the descent is: the parameters after the last step that was kept, and the gradient there."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
-    numbers: Tensor  # [3] float32: the loss, the share of the learning rate that steps take, how many were taken back
+    # [4] float32: the loss, the share of the learning rate that steps take, how many were taken back, the least loss
+    numbers: Tensor
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> "_Point":
         kept = [parameter.detach().clone() for parameter in parameters]
-        return cls(kept, [torch.zeros_like(p) for p in kept], torch.tensor([math.inf, 1, 0], device=kept[0].device))
+        return cls(
+            kept, [torch.zeros_like(p) for p in kept], torch.tensor([math.inf, 1, 0, math.inf], device=kept[0].device)
+        )
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -195,12 +202,17 @@ class _Point:
     share = property(lambda self: float(self.numbers[1]))
     num_taken_back = property(lambda self: int(self.numbers[2]))
 
+    def accepts(self, value: float, rounding: float) -> bool:
+        """Whether a step to a loss of `value` is kept: above the least one so far by a share of `rounding` at most."""
+        return math.isfinite(value) and value <= float(self.numbers[3]) * (1 + rounding)
+
     @torch.no_grad()
     def move(self, parameters: Sequence[Tensor], value: float) -> None:
         """Keep `parameters`, whose loss is `value`; the next step is longer."""
         for kept, new in zip(self.parameters, parameters, strict=True):
             kept.copy_(new)
         self.numbers[0] = value
+        self.numbers[3] = min(float(self.numbers[3]), value)
         self.numbers[1] = min(1.0, _FASTER * self.share)
 
     def lead(self, gradients: Sequence[Tensor]) -> None:
