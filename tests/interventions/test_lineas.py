@@ -132,6 +132,21 @@ def test_a_step_that_raises_the_loss_is_taken_back(store, sentences_csv, tmp_pat
     assert losses[-1] == pytest.approx(loss(store, sentences_csv, {n: made.map_of(n) for n in SITES}), rel=1e-4)
 
 
+def test_in_bfloat16_it_learns_on_although_the_least_loss_is_partly_luck(
+    tiny_dir, sentences_csv, tmp_path, monkeypatch, capsys
+):
+    known = ["--model", str(tiny_dir("gpt2")), "--dtype", "bfloat16", "--data", sentences_csv, "--concepts", "toxic"]
+    numbers = ["--num-positive", "12", "--num-negative", "14", "--max-tokens", "24", "--modules", *SITES]
+    assert main(["collect", *known, *numbers, "--store", str(tmp_path / "s.zarr")]) == 0
+    monkeypatch.setattr(lineas, "_LOG_EVERY", 1)
+    assert fit(tmp_path / "s.zarr", tmp_path / "out", steps=200) == 0
+    losses = [float(value) for value in re.findall(r"lineas: loss (\S+) after", capsys.readouterr().err)]
+    least = np.minimum.accumulate(losses)
+    assert (np.array(losses) <= least * (1 + 2**-7)).all()
+    assert losses[-1] < 0.6 * losses[0]
+    assert len(set(losses[-50:])) > 25, "most of the last steps are kept"
+
+
 def test_resumed_equals_uninterrupted(store, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(lineas, "_SAVE_EVERY", 3)
     descend, taken = lineas._Learner._descend, []
