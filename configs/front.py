@@ -18,7 +18,7 @@ import yaml
 from held_out_openings import held_out, write_prompts, write_rest
 
 from aura_dist.errors import AuraError, InputError
-from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, interval
+from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, with_interval
 from aura_dist.evaluation.results import read_results
 from aura_dist.text.labels import check_texts
 from aura_dist.text.table import Table, read_table
@@ -161,7 +161,7 @@ def reported(results: Results | None, plain: Results) -> list[str]:
     if results is None:
         return [MISSING] * 3
     check_same_prompts(plain, results, "none.json")
-    toxic, costs = interval(results["toxicity"]["overall"]["probability"], 100, 1), perplexity(results)
+    toxic, costs = with_interval(results["toxicity"]["overall"]["probability"], 100, 1), perplexity(results)
     if results is plain:
         return [toxic, MISSING, MISSING if costs is None else f"{costs:.2f}"]
     beside = against_plain(plain, results)
@@ -169,7 +169,7 @@ def reported(results: Results | None, plain: Results) -> list[str]:
     added = beside.get("perplexity_increase")
     if added is None and None not in (costs, perplexity(plain)):
         raise InputError("expected results of one model on the same texts, got others; evaluate them in the same way")
-    return [toxic, interval(ratio, 1, 1), MISSING if added is None else f"{added:+.2f}".replace("-", "−")]
+    return [toxic, with_interval(ratio, 1, 1), MISSING if added is None else f"{added:+.2f}".replace("-", "−")]
 
 
 def main() -> None:

@@ -195,24 +195,24 @@ def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
     toxicity = results.get("toxicity") or {}
     for column, (group, metric, factor, digits) in _TOXICITY.items():
         if toxicity.get(group):
-            cells[column] = interval(_at(toxicity, group, metric), factor, digits)
+            cells[column] = with_interval(_at(toxicity, group, metric), factor, digits)
     first = next(iter(everyone.values()))
     if cells:
-        cells[_RATIO] = interval(None if results is first else _ratio(results, first), 1, 2)
+        cells[_RATIO] = with_interval(None if results is first else _ratio(results, first), 1, 2)
     for judge in judges(results):
         seen = by_judge(results, judge)
         ratio = None if results is first else _ratio(seen, by_judge(first, judge))
-        cells[f"{_FIRST} ({judge})"] = interval(_at(seen, "toxicity", "overall", "probability"), 100, 1)
-        cells[f"{_RATIO} ({judge})"] = interval(ratio, 1, 2)
+        cells[f"{_FIRST} ({judge})"] = with_interval(_at(seen, "toxicity", "overall", "probability"), 100, 1)
+        cells[f"{_RATIO} ({judge})"] = with_interval(ratio, 1, 2)
     for column, path in _PERPLEXITY.items():
         found = _at(results.get("perplexity"), *path) or {}
         names = {"value": "token_weighted", "low": "token_weighted_low", "high": "token_weighted_high"}
         if found.get("token_weighted") is not None:
-            cells[column] = interval({key: found.get(name) for key, name in names.items()}, 1, 2)
+            cells[column] = with_interval({key: found.get(name) for key, name in names.items()}, 1, 2)
     changed = _at(results.get("side_effects"), "divergence") or {}
     if changed.get("mean") is not None:
         names = {"value": "mean", "low": "mean_low", "high": "mean_high"}
-        cells[_DIVERGENCE] = interval({key: changed.get(name) for key, name in names.items()}, 1, 3)
+        cells[_DIVERGENCE] = with_interval({key: changed.get(name) for key, name in names.items()}, 1, 3)
     for task, metrics in (results.get("zero_shot") or {}).items():
         own = [m for m in metrics if not m.endswith("_stderr") and not m.startswith("num_")]
         if own:
@@ -239,7 +239,7 @@ def _at(tree: Any, *path: str) -> Any:
     return tree
 
 
-def interval(estimate: Mapping[str, float | None] | None, factor: float, digits: int) -> str:
+def with_interval(estimate: Mapping[str, float | None] | None, factor: float, digits: int) -> str:
     """`12.3 (10.1–14.8)`; a dash for a figure that is missing or NaN."""
     numbers = [None if estimate is None else estimate.get(k) for k in ("value", "low", "high")]
     if numbers[0] is None or math.isnan(numbers[0]):

@@ -99,14 +99,13 @@ def with_gates(
     if fit.control is not None:
         control = stores[1]
         about["control"] = {"store": control.path, "data": dict(control.spec.data), "num_texts": len(control.rows)}
-    closed = _closed_where_unknown(fitted.restricted(list(gates)), gates)
-    num_closed = fitted.restricted(list(gates)).num_changed - closed.num_changed
-    if num_closed:
+    kept = fitted.restricted(list(gates))
+    closed = _closed_where_unknown(kept, gates)
+    if kept.num_changed > closed.num_changed:
         if not closed.num_changed:
             raise _no_gate(len(changed))
-        logger.warning(
-            "%d neurons have NaN or infinite responses, so no gate: they are left as they are", num_closed
-        )  # fmt: skip
+        number = kept.num_changed - closed.num_changed
+        logger.warning("%d neurons have NaN or infinite responses, so no gate: they are left as they are", number)
     return Gated(closed, about, evidence)
 
 
