@@ -245,10 +245,12 @@ def test_table_compares_with_the_plain_model_once_both_are_done(sweep, tmp_path)
     running.write_table()
     table = pd.read_parquet(tmp_path / "sweep" / "table.parquet")
     found = table[[f"against_plain.times_less_toxic.{name}" for name in ("value", "low", "high")]]
-    expected = ratios(*(ByPrompt(np.array(s), np.array(s)) for s in ([1.0, 0.5, 0.5], [0.5, 0.0, 0.25])))["probability"]
+    baseline, *others = (ByPrompt(np.array(s), np.array(s)) for s in ([1.0, 0.5, 0.5], [0.5, 0.0, 0.25], [0.0] * 3))
+    expected = [list(ratios(baseline, other)["probability"].values()) for other in others]
     assert found.isna().all(axis=1).tolist() == [True, False, False]
-    assert found.iloc[1].tolist() == list(expected.values())
-    assert found.iloc[2].tolist() == [math.inf] * 3
+    assert found.iloc[1:].to_numpy().tolist() == expected
+    value, low, high = expected[-1]
+    assert value == high == math.inf > low > 0, "no toxic continuation of three: infinitely fewer, at least so many"
     written = pd.read_csv(tmp_path / "sweep" / "table.csv")
     pd.testing.assert_frame_equal(table, written.astype(table.dtypes))
     assert not running.left()
