@@ -22,9 +22,9 @@ from aura_dist.errors import ModelError
 
 # probabilities down to which candidates are looked for, until they hold the nucleus
 _LEVELS = (1e-3, 1e-4, 1e-5, 1e-6, 0.0)
-# full-width copies held at once: on a GPU in rows, on a CPU in values, so that they stay in its cache
-_ROWS = 16
+# logits that are looked at together: as many as stay in a CPU's cache; on a GPU, where each time is waited for, more
 _CACHED_VALUES = 1 << 18
+_DEVICE_VALUES = 1 << 25
 # float32 sums of probabilities are not exact: what is looked for is a little more than the nucleus
 _MARGIN = 1e-4
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number: torch's integers wrap around
@@ -61,7 +61,8 @@ def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int | Tensor)
         return logits_BV.argmax(-1)
     chosen = []
     step_B = torch.zeros_like(keys_B) + step
-    num_rows = max(1, _CACHED_VALUES // logits_BV.shape[1]) if logits_BV.device.type == "cpu" else _ROWS
+    num_values = _CACHED_VALUES if logits_BV.device.type == "cpu" else _DEVICE_VALUES
+    num_rows = max(1, num_values // logits_BV.shape[1])
     for row in range(0, len(logits_BV), num_rows):
         block = slice(row, row + num_rows)
         ids_BK, noisy_BK = noisy_candidates(logits_BV[block], how, keys_B[block], step_B[block])
@@ -100,11 +101,13 @@ def _probable(scaled_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
         row, token = _at_least(weights_BV, total_B1 * level)
         held_B = torch.zeros(len(scaled_BV), dtype=torch.float64, device=row.device)
         held_B.index_add_(0, row, weights_BV[row, token].double())
-        if not level or (held_B >= min(1.0, top_p + _MARGIN) * total_B1[:, 0]).all():
+        counts_B = torch.zeros_like(held_B, dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
+        enough = (held_B >= min(1.0, top_p + _MARGIN) * total_B1[:, 0]).all()
+        is_enough, num_most = torch.stack([enough, counts_B.max()]).tolist()  # both at once: it waits for a GPU
+        if is_enough or not level:
             break
-    counts_B = row.bincount(minlength=len(scaled_BV))
     column = torch.arange(len(row), device=row.device) - (counts_B.cumsum(0) - counts_B)[row]
-    shape = (len(scaled_BV), int(counts_B.max()))
+    shape = (len(scaled_BV), num_most)
     ids_BK = torch.zeros(shape, dtype=torch.int64, device=row.device)
     scaled_BK = torch.full(shape, -math.inf, dtype=torch.float64, device=row.device)
     ids_BK[row, column] = token

@@ -333,6 +333,10 @@ GEMMA = Path.home() / ".cache" / "aura_dist" / "gemma-3-270m"
 @pytest.mark.skipif(not GEMMA.is_dir(), reason="Gemma 3 270M is not in the cache")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
+    """In bfloat16 the bound is on what the intervention adds to the distance of the two engines' plain models.
+
+    That distance is larger than the bound, as is the one between transformers' own bfloat16 and float32 models.
+    """
     model = load_causal(ModelSource(str(GEMMA), None, dtype), World())
     tokenizer = hf.AutoTokenizer.from_pretrained(GEMMA)
     rng = np.random.default_rng(0)
@@ -346,9 +350,16 @@ def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
     assert difference(plain, wanted) > 0.5
     command = ["export", "--model", GEMMA, "--intervention", tmp_path / "iv", "--strength", STRENGTH]
     assert main([str(a) for a in (*command, "--dtype", "float32", "--out", tmp_path / "out")]) == 0
-    laid = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
-    for served, env, stated in ((GEMMA, laid, str(tmp_path / "iv")), (tmp_path / "out", {}, None)):
+
+    def distance(served, of, stated=None, **env):
         with serving(served, tmp_path, "--dtype", dtype, "--enforce-eager", **env) as url:
             found, _ = served_logprobs(url, served, rows, stated)
-        print(served, dtype, difference(found, wanted))
-        assert difference(found, wanted) <= TOLERANCE[dtype]
+        print(served, dtype, env, difference(found, of))
+        return difference(found, of)
+
+    most = TOLERANCE[dtype]
+    if dtype == "bfloat16":
+        most += distance(GEMMA, plain)
+    laid = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
+    assert distance(GEMMA, wanted, str(tmp_path / "iv"), **laid) <= most
+    assert distance(tmp_path / "out", wanted) <= most
