@@ -15,24 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from held_out_openings import held_out, write_prompts, write_rest
+from held_out_openings import held_out, read_records, write_prompts, write_rest
 
 from aura_dist.errors import AuraError, InputError
 from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, with_interval
 from aura_dist.evaluation.results import read_results
+from aura_dist.interventions.artifact import method_of
 from aura_dist.text.labels import check_texts
 from aura_dist.text.table import Table, read_table
 
 LEAST_NEUTRAL = 40
+# settings of `collect` that texts without labels do not have, or that the controls have their own of
+OF_LABELLED_TEXTS = {
+    "data", "concepts", "threshold", "clean_negatives", "num_positive", "num_negative", "match_length", "seed",
+    "pooling", "keep_tokens", "text_column", "store",
+}  # fmt: skip
 MEASURED = 100  # of the neutral texts, but a quarter of them at most
 Results = Mapping[str, Any]
 
 
 def start(args: argparse.Namespace) -> None:
-    """Check all that the front needs, once make the parts of the data, and print model, dtype and modules, a line each.
+    """Check all that the front needs, once make the parts of the data, and print model and dtype, a line each.
 
-    parts/ has fit.csv, control.csv | choose.jsonl, choose.csv | report.jsonl: no text is in two of them, and none in
-    TEXTS.csv. A run directory that was started with another model, dtype or data is refused.
+    sweep.yaml is the grid, control.yaml what collects the control texts as the grid collects the others. parts/ has
+    fit.csv, control.csv | choose.jsonl, choose.csv | report.jsonl: no text is in two of them, and none in TEXTS.csv.
+    A run directory that was started with another model, dtype or data is refused.
     """
     grid = read_grid(args.grid, args.model)
     if args.judges:
@@ -40,8 +47,10 @@ def start(args: argparse.Namespace) -> None:
 
         for judge in args.judges:
             load_scorer(judge, None, "cpu")
-    columns = {"comments": ["text", "toxic"], "neutral": ["text"], "texts": ["text"], "prompts": ["prompt.text"]}
-    tables = {name: read_table(getattr(args, name), of) for name, of in columns.items() if getattr(args, name)}
+    columns = {"comments": ["text", "toxic"], "neutral": ["text"], "texts": ["text"]}
+    tables = {name: read_table(getattr(args, name), of) for name, of in columns.items()}
+    if args.prompts:
+        tables["prompts"] = read_records(args.prompts)
     made_of = {name: table.sha256 for name, table in tables.items()} | {
         "model": grid["model"], "dtype": grid.get("dtype"), "choosing": args.choosing, "reported": args.reported,
         "words": args.words,
@@ -57,8 +66,18 @@ def start(args: argparse.Namespace) -> None:
     if not kept.exists():
         make_parts(args, tables, kept.parent)
         kept.write_text(json.dumps(made_of, indent=2), encoding="utf-8")
-    (args.run / "sweep.yaml").write_text(yaml.safe_dump({**grid, "out": "sweep"}, sort_keys=False), encoding="utf-8")
-    print(grid["model"], grid.get("dtype") or "", *grid["collect"]["modules"], sep="\n")
+    written = {"sweep.yaml": {**grid, "out": "sweep"}, "control.yaml": control_of(grid)}
+    for name, document in written.items():
+        (args.run / name).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    print(grid["model"], grid.get("dtype") or "", sep="\n")
+
+
+def control_of(grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `collect` for the control texts: those of the grid but for its labels, with what gates read."""
+    kept = {name: value for name, value in grid["collect"].items() if name not in OF_LABELLED_TEXTS}
+    pooling = ["mean", *(["mean_square"] if "mean_square" in grid["collect"].get("pooling", []) else [])]
+    own = {"data": "parts/control.csv", "unlabelled": True, "pooling": pooling, "store": "control.zarr"}
+    return {**{name: grid[name] for name in ("model", "dtype") if grid.get(name)}, "collect": {**kept, **own}}
 
 
 def make_parts(args: argparse.Namespace, tables: Mapping[str, Table], place: Path) -> None:
@@ -72,11 +91,13 @@ def make_parts(args: argparse.Namespace, tables: Mapping[str, Table], place: Pat
     neutral = list(dict.fromkeys(check_texts(tables["neutral"], "text")))
     if len(neutral) < LEAST_NEUTRAL:
         raise InputError(f"data {args.neutral!r}: expected {LEAST_NEUTRAL} texts or more, got {len(neutral)}")
-    if both := set(neutral) & set(check_texts(tables["texts"], "text")):
-        raise InputError(
-            f"data {args.texts!r}: expected texts that {args.neutral!r} does not have, got {len(both)} of them, such "
-            f"as {min(both)[:60]!r}; report on others"
-        )
+    texts_of = {name: set(check_texts(table, "text")) for name, table in tables.items() if name != "prompts"}
+    for name, other in (("texts", "neutral"), ("texts", "comments"), ("neutral", "comments")):
+        if both := texts_of[name] & texts_of[other]:
+            raise InputError(
+                f"data {getattr(args, name)!r}: expected texts that {getattr(args, other)!r} does not have, got "
+                f"{len(both)} of them, such as {min(both)[:60]!r}; give others"
+            )
     place.mkdir(parents=True, exist_ok=True)
     write_rest(tables["comments"], set(drawn), args.words, str(place / "fit.csv"))
     write_prompts(drawn[args.reported :], None, place / "choose.jsonl")
@@ -121,9 +142,11 @@ def choose(args: argparse.Namespace) -> None:
         made, costs = cell["intervention"], perplexity(cell)
         if made is None or costs is None:
             continue
+        method = method_of(made).replace(" ", "-")
         if not cell.get("toxicity"):
-            raise InputError(f"{str(args.table)!r}: expected cells with toxicity, got {made['method']} without")
-        name = made["method"] + ("-gated" if made.get("gate") else "")
+            raise InputError(f"{str(args.table)!r}: expected cells with toxicity, got {method} without")
+        gated = any(part.get("gate") for part in (made, *(made.get("composed") or ())))
+        name = method + ("-gated" if gated else "")
         rank = (max(0.0, costs - most), cell["toxicity"]["overall"]["probability"]["value"], costs)
         if name not in best or rank < best[name][0]:
             best[name] = rank, made

@@ -24,8 +24,7 @@ python "$here/front.py" start "$1" "$2" "$3" "$4" "$run" ${6:+--prompts "$6"} ${
 cd "$run"
 mapfile -t started <started.txt
 how=(--model "${started[0]}" ${started[1]:+--dtype "${started[1]}"})
-aura-dist collect "${how[@]}" --data parts/control.csv --unlabelled --modules "${started[@]:2}" --pooling mean \
-    --store control.zarr
+aura-dist collect --config control.yaml
 aura-dist sweep --config sweep.yaml
 
 mkdir -p results

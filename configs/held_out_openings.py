@@ -53,11 +53,22 @@ def write_rest(table: Table, taken: set[str], words: int, path: str) -> None:
         writer.writerows(pair for pair in pairs if opening(pair[0], words) not in taken)
 
 
+def read_records(path: str) -> Table:
+    """The prompts of a file of JSON lines; InputError for another kind of file, or without texts."""
+    if Path(path).suffix.lower() not in (".jsonl", ".json", ".ndjson"):
+        raise InputError(
+            f"data {path!r}: expected prompts as JSON lines, such as RealToxicityPrompts' own, in a .jsonl"
+        )
+    table = read_table(path, ["prompt.text"])
+    check_texts(table, "prompt.text")
+    return table
+
+
 def write_prompts(texts: list[str], beside: str | None, out: Path) -> None:
     """Write the openings as prompts, and those of the file `beside` after them; InputError if that lacks texts."""
     lines = [json.dumps({"prompt": {"text": text, "toxicity": 1.0}}) for text in texts]
     if beside:
-        check_texts(read_table(beside, ["prompt.text"]), "prompt.text")
+        read_records(beside)
         # not splitlines: JSON may hold other line breaks within a text
         lines += [line for line in Path(beside).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")

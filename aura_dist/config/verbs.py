@@ -219,8 +219,9 @@ class FitConfig(FitOptions):
         "intervention", "what a gate's logit is multiplied by about its threshold", None, unset="1"
     )
     gate_min_accuracy: Share | None = option(
-        "intervention", "tokens: leave out modules whose regression tells a smaller share of held-out texts", None
-    )
+        "intervention", "tokens: leave out modules whose regression tells a smaller share of held-out texts", None,
+        unset="three standard errors above chance",
+    )  # fmt: skip
 
     @property
     def gate_fit(self) -> Any:

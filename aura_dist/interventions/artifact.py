@@ -168,7 +168,8 @@ class Intervention:
         }
         meta = {**self.meta, "format_version": FORMAT_VERSION, "sites": self.sites}
         try:
-            _parsed(tensors)
+            _, _, gates = _parsed(tensors)
+            _check_gates(self.meta, self.sites, gates)
             place.mkdir(parents=True, exist_ok=True)
             # the weights, whose context ends first, take their place before the description
             with replacing(place / META_FILE) as description, replacing(place / WEIGHTS_FILE) as weights:
@@ -189,6 +190,7 @@ class Intervention:
             version = meta.pop("format_version")
             _check_description(meta)
             scale, shift, gate = _parsed(tensors)
+            _check_gates(meta, order, gate)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise StoreError(
                 f"intervention {str(place)!r}: expected {META_FILE} and {WEIGHTS_FILE} as `fit` writes them: {error}"
@@ -250,6 +252,15 @@ def _check_description(meta: Mapping[str, Any]) -> None:
         if not isinstance(part, dict):
             raise ValueError(f"{META_FILE} has {part!r} where a composed intervention's description belongs")
         _check_description(part)
+
+
+def _check_gates(meta: Mapping[str, Any], sites: Collection[str], gates: Collection[str]) -> None:
+    """ValueError if a module lacks the gate that the description gives it: its map would act at every token."""
+    parts = meta.get("composed") or [meta]
+    named = {site for part in parts for site in (part.get("gate") or {}).get("sites") or ()}
+    lost = sorted((set(sites) if meta.get("gate") else named & set(sites)) - set(gates))
+    if lost:
+        raise ValueError(f"{META_FILE} says that maps have a gate, and {WEIGHTS_FILE} has none for {lost[0]!r}")
 
 
 def _parsed(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aura_dist import __version__
 from aura_dist.errors import ConfigError, InputError
-from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.artifact import Intervention, check_no_gate
 from aura_dist.interventions.gates import GateFit
 from aura_dist.interventions.methods import (
     FromModel,
@@ -76,6 +76,7 @@ def fit_intervention(
     if isinstance(method, FromModel):
         from aura_dist.interventions.training import train_maps
 
+        _check_before_training(group, spec, fit, sites, earlier)
         maps, evidence = train_maps(group, spec, fit.concept, sites, method, options, earlier, fit.state, fit.sharding)
     else:
         statistics: dict[str, Scores] = {}
@@ -93,6 +94,19 @@ def fit_intervention(
     gated = with_gates(fitted, group, spec, fit.concept, fit.gate, sites, earlier)
     meta = meta_of(spec, fit, options, [*evidence, *gated.evidence])
     return replace(gated.intervention, meta={**meta, "gate": gated.about})
+
+
+def _check_before_training(
+    group: zarr.Group, spec: StoreSpec, fit: Fit, sites: Sequence[Site], earlier: Intervention | None
+) -> None:
+    """InputError where the maps could not be used: training may take hours."""
+    if earlier is not None:
+        for site in sites:
+            check_no_gate(site.name, earlier)
+    if fit.gate is not None:
+        from aura_dist.interventions.gate_fitting import stores_for_gates
+
+        stores_for_gates(group, spec, fit.concept, fit.gate, sites, earlier)
 
 
 def meta_of(

@@ -4,7 +4,9 @@ Threads, not Dask workers as in `score`: a site takes seconds, NumPy and scikit-
 holding Python's lock, and a process would read the store's description again.
 """
 
+import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,18 +85,8 @@ def with_gates(
         A store is not finished, or damaged.
     """
     changed = [site for site in sites if fitted.restricted([site.name]).num_changed]
-    kind = _KINDS[fit.kind]
-    _check_kinds(fit, changed)
-    if earlier is not None:
-        for site in changed:
-            if site.name in earlier.sites:
-                check_no_gate(site.name, Intervention({}, gate={site.name: Gate(fit.kind, {})}))
-    stores = [_labelled(group, spec, concept)]
-    if fit.control is not None:
-        stores.append(_control(fit.control, stores[0], changed))
-    for store in stores:
-        _check_store(store, kind.poolings)
-    gates, about = kind.find(stores, changed, fit, earlier)
+    stores = stores_for_gates(group, spec, concept, fit, changed, earlier)
+    gates, about = _KINDS[fit.kind].find(stores, changed, fit, earlier)
     evidence = [part for gate in gates.values() for part in gate.parts.values()]
     if fit.control is not None:
         control = stores[1]
@@ -107,6 +99,27 @@ def with_gates(
         number = kept.num_changed - closed.num_changed
         logger.warning("%d neurons have NaN or infinite responses, so no gate: they are left as they are", number)
     return Gated(closed, about, evidence)
+
+
+def stores_for_gates(
+    group: zarr.Group,
+    spec: StoreSpec,
+    concept: str,
+    fit: GateFit,
+    sites: Sequence[Site],
+    earlier: Intervention | None,
+) -> list[Texts]:
+    """The texts that gates of these sites are fitted from, the controls last; raises as `with_gates` does."""
+    _check_kinds(fit, sites)
+    for site in sites:
+        if earlier is not None and site.name in earlier.sites:
+            check_no_gate(site.name, Intervention({}, gate={site.name: Gate(fit.kind, {})}))
+    stores = [_labelled(group, spec, concept)]
+    if fit.control is not None:
+        stores.append(_control(fit.control, stores[0], sites))
+    for store in stores:
+        _check_store(store, _KINDS[fit.kind].poolings)
+    return stores
 
 
 def fitting_bytes(sites: Sequence[Site], poolings: Sequence[str], num_texts: int) -> dict[str, int]:
@@ -167,6 +180,7 @@ def _control(path: str, of: Texts, sites: Sequence[Site]) -> Texts:
     for what, ours, theirs in (
         ("the model", of.spec.model["fingerprint"][:12], spec.model["fingerprint"][:12]),
         ("the intervention", _under(of.spec), _under(spec)),
+        ("--chat and --system", _chat(of.spec), _chat(spec)),
         ("--skip-special-tokens", of.spec.skip_special_tokens, spec.skip_special_tokens),
         ("--skip-first-tokens", of.spec.skip_first_tokens, spec.skip_first_tokens),
     ):
@@ -188,6 +202,10 @@ def _control(path: str, of: Texts, sites: Sequence[Site]) -> Texts:
 def _under(spec: StoreSpec) -> str:
     under = spec.intervention
     return "none" if under is None else f"{under['digest'][:12]} at strength {under['strength']}"
+
+
+def _chat(spec: StoreSpec) -> str:
+    return json.dumps(spec.tokenizer.get("chat") or "none", sort_keys=True, ensure_ascii=False)
 
 
 def _check_store(texts: Texts, poolings: Sequence[str]) -> None:
@@ -225,13 +243,20 @@ def _token_gates(
         )  # fmt: skip
     if sites and not found:
         raise _no_gate(len(sites))
-    kept = {name: one for name, one in found.items() if one.accuracy >= (fit.min_accuracy or 0.0)}
+    least = _above_chance(is_positive) if fit.min_accuracy is None else fit.min_accuracy
+    kept = {name: one for name, one in found.items() if one.accuracy >= least}
     if sites and not kept:
         best = max(one.accuracy for one in found.values())
+        why = f"{least:.3f}, which is more than chance" if fit.min_accuracy is None else f"{least}"
         raise InputError(
-            f"--gate-min-accuracy: expected a share that some module's regression reaches, got {fit.min_accuracy}; the "
-            f"best of {len(found)} separates {best:.3f} of held-out texts"
+            f"--gate-min-accuracy: expected a share that some module's regression reaches, got {why}; the best of "
+            f"{len(found)} separates {best:.3f} of held-out texts; collect more texts, or give a smaller share"
         )
+    if fit.min_accuracy is None and len(kept) < len(found):
+        logger.warning(
+            "%d of %d modules tell held-out texts apart hardly better than by chance (under %.3f), so no gate: they "
+            "are left as they are; --gate-min-accuracy sets another limit", len(found) - len(kept), len(sites), least,
+        )  # fmt: skip
     if kept:
         accuracies = [one.accuracy for one in kept.values()]
         logger.info(
@@ -261,6 +286,15 @@ def _no_gate(num_sites: int) -> InputError:
         f"--gate: expected a module with finite responses that differ, got none among {num_sites}; leave out of "
         "--modules what the model does not use, or collect with another --dtype"
     )
+
+
+def _above_chance(is_positive_N: NDArray[np.bool_]) -> float:
+    """Three standard errors above what guesses reach.
+
+    Where nothing is told apart, all logits are nearly the same, so that a gate is half open at every token.
+    """
+    shares = [1 / int(is_positive_N.sum()), 1 / int((~is_positive_N).sum())]
+    return 0.5 + 3 * 0.25 * math.sqrt(sum(shares))
 
 
 def _rule(stores: Sequence[Texts]) -> str:

@@ -86,11 +86,20 @@ class Gate:
         return Gate(self.kind, {n: v[columns] if self.row.parts[n] else v for n, v in self.parts.items()})
 
     def moved(self, threshold: float, sharpness: float) -> "Gate":
-        """The gate whose logit is `sharpness` times what this one's exceeds `threshold` by."""
+        """The gate whose logit is `sharpness` times what this one's exceeds `threshold` by.
+
+        InputError if its numbers are too large for float32.
+        """
         parts = {name: values.astype(np.float64) for name, values in self.parts.items()}
         parts[self.row.constant] = parts[self.row.constant] - threshold
-        with np.errstate(over="ignore"):  # float32 overflows to infinity, which is no gate
-            return Gate(self.kind, {name: (sharpness * values).astype(np.float32) for name, values in parts.items()})
+        with np.errstate(over="ignore"):
+            made = {name: (sharpness * values).astype(np.float32) for name, values in parts.items()}
+        if any((np.isfinite(self.parts[name]) & ~np.isfinite(values)).any() for name, values in made.items()):
+            raise InputError(
+                "--gate-threshold and --gate-sharpness: expected numbers with which a gate's logit fits into float32, "
+                f"got {threshold:g} and {sharpness:g}; give smaller ones"
+            )
+        return Gate(self.kind, made)
 
     def check(self, width: int) -> None:
         """ValueError unless its arrays are those of its kind, finite, for a site of `width` units."""

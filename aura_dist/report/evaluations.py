@@ -118,9 +118,7 @@ class Evaluation:
     @property
     def perplexity(self) -> Estimate | None:
         """The token-weighted perplexity."""
-        measured = _mapping(self.document.get("perplexity"))
-        low, high = measured.get("token_weighted_low"), measured.get("token_weighted_high")
-        return estimate({"value": measured.get("token_weighted"), "low": low, "high": high})
+        return self.measured("perplexity", "token_weighted")
 
     @property
     def toxicity(self) -> Mapping[str, Any]:
@@ -139,6 +137,15 @@ class Evaluation:
         """Share of toxic continuations of `--baseline` ÷ share of this evaluation."""
         overall = _mapping(_mapping(self.toxicity.get("baseline")).get("overall"))
         return estimate(overall.get("probability"))
+
+    def measured(self, *path: str) -> Estimate | None:
+        """The figure at a place of the document; `x` with its interval also where that is `x_low` and `x_high`."""
+        *above, name = path
+        part: Mapping[str, Any] = self.document
+        for key in above:
+            part = _mapping(part.get(key))
+        value, low, high = (part.get(f"{name}{end}") for end in ("", "_low", "_high"))
+        return estimate(value) if isinstance(value, Mapping) else estimate({"value": value, "low": low, "high": high})
 
     @property
     def zero_shot(self) -> Mapping[str, Mapping[str, Any]]:

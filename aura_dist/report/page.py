@@ -124,6 +124,7 @@ def _comparison(compared: Comparison, name: str) -> Section:
         "picture": figures.tradeoff(compared, name),
         "caption": figures.caption(compared),
         "table": tables.results_table(compared.evaluations),
+        "effects": tables.effects_table(compared.evaluations),
         "split": tables.split_table(compared.evaluations),
     }
 

@@ -17,6 +17,16 @@ _NEURON_HEADER = {
     "auroc": "AUROC", "auroc_se": "error", "q_value": "q",
     "mean_positive": "mean with", "mean_negative": "mean without",
 }  # fmt: skip
+# column → where in the results, factor, digits
+_EFFECTS = {
+    "KL divergence": (("side_effects", "divergence", "mean"), 1, 3),
+    "its 99th percentile": (("side_effects", "divergence", "percentile_99"), 1, 2),
+    "texts with an open gate (%)": (("side_effects", "gates", "open_texts"), 100, 0),
+    "perplexity of non-toxic continuations": (("side_effects", "continuations", "intervened", "token_weighted"), 1, 2),
+    "plain": (("side_effects", "continuations", "plain", "token_weighted"), 1, 2),
+    "tokens": (("toxicity", "form", "num_tokens"), 1, 1),
+    "repetition (%)": (("toxicity", "form", "repetition"), 100, 1),
+}
 _EXAMPLES = {"shots": "num_fewshot", "examples": "num_examples"}
 
 
@@ -190,6 +200,19 @@ def split_table(evaluations: Sequence[Evaluation]) -> Table:
     """Toxicity by the prompt's own; empty where no evaluation has that."""
     names = {"toxic_prompts": "toxic prompts: ", "nontoxic_prompts": "other prompts: "}
     return _columned([c for group, name in names.items() for c in _toxicity(evaluations, group, name)], evaluations)
+
+
+def effects_table(evaluations: Sequence[Evaluation]) -> Table:
+    """Side effects, the form of continuations, and how far scorers agree; empty where no evaluation has any of them."""
+    figures: list[tuple[str, tuple[str, ...], float, int]] = [
+        *((name, path, scale, digits) for name, (path, scale, digits) in _EFFECTS.items()),
+        *((f"agrees with {j} (%)", ("toxicity", "judges", j, "agreement"), 100, 1) for j in judges_of(evaluations)),
+    ]
+    columns = [
+        (name, [_interval(e.measured(*path), scale, digits) for e in evaluations])
+        for name, path, scale, digits in figures
+    ]
+    return _columned(columns, evaluations)
 
 
 def _toxicity(evaluations: Sequence[Evaluation], group: str, prefix: str) -> list[tuple[str, list[str]]]:

@@ -7,6 +7,7 @@ from aura_dist.config.verbs import FitConfig
 from aura_dist.errors import ConfigError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.fitting import Fit, check_out, earlier_intervention, finish, fit_intervention
+from aura_dist.interventions.methods import FromModel, find_method
 from aura_dist.ranks.world import is_first_process
 from aura_dist.scoring.scores import read_scores
 from aura_dist.store.access import open_group
@@ -30,8 +31,9 @@ def fit(config: FitConfig) -> Intervention:
         check_out(config.out, config.onto)
     spec = StoreSpec.of(group)
     earlier = earlier_intervention(config.store, spec, config.onto)
-    out = Path(config.out)
-    state = out.with_name(f"{out.name}.training") if config.out else None
+    out = Path(config.out).resolve()
+    is_trained = isinstance(find_method(config.method), FromModel)
+    state = out.parent / f"{out.name}.training" if config.out and is_trained else None
     options, gate = config.options, config.gate_fit
     wanted = Fit(
         config.method, config.concept, config.modules, config.strength, options, gate, state, config.sharding

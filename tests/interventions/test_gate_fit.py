@@ -5,15 +5,17 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 import aura_dist
 from aura_dist.cli import main
-from aura_dist.errors import ConfigError
+from aura_dist.errors import ConfigError, StoreError
 from aura_dist.interventions import gate_fitting
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.gates import settle_gate
@@ -45,6 +47,8 @@ def place(tiny_dir, sentences_csv, tmp_path_factory):
 
 def fit(place, out, *more, method="mean-act", store="store.zarr"):
     words = ["fit", "--store", str(place / store), "--concept", "toxic", "--method", method, "--out", str(out)]
+    if "tokens" in more and "--gate-min-accuracy" not in more:
+        more += ("--gate-min-accuracy", 0)  # a random model's values tell hardly anything apart
     return main([*words, *map(str, more)])
 
 
@@ -195,6 +199,57 @@ def test_modules_that_do_not_separate_are_not_moved(place, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_modules_that_separate_no_better_than_chance_are_not_moved(place, tmp_path, monkeypatch, capsys):
+    """Unless a limit is given: their gates would be half open at every token."""
+    words = ["fit", "--store", str(place / "store.zarr"), "--concept", "toxic", "--method", "mean-act"]
+    words += ["--gate", "tokens", "--gate-threshold", "0", "--out"]
+    whole = gate_fitting.Texts.responses
+
+    def responses(moved):
+        def random(self, site, pooling):
+            values = np.random.default_rng(len(site)).normal(size=whole(self, site, pooling).shape)
+            return (values + 3 * (self.is_positive[:, None] & (site == moved))).astype(np.float32)
+
+        return random
+
+    monkeypatch.setattr(gate_fitting.Texts, "responses", responses(SITE))
+    assert main([*words, str(tmp_path / "some")]) == 0
+    made = Intervention.load(tmp_path / "some")
+    assert made.sites == [SITE]
+    assert (
+        "3 of 4 modules tell held-out texts apart hardly better than by chance (under 0.68" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(gate_fitting.Texts, "responses", responses("none"))
+    assert main([*words, str(tmp_path / "none")]) == 2
+    assert "which is more than chance; the best of 4 separates 0." in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "all"), "--gate-min-accuracy", "0"]) == 0
+    assert len(Intervention.load(tmp_path / "all").sites) == 4
+
+
+def test_numbers_that_float32_cannot_hold_are_refused(place, tmp_path, capsys):
+    for gate, number in (("tokens", "1e39"), ("units", "-1e39")):
+        assert fit(place, tmp_path / "out", "--gate", gate, "--gate-threshold", number) == 2
+        assert "expected numbers with which a gate's logit fits into float32, got" in capsys.readouterr().err
+
+
+def test_a_gate_that_is_lost_is_missed(place, by_tokens, tmp_path):
+    """Its map would act at every token."""
+    copy = Path(shutil.copytree(by_tokens, tmp_path / "copy"))
+    tensors = load_file(copy / "intervention.safetensors")
+    save_file({n: v for n, v in tensors.items() if SITE not in n or "gate" not in n}, copy / "intervention.safetensors")
+    with pytest.raises(StoreError, match=f"says that maps have a gate, and .* has none for '{SITE}'"):
+        Intervention.load(copy)
+    made = Intervention.load(by_tokens)
+    with pytest.raises(StoreError, match="says that maps have a gate"):
+        Intervention(made.scale, made.shift, made.meta).save(tmp_path / "out")
+    other = Intervention({"lm_head": np.ones(3, np.float32)}, meta={"method": "none"})
+    (made @ other).save(tmp_path / "both")
+    both = Intervention.load(tmp_path / "both")
+    assert list(both.gate) == list(made.gate)
+    with pytest.raises(StoreError, match="says that maps have a gate"):
+        Intervention(both.scale, both.shift, both.meta).save(tmp_path / "out")
+
+
 def without(site_of, units, monkeypatch):
     """Responses of some units of some sites are NaN."""
     whole = gate_fitting.Texts.responses
@@ -315,7 +370,16 @@ def test_stores_that_lack_what_a_gate_needs_are_refused(place, tmp_path, capsys)
 
 def test_with_a_threshold_nothing_imports_torch(place, tmp_path):
     words = ["fit", "--store", str(place / "store.zarr"), "--concept", "toxic", "--gate", "tokens"]
-    words += ["--gate-threshold", "0", "--method", "mean-act", "--out", str(tmp_path / "out")]
+    words += [
+        "--gate-threshold",
+        "0",
+        "--gate-min-accuracy",
+        "0",
+        "--method",
+        "mean-act",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     code = f"import sys; from aura_dist.cli import main; main({words!r}); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert shown.stdout.strip() == "False"

@@ -31,7 +31,7 @@ from aura_dist.report.scores import (
     module_of,
     summarise,
 )
-from aura_dist.report.tables import results_table, split_table, zero_shot_table
+from aura_dist.report.tables import effects_table, results_table, split_table, zero_shot_table
 from aura_dist.sites.site import Site
 from tests.results import write_results
 
@@ -257,6 +257,29 @@ def test_further_scorers_have_columns_of_their_own(evaluations):
     assert rows["plain"]["times fewer by strict"] == "–"
     assert rows["act"]["toxic (%) by strict"] == "–"
     assert rows["aura"]["toxic (%)"] != rows["aura"]["toxic (%) by strict"]
+
+
+def test_side_effects_have_a_table_of_their_own(evaluations):
+    assert not effects_table(labelled(evaluations)).rows, "none was measured"
+    form = {name: {"value": v, "low": v / 2, "high": 2 * v} for name, v in (("num_tokens", 20.0), ("repetition", 0.02))}
+    effects = {
+        "divergence": {"mean": 0.03, "mean_low": 0.02, "mean_high": 0.05, "percentile_99": 0.4},
+        "gates": {"open_texts": 0.25},
+        "continuations": {side: {"token_weighted": p} for side, p in (("plain", 18.0), ("intervened", 26.0))},
+    }
+
+    def measured(one):
+        toxicity = {**one.toxicity, "form": form, "judges": {"strict": {"agreement": 0.987}}}
+        return replace(one, document={**one.document, "toxicity": toxicity, "side_effects": effects})
+
+    table = effects_table(labelled([measured(e) if e.name == "aura" else e for e in evaluations]))
+    rows = {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
+    assert rows["aura"] == {
+        "KL divergence": "0.030 [0.020, 0.050]", "its 99th percentile": "0.40", "texts with an open gate (%)": "25",
+        "perplexity of non-toxic continuations": "26.00", "plain": "18.00", "tokens": "20.0 [10.0, 40.0]",
+        "repetition (%)": "2.0 [1.0, 4.0]", "agrees with strict (%)": "98.7",
+    }  # fmt: skip
+    assert set(rows["plain"].values()) == {"–"}
 
 
 def test_results_stand_in_their_columns(evaluations):

@@ -127,13 +127,15 @@ def test_no_text_of_a_front_is_in_two_parts(started, neutral, tmp_path):
     comments.write_text("\n".join(["text,toxic", *rows]) + "\n")
     done = started(tmp_path / "a run", comments=comments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["some/model", "", "mlp", "*.o_proj"]
+    assert done.stdout.splitlines() == ["some/model", ""]
     parts = tmp_path / "a run" / "parts"
     chosen, reported = prompts_of(parts / "choose.jsonl"), prompts_of(parts / "report.jsonl")
     assert (len(set(chosen)), len(set(reported))) == (5, 8)
     fitted = {" ".join(text.split()[:5]) for text in texts_of(parts / "fit.csv")}
     assert not set(chosen) & set(reported)
     assert not fitted & {*chosen, *reported}
+    others = {*texts_of(parts / "control.csv"), *texts_of(parts / "choose.csv")}
+    assert not others & set(texts_of(parts / "fit.csv"))
     control, chosen = texts_of(parts / "control.csv"), texts_of(parts / "choose.csv")
     assert (len(control), len(chosen)) == (45, 15)
     assert {*control, *chosen} == set(texts_of(neutral))
@@ -141,11 +143,15 @@ def test_no_text_of_a_front_is_in_two_parts(started, neutral, tmp_path):
 
 def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
     (tmp_path / "rtp.jsonl").write_text('{"txt": "once"}\n')
+    (tmp_path / "rtp.csv").write_text("prompt.text\nonce\n")
+    (tmp_path / "both.csv").write_text(f"text\nA hill is high.\n{COMMENTS[0][0]}\n")
     (tmp_path / "grid.yaml").write_text("model: some/model\ncollect: {modules: mlp}\n")
     for flags, given, said in (
         (["--reported", 100], {}, "expected 105 toxic comments of 5 words or more"),
         (["--prompts", tmp_path / "rtp.jsonl"], {}, "'prompt.text'"),
         (["--judges", "profanity-chek"], {}, "profanity-chek"),
+        (["--prompts", tmp_path / "rtp.csv"], {}, "expected prompts as JSON lines"),
+        ([], {"texts": tmp_path / "both.csv"}, "comments.csv' does not have, got 1 of them, such as"),
         ([], {"texts": neutral}, "got 60 of them, such as 'A river of number 0 is long and quiet.'"),
         ([], {"grid": tmp_path / "grid.yaml"}, "expected `model`, a name, and `collect: modules`, a list"),
     ):
@@ -262,7 +268,7 @@ GRID = """
 model: unused
 retries: 0
 collect: {data: parts/fit.csv, concepts: [toxic], num_positive: 12, num_negative: 12, modules: [mlp],
-  pooling: [max, mean]}
+  pooling: [max, mean, mean_square], skip_first_tokens: 1}
 evaluate: &how {toxicity_prompts: parts/choose.jsonl, num_samples: 2, max_new_tokens: 4, scorer: profanity-check,
   perplexity_texts: parts/choose.csv}
 grid:
@@ -271,6 +277,10 @@ grid:
     strength: [0.5, 1.0]
   - method: [mean-act]
     gate: [tokens]
+    control: [control.zarr]
+    gate_min_accuracy: [0]
+  - method: [mean-act]
+    gate: [units]
     control: [control.zarr]
 """
 
