@@ -2,6 +2,9 @@
 
 Every name of the intervention is found among the checkpoint's tensors or the model's layers, or is an error. A
 mixture's experts run in kernels that show no neurons, so their scales go into the down projections as these are read.
+A stage of a pipeline reads all tensors, and lays maps on its own layers.
+
+E experts, I neurons of one expert.
 """
 
 import re
@@ -19,7 +22,7 @@ from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.gates import Gate
 from aura_dist.interventions.methods import with_strength
 from aura_dist.serving.maps import CALLED, SiteGate, SiteMap, attach, attach_residual
-from aura_dist.serving.places import ELSEWHERE, Load, Place, generic, plain_name, probe
+from aura_dist.serving.places import ELSEWHERE, Load, Place, generic, neurons_dim, plain_name, probe
 from aura_dist.sites.site import INPUT
 
 _DOWN = re.compile(r"(?:(?P<expert>\d+)\.)?(?:down_proj|w2)(?:\.weight)?")
@@ -35,6 +38,7 @@ class Ranks:
     whole_model: bool  # whether this rank has all layers
     partial: Callable[[nn.Module], bool]  # whether a module's outputs on the ranks are parts of a sum
     is_linear: Callable[[nn.Module], bool]
+    num_experts: int | None = None  # of the model, where this rank reads a share of them
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,20 @@ class Laying:
     _sites: dict[str, list[_Site]] = field(init=False)  # plain name of the module → its sites
     _seen: set[str] = field(default_factory=set, init=False)  # plain names of tensors, without `.weight`
     _folded: set[str] = field(default_factory=set, init=False)
-    _places: dict[tuple[str, tuple[int, ...]], Place | None] = field(default_factory=dict, init=False)
+    _experts: dict[str, dict[int, int]] = field(init=False)  # site → expert that was read → its neurons
+    _dims: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict, init=False)  # of experts' neurons
+    _places: dict[tuple[str, tuple[int, ...]], Place] = field(default_factory=dict, init=False)
     _found: dict[str, Place | None] = field(default_factory=dict, init=False)  # plain name of a module → its place
     _maps: list[str] = field(default_factory=list, init=False)
+    _with_weights: dict[str, bool] = field(default_factory=dict, init=False)  # plain name → whether it has parameters
 
     def __post_init__(self) -> None:
-        self._sites = defaultdict(list)
+        self._sites, self._experts = defaultdict(list), defaultdict(dict)
         for site in _changing(self.intervention, self.strength):
             self._sites[site.key].append(site)
+        for name, module in self.model.named_modules():
+            here = next(module.parameters(), None) is not None
+            self._with_weights[plain_name(name)] = here or self._with_weights.get(plain_name(name), False)
 
     def watched(self, weights: Iterable[tuple[str, Tensor]], load: Load) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors as the model's loader gets them; `load` is that loader."""
@@ -101,18 +111,36 @@ class Laying:
             module = key.removesuffix(".weight")
             self._seen.add(module)
             if module in self._sites and key != module:
-                known = (generic(module)[0], tuple(tensor.shape))
-                if known not in self._places:
-                    self._places[known] = probe(self.model, load, name, tensor)
-                self._found[module] = self._places[known]
-            yield name, self._with_experts(key, tensor)
+                self._found[module] = self._place(module, load, name, tensor)
+            yield name, self._with_experts(load, name, tensor)
 
-    def _with_experts(self, key: str, tensor: Tensor) -> Tensor:
-        """A tensor of down projections with its columns scaled; others as they are."""
-        parent, _, last = key.rpartition(".experts.")
+    def _place(self, module: str, load: Load, name: str, tensor: Tensor) -> Place | None:
+        """The place of a module's tensor, as of the same tensor of other layers; None if this rank has none of it."""
+        known = (generic(module)[0], tuple(tensor.shape))
+        if known not in self._places:
+            place = probe(self.model, load, name, tensor)
+            if place is None:  # says nothing of other layers: a later one may be of this stage
+                return None
+            self._places[known] = place
+        return self._places[known]
+
+    def _held(self, key: str) -> bool | None:
+        """Whether this stage of a pipeline has the module of that plain name, or the layer that it should be in.
+
+        The layers of other stages have no parameters here. None if the served model names them in another way.
+        """
+        if self.ranks.whole_model:
+            return True
+        parts = key.split(".")
+        names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((self._with_weights[name] for name in names if name in self._with_weights), None)
+
+    def _with_experts(self, load: Load, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of down projections with its neurons scaled; others as they are."""
+        parent, _, last = plain_name(name).rpartition(".experts.")
         sites = self._sites.get(f"{parent}.experts") if parent else None
         down = _DOWN.fullmatch(last)
-        if not sites or down is None:
+        if not sites or down is None or self._held(sites[0].key) is False:
             return tensor
         (site,) = sites
         if site.gate is not None or site.shift.any():
@@ -124,14 +152,53 @@ class Laying:
             raise ModelError(
                 f"{site.name!r}: expected float weights of experts, got {tensor.dtype}; leave the module out"
             )
+        if down["expert"] is None:
+            along = self._of_experts(site, load, name, tensor)
+        else:
+            along = self._of_expert(site, int(down["expert"]), tensor)
         self._folded.add(site.name)
-        if down["expert"] is not None:
-            width = tensor.shape[1]
-            scale = torch.from_numpy(site.scale[int(down["expert"]) * width :][:width])
-            return (tensor.float() * scale.to(tensor.device)).to(tensor.dtype)
-        scale_EI = torch.from_numpy(site.scale.reshape(tensor.shape[0], -1)).to(tensor.device)
-        along = scale_EI[:, None, :] if tensor.shape[2] == scale_EI.shape[1] else scale_EI[:, :, None]
-        return (tensor.float() * along).to(tensor.dtype)
+        return (tensor.float() * torch.from_numpy(along).to(tensor.device)).to(tensor.dtype)
+
+    def _of_expert(self, site: _Site, expert: int, tensor: Tensor) -> NDArray[np.float32]:
+        """[I] the scales of one expert, whose down projection has its neurons as columns, as a linear layer."""
+        width = tensor.shape[-1]
+        num_experts, left = divmod(len(site.scale), width)
+        if tensor.ndim != 2 or left or expert >= num_experts or self.ranks.num_experts not in (None, num_experts):
+            of = f" of {self.ranks.num_experts}" if self.ranks.num_experts else ""
+            raise self._other_experts(site, f"expert {expert}{of} with weights of shape {tuple(tensor.shape)}")
+        self._experts[site.name][expert] = width
+        return site.scale[expert * width :][:width]
+
+    def _of_experts(self, site: _Site, load: Load, name: str, tensor: Tensor) -> NDArray[np.float32]:
+        """The scales of all experts, shaped to multiply [E, outputs, I] or [E, I, outputs]."""
+        width, left = divmod(len(site.scale), tensor.shape[0])
+        if tensor.ndim != 3 or left or width not in tensor.shape[1:]:
+            raise self._other_experts(site, f"experts with weights of shape {tuple(tensor.shape)}")
+        known = (generic(plain_name(name))[0], tuple(tensor.shape))
+        if tensor.shape[1] != tensor.shape[2]:
+            dim: int | None = 1 if tensor.shape[1] == width else 2
+        else:
+            dim = self._dims.get(known) or neurons_dim(self.model, load, name, tensor)
+        if dim is None:
+            raise ModelError(
+                f"{site.name!r}: expected weights of experts whose neurons can be told from their outputs, got square "
+                f"ones ({name!r} of shape {tuple(tensor.shape)}), and {type(self.model).__name__} does not show which "
+                "dim it reads as neurons; leave the module out, or serve what `export` writes"
+            )
+        self._dims[known] = dim
+        return site.scale.reshape(tensor.shape[0], *((1, -1) if dim == 2 else (-1, 1)))
+
+    def _check_experts(self, site: _Site) -> None:
+        """ModelError if fewer experts were read one by one than the site has; more are an error when they are read."""
+        read = self._experts.get(site.name)
+        if read and self.ranks.num_experts is None and sum(read.values()) != len(site.scale):
+            raise self._other_experts(site, f"{len(read)} experts with {sum(read.values())} neurons")
+
+    def _other_experts(self, site: _Site, found: str) -> ModelError:
+        return ModelError(
+            f"{site.name!r} of {len(site.scale)} units: expected as many neurons of experts in the served model "
+            f"{type(self.model).__name__}, found {found}; fit for the model that is served, or leave the module out"
+        )
 
     def lay(self) -> str:
         """Map all sites; returns what was done, in a few words. ModelError names a site that cannot be mapped."""
@@ -140,19 +207,18 @@ class Laying:
         for key, sites in sorted(self._sites.items()):
             for site in sites:
                 if site.name in self._folded:
+                    self._check_experts(site)
                     continue
                 if key not in self._found:
                     num_sites += self._lay_layer(site)
                     continue
                 place = self._found[key]
-                if place is None and not self.ranks.whole_model:
-                    continue  # another rank has the layer
-                if place is None:
+                if place is not None:
+                    modules[place.module.replace("*", generic(key)[1] or "", 1), site.at_input].append((site, place))
+                elif self._held(key):  # else it is another stage's, as far as this one can tell
                     raise self._missing(site)
-                modules[place.module.replace("*", generic(key)[1] or "", 1), site.at_input].append((site, place))
-                num_sites += 1
         for (name, at_input), here in modules.items():
-            self._lay_module(name, here, at_input=at_input)
+            num_sites += self._lay_module(name, here, at_input=at_input)
         self.done = True
         folded = f", and scaled the weights of {len(self._folded)} sites of experts" if self._folded else ""
         return f"laid maps of {num_sites} sites on {len(self._maps)} modules of this rank{folded}"
@@ -169,27 +235,29 @@ class Laying:
         inside = f"{site.key}."
         if site.at_input or site.key in self._seen or not any(name.startswith(inside) for name in self._seen):
             raise self._missing(site)
-        layers = [(n, m) for n, m in self.model.named_modules() if plain_name(n) == site.key and n]
-        if not layers and not self.ranks.whole_model:
+        if self._held(site.key) is False:
             return 0
+        layers = [(n, m) for n, m in self.model.named_modules() if plain_name(n) == site.key and n]
         if len(layers) != 1 or generic(site.key)[1] is None or not site.key.rpartition(".")[2].isdecimal():
             raise self._missing(site)
         name, layer = layers[0]
-        device = next(layer.parameters()).device
+        weight = next(layer.parameters(), None)
+        if weight is None:
+            raise self._missing(site)
         everything = np.arange(len(site.scale))
-        attach_residual(layer, self._site_map(name, [(site, everything)], len(everything), device, partial=False))
+        at_all = [(site, everything)]
+        attach_residual(layer, self._site_map(name, at_all, len(everything), weight.device, partial=False))
         return 1
 
-    def _lay_module(self, name: str, here: list[tuple[_Site, Place]], *, at_input: bool) -> None:
-        """Map the sites of one side of one module."""
-        site = here[0][0]
+    def _lay_module(self, name: str, here: list[tuple[_Site, Place]], *, at_input: bool) -> int:
+        """Map the sites of one side of one module; the number of sites, or 0 if another stage has the module."""
         try:
             module = self.model.get_submodule(name)
             device = next(module.parameters()).device
         except (AttributeError, StopIteration):
-            if self.ranks.whole_model:
-                raise self._missing(site) from None
-            return
+            if self._held(plain_name(name)):
+                raise self._missing(here[0][0]) from None
+            return 0
         numbers = []
         for one, at in here:
             index = at.inputs if at_input else at.outputs
@@ -205,6 +273,7 @@ class Laying:
         site_map = self._site_map(name + INPUT * at_input, numbers, len(numbers[0][1]), device, partial=partial)
         first = not partial or self.ranks.rank == 0
         attach(module, site_map, at_input=at_input, adds_bias=self.ranks.is_linear(module) and first)
+        return len(here)
 
     def _site_map(
         self,

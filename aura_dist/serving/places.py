@@ -51,16 +51,12 @@ def probe(model: nn.Module, load: Load, name: str, tensor: Tensor) -> Place | No
 
     `load` is the model's own loader. It reads the tensor itself too, so that nothing else changes.
     """
-    loaded = load([(name, tensor)])
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = [one for one in loaded or () if one in parameters]
-    if not found:
+    found = _parameter(model, load, name, tensor)
+    if found is None:
         return None
-    if len(found) > 1:
-        raise ModelError(f"{name!r}: expected one parameter of {type(model).__name__} that it becomes, got {found}")
-    parameter = parameters[found[0]]
+    its_name, parameter = found
     read = [_read(parameter, load, name, _numbers(tensor.shape, dim)) for dim in range(tensor.ndim)]
-    module, _ = generic(found[0].rpartition(".")[0])
+    module, _ = generic(its_name.rpartition(".")[0])
     if tensor.ndim == 1:
         return Place(module, tuple(parameter.shape), read[0], None)
     rows, columns = read
@@ -70,6 +66,47 @@ def probe(model: nn.Module, load: Load, name: str, tensor: Tensor) -> Place | No
     if not (rows[here] == rows[here, :1]).all():  # the checkpoint has it transposed
         rows, columns = columns, rows
     return Place(module, tuple(parameter.shape), rows[:, 0].contiguous(), columns[here[0]].contiguous())
+
+
+def neurons_dim(model: nn.Module, load: Load, name: str, tensor: Tensor) -> int | None:
+    """Which dim of a checkpoint's tensor [E, ., .] of experts' down projections has their neurons: 1 or 2.
+
+    Of vLLM's own parameter, [E, outputs, neurons], it is the last, whatever the checkpoint has. None if the loader does
+    not show it.
+    """
+    found = _parameter(model, load, name, tensor)
+    if found is None:
+        return None
+    _, parameter = found
+    if parameter.ndim != 3 or parameter.is_meta or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        return None
+    marks = (torch.arange(tensor.shape[1], device=tensor.device) % 2).to(tensor.dtype)[None, :, None]
+    with _scratch(parameter, parameter.dtype) as scratch:  # in float32, experts could need more memory than is left
+        load([(name, marks.expand(tensor.shape))])
+        held = (scratch != ELSEWHERE).any(dim=2).any(dim=1).nonzero()[:, 0]
+        if not len(held):
+            return None
+        expert = scratch[held[0]].to("cpu", torch.float32)
+    by_row, by_column = _changes(expert.T), _changes(expert)
+    if by_row == by_column:
+        return None
+    return 1 if by_column else 2
+
+
+def _changes(values: Tensor) -> bool:
+    """Whether what is loaded differs along the last dim."""
+    before, after = values[:, :-1], values[:, 1:]
+    return bool(((before != after) & (before != ELSEWHERE) & (after != ELSEWHERE)).any())
+
+
+def _parameter(model: nn.Module, load: Load, name: str, tensor: Tensor) -> tuple[str, nn.Parameter] | None:
+    """The parameter that a checkpoint's tensor becomes, or becomes a part of; None if this rank has none."""
+    loaded = load([(name, tensor)])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = [one for one in loaded or () if one in parameters]
+    if len(found) > 1:
+        raise ModelError(f"{name!r}: expected one parameter of {type(model).__name__} that it becomes, got {found}")
+    return (found[0], parameters[found[0]]) if found else None
 
 
 def _numbers(shape: torch.Size, dim: int) -> Tensor:
@@ -85,10 +122,10 @@ def _read(parameter: nn.Parameter, load: Load, name: str, numbers: Tensor) -> Te
 
 
 @contextmanager
-def _scratch(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """Within, the parameter has other memory, of float32 and `ELSEWHERE`."""
+def _scratch(parameter: nn.Parameter, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """Within, the parameter has other memory, of that dtype and `ELSEWHERE`."""
     before = parameter.data
-    parameter.data = torch.full(before.shape, float(ELSEWHERE), dtype=torch.float32, device=before.device)
+    parameter.data = torch.full(before.shape, float(ELSEWHERE), dtype=dtype, device=before.device)
     try:
         yield parameter.data
     finally:

@@ -94,7 +94,7 @@ def _patch(intervention: "Intervention", strength: float) -> None:
         if model_config is vllm_config.model_config:  # not the draft of a speculative one
             _check_not_folded(model_config, intervention)
             _keep_compiled_apart(vllm_config, intervention, strength)
-            laid.append(_loading(model, intervention, strength))
+            laid.append(_loading(model, vllm_config, intervention, strength))
         return model
 
     @wraps(load)
@@ -130,7 +130,7 @@ def _patch(intervention: "Intervention", strength: float) -> None:
     Worker.compile_or_warm_up_model, Worker.execute_model = compile_or_warm_up_model, execute_model
 
 
-def _loading(model: "nn.Module", intervention: "Intervention", strength: float) -> Any:
+def _loading(model: "nn.Module", vllm_config: Any, intervention: "Intervention", strength: float) -> Any:
     """Have the model lay the maps once it has read its weights."""
     from vllm.distributed import (
         get_pp_group,
@@ -145,9 +145,13 @@ def _loading(model: "nn.Module", intervention: "Intervention", strength: float) 
     def partial(module: "nn.Module") -> bool:
         return isinstance(module, RowParallelLinear) and not module.reduce_results
 
+    parallel = vllm_config.parallel_config
+    reads_share = parallel.enable_expert_parallel and getattr(parallel, "enable_ep_weight_filter", False)
+    num_experts = (vllm_config.model_config.get_num_experts() or None) if reads_share else None
     ranks = Ranks(
         get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce,
         whole_model=get_pp_group().world_size == 1, partial=partial, is_linear=lambda m: isinstance(m, LinearBase),
+        num_experts=num_experts,
     )  # fmt: skip
     laying = Laying(model, intervention, strength, ranks)
     original: Callable[..., Any] = model.load_weights  # type: ignore[assignment]

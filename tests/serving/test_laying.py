@@ -1,5 +1,6 @@
 """Maps on a model that merges, reorders and splits its linear layers, as vLLM does, by ranks that are threads."""
 
+import re
 import threading
 
 import numpy as np
@@ -83,16 +84,20 @@ class Norm(nn.Module):
 
 
 class Served(nn.Module):
-    def __init__(self, rank, number, reduce, partial):
+    """The layers of one stage of a pipeline; where the others would be, it has modules without parameters."""
+
+    def __init__(self, rank, number, reduce, partial, stage=range(2), num_layers=2):
         super().__init__()
-        self.rank, self.number = rank, number
+        self.rank, self.number, self.stage = rank, number, stage
         self.model = nn.Module()
-        self.model.layers = nn.ModuleList(Layer(rank, number, reduce, partial) for _ in range(2))
+        self.model.layers = nn.ModuleList(
+            Layer(rank, number, reduce, partial) if i in stage else nn.Identity() for i in range(num_layers)
+        )
 
     def forward(self, x):
         residual = torch.zeros_like(x)
-        for layer in self.model.layers:
-            x, residual = layer(x + residual)
+        for i in self.stage:
+            x, residual = self.model.layers[i](x + residual)
         return x + residual
 
     def load_weights(self, weights):
@@ -119,7 +124,7 @@ class Served(nn.Module):
         return loaded
 
 
-def checkpoint():
+def checkpoint(num_layers=2):
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "attention": ((HEADS + 2) * EACH, WIDTH), "o_proj": (WIDTH, HEADS * EACH), "gate_proj": (HIDDEN, WIDTH),
@@ -127,19 +132,20 @@ def checkpoint():
     }  # fmt: skip
     return {
         f"language_model.model.layers.{i}.{name}.weight": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        for i in range(2)
+        for i in range(num_layers)
         for name, shape in shapes.items()
     }
 
 
-def expected(x, maps):
-    """The same model written out, with `maps[site](values)` at each site."""
-    weights = {name.split("layers.")[1].removesuffix(".weight"): w for name, w in checkpoint().items()}
+def expected(x, maps, layers=range(2)):
+    """These layers of the same model written out, with `maps[site](values)` at each site."""
+    tensors = checkpoint(layers.stop)
+    weights = {name.split("layers.")[1].removesuffix(".weight"): w for name, w in tensors.items()}
 
     def at(site, values):
         return maps.get(f"model.layers.{site}", lambda v: v)(values)
 
-    for i in range(2):
+    for i in layers:
         residual = x
         normed = at(f"{i}.norm", x * weights[f"{i}.norm"])
         qkv = at(f"{i}.attention", at(f"{i}.attention:input", normed) @ weights[f"{i}.attention"].T)
@@ -157,11 +163,11 @@ WIDTHS = {
 }  # fmt: skip
 
 
-def intervention_at(places, gate):
-    """Random maps of these places of both layers, and site → the map in float32."""
+def intervention_at(places, gate, num_layers=2):
+    """Random maps of these places of all layers, and site → the map in float32."""
     rng, scales, shifts, gates, maps = np.random.default_rng(1), {}, {}, {}, {}
     for place in places:
-        for i in range(2):
+        for i in range(num_layers):
             site, width = f"model.layers.{i}.{place}".rstrip("."), WIDTHS[place]
             scales[site] = rng.uniform(0, 1, width).astype(np.float32)
             shifts[site] = rng.normal(size=width).astype(np.float32)
@@ -177,23 +183,25 @@ def intervention_at(places, gate):
     return Intervention(scales, shifts, {}, gates), maps
 
 
-def served(number, partial, intervention, strength=1.0, tensors=None):
-    """The output of each rank, and the layings."""
+def served(number, partial, intervention, strength=1.0, tensors=None, stage=None, said=None):
+    """The output of each rank, and the layings; of all two layers, or of a stage of four. `said` gets the reports."""
     meeting, outputs, errors, layings = Meeting(number), [None] * number, [], [None] * number
     x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(3))
 
     def run(rank):
         try:
             reduce = meeting.reducing(rank)
-            model = Served(rank, number, reduce, partial)
+            model = Served(rank, number, reduce, partial, *((stage, 4) if stage else ()))
             ranks = Ranks(
-                rank, number, reduce, whole_model=True,
+                rank, number, reduce, whole_model=stage is None,
                 partial=lambda m: getattr(m, "is_partial", False), is_linear=lambda m: isinstance(m, Split),
             )  # fmt: skip
             layings[rank] = Laying(model, intervention, strength, ranks)
-            given = tensors or checkpoint()
+            given = tensors or checkpoint(4 if stage else 2)
             model.load_weights(layings[rank].watched(given.items(), model.load_weights))
-            layings[rank].lay()
+            report = layings[rank].lay()
+            if said is not None:
+                said.append(report)
             outputs[rank] = model(x)
         except Exception as error:
             errors.append(error)
@@ -222,6 +230,51 @@ def test_maps_are_those_of_the_whole_model(places, number, partial, gate):
     for output, laying in zip(outputs, layings, strict=True):
         assert torch.allclose(output, wanted, rtol=1e-4, atol=1e-4)
         laying.check_called(compiled=False)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("stage", [range(2), range(2, 4)])
+@pytest.mark.parametrize(("number", "partial"), [(1, False), (2, True)])
+@pytest.mark.parametrize("places", [[place] for place in WIDTHS] + [[p for p in WIDTHS if p != "attention:input"]])
+def test_each_stage_of_a_pipeline_maps_its_own_layers(places, number, partial, stage, reverse):
+    CALLED.clear()
+    intervention, maps = intervention_at(places, None, num_layers=4)
+    tensors = list(checkpoint(4).items())
+    said = []
+    x, outputs, layings = served(
+        number, partial, intervention, tensors=dict(tensors[::-1] if reverse else tensors), stage=stage, said=said
+    )
+    wanted = expected(x, maps, stage)
+    assert not torch.allclose(wanted, expected(x, {}, stage), rtol=1e-2), "the maps act"
+    for output, laying, report in zip(outputs, layings, said, strict=True):
+        assert torch.allclose(output, wanted, rtol=1e-4, atol=1e-4)
+        assert report.startswith(f"laid maps of {2 * len(places)} sites on ")
+        laying.check_called(compiled=False)
+
+
+@pytest.mark.parametrize("stage", [range(2), range(2, 4)])
+@pytest.mark.parametrize(
+    "site",
+    [
+        "model.layers.7",
+        "model.layers.7.o_proj",  # not in the checkpoint
+        "model.layers.4.o_proj",  # in the checkpoint, and of no layer of the model
+        "model.layers.0.down_proj",
+        "model.layers.2.down_proj",
+        "model.layers",
+    ],
+)
+def test_what_no_stage_has_is_an_error(site, stage):
+    with pytest.raises(ModelError, match=f"'{site}' of 8 units: expected it in the served model Served"):
+        served(1, False, Intervention({site: np.zeros(8, np.float32)}, {}, {}), tensors=checkpoint(5), stage=stage)
+
+
+def test_a_module_that_a_layer_of_the_stage_lacks_is_an_error_of_that_stage():
+    tensors = checkpoint(4) | {"model.layers.2.extra.weight": torch.zeros(8, 8)}
+    intervention = Intervention({"model.layers.2.extra": np.zeros(8, np.float32)}, {}, {})
+    served(1, False, intervention, tensors=tensors, stage=range(2))
+    with pytest.raises(ModelError, match=r"'model.layers.2.extra' of 8 units: expected it in the served model Served"):
+        served(1, False, intervention, tensors=tensors, stage=range(2, 4))
 
 
 def test_strength_zero_changes_no_class():
@@ -279,6 +332,110 @@ def test_scales_of_experts_go_into_their_down_projections(stacked):
     shifted = Laying(nn.Module(), Intervention({prefix: scale}, {prefix: scale}, {}), 1.0, ranks)
     with pytest.raises(ModelError, match="expected a map of experts that only scales"):
         list(shifted.watched(tensors.items(), lambda weights: None))
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+class Experts(nn.Module):
+    """A mixture whose down projections a rank keeps as [E, outputs, its neurons]."""
+
+    def __init__(self, shape, rank=0, number=1, *, transposed=False):
+        super().__init__()
+        num_experts, num_outputs, width = shape
+        self.rank, self.number, self.transposed = rank, number, transposed
+        layer = nn.Module()
+        layer.mlp = nn.Module()
+        layer.mlp.experts = nn.Module()
+        layer.mlp.experts.w2_weight = nn.Parameter(
+            torch.zeros(num_experts, num_outputs, width // number, dtype=torch.bfloat16), requires_grad=False
+        )
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([layer])
+
+    def load_weights(self, weights):
+        name, parameter = next(iter(self.named_parameters()))
+        for _, tensor in weights:
+            of_rank = tensor.mT if self.transposed else tensor
+            parameter.copy_(of_rank.chunk(self.number, dim=2)[self.rank])
+        return {name}
+
+
+def laying_experts(model, num_units, *, whole_model=True, num_experts=None):
+    scale = np.random.default_rng(0).uniform(0, 1, num_units).astype(np.float32)
+    ranks = Ranks(
+        0, 1, lambda v: v, whole_model=whole_model, partial=lambda m: False, is_linear=lambda m: False,
+        num_experts=num_experts,
+    )  # fmt: skip
+    return Laying(model, Intervention({EXPERTS: scale}, {}, {}), 1.0, ranks), torch.from_numpy(scale)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("number", "rank"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("num_outputs", [4, 6])
+def test_neurons_of_square_experts_are_those_of_the_served_model(num_outputs, number, rank, transposed):
+    down = torch.randn(3, num_outputs, 4).bfloat16()
+    model = Experts(down.shape, rank, number, transposed=transposed)
+    laying, scale = laying_experts(model, 12)
+    given = {f"{EXPERTS}.down_proj": down.mT.contiguous() if transposed else down}
+    model.load_weights(laying.watched(given.items(), model.load_weights))
+    laying.lay()
+    wanted = (down.float() * scale.view(3, 1, 4)).bfloat16().chunk(number, dim=2)[rank]
+    assert torch.equal(model.model.layers[0].mlp.experts.w2_weight, wanted)
+
+
+def test_square_experts_that_cannot_be_told_are_an_error():
+    given = {f"{EXPERTS}.down_proj": torch.ones(3, 4, 4)}
+    laying, _ = laying_experts(nn.Module(), 12)
+    with pytest.raises(ModelError, match=r"expected weights of experts whose neurons can be told .* got square ones"):
+        list(laying.watched(given.items(), lambda weights: None))
+
+
+def read_and_lay(laying, tensors):
+    list(laying.watched(tensors.items(), lambda weights: None))
+    laying.lay()
+
+
+def one_by_one(num_experts, num_outputs=5, width=4):
+    return {f"{EXPERTS}.{e}.down_proj.weight": torch.ones(num_outputs, width) for e in range(num_experts)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "num_experts", "found"),
+    [
+        (one_by_one(4), None, "expert 3 with weights of shape (5, 4)"),
+        (one_by_one(2), None, "2 experts with 8 neurons"),
+        (one_by_one(3, width=5), None, "expert 0 with weights of shape (5, 5)"),
+        (one_by_one(2), 4, "expert 0 of 4 with weights of shape (5, 4)"),
+        ({f"{EXPERTS}.down_proj": torch.ones(4, 5, 4)}, None, "experts with weights of shape (4, 5, 4)"),
+        ({f"{EXPERTS}.down_proj": torch.ones(2, 5, 4)}, None, "experts with weights of shape (2, 5, 4)"),
+        ({f"{EXPERTS}.down_proj": torch.ones(2, 4, 4)}, None, "experts with weights of shape (2, 4, 4)"),
+        ({f"{EXPERTS}.down_proj": torch.ones(3, 5, 5)}, None, "experts with weights of shape (3, 5, 5)"),
+        ({f"{EXPERTS}.w2": torch.ones(12, 5)}, None, "experts with weights of shape (12, 5)"),
+    ],
+)
+def test_other_experts_than_those_of_the_intervention_are_an_error(tensors, num_experts, found):
+    laying, _ = laying_experts(nn.Module(), 12, num_experts=num_experts)
+    message = re.escape(f"'{EXPERTS}' of 12 units: expected as many neurons of experts in the served model Module, ")
+    with pytest.raises(ModelError, match=f"{message}found {re.escape(found)}"):
+        read_and_lay(laying, tensors)
+
+
+def test_a_rank_may_read_a_share_of_the_experts():
+    laying, scale = laying_experts(nn.Module(), 12, num_experts=3)
+    share = {name: tensor for name, tensor in one_by_one(3).items() if ".0." not in name.removeprefix(EXPERTS)}
+    (_, one), (_, two) = laying.watched(share.items(), lambda weights: None)
+    assert torch.equal(torch.stack([one[0], two[0]]), scale.view(3, 4)[1:])
+    assert laying.lay().endswith("scaled the weights of 1 sites of experts")
+
+
+def test_experts_of_another_stage_stay_as_they_are():
+    model = Experts((3, 5, 4))
+    model.model.layers[0] = nn.Identity()
+    laying, _ = laying_experts(model, 12, whole_model=False)
+    given = one_by_one(3)
+    assert all(found is given[name] for name, found in laying.watched(given.items(), lambda weights: None))
+    assert laying.lay() == "laid maps of 0 sites on 0 modules of this rank"
 
 
 def test_the_variable_names_a_directory_and_maybe_a_strength(tmp_path, monkeypatch, capsys):
