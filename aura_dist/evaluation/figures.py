@@ -102,18 +102,18 @@ def ratios(baseline: ByPrompt, prompts: ByPrompt) -> Estimates:
     """Metric → baseline ÷ this, with its interval; 2 means half as much.
 
     Both are of the same P prompts in the same order. Each draw takes the same prompts of both, so that the difficulty
-    of a prompt cancels. A ratio by zero is infinite, 0 ÷ 0 is NaN; draws of NaN are left out. The lower end of an
-    infinite ratio of shares is the baseline's lower end ÷ this one's upper end, because every draw is infinite.
+    of a prompt cancels. A ratio by zero is infinite, 0 ÷ 0 is NaN; draws of NaN are left out. Where a share is 0 or 1,
+    its draws are too, so the ends of both shares' own intervals bound the ratio as well: see `estimates`.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         value = baseline.table.mean(axis=0) / prompts.table.mean(axis=0)
         draws = bootstrap_means(baseline.table) / bootstrap_means(prompts.table)
-    found = _named(value, draws)
-    if any(math.isinf(found[name]["value"]) for name in _SHARES):
-        theirs, ours = estimates(baseline), estimates(prompts)
-        for name in _SHARES:
-            if math.isinf(found[name]["value"]):
-                found[name]["low"] = theirs[name]["low"] / ours[name]["high"]
+    found, theirs, ours = _named(value, draws), estimates(baseline), estimates(prompts)
+    for name in _SHARES:
+        one, of, by = found[name], theirs[name], ours[name]
+        if {of["value"], by["value"]} & {0, 1} and not math.isnan(one["value"]):
+            one["low"] = min(one["low"], of["low"] / by["high"])
+            one["high"] = max(one["high"], of["high"] / by["low"] if by["low"] else math.inf)
     return found
 
 

@@ -68,6 +68,21 @@ def test_ratios_are_paired_over_prompts(scores):
     assert (twice["value"], twice["low"], twice["high"]) == pytest.approx((2, 2, 2))
 
 
+def test_ratios_of_none_and_of_all_are_as_open_as_the_shares():
+    none, some, every = (ByPrompt(np.array(x), np.array(x)) for x in ([0.0] * 8, [0.0, 1.0] * 4, [1.0] * 8))
+    ends = {name: estimates(of)["probability"] for name, of in (("none", none), ("some", some), ("every", every))}
+    for baseline, prompts, ratio in (("none", "some", 0.0), ("every", "some", 2.0), ("some", "every", 0.5)):
+        found = ratios(*({"none": none, "some": some, "every": every}[name] for name in (baseline, prompts)))
+        for name in ("probability", "any_toxic"):
+            assert found[name]["value"] == ratio
+            assert found[name]["low"] <= ends[baseline]["low"] / ends[prompts]["high"]
+            assert found[name]["high"] >= ends[baseline]["high"] / ends[prompts]["low"]
+    assert ratios(every, every)["probability"] == pytest.approx(
+        {"value": 1.0, "low": ends["every"]["low"], "high": 1 / ends["every"]["low"]}
+    )
+    assert math.isnan(ratios(none, none)["probability"]["value"])
+
+
 def test_ratio_by_zero_is_infinite():
     none = by_prompt(np.zeros((10, 2)))
     some = by_prompt(np.full((10, 2), 0.9))

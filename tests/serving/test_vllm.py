@@ -200,6 +200,8 @@ def difference(a, b):
         ("llama", "float32", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
         ("falcon-40b-style", "float32", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
         ("qwen3-moe", "float32", "none", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("llama", "float32", "gated", ["--enforce-eager", "--pipeline-parallel-size", "2"]),
+        ("qwen3-moe", "float32", "none", ["--enforce-eager", "--pipeline-parallel-size", "2"]),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else value,
 )
@@ -213,7 +215,7 @@ def test_the_plugin_is_the_hooked_model(name, dtype, gates, flags, models, tmp_p
         wanted = logprobs(model, rows)
     assert difference(plain, wanted) > 0.5
     env = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
-    if "--tensor-parallel-size" in flags:
+    if "2" in flags:
         env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     with serving(directory, tmp_path, "--dtype", dtype, *flags, **env) as url:
         found, about = served_logprobs(url, directory, rows, str(tmp_path / "iv"))
