@@ -5,6 +5,7 @@ Threads of this process wait for the answers; a thread keeps its connection from
 
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,19 +43,24 @@ class Client:
     """A context of connections to the server at `url`, which ends in `/v1` and may lack just that.
 
     `key` is sent as the bearer's token, if there is one. Requests raise `RefusedError` for what the server refuses,
-    and ServerError if it cannot be reached or does not answer in time.
+    and ServerError if it cannot be reached or does not answer in time. `url` has no user and password, which are sent.
     """
 
     def __init__(self, url: str, in_flight: int, key: str | None = None) -> None:
-        self.url = _address(url)
+        self._asked = _address(url)
+        self.url = without_user(self._asked)
         self._in_flight = in_flight
         self._ended = threading.Event()
         is_here = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
-        self._http = httpx2.Client(
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
-            trust_env=not is_here,  # a site's proxy does not reach this machine's own servers
-            limits=httpx2.Limits(max_connections=in_flight, max_keepalive_connections=in_flight),
-        )
+        key = _token(key)
+        try:
+            self._http = httpx2.Client(
+                headers={} if key is None else {"Authorization": f"Bearer {key}"},
+                trust_env=not is_here,  # a site's proxy does not reach this machine's own servers
+                limits=httpx2.Limits(max_connections=in_flight, max_keepalive_connections=in_flight),
+            )
+        except (httpx2.InvalidURL, ImportError, ValueError, OSError) as error:
+            raise _unusable(error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -65,16 +71,16 @@ class Client:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The JSON object that answers a request below the server's `/v1`."""
-        return _object(self._ask("POST", f"{self.url}/{path}", COMPLETION_SECONDS, body), path)
+        return _object(self._ask("POST", f"{self._asked}/{path}", COMPLETION_SECONDS, body), path)
 
     def get(self, path: str) -> dict[str, Any]:
         """A JSON object that the server has below `/v1`."""
-        return _object(self._ask("GET", f"{self.url}/{path}", ANSWER_SECONDS), path)
+        return _object(self._ask("GET", f"{self._asked}/{path}", ANSWER_SECONDS), path)
 
     def find(self, path: str) -> str | None:
         """A text that some servers have beside `/v1`; None where this one says that it has not."""
         try:
-            return str(self._ask("GET", f"{self.url.removesuffix('/v1')}/{path}", ANSWER_SECONDS).text)
+            return str(self._ask("GET", f"{self._asked.removesuffix('/v1')}/{path}", ANSWER_SECONDS).text)
         except RefusedError as error:
             if error.status in _PASSING:
                 raise
@@ -138,7 +144,7 @@ class Client:
                     raise interruption(signal)
 
     def _ask(self, method: str, url: str, seconds: float, body: dict[str, Any] | None = None) -> httpx2.Response:
-        failing_since, pause = 0.0, _PAUSE_SECONDS
+        began, failing_since, last, pause = time.monotonic(), 0.0, 0.0, _PAUSE_SECONDS
         timeout = httpx2.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
         while True:
             patience = PATIENCE_SECONDS
@@ -149,6 +155,8 @@ class Client:
                     f"--server {self.url}: expected an answer within {seconds:.0f} s, got none; look at the server's "
                     "log, or give fewer --requests-in-flight"
                 ) from error
+            except (httpx2.InvalidURL, UnicodeError) as error:
+                raise _unusable(error) from error
             except (httpx2.HTTPError, OSError) as error:
                 failure: ServerError = ServerError(
                     f"--server {self.url}: expected a server that answers, got {brief(error)}; start it, or correct "
@@ -158,15 +166,18 @@ class Client:
                 if answer.status_code < 400:
                     return answer
                 failure = RefusedError(
-                    f"--server {self.url}: {url.removeprefix(self.url)} was refused ({answer.status_code}): "
-                    f"{_reason(answer)}",
+                    f"--server {self.url}: {without_user(url).removeprefix(self.url)} was refused "
+                    f"({answer.status_code}): {_reason(answer)}",
                     answer.status_code,
                 )
                 if answer.status_code not in _PASSING:
                     raise failure
                 patience = BUSY_SECONDS if answer.status_code == _TOO_MANY_REQUESTS else patience
-            failing_since = failing_since or time.monotonic()
-            if time.monotonic() - failing_since > patience or self._ended.is_set():
+            now = time.monotonic()
+            if patience != last:  # a server that was busy and then fails has just begun to fail
+                failing_since, last = now, patience
+            too_long = now - began > BUSY_SECONDS + PATIENCE_SECONDS  # for one that does both in turn
+            if now - failing_since > patience or too_long or self._ended.is_set():
                 raise failure
             self._ended.wait(pause * (0.5 + random.random()))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -177,12 +188,35 @@ def _address(url: str) -> str:
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
+        httpx2.URL(url).raw_host.decode().encode("idna")  # as a connection does
+    except (ValueError, httpx2.InvalidURL):
         good = False
     if not good:
-        raise ConfigError(f"--server: expected an address such as http://localhost:8000/v1, got {url!r}")
+        raise ConfigError(f"--server: expected an address such as http://localhost:8000/v1, got {without_user(url)!r}")
     bare = url.rstrip("/")
     return bare if bare.endswith("/v1") else f"{bare}/v1"
+
+
+def without_user(url: str) -> str:
+    """An address, or what was meant to be one, without user and password."""
+    return re.sub(r"^(\w+://)?\S*@", lambda found: found[1] or "", url)
+
+
+def _token(key: str | None) -> str | None:
+    """The key without blanks around it; ConfigError, which does not show it, if a header cannot hold it."""
+    key = (key or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("OPENAI_API_KEY: expected printable ASCII characters, got others; correct the variable")
+    return key or None
+
+
+def _unusable(error: Exception) -> ConfigError:
+    """The error for what the environment says of connections; an address there may hold a password."""
+    got = "an address that is none" if isinstance(error, httpx2.InvalidURL) else brief(error)
+    return ConfigError(
+        "--server: expected proxies (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) and certificates (SSL_CERT_FILE, "
+        f"SSL_CERT_DIR) that can be used, got {got}; correct or unset these variables"
+    )
 
 
 def _object(answer: httpx2.Response, path: str) -> dict[str, Any]:

@@ -5,12 +5,14 @@ tracebacks. So its requests go through `Server`, as continuations and perplexity
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from aura_dist.errors import InputError, ServerError
 from aura_dist.evaluation.harness import check_answers, summed, windows_after
 from aura_dist.evaluation.prompts import make_prefix
-from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.sampling import Decoding, prompt_keys
 from aura_dist.models.load import POSITIONS_FIELDS
 from aura_dist.text.added import added_tokens
 from aura_dist.text.chat import Chat
@@ -18,11 +20,14 @@ from aura_dist.text.chat import Chat
 if TYPE_CHECKING:
     from aura_dist.evaluation.server import Server
 
+logger = logging.getLogger(__name__)
+
 _MAX_NEW_TOKENS = 256  # of tasks that do not say it, as in lm-eval
 
 
 def make_served_harness(server: "Server", preprompt: str | None, chat: Chat | None) -> Any:
     """A `TemplateLM` of lm-eval on a server."""
+    from jinja2 import TemplateError
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -34,6 +39,7 @@ def make_served_harness(server: "Server", preprompt: str | None, chat: Chat | No
         tokenizer = copy.deepcopy(server.tokenizer)
         tokenizer_name = str(server.tokenizer.name_or_path).replace("/", "__")
         max_length = _longest(server)
+        said_no_system = False
 
         @property
         def eot_token_id(self) -> Any:
@@ -50,21 +56,43 @@ def make_served_harness(server: "Server", preprompt: str | None, chat: Chat | No
             return added.open(self.tokenizer(string, verbose=False)["input_ids"])
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
+            def rendered(turns: list[dict[str, str]]) -> str:
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        turns,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        continue_final_message=not add_generation_prompt,
+                    )
                 )
-            )
+
+            try:
+                return rendered(chat_history)
+            except TemplateError:  # it takes no system's turn: lm-eval's own models leave that out
+                if not self.said_no_system:
+                    logger.warning(
+                        "the model's chat template takes no system's turn: descriptions of tasks are left out"
+                    )
+                    self.said_no_system = True
+                return rendered([turn for turn in chat_history if turn["role"] != "system"])
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             """(Log-likelihood, whether greedy) of each answer; a context that is too long loses its beginning."""
             rows = [[*context, *answer][-(self.max_length - 1) :] for _, context, answer in requests]
+            for ids, (_, _, answer) in zip(rows, requests, strict=True):
+                if not 0 < len(answer) < len(ids):
+                    raise InputError(
+                        f"--tasks: expected answers of 1 to {self.max_length - 2} tokens, because the model reads "
+                        f"{self.max_length} with what is before them, got one of {len(answer)}; leave the task out"
+                    )
             found: dict[int, tuple[float, bool]] = {}
             for row, scored in server.score_all(rows):
                 length = len(requests[row][2])
+                if scored.greedy is None:
+                    raise ServerError(
+                        f"--server {server.client.url}: expected it to tell the likeliest tokens of a prompt "
+                        "(top_logprobs) for --tasks, got none; leave --tasks out"
+                    )
                 found[row] = sum(scored.logprobs[-length:]), all(scored.greedy[-length:])
             return [found[row] for row in range(len(rows))]
 
@@ -85,13 +113,17 @@ def make_served_harness(server: "Server", preprompt: str | None, chat: Chat | No
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             made: dict[int, str] = {}
+            # a task that samples several answers sends the same request several times
+            keys = prompt_keys([request.args[0] for request in requests], 0)
             for some in server.client.each(
-                lambda i: self._continued(*requests[i].args), range(len(requests)), server.received
+                lambda i: self._continued(server.seed(keys[i], 0), *requests[i].args),
+                range(len(requests)),
+                server.received,
             ):
                 made.update(dict(some))
             return [made[i] for i in range(len(requests))]
 
-        def _continued(self, context: str, given: dict[str, Any]) -> str:
+        def _continued(self, seed: int, context: str, given: dict[str, Any]) -> str:
             kwargs = normalize_gen_kwargs(given, _MAX_NEW_TOKENS)
             eos = self.tokenizer.decode([self.eot_token_id]) if self.eot_token_id is not None else None
             until = [stop for stop in handle_stop_sequences(kwargs.pop("until", None), eos=eos) if stop]
@@ -100,7 +132,7 @@ def make_served_harness(server: "Server", preprompt: str | None, chat: Chat | No
             top_p, top_k = float(kwargs.get("top_p") or 1.0), int(kwargs.get("top_k") or 0)
             how = Decoding(1, longest, temperature, top_p if temperature else 1.0, 0, top_k if temperature else 0)
             ids = self.tok_encode(context)[-(self.max_length - longest) :]
-            text = server.continuation(ids, [{"role": "user", "content": context}], how, 0)["text"]
+            text = server.continuation(ids, [], how, seed)["text"]
             return str(postprocess_generated_text(text, until, None))
 
     return ServedHarness()

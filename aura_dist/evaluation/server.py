@@ -10,10 +10,10 @@ Likelihoods of a prompt's tokens come from vLLM's `prompt_logprobs`, or from `ec
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +70,7 @@ class Scored:
     """Of each token of a prompt but the first: its log-likelihood, and whether it is the most likely one."""
 
     logprobs: list[float]
-    greedy: list[bool]
+    greedy: list[bool] | None  # None where the server does not tell
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class Server:
             "server": self._identity,
             "dialect": self.dialect.identity,
             "stop_ids": sorted(self.stop_ids),
+            "probe": self._tried[1]["text"],
             **fixing_alike(self.tokenizer, self.intervention, self.strength),
         }
 
@@ -125,13 +126,17 @@ class Server:
             except RefusedError as error:
                 if error.status not in _NOT_TAKEN:
                     raise
-                refusal = refusal or error
+                refusal = error  # the last dialect asks for least, so its refusal says most
                 continue
             read = (answer.get("usage") or {}).get("prompt_tokens")
             if dialect.ids and read not in (None, len(ids)):
                 continue  # it took the ids for something else
             return dialect, {"prompt": PROBE, **self._record(answer)}
-        raise refusal or ServerError(f"--server {self.client.url}: expected prompts to be taken, got none that was")
+        path = self._path(DIALECTS[-1])
+        raise ServerError(
+            f"--server {self.client.url}: expected one that takes prompts at /{path}, got one that takes none"
+            f"{'' if refusal is None else f': {refusal}'}"
+        )
 
     @property
     def dialect(self) -> Dialect:
@@ -156,6 +161,8 @@ class Server:
             "top_p": how.top_p, "seed": seed,
         }  # fmt: skip
         if not dialect.extended:
+            if how.top_p == 1:  # TGI refuses it; what takes the other fields may have a value of its own without it
+                del plain["top_p"]
             if how.top_k:
                 raise ServerError(
                     f"--server {self.client.url}: expected one that takes top_k for --top-tokens, got one that refuses "
@@ -187,6 +194,11 @@ class Server:
             )
         return choices[0]
 
+    @staticmethod
+    def seed(key: bytes, sample: int) -> int:
+        """A request's seed for a key of `prompt_keys`."""
+        return sample_key(key, sample) & ((1 << _SEED_BITS) - 1)
+
     def continuation(self, ids: Sequence[int], turns: list[dict[str, str]], how: Decoding, seed: int) -> dict[str, Any]:
         """One continuation of a prompt: `text`, `num_tokens`, and maybe `ids`."""
         body = self._prompted(self.dialect, ids, turns) | self._sampling(self.dialect, how, seed)
@@ -196,7 +208,7 @@ class Server:
         def ask(pair: Pair) -> dict[str, Any]:
             prompt, sample = pair
             turns = [] if asked.chat is None else asked.chat.turns(asked.texts[prompt])
-            seed = sample_key(asked.tokens.keys[prompt], sample) & (2**_SEED_BITS - 1)
+            seed = self.seed(asked.tokens.keys[prompt], sample)
             return self.continuation(asked.tokens.ids[prompt], turns, how, seed)
 
         self._check_room(max(len(asked.tokens.ids[p]) for p, _ in pairs) + how.max_new_tokens, "--max-new-tokens")
@@ -239,9 +251,9 @@ class Server:
         """(Index, likelihoods) of each row of ids, in any order."""
         if not rows:
             return
-        yield 0, self.score(rows[0])
-        for found in self.client.each(lambda row: self.score(rows[row]), range(1, len(rows)), self.received):
-            yield from found
+        for some in (range(1), range(1, len(rows))):  # the first alone, because it finds how to ask
+            for found in self.client.each(lambda row: self.score(rows[row]), some, self.received):
+                yield from found
 
     def losses(self, tokens: TokenizedTexts, num_context: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         first = max(1, num_context)
@@ -256,25 +268,37 @@ class Server:
     def harness(self, preprompt: str | None, chat: Chat | None) -> Any:
         from aura_dist.evaluation.served_harness import make_served_harness
 
-        return make_served_harness(self, preprompt, chat)
+        # lm-eval has put its contexts into the chat template: their text is a prompt, not a turn
+        return make_served_harness(replace(self, chat=False) if self.chat else self, preprompt, chat)
 
 
 def _scored(choice: Mapping[str, Any], ids: Sequence[int]) -> Scored | None:
     """What a choice tells of a prompt's tokens; None where it tells of none, or of another number of tokens."""
     of_prompt = choice.get("prompt_logprobs")
     if isinstance(of_prompt, list) and len(of_prompt) == len(ids):
-        entries = [(entry or {}).get(str(token)) for token, entry in zip(ids[1:], of_prompt[1:], strict=True)]
-        found = [one for one in entries if isinstance(one, Mapping) and "logprob" in one]
-        if len(found) == len(entries):
-            return Scored([float(one["logprob"]) for one in found], [one.get("rank") == 1 for one in found])
-    echoed = choice.get("logprobs")
-    if not isinstance(echoed, Mapping) or len(echoed.get("token_logprobs") or []) not in (len(ids), len(ids) + 1):
+        entries = [_mapping(_mapping(one).get(str(token))) for token, one in zip(ids[1:], of_prompt[1:], strict=True)]
+        told, ranks = [one.get("logprob") for one in entries], [one.get("rank") for one in entries]
+        if _are_numbers(told):
+            return Scored(list(map(float, told)), [rank == 1 for rank in ranks] if _are_numbers(ranks) else None)
+    echoed = _mapping(choice.get("logprobs"))
+    logprobs, best = echoed.get("token_logprobs"), echoed.get("top_logprobs")
+    if not isinstance(logprobs, list) or len(logprobs) not in (len(ids), len(ids) + 1):
         return None
-    logprobs, best = echoed["token_logprobs"][1 : len(ids)], echoed.get("top_logprobs") or []
-    tops = [max((best[t] or {}).values(), default=-np.inf) if t < len(best) else np.inf for t in range(1, len(ids))]
-    if any(not isinstance(one, int | float) for one in logprobs):
+    logprobs = logprobs[1 : len(ids)]
+    tops = [list(_mapping(one).values()) for one in best[1 : len(ids)]] if isinstance(best, list) else []
+    if not _are_numbers(logprobs):
         return None
-    return Scored([float(one) for one in logprobs], [one >= top for one, top in zip(logprobs, tops, strict=True)])
+    all_told = len(tops) == len(logprobs) and all(top and _are_numbers(top) for top in tops)
+    greedy = [one >= max(top) for one, top in zip(logprobs, tops, strict=True)] if all_told else None
+    return Scored(list(map(float, logprobs)), greedy)
+
+
+def _mapping(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
+
+
+def _are_numbers(values: Sequence[Any]) -> TypeGuard[Sequence[float]]:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def check_one_process(team: Team) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from aura_dist.config.settings import flag
 from aura_dist.config.verbs import EvaluateConfig
-from aura_dist.evaluation.client import Client
+from aura_dist.evaluation.client import Client, without_user
 from aura_dist.evaluation.compare import against_baseline, check_same_prompts, name_of, table
 from aura_dist.evaluation.engines import Asked, Engine, InProcess
 from aura_dist.evaluation.figures import groups
@@ -291,7 +291,7 @@ def _about(config: EvaluateConfig, engine: Engine, preprompt: str | None, chat: 
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": asdict(config),
+        "config": {**asdict(config), "server": config.server and without_user(config.server)},
         "versions": versions(),
         "model": named,
         **engine_says,

@@ -1,10 +1,12 @@
 """Continuations on disk: kept over interruptions, once each, and only those of the same settings."""
 
+import errno
+import fcntl
 import json
 
 import pytest
 
-from aura_dist.errors import StoreError
+from aura_dist.errors import ConfigError, StoreError
 from aura_dist.evaluation.journal import Journal, settings_key
 
 
@@ -24,7 +26,7 @@ def test_parts_are_folded_in_order_once_each(journal):
     assert journal.read() == {}, "parts under way are not seen"
     assert journal.fold() == (3, 1)
     assert list(journal.read()) == [(0, 0), (0, 1), (1, 0)]
-    assert [p.name for p in journal.path.parent.iterdir()] == ["run.[1].continuations.jsonl"]
+    assert [p.name for p in journal.path.parent.glob("[!.]*")] == ["run.[1].continuations.jsonl"], "beside the lock"
     assert journal.fold() == (3, 0)
 
 
@@ -68,3 +70,57 @@ def test_disk_that_cannot_be_written(tmp_path):
 def test_key_is_of_values_not_of_their_order():
     assert settings_key({"a": 1, "b": None}) == settings_key({"b": None, "a": 1})
     assert settings_key({"a": 1}) != settings_key({"a": 2})
+
+
+def test_a_second_run_with_the_same_results_file_is_refused(tmp_path):
+    first, second, elsewhere = (Journal(str(tmp_path / name), "mine") for name in ("r.json", "r.json", "s.json"))
+    first.fold()
+    with first.part(0) as append:
+        append([record(0, 0)])
+        with pytest.raises(ConfigError, match=r"expected no other run to write .*; wait for it, end it, or give"):
+            second.fold()
+        elsewhere.fold()
+        append([record(1, 0)])
+    found = first.fold()
+    assert found == (2, 0), "no line is lost"
+    del first, elsewhere, append
+    assert [p.name for p in tmp_path.iterdir()] == ["r.continuations.jsonl"]
+    second.fold()
+
+
+def test_a_run_that_failed_leaves_the_file_to_the_next(tmp_path):
+    first, next_one = (Journal(str(tmp_path / "r.json"), "mine") for _ in range(2))
+    first.fold()
+
+    def fail():
+        with first.part(0) as append:
+            append([record(0, 0)])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert next_one.fold() == (1, 0)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def fails(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    journal = Journal(str(tmp_path / "r.json"), "mine")
+    journal.fold()
+    del journal
+    assert "cannot be locked" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_of_other_weights_of_a_server_are_refused_and_kept(tmp_path):
+    began, other, more = (
+        settings_key({"server": "s", "seed": seed, "probe": probe}) for seed, probe in ((0, "a"), (0, "b"), (1, "b"))
+    )
+    with Journal(str(tmp_path / "r.json"), began).part(0) as append:
+        append([record(0, 0)])
+    with pytest.raises(StoreError, match=r"continue the probe greedily .* got another .*; give another --out"):
+        Journal(str(tmp_path / "r.json"), other).fold()
+    found = [Journal(str(tmp_path / "r.json"), settings).fold() for settings in (began, more)]
+    assert found == [(1, 0), (0, 1)], "lines of other settings are made again, as ever"

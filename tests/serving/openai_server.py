@@ -33,6 +33,8 @@ class SmallServer:
     root: str | None = None
     takes_ids: bool = True
     takes_more: bool = True  # fields that OpenAI's own have not
+    takes_top_p_1: bool = True
+    takes_texts: bool = True  # prompts without turns, as texts
     likelihoods: str | None = "prompt_logprobs"
     statement: Statement | None = None
     statement_fails: bool = False
@@ -72,7 +74,12 @@ class SmallServer:
                 self.end_headers()
                 self.wfile.write(content)
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *of_whom: Any) -> None:
+                if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that has left
+                    super().handle_error(*of_whom)
+
+        self._http = Server(("127.0.0.1", self.port), Handler)
         self._http.daemon_threads = True
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
@@ -123,12 +130,16 @@ class SmallServer:
     def _complete(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if not self.takes_more and body.keys() & {"top_k", "min_p", "stop_token_ids", "prompt_logprobs"}:
             return 400, {"error": {"message": "unrecognized request argument"}}
+        if not self.takes_top_p_1 and body.get("top_p") == 1:
+            return 422, {"error": {"message": "`top_p` must be > 0.0 and < 1.0"}}
         if path == "/v1/chat/completions":
             rendered = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         elif path != "/v1/completions":
             return 404, {"detail": "Not Found"}
         elif isinstance(body["prompt"], str):
+            if not self.takes_texts:
+                return 404, {"detail": "Not Found"}
             ids = self.tokenizer(body["prompt"])["input_ids"]
         elif not self.takes_ids:
             return 422, {"error": {"message": "prompt: expected a string"}}

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from aura_dist.cli import main
+from aura_dist.errors import ConfigError, InputError, RunInterruptedError, ServerError
+from aura_dist.evaluation.client import Client
+from aura_dist.evaluation.server import _scored, open_server
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.statement import Statement, read_statement
 from aura_dist.models.load import ModelSource, load_causal, tokenizer_of
 from aura_dist.ranks.world import World
 from tests.serving.openai_server import SmallServer
-from tests.special_tokens import LLAMA_3
+from tests.special_tokens import GEMMA, LLAMA_3
 
 PROMPTS = "text,toxicity\n" + "".join(f'"The {word} said that",0.{i}\n' for i, word in enumerate(("cat", "dog", "man")))
 TEXTS = "text,toxic\nthe cat sat on the mat,0\nYou are such a fool and so is he,1\na,0\nnothing else to see here,0\n"
@@ -162,9 +165,6 @@ def test_killed_client_goes_on(server, directory, files):
 
 def test_a_signal_ends_between_requests(server, directory, files, monkeypatch):
     """Requests in flight end, and are kept; none follows."""
-    from aura_dist.errors import RunInterruptedError
-    from aura_dist.evaluation.client import Client
-
     asked = []
 
     def ask(item):
@@ -181,6 +181,127 @@ def test_a_signal_ends_between_requests(server, directory, files, monkeypatch):
     assert len(asked) < 20
 
 
+def opened(client, directory, received=lambda: None):
+    source = ModelSource(str(directory), None, "float32")
+    return open_server(client, source, None, None, 1.0, chat=False, received=received)
+
+
+def test_a_signal_ends_the_first_request_for_likelihoods(server, directory, monkeypatch):
+    monkeypatch.setattr("aura_dist.evaluation.client._LAST_SECONDS", 0.2)
+    with Client(server.url, 2) as client:
+        asked = opened(client, directory, received=lambda: signal.SIGTERM)
+        server.seconds, began = 5.0, time.monotonic()
+        with pytest.raises(RunInterruptedError):
+            list(asked.score_all([[3, 4, 5]]))
+    assert time.monotonic() - began < 4
+
+
+def test_each_kind_of_failure_has_its_own_patience(server, monkeypatch):
+    monkeypatch.setattr("aura_dist.evaluation.client.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("aura_dist.evaluation.client._PAUSE_SECONDS", 0.01)
+    with Client(server.url, 1) as client:
+        body = {"prompt": [3, 4], "max_tokens": 1, "temperature": 0}
+        server.fails, began = [429] * 6 + [503], time.monotonic()
+        assert client.post("completions", body)["choices"]
+        assert time.monotonic() - began > 0.2, "it was busy for longer than it may fail"
+        server.fails = [503] * 20
+        with pytest.raises(ServerError, match=r"was refused .503."):
+            client.post("completions", body)
+
+
+def test_user_and_password_are_sent_and_not_shown(server, monkeypatch):
+    monkeypatch.setattr(server, "get", lambda path, headers: (200, {"got": headers["Authorization"]}))
+    with Client(server.url.replace("//", "//me:s3cret@"), 1) as client:
+        assert client.get("models") == {"got": "Basic bWU6czNjcmV0"}
+        assert client.url == server.url
+        server.fails = [404]
+        with pytest.raises(ServerError, match=f"--server {server.url}: /completions was refused"):
+            client.post("completions", {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ALL_PROXY", "socks5://me:s3cret@host:1", "HTTP_PROXY.* got Using SOCKS proxy, but .*; correct or unset"),
+        ("ALL_PROXY", "socks://me:s3cret@host:1", "HTTP_PROXY.* got Unknown scheme for proxy URL"),
+        ("HTTP_PROXY", "http://me:s3cret#x@host:1", "HTTP_PROXY.* got an address that is none; correct or unset"),
+        ("HTTP_PROXY", "http://a..b:1", "HTTP_PROXY.* got encoding with 'idna' codec failed"),
+        ("OPENAI_API_KEY", "s3crät", "OPENAI_API_KEY: expected printable ASCII characters, got others; correct"),
+        ("OPENAI_API_KEY", "s3cret\rs3cret", "OPENAI_API_KEY: expected printable ASCII characters, got others"),
+        ("SERVER", "http://me:s3cret@a..b:9/v1", "--server: expected an address such as .*, got 'http://a..b:9/v1'"),
+        ("SERVER", "http://me:s3/s3cret@host:x", "--server: expected an address such as .*, got 'http://host:x'"),
+    ],
+)
+def test_what_the_environment_says_of_connections(variable, value, message, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv(variable, value)
+    url = value if variable == "SERVER" else "http://models.invalid/v1"
+    with pytest.raises(ConfigError, match=message) as caught:
+        Client(url, 1, os.environ.get("OPENAI_API_KEY")).get("models")
+    assert "s3" not in str(caught.value), "neither a key nor a password is shown"
+
+
+def test_a_key_without_what_surrounds_it(server):
+    server.key = "secret"
+    with Client(server.url, 1, " secret\r\n") as client:
+        assert client.get("models")["data"]
+
+
+LIKELY = {"3": {"logprob": -1.0, "rank": 2}, "4": {"logprob": -0.5, "rank": 1}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "greedy"),
+    [
+        ({"prompt_logprobs": [None, LIKELY, LIKELY]}, [False, True]),
+        ({"prompt_logprobs": [None, LIKELY, {"4": {"logprob": -0.5}}]}, None),
+        ({"logprobs": {"token_logprobs": [None, -1, -0.5], "top_logprobs": [None, *[{"x": -0.5}] * 2]}}, [False, True]),
+        *(
+            ({"logprobs": {"token_logprobs": [None, -1, -0.5], "top_logprobs": tops}}, None)
+            for tops in (None, [], [None, {}, {}], [None, {"x": None}, {"x": 1}], [None, 7, 7], [None, {"x": -0.5}] * 2)
+        ),
+    ],
+)
+def test_likelihoods_without_which_token_is_the_likeliest(choice, greedy):
+    found = _scored(choice, [2, 3, 4])
+    assert (found.logprobs, found.greedy) == ([-1.0, -0.5], greedy)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"prompt_logprobs": [None, LIKELY, {}]},
+        {"prompt_logprobs": [None, LIKELY, [1]]},
+        {"prompt_logprobs": [None, LIKELY, {"4": -0.5}]},
+        {"prompt_logprobs": [None, LIKELY, {"4": {"logprob": None, "rank": 1}}]},
+        {"logprobs": [1, 2, 3]},
+        {"logprobs": {"token_logprobs": 3, "top_logprobs": []}},
+        {"logprobs": {"token_logprobs": [None, -1, None], "top_logprobs": [None, {"x": -0.5}, {"x": -0.5}]}},
+    ],
+)
+def test_odd_likelihoods_are_none(choice):
+    assert _scored(choice, [2, 3, 4]) is None
+
+
+def test_a_resumed_run_is_of_the_same_weights(server, directory, files, refused, impatient, tiny_dir):
+    pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
+    asked = ["--toxicity-prompts", files / "prompts.csv", *ASKED, "--out", files / "r.json"]
+    command = ["evaluate", "--model", directory, *asked, "--server", server.url, "--requests-in-flight", "1"]
+    server.num_until_silent = 1 + 4
+    refused(command, "expected a server that answers, got .*; start it")
+    server.num_until_silent = float("inf")
+    weights = server.model.lm_head.weight.data
+    weights.copy_(weights.flip(0))
+    try:
+        refused(command, "expected the server to continue the probe greedily as it did .*; give another --out, or, if")
+    finally:
+        weights.copy_(weights.flip(0))
+    assert main([str(a) for a in command]) == 0
+    assert len(lines(files / "r.json")) == 6
+
+
 def test_servers_that_take_less(server, directory, files):
     """Texts in place of ids; no fields beyond OpenAI's."""
     pytest.importorskip("profanity_check", reason="the extra `evaluation` is not installed")
@@ -192,6 +313,17 @@ def test_servers_that_take_less(server, directory, files):
     assert [r["text"] for r in lines(files / "ids.json")] == [r["text"] for r in lines(files / "texts.json")]
     assert "ids" not in lines(files / "texts.json")[0]
     assert lines(files / "texts.json")[0]["num_tokens"] == 6
+
+
+def test_a_server_that_refuses_top_p_1(server, directory, refused):
+    server.takes_ids, server.takes_top_p_1 = False, False
+    command = ["generate", "--model", directory, "--prompt", "Hi", "--server", server.url, "--top-p", "1"]
+    assert main([str(a) for a in command]) == 0
+    assert "top_p" not in server.requests[-1][1]
+    assert main([str(a) for a in (*command[:-1], "0.5")]) == 0
+    assert server.requests[-1][1]["top_p"] == 0.5
+    server.takes_texts = False
+    refused(command, "expected one that takes prompts at /completions, got one that takes none: .*404.: .*Not Found")
 
 
 def test_chats_by_ids_and_by_turns(loaded, directory, tmp_path, capsys):
@@ -308,7 +440,9 @@ def test_a_server_without_likelihoods_or_with_a_key(server, directory, files, re
     assert main([str(a) for a in (*command, "--server-model", "other")]) == 0
 
 
-def test_tasks_have_the_figures_of_this_process(server, directory, files, monkeypatch):
+@pytest.fixture
+def tasks(files, monkeypatch):
+    """The directory of the tasks sums, whole, say, and draw, which samples three answers."""
     pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
     # lm-eval's bootstrap would fork this process, and a fork of a process with threads may never end
     monkeypatch.setattr("multiprocessing.Pool", lambda *_, **__: pytest.fail("lm-eval starts processes"))
@@ -326,14 +460,64 @@ def test_tasks_have_the_figures_of_this_process(server, directory, files, monkey
         f"task: whole\n{shared}output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{{{question}}}}'\n"
         "metric_list:\n  - metric: byte_perplexity\n"
     )
-    (files / "tasks" / "say.yaml").write_text(
-        f"task: say\n{shared}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
-        "doc_to_target: '{{choices[0]}}'\ngeneration_kwargs:\n  until: ['e']\n  max_gen_toks: 5\n"
-        "metric_list:\n  - metric: bleu\n"
-    )
-    asked = ["--tasks", "sums", "whole", "say", "--tasks-path", files / "tasks"]
+    for name, more in (("say", ""), ("draw", "  do_sample: true\n  temperature: 1.0\nrepeats: 3\n")):
+        (files / "tasks" / f"{name}.yaml").write_text(
+            f"task: {name}\n{shared}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
+            "description: 'Add. '\n"
+            "doc_to_target: '{{choices[0]}}'\ngeneration_kwargs:\n  until: ['e']\n  max_gen_toks: 5\n"
+            f"{more}metric_list:\n  - metric: bleu\n"
+        )
+    return files / "tasks"
+
+
+def test_tasks_have_the_figures_of_this_process(server, directory, files, tasks):
+    asked = ["--tasks", "sums", "whole", "say", "--tasks-path", tasks]
     here = evaluated(directory, files / "here.json", *asked)["zero_shot"]
     there = evaluated(directory, files / "there.json", *asked, "--server", server.url)["zero_shot"]
     assert there.keys() == here.keys()
     for task, figures in here.items():
         assert there[task] == pytest.approx(figures, rel=1e-4)
+
+
+def test_answers_of_a_task_that_samples_several_differ(server, directory, files, tasks):
+    drawn = []
+    for name in ("a", "b"):
+        before = len(server.requests)
+        asked = ["--tasks", "draw", "--tasks-path", tasks, "--limit", "2", "--server", server.url]
+        evaluated(directory, files / f"{name}.json", *asked)
+        made = [body for _, body in server.requests[before:] if body["temperature"] == 1.0]
+        drawn.append(sorted((body["prompt"], body["seed"]) for body in made))
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 6
+    assert len({seed for _, seed in drawn[0]}) == 6
+
+
+def test_answers_that_leave_no_room_are_refused(server, directory):
+    pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
+    with Client(server.url, 1) as client:
+        harness = opened(client, directory).harness(None, None)
+        for answer in ([], [3] * 400):
+            with pytest.raises(InputError, match=f"expected answers of 1 to 254 tokens, .* got one of {len(answer)}"):
+                harness._loglikelihood_tokens([(None, [3, 4], answer)])
+
+
+@pytest.mark.parametrize("template", [LLAMA_3, GEMMA], ids=["system", "no system"])
+def test_contexts_of_tasks_are_put_into_the_template_once(template, loaded, directory, tasks, tmp_path, refused):
+    model, tokenizer = loaded
+    where = tmp_path / "chat"
+    model.save_pretrained(where)
+    tokenizer = type(tokenizer).from_pretrained(directory)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(where)
+    asked = ["--tasks", "say", "--tasks-path", tasks, "--chat"]
+    here = evaluated(where, tmp_path / "here.json", *asked)["zero_shot"]
+    with SmallServer(model, tokenizer, "mine", str(where), takes_ids=False) as server:
+        there = evaluated(where, tmp_path / "there.json", *asked, "--server", server.url)["zero_shot"]
+        assert there["say"] == pytest.approx(here["say"], rel=1e-4)
+        path, body = server.requests[-1]
+        assert path == "/v1/completions"
+        turn = "<|header|>user" if template is LLAMA_3 else "<turn>user"
+        assert body["prompt"].count(turn) == 1, body["prompt"]
+        server.takes_texts = False
+        command = ["evaluate", "--model", where, *asked, "--server", server.url, "--out", tmp_path / "r.json"]
+        refused(command, "expected one that takes prompts at /completions, got one that takes none")
