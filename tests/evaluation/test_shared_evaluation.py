@@ -7,7 +7,7 @@ import pytest
 
 from aura_dist.cli import main
 from tests.distributed.counted import run_counted, run_failing
-from tests.distributed.intervened import random_map
+from tests.distributed.intervened import random_gates, random_map
 from tests.distributed.launch import Launch, launched, run_ranks
 
 pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
@@ -37,13 +37,17 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluate(tiny_dir, files, tmp_path_factory):
-    """`evaluate(name, out)`: the arguments of an evaluation; under an intervention, if hooks reach the model."""
+    """`evaluate(name, out)`: arguments of an evaluation; under an intervention, if hooks reach the model.
+
+    That of llama has gates.
+    """
     maps = {}
 
     def arguments(name, out, *more):
         if name not in maps:
             maps[name] = tmp_path_factory.mktemp("maps") / name
-            random_map(str(tiny_dir(name))).save(maps[name])
+            made = random_gates if name == "llama" else random_map
+            made(str(tiny_dir(name))).save(maps[name])
         what = ["--model", tiny_dir(name), "--preprompt", "Be kind."]
         what += ["--intervention", maps[name]] if name != "jamba" else []
         what += ["--perplexity-texts", files / "texts.csv", "--perplexity-labels", "toxic", "--tokens-per-batch", "48"]
@@ -81,6 +85,9 @@ def test_ranks_measure_what_one_process_does(num_ranks, sharding, name, evaluate
     effects = [] if name == "jamba" else ["--side-effects"]
     run_ranks(num_ranks, evaluate(name, tmp_path / "r.json", "--sharding", sharding, *effects))
     found, expected = json.loads((tmp_path / "r.json").read_text()), alone(name, *effects)
+    if name == "llama":
+        assert found["side_effects"]["gates"] == expected["side_effects"]["gates"]
+        assert expected["side_effects"]["gates"]["open_texts"] > 0
     for key, value in expected.get("side_effects", {}).get("divergence", {}).items():
         assert found["side_effects"]["divergence"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert found["zero_shot"] == expected["zero_shot"]

@@ -23,6 +23,7 @@ from aura_dist.interventions.separation import separate
 from aura_dist.sites.site import Site
 from aura_dist.text.table import read_table
 from aura_dist.text.tokenizer import load_tokenizer
+from tests.distributed.launch import run_ranks
 from tests.models import tiny_causal
 
 SITE = "model.layers.1.mlp.up_proj"
@@ -126,6 +127,27 @@ def test_the_gate_of_tokens_is_the_regression_of_the_stored_means(place, tmp_pat
     parameters = made.meta["parameters"]
     assert (parameters["gate"], parameters["gate_threshold"], parameters["gate_sharpness"]) == ("tokens", 0.25, 2.0)
     assert made.meta["store_digest"] != plain.meta["store_digest"]
+
+
+def test_the_gate_of_a_store_of_two_ranks_is_that_of_responses_in_memory(place, tiny_dir, sentences_csv, tmp_path):
+    words = ["collect", "--model", tiny_dir("llama"), "--data", sentences_csv, "--concepts", "toxic", "--modules", SITE]
+    words += ["--num-positive", "30", "--num-negative", "40", "--pooling", "mean", "--skip-first-tokens", "1"]
+    run_ranks(2, [str(w) for w in (*words, "--tokens-per-batch", "256", "--store", tmp_path / "store.zarr")])
+    assert (
+        main(["score", "--store", str(tmp_path / "store.zarr"), "--statistics", "mean_positive", "mean_negative"]) == 0
+    )
+    assert fit(tmp_path, tmp_path / "out", "--gate", "tokens", "--gate-threshold", 0) == 0
+    samples = aura_dist.open_store(tmp_path / "store.zarr")["samples"]
+    texts, means = read_table(sentences_csv, ["text"]).columns["text"], []
+    tokenizer, model = load_tokenizer(str(tiny_dir("llama"))), tiny_causal("llama")
+    model.get_submodule(SITE).register_forward_hook(lambda _m, _a, z: means.append(z[0, 1:].mean(0).numpy()))
+    for row in samples["row"].values:
+        with torch.no_grad():
+            model(input_ids=tokenizer(texts[int(row)], return_tensors="pt")["input_ids"][:, :128])
+    expected = separate(np.stack(means), samples["label"].values[:, 0] == 1).gate.moved(0.0, 1.0)
+    made = Intervention.load(tmp_path / "out").gate[SITE]
+    for name, values in expected.parts.items():
+        np.testing.assert_allclose(made.parts[name], values, rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
