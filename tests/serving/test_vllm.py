@@ -200,8 +200,8 @@ def difference(a, b):
         ("llama", "float32", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
         ("falcon-40b-style", "float32", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
         ("qwen3-moe", "float32", "none", ["--enforce-eager", "--tensor-parallel-size", "2"]),
-        ("llama", "float32", "gated", ["--enforce-eager", "--pipeline-parallel-size", "2"]),
-        ("qwen3-moe", "float32", "none", ["--enforce-eager", "--pipeline-parallel-size", "2"]),
+        ("llama", "float32", "gated", ["--pipeline-parallel-size", "2"]),
+        ("qwen3-moe", "float32", "none", ["--pipeline-parallel-size", "2"]),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else value,
 )
