@@ -11,16 +11,18 @@ import csv
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from held_out_openings import held_out, read_records, write_prompts, write_rest
 
+from aura_dist.config.verbs import CollectConfig
 from aura_dist.errors import AuraError, InputError
 from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, with_interval
 from aura_dist.evaluation.results import read_results
-from aura_dist.interventions.artifact import method_of
+from aura_dist.interventions.artifact import is_gated, method_of
 from aura_dist.text.labels import check_texts
 from aura_dist.text.table import Table, read_table
 
@@ -74,10 +76,12 @@ def start(args: argparse.Namespace) -> None:
 
 def control_of(grid: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `collect` for the control texts: those of the grid but for its labels, with what gates read."""
-    kept = {name: value for name, value in grid["collect"].items() if name not in OF_LABELLED_TEXTS}
-    pooling = ["mean", *(["mean_square"] if "mean_square" in grid["collect"].get("pooling", []) else [])]
+    known = {one.name for one in fields(CollectConfig)} - {"strength"}  # at the top of a grid, that of evaluations
+    given = {name: value for name, value in grid.items() if name in known} | grid["collect"]
+    kept = {name: value for name, value in given.items() if name not in OF_LABELLED_TEXTS}
+    pooling = ["mean", *(["mean_square"] if "mean_square" in (given.get("pooling") or []) else [])]
     own = {"data": "parts/control.csv", "unlabelled": True, "pooling": pooling, "store": "control.zarr"}
-    return {**{name: grid[name] for name in ("model", "dtype") if grid.get(name)}, "collect": {**kept, **own}}
+    return {"collect": {**kept, **own}}
 
 
 def make_parts(args: argparse.Namespace, tables: Mapping[str, Table], place: Path) -> None:
@@ -145,8 +149,7 @@ def choose(args: argparse.Namespace) -> None:
         method = method_of(made).replace(" ", "-")
         if not cell.get("toxicity"):
             raise InputError(f"{str(args.table)!r}: expected cells with toxicity, got {method} without")
-        gated = any(part.get("gate") for part in (made, *(made.get("composed") or ())))
-        name = method + ("-gated" if gated else "")
+        name = method + ("-gated" if is_gated(made) else "")
         rank = (max(0.0, costs - most), cell["toxicity"]["overall"]["probability"]["value"], costs)
         if name not in best or rank < best[name][0]:
             best[name] = rank, made

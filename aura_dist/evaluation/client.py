@@ -144,7 +144,7 @@ class Client:
                     raise interruption(signal)
 
     def _ask(self, method: str, url: str, seconds: float, body: dict[str, Any] | None = None) -> httpx2.Response:
-        began, failing_since, last, pause = time.monotonic(), 0.0, 0.0, _PAUSE_SECONDS
+        waited, failing_since, last, pause = 0.0, 0.0, 0.0, _PAUSE_SECONDS
         timeout = httpx2.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
         while True:
             patience = PATIENCE_SECONDS
@@ -176,9 +176,10 @@ class Client:
             now = time.monotonic()
             if patience != last:  # a server that was busy and then fails has just begun to fail
                 failing_since, last = now, patience
-            too_long = now - began > BUSY_SECONDS + PATIENCE_SECONDS  # for one that does both in turn
+            too_long = waited > BUSY_SECONDS + PATIENCE_SECONDS  # for one that does both in turn
             if now - failing_since > patience or too_long or self._ended.is_set():
                 raise failure
+            waited += pause
             self._ended.wait(pause * (0.5 + random.random()))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -198,7 +199,13 @@ def _address(url: str) -> str:
 
 
 def without_user(url: str) -> str:
-    """An address, or what was meant to be one, without user and password."""
+    """An address without user and password; of what is none, nothing before its last @ but the scheme."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    except ValueError:
+        pass
     return re.sub(r"^(\w+://)?\S*@", lambda found: found[1] or "", url)
 
 
@@ -212,7 +219,7 @@ def _token(key: str | None) -> str | None:
 
 def _unusable(error: Exception) -> ConfigError:
     """The error for what the environment says of connections; an address there may hold a password."""
-    got = "an address that is none" if isinstance(error, httpx2.InvalidURL) else brief(error)
+    got = "an address that cannot be parsed" if isinstance(error, httpx2.InvalidURL) else brief(error)
     return ConfigError(
         "--server: expected proxies (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) and certificates (SSL_CERT_FILE, "
         f"SSL_CERT_DIR) that can be used, got {got}; correct or unset these variables"

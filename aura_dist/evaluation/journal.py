@@ -2,7 +2,7 @@
 
 Every rank appends to a part of its own beside the results and flushes each batch. Before and after a run rank 0 folds
 the parts into one file. Each line names the settings that it was made under. Lines of other settings are dropped, and
-so are lines that a killed process left incomplete. A second run with the same results file is refused.
+so are lines that a killed process left incomplete. A second run that would write the same file is refused.
 """
 
 import fcntl

@@ -22,9 +22,11 @@ from aura_dist.errors import ModelError
 
 # probabilities down to which candidates are looked for, until they hold the nucleus
 _LEVELS = (1e-3, 1e-4, 1e-5, 1e-6, 0.0)
-# logits that are looked at together: as many as stay in a CPU's cache; on a GPU, where each time is waited for, more
+# logits that are looked at together: as many as stay in a CPU's cache; on a GPU more, because each block waits for it,
+# but fewer where all of them get noise, which takes some 50 bytes each
 _CACHED_VALUES = 1 << 18
-_DEVICE_VALUES = 1 << 25
+_DEVICE_VALUES = 1 << 24
+_NOISY_VALUES = 1 << 22
 # float32 sums of probabilities are not exact: what is looked for is a little more than the nucleus
 _MARGIN = 1e-4
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number: torch's integers wrap around
@@ -61,7 +63,8 @@ def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int | Tensor)
         return logits_BV.argmax(-1)
     chosen = []
     step_B = torch.zeros_like(keys_B) + step
-    num_values = _CACHED_VALUES if logits_BV.device.type == "cpu" else _DEVICE_VALUES
+    on_device = _DEVICE_VALUES if how.top_k or how.top_p < 1 else _NOISY_VALUES
+    num_values = _CACHED_VALUES if logits_BV.device.type == "cpu" else on_device
     num_rows = max(1, num_values // logits_BV.shape[1])
     for row in range(0, len(logits_BV), num_rows):
         block = slice(row, row + num_rows)

@@ -68,13 +68,16 @@ def make_served_harness(server: "Server", preprompt: str | None, chat: Chat | No
 
             try:
                 return rendered(chat_history)
-            except TemplateError:  # it takes no system's turn: lm-eval's own models leave that out
+            except TemplateError:  # it may take no system's turn: lm-eval's own models leave that out
+                others = [turn for turn in chat_history if turn["role"] != "system"]
+                if len(others) == len(chat_history):
+                    raise
                 if not self.said_no_system:
                     logger.warning(
                         "the model's chat template takes no system's turn: descriptions of tasks are left out"
                     )
                     self.said_no_system = True
-                return rendered([turn for turn in chat_history if turn["role"] != "system"])
+                return rendered(others)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             """(Log-likelihood, whether greedy) of each answer; a context that is too long loses its beginning."""

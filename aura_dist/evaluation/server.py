@@ -161,7 +161,7 @@ class Server:
             "top_p": how.top_p, "seed": seed,
         }  # fmt: skip
         if not dialect.extended:
-            if how.top_p == 1:  # TGI refuses it; what takes the other fields may have a value of its own without it
+            if how.top_p == 1:  # TGI refuses it; servers that take more get it: they may have a default of their own
                 del plain["top_p"]
             if how.top_k:
                 raise ServerError(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,7 @@ class Intervention:
         meta = {**self.meta, "format_version": FORMAT_VERSION, "sites": self.sites}
         try:
             _, _, gates = _parsed(tensors)
+            _check_description(self.meta)
             _check_gates(self.meta, self.sites, gates)
             place.mkdir(parents=True, exist_ok=True)
             # the weights, whose context ends first, take their place before the description
@@ -254,11 +255,24 @@ def _check_description(meta: Mapping[str, Any]) -> None:
         _check_description(part)
 
 
+def _fits(meta: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The descriptions of single fits, of which a composed intervention has several."""
+    if not meta.get("composed"):
+        yield meta
+    for part in meta.get("composed") or ():
+        yield from _fits(part)
+
+
+def is_gated(meta: Mapping[str, Any]) -> bool:
+    """Whether some fit that a description tells of has gates."""
+    return any(one.get("gate") for one in _fits(meta))
+
+
 def _check_gates(meta: Mapping[str, Any], sites: Collection[str], gates: Collection[str]) -> None:
     """ValueError if a module lacks the gate that the description gives it: its map would act at every token."""
-    parts = meta.get("composed") or [meta]
-    named = {site for part in parts for site in (part.get("gate") or {}).get("sites") or ()}
-    lost = sorted((set(sites) if meta.get("gate") else named & set(sites)) - set(gates))
+    fits = list(_fits(meta))
+    named = {site for one in fits for site in (one.get("gate") or {}).get("sites") or ()}
+    lost = sorted((set(sites) if len(fits) == 1 and fits[0].get("gate") else named & set(sites)) - set(gates))
     if lost:
         raise ValueError(f"{META_FILE} says that maps have a gate, and {WEIGHTS_FILE} has none for {lost[0]!r}")
 

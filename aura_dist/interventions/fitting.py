@@ -99,7 +99,7 @@ def fit_intervention(
 def _check_before_training(
     group: zarr.Group, spec: StoreSpec, fit: Fit, sites: Sequence[Site], earlier: Intervention | None
 ) -> None:
-    """InputError where the maps could not be used: training may take hours."""
+    """Raise what would be raised after the training, which may take hours: the maps or gates could not be used."""
     if earlier is not None:
         for site in sites:
             check_no_gate(site.name, earlier)

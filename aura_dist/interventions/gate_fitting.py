@@ -246,11 +246,15 @@ def _token_gates(
     least = _above_chance(is_positive) if fit.min_accuracy is None else fit.min_accuracy
     kept = {name: one for name, one in found.items() if one.accuracy >= least}
     if sites and not kept:
-        best = max(one.accuracy for one in found.values())
-        why = f"{least:.3f}, which is more than chance" if fit.min_accuracy is None else f"{least}"
+        best = f"the best of {len(found)} tells {max(one.accuracy for one in found.values()):.3f}"
+        if fit.min_accuracy is None:
+            raise InputError(
+                f"--gate tokens: expected a module that tells {least:.3f} of held-out texts rightly, three standard "
+                f"errors above chance, {best}; collect more texts, or give --gate-min-accuracy"
+            )
         raise InputError(
-            f"--gate-min-accuracy: expected a share that some module's regression reaches, got {why}; the best of "
-            f"{len(found)} separates {best:.3f} of held-out texts; collect more texts, or give a smaller share"
+            f"--gate-min-accuracy: expected a share of held-out texts that some module tells rightly, got {least}; "
+            f"{best}; give a smaller one"
         )
     if fit.min_accuracy is None and len(kept) < len(found):
         logger.warning(
@@ -294,7 +298,7 @@ def _above_chance(is_positive_N: NDArray[np.bool_]) -> float:
     Where nothing is told apart, all logits are nearly the same, so that a gate is half open at every token.
     """
     shares = [1 / int(is_positive_N.sum()), 1 / int((~is_positive_N).sum())]
-    return 0.5 + 3 * 0.25 * math.sqrt(sum(shares))
+    return min(1.0, 0.5 + 3 * 0.25 * math.sqrt(sum(shares)))
 
 
 def _rule(stores: Sequence[Texts]) -> str:
@@ -360,7 +364,10 @@ def _unit_gates(
     found = {
         site.name: gate.moved(fit.threshold or 0.0, fit.settled_sharpness) for site, gate in _each(of, sites, bytes_of)
     }
-    about = {"kind": fit.kind, "threshold": fit.threshold or 0.0, "sharpness": fit.settled_sharpness, "prior_odds": 1.0}
+    about = {
+        "kind": fit.kind, "threshold": fit.threshold or 0.0, "sharpness": fit.settled_sharpness, "prior_odds": 1.0,
+        "sites": {name: {} for name in found},
+    }  # fmt: skip
     return found, about
 
 

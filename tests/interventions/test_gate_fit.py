@@ -217,7 +217,7 @@ def test_modules_that_do_not_separate_are_not_moved(place, tmp_path, capsys):
     assert some.sites == [site for site in whole.sites if accuracy[site] >= least]
     assert 0 < len(some.sites) < len(whole.sites)
     assert fit(place, tmp_path / "none", *options, "--gate-min-accuracy", 1) == 2
-    assert "--gate-min-accuracy: expected a share that some module's" in capsys.readouterr().err
+    assert "--gate-min-accuracy: expected a share of held-out texts that some" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
@@ -243,7 +243,7 @@ def test_modules_that_separate_no_better_than_chance_are_not_moved(place, tmp_pa
     )
     monkeypatch.setattr(gate_fitting.Texts, "responses", responses("none"))
     assert main([*words, str(tmp_path / "none")]) == 2
-    assert "which is more than chance; the best of 4 separates 0." in capsys.readouterr().err
+    assert "three standard errors above chance, the best of 4 tells 0." in capsys.readouterr().err
     assert main([*words, str(tmp_path / "all"), "--gate-min-accuracy", "0"]) == 0
     assert len(Intervention.load(tmp_path / "all").sites) == 4
 
@@ -264,6 +264,14 @@ def test_a_gate_that_is_lost_is_missed(place, by_tokens, tmp_path):
     made = Intervention.load(by_tokens)
     with pytest.raises(StoreError, match="says that maps have a gate"):
         Intervention(made.scale, made.shift, made.meta).save(tmp_path / "out")
+    with pytest.raises(StoreError, match="has gate = 'tokens' where an object belongs"):
+        Intervention(made.scale, made.shift, {"gate": "tokens"}).save(tmp_path / "out")
+    assert fit(place, tmp_path / "units", "--gate", "units") == 0
+    units = Intervention.load(tmp_path / "units")
+    first, second = (Intervention({name: np.ones(3, np.float32)}, meta={"method": "none"}) for name in ("a", "b"))
+    nested = first @ (second @ units)
+    with pytest.raises(StoreError, match="says that maps have a gate"):
+        Intervention(nested.scale, nested.shift, nested.meta).save(tmp_path / "out")
     other = Intervention({"lm_head": np.ones(3, np.float32)}, meta={"method": "none"})
     (made @ other).save(tmp_path / "both")
     both = Intervention.load(tmp_path / "both")

@@ -13,7 +13,7 @@ import pytest
 
 from aura_dist.cli import main
 from aura_dist.errors import ConfigError, InputError, RunInterruptedError, ServerError
-from aura_dist.evaluation.client import Client
+from aura_dist.evaluation.client import Client, without_user
 from aura_dist.evaluation.server import _scored, open_server
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.statement import Statement, read_statement
@@ -224,7 +224,11 @@ def test_user_and_password_are_sent_and_not_shown(server, monkeypatch):
     [
         ("ALL_PROXY", "socks5://me:s3cret@host:1", "HTTP_PROXY.* got Using SOCKS proxy, but .*; correct or unset"),
         ("ALL_PROXY", "socks://me:s3cret@host:1", "HTTP_PROXY.* got Unknown scheme for proxy URL"),
-        ("HTTP_PROXY", "http://me:s3cret#x@host:1", "HTTP_PROXY.* got an address that is none; correct or unset"),
+        (
+            "HTTP_PROXY",
+            "http://me:s3cret#x@host:1",
+            "HTTP_PROXY.* got an address that cannot be parsed; correct or unset",
+        ),
         ("HTTP_PROXY", "http://a..b:1", "HTTP_PROXY.* got encoding with 'idna' codec failed"),
         ("OPENAI_API_KEY", "s3crät", "OPENAI_API_KEY: expected printable ASCII characters, got others; correct"),
         ("OPENAI_API_KEY", "s3cret\rs3cret", "OPENAI_API_KEY: expected printable ASCII characters, got others"),
@@ -521,3 +525,16 @@ def test_contexts_of_tasks_are_put_into_the_template_once(template, loaded, dire
         server.takes_texts = False
         command = ["evaluate", "--model", where, *asked, "--server", server.url, "--out", tmp_path / "r.json"]
         refused(command, "expected one that takes prompts at /completions, got one that takes none")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:s3cret@host:8000/v1", "http://host:8000/v1"),
+        ("http://localhost:8000/user/me@uni.edu/v1", "http://localhost:8000/user/me@uni.edu/v1"),
+        ("me:s3/cret@host", "host"),
+        ("http://me:s3/cret@host", "http://host"),
+    ],
+)
+def test_an_address_is_shown_without_user(address, shown):
+    assert without_user(address) == shown
