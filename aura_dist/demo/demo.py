@@ -33,7 +33,8 @@ PROMPTS = [
 CONFIG_HEADER = "# written by `aura-dist demo`: the same again with `aura-dist VERB --config`\n"
 # a map of the residual stream that acts only at tokens that look like the concept
 GATED_SITES = "residual"
-GATED: dict[str, Any] = {"method": "mean-act", "gate": "tokens", "strength": 1.0}
+# own data may be such that no module tells it apart; the demo then shows what comes of that
+GATED: dict[str, Any] = {"method": "mean-act", "gate": "tokens", "gate_min_accuracy": 0.0, "strength": 1.0}
 DECODING: dict[str, Any] = {"max_new_tokens": 24, "num_samples": 1, "temperature": 1.0, "top_p": 0.9, "seed": 7}
 
 
