@@ -191,6 +191,7 @@ def difference(a, b):
         ("llama", "float32", "gated", []),
         ("llama", "bfloat16", "none", ["--enforce-eager"]),
         ("llama", "bfloat16", "gated", ["--enforce-eager"]),
+        ("falcon-40b-style", "bfloat16", "gated", ["--enforce-eager"]),
         ("falcon-40b-style", "float32", "none", ["--enforce-eager"]),
         ("falcon-40b-style", "float32", "gated", ["--enforce-eager"]),
         ("qwen3-moe", "float32", "none", ["--enforce-eager"]),
