@@ -192,6 +192,7 @@ def difference(a, b):
         ("llama", "bfloat16", "none", ["--enforce-eager"]),
         ("llama", "bfloat16", "gated", ["--enforce-eager"]),
         ("falcon-40b-style", "bfloat16", "gated", ["--enforce-eager"]),
+        ("qwen3-moe", "bfloat16", "none", ["--enforce-eager"]),
         ("falcon-40b-style", "float32", "none", ["--enforce-eager"]),
         ("falcon-40b-style", "float32", "gated", ["--enforce-eager"]),
         ("qwen3-moe", "float32", "none", ["--enforce-eager"]),
@@ -336,9 +337,9 @@ GEMMA = Path.home() / ".cache" / "aura_dist" / "gemma-3-270m"
 @pytest.mark.skipif(not GEMMA.is_dir(), reason="Gemma 3 270M is not in the cache")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
-    """In bfloat16 the bound is on what the intervention adds to the distance of the two engines' plain models.
+    """It fails in bfloat16, because the plain models of the two engines are further apart than the bound.
 
-    That distance is larger than the bound, as is the one between transformers' own bfloat16 and float32 models.
+    So are transformers' own models in bfloat16 and float32. The test prints how far.
     """
     model = load_causal(ModelSource(str(GEMMA), None, dtype), World())
     tokenizer = hf.AutoTokenizer.from_pretrained(GEMMA)
@@ -360,9 +361,7 @@ def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
         print(served, dtype, env, difference(found, of))
         return difference(found, of)
 
-    most = TOLERANCE[dtype]
-    if dtype == "bfloat16":
-        most += distance(GEMMA, plain)
+    distance(GEMMA, plain)
     laid = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
-    assert distance(GEMMA, wanted, str(tmp_path / "iv"), **laid) <= most
-    assert distance(tmp_path / "out", wanted) <= most
+    assert distance(GEMMA, wanted, str(tmp_path / "iv"), **laid) <= TOLERANCE[dtype]
+    assert distance(tmp_path / "out", wanted) <= TOLERANCE[dtype]
