@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from held_out_openings import held_out, read_records, write_prompts, write_rest
 
-from aura_dist.config.verbs import CollectConfig
+from aura_dist.config.verbs import OF_LABELS, CollectConfig
 from aura_dist.errors import AuraError, InputError
 from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, with_interval
 from aura_dist.evaluation.results import read_results
@@ -27,11 +27,8 @@ from aura_dist.text.labels import check_texts
 from aura_dist.text.table import Table, read_table
 
 LEAST_NEUTRAL = 40
-# settings of `collect` that texts without labels do not have, or that the controls have their own of
-OF_LABELLED_TEXTS = {
-    "data", "concepts", "threshold", "clean_negatives", "num_positive", "num_negative", "match_length", "seed",
-    "pooling", "keep_tokens", "text_column", "store",
-}  # fmt: skip
+# settings of `collect` that the controls have their own of, or none
+NOT_OF_CONTROLS = OF_LABELS | {"data", "pooling", "keep_tokens", "text_column", "store"}
 MEASURED = 100  # of the neutral texts, but a quarter of them at most
 Results = Mapping[str, Any]
 
@@ -78,7 +75,7 @@ def control_of(grid: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `collect` for the control texts: those of the grid but for its labels, with what gates read."""
     known = {one.name for one in fields(CollectConfig)} - {"strength"}  # at the top of a grid, that of evaluations
     given = {name: value for name, value in grid.items() if name in known} | grid["collect"]
-    kept = {name: value for name, value in given.items() if name not in OF_LABELLED_TEXTS}
+    kept = {name: value for name, value in given.items() if name not in NOT_OF_CONTROLS}
     pooling = ["mean", *(["mean_square"] if "mean_square" in (given.get("pooling") or []) else [])]
     own = {"data": "parts/control.csv", "unlabelled": True, "pooling": pooling, "store": "control.zarr"}
     return {"collect": {**kept, **own}}

@@ -51,7 +51,8 @@ from aura_dist.config.options import (
 from aura_dist.config.settings import Settings, flag, option
 from aura_dist.errors import ConfigError
 
-_OF_LABELS = {"concepts", "threshold", "clean_negatives", "num_positive", "num_negative", "match_length", "seed"}
+# settings of `collect` that texts without labels do not have
+OF_LABELS = {"concepts", "threshold", "clean_negatives", "num_positive", "num_negative", "match_length", "seed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class CollectConfig(TextOptions, ModelOptions):
         super().__post_init__()
         if self.unlabelled:
             for spec in fields(self):
-                if spec.name in _OF_LABELS and self.is_set(spec):
+                if spec.name in OF_LABELS and self.is_set(spec):
                     raise ConfigError(
                         f"{flag(spec.name)}: expected it without --unlabelled, because all texts are run then, without "
                         "labels; leave one of the two out"

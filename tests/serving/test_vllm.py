@@ -378,11 +378,11 @@ GEMMA = Path.home() / ".cache" / "aura_dist" / "gemma-3-270m"
 @pytest.mark.skipif(not GEMMA.is_dir(), reason="Gemma 3 270M is not in the cache")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
-    """It fails in bfloat16, because the plain models of the two engines are further apart than the bound.
+    """In bfloat16 the plain models of both engines are further apart than the bound: then it is an expected failure.
 
-    So are transformers' own models in bfloat16 and float32. The test prints how far.
+    There, what vLLM serves must be at least as near to our hooked float32 model as our hooked bfloat16 model is.
     """
-    model = load_causal(ModelSource(str(GEMMA), None, dtype), World())
+    model, exact = (load_causal(ModelSource(str(GEMMA), None, kind), World()) for kind in (dtype, "float32"))
     tokenizer = hf.AutoTokenizer.from_pretrained(GEMMA)
     rng = np.random.default_rng(0)
     sites = [s for s in find_sites(model).sites if s.kind == "mlp" and s.name.endswith("up_proj")]
@@ -390,19 +390,24 @@ def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
     aura.save(tmp_path / "iv")
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
     plain = logprobs(model, rows)
-    with intervene(model, aura, STRENGTH):
-        wanted = logprobs(model, rows)
+    with intervene(model, aura, STRENGTH), intervene(exact, aura, STRENGTH):
+        wanted, exactly = logprobs(model, rows), logprobs(exact, rows)
     assert difference(plain, wanted) > 0.5
     command = ["export", "--model", GEMMA, "--intervention", tmp_path / "iv", "--strength", STRENGTH]
     assert main([str(a) for a in (*command, "--dtype", "float32", "--out", tmp_path / "out")]) == 0
 
-    def distance(served, of, stated=None, **env):
-        with serving(served, tmp_path, "--dtype", dtype, "--enforce-eager", **env) as url:
-            found, _ = served_logprobs(url, served, rows, stated)
-        print(served, dtype, env, difference(found, of))
-        return difference(found, of)
+    def served(directory, stated=None, **env):
+        with serving(directory, tmp_path, "--dtype", dtype, "--enforce-eager", **env) as url:
+            return served_logprobs(url, directory, rows, stated)[0]
 
-    distance(GEMMA, plain)
     laid = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
-    assert distance(GEMMA, wanted, str(tmp_path / "iv"), **laid) <= TOLERANCE[dtype]
-    assert distance(tmp_path / "out", wanted) <= TOLERANCE[dtype]
+    found = [served(GEMMA, str(tmp_path / "iv"), **laid), served(tmp_path / "out")]
+    apart = [difference(one, wanted) for one in found]
+    if dtype == "bfloat16":
+        print("from float32:", *(difference(one, exactly) for one in (wanted, *found)))
+        rounding = difference(wanted, exactly)
+        assert max(difference(one, exactly) for one in found) <= rounding
+        between = difference(served(GEMMA), plain)
+        if max(apart) > TOLERANCE[dtype] < between:
+            pytest.xfail(f"{apart} apart under the intervention, {between} without; bfloat16 rounds by {rounding}")
+    assert max(apart) <= TOLERANCE[dtype]
