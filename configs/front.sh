@@ -39,13 +39,14 @@ measure() { # NAME [flags]: once, because what is reported must not be chosen
     fi
     echo "${flags[*]}" >"results/$1.flags"
     aura-dist evaluate "${how[@]}" --toxicity-prompts parts/report.jsonl --perplexity-texts "$texts" "${flags[@]}" \
-        --out "results/$1.json"
+        $effects --out "results/$1.json"
 }
+effects=
 measure none
 found=(results/none.json)
 effects=--side-effects # of the first, which is the best of all: they take as long as the rest
 while IFS=$'\t' read -r name intervention strength; do
-    measure "$name" --intervention "$intervention" --strength "$strength" --baseline results/none.json $effects
+    measure "$name" --intervention "$intervention" --strength "$strength" --baseline results/none.json
     effects=
     found+=("results/$name.json")
 done <chosen.tsv
