@@ -19,11 +19,13 @@ from aura_dist.ranks.signals import interruption
 
 # seconds until a connection, an answer about the server, and a completion count as lost
 CONNECT_SECONDS, ANSWER_SECONDS, COMPLETION_SECONDS = 5.0, 10.0, 900.0
-# how long a request is repeated while the server cannot be reached or fails, and while it has too much to do
-PATIENCE_SECONDS, BUSY_SECONDS = 15.0, 600.0
+# how long a request is repeated before the server's first answer, then while it cannot be reached or fails, and while
+# it has too much to do
+FIRST_SECONDS, PATIENCE_SECONDS, BUSY_SECONDS = 10.0, 15.0, 600.0
 # what requests in flight may still take once a signal asks for the end
 _LAST_SECONDS = 20.0
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _LOOK_SECONDS = 0.25, 5.0, 0.2
+_LAST_CONNECT_SECONDS = 1.0  # that the last try has for its connection
 _TOO_MANY_REQUESTS = 429
 _PASSING = frozenset({_TOO_MANY_REQUESTS, 500, 502, 503, 504})
 
@@ -50,7 +52,7 @@ class Client:
         self._asked = _address(url)
         self.url = without_user(self._asked)
         self._in_flight = in_flight
-        self._ended = threading.Event()
+        self._ended, self._has_answered = threading.Event(), False
         is_here = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         key = _token(key)
         try:
@@ -144,10 +146,10 @@ class Client:
                     raise interruption(signal)
 
     def _ask(self, method: str, url: str, seconds: float, body: dict[str, Any] | None = None) -> httpx2.Response:
-        waited, failing_since, last, pause = 0.0, 0.0, 0.0, _PAUSE_SECONDS
-        timeout = httpx2.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
+        waited, pause, last, deadline = 0.0, _PAUSE_SECONDS, FIRST_SECONDS, time.monotonic() + FIRST_SECONDS
         while True:
-            patience = PATIENCE_SECONDS
+            connect = min(CONNECT_SECONDS, max(deadline - time.monotonic(), _LAST_CONNECT_SECONDS))
+            timeout = httpx2.Timeout(seconds, connect=connect, pool=None)
             try:
                 answer = self._http.request(method, url, json=body, timeout=timeout)
             except httpx2.ReadTimeout as error:
@@ -162,7 +164,9 @@ class Client:
                     f"--server {self.url}: expected a server that answers, got {brief(error)}; start it, or correct "
                     "the address"
                 )
+                patience = PATIENCE_SECONDS if self._has_answered else FIRST_SECONDS
             else:
+                self._has_answered = True
                 if answer.status_code < 400:
                     return answer
                 failure = RefusedError(
@@ -172,15 +176,15 @@ class Client:
                 )
                 if answer.status_code not in _PASSING:
                     raise failure
-                patience = BUSY_SECONDS if answer.status_code == _TOO_MANY_REQUESTS else patience
+                patience = BUSY_SECONDS if answer.status_code == _TOO_MANY_REQUESTS else PATIENCE_SECONDS
             now = time.monotonic()
             if patience != last:  # a server that was busy and then fails has just begun to fail
-                failing_since, last = now, patience
+                last, deadline = patience, now + patience
             too_long = waited > BUSY_SECONDS + PATIENCE_SECONDS  # for one that does both in turn
-            if now - failing_since > patience or too_long or self._ended.is_set():
+            if now >= deadline or too_long or self._ended.is_set():
                 raise failure
             waited += pause
-            self._ended.wait(pause * (0.5 + random.random()))
+            self._ended.wait(min(pause * (0.5 + random.random()), deadline - now))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 

@@ -85,6 +85,24 @@ def check_same_prompts(baseline: Results, results: Results, path: str) -> None:
             )
 
 
+def _other_engine(what: str, results: Results, than: str, others: Results) -> str | None:
+    """A line if two results are of different engines, or of different versions of one."""
+    got, expected = _engine_of(results), _engine_of(others)
+    if got == expected:
+        return None
+    return (
+        f"{what}: expected the engine of {than}, {expected}, got {got}: engines draw other continuations at the same "
+        "seed, and their difference is in what compares the two; evaluate both with one"
+    )
+
+
+def _engine_of(results: Results) -> str:
+    server = results.get("server")
+    if server is None:
+        return "a model in process"
+    return f"{server.get('engine')} {server.get('version') or '(no version)'}"
+
+
 def per_prompt(results: Results) -> ByPrompt:
     """The figures of each prompt, in the file's order."""
     kept = results["toxicity"]["per_prompt"]
@@ -99,6 +117,8 @@ def against_baseline(
     `path` is the baseline's; `groups`: name → [P] which prompts. InputError if they are not of the same prompts.
     """
     check_same_prompts(baseline, results, path)
+    if line := _other_engine(f"--baseline {path!r}", baseline, "this evaluation", results):
+        logger.warning(line)
     theirs, ours = per_prompt(baseline), per_prompt(results)
     compared: dict[str, Estimates | None] = {
         name: ratios(theirs.take(rows), ours.take(rows)) if rows.any() else None for name, rows in groups.items()
@@ -119,6 +139,8 @@ def against_plain(plain: Results, results: Results) -> dict[str, float]:
                 "the plain model or a cell was evaluated by an earlier version: evaluate both to compare them"
             )
         return {}
+    if line := _other_engine("a cell", results, "the plain model", plain):
+        logger.warning(line)
     found = {f"times_less_toxic.{name}": value for name, value in (_ratio(results, plain) or {}).items()}
     theirs, ours = (r.get("perplexity") or {} for r in (plain, results))
     before, after = (section.get("token_weighted") for section in (theirs, ours))
@@ -165,7 +187,7 @@ _COLUMNS = (_FIRST, _RATIO, *_OTHERS, *_PERPLEXITY, _DIVERGENCE)
 
 
 def differences(all_results: Mapping[str, Results]) -> list[str]:
-    """A line for each result that did not measure what the first of its kind did, in the same way."""
+    """A line for each result that did not measure what the first of its kind did, in the same way and engine."""
     said = []
     for part in _DEPEND_ON:
         measured = {name: conditions(part, r[part]) for name, r in all_results.items() if r.get(part)}
@@ -174,7 +196,9 @@ def differences(all_results: Mapping[str, Results]) -> list[str]:
             unlike = [what for what, value in own.items() if value != measured[first][what]]
             if unlike:
                 said.append(f"{name}: {part} with other {' and '.join(unlike)} than {first}: not to be compared")
-    return said
+    first = next(iter(all_results), "")
+    lines = [_other_engine(name, results, first, all_results[first]) for name, results in all_results.items()]
+    return [*said, *(line for line in lines if line is not None)]
 
 
 def conditions(part: str, section: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Decoder:
     any_alive: Callable[[bool], bool] = lambda alive: alive
     agreed: Callable[[Tensor], Tensor] = lambda ids_B: ids_B
     _selects: bool = field(default=True, init=False)
+    _stop: Tensor | None = field(default=None, init=False)
 
     @torch.no_grad()
     def run(
@@ -206,8 +207,9 @@ class Decoder:
         ids_B = self.agreed(choose(logits_BV, self.how, flight.keys_B, flight.made_B))
         flight.seen_BC = torch.cat([flight.seen_BC, ids_B[:, None]], dim=1)
         flight.made_B = flight.made_B + 1
-        stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=ids_B.device)
-        flight.alive_B = flight.alive_B & ~torch.isin(ids_B, stop) & (flight.made_B < self.how.max_new_tokens)
+        if self._stop is None:  # once, because a GPU waits for what is copied to it
+            self._stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=ids_B.device)
+        flight.alive_B = flight.alive_B & ~torch.isin(ids_B, self._stop) & (flight.made_B < self.how.max_new_tokens)
 
     def _prefill(self, prompts_PT: Tensor, start_P: Tensor, of_B: Tensor) -> tuple[Tensor, Cache | None]:
         """[B, V] logits after the prompts, and the cache of B rows, None if its kind is unknown."""

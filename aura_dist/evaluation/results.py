@@ -10,7 +10,8 @@
     server           absent without --server: {url, command: absent unless it started the server, model, root (the
                      checkpoint, as the server names it), engine, version, dialect: {token_ids, extended},
                      probe: {prompt, text, num_tokens, ids: maybe absent}};
-                     `dtype` is null then, and the fingerprint, of the model's name alone, starts with `served-`
+                     `dtype` is null then, and the fingerprint, of the model's name alone, starts with `served-`.
+                     Another engine, or none (a model in process), draws other continuations at the same seed
     intervention     null, or {…intervention.json (method, parameters, concept, model, …), directory, digest,
                      strength: as applied}
     preprompt        null or the text before each prompt and text
@@ -19,7 +20,8 @@
                      labels (the label column, if one was given), positive: {PERPLEXITY…}, negative: {PERPLEXITY…}}
     side_effects     absent without --side-effects: {divergence: {mean, mean_low, mean_high, percentile_99, num_texts,
                      num_tokens} of next tokens, KL(plain ‖ intervened) in nats,
-                     gates: null without gates of tokens, or {open_texts: share with a gate beyond ½, num_texts},
+                     gates: null without gates of tokens, or {open_tokens: share of these tokens at which a gate is
+                     beyond ½, open_texts: share of texts that have one, num_tokens, num_texts},
                      continuations: null, or {plain: {PERPLEXITY…}, intervened: {PERPLEXITY…}} of the baseline's
                      non-toxic continuations of toxic prompts}
     toxicity         absent where not measured: {prompts, column, prompts_sha256, scorer, num_prompts, num_samples,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from aura_dist.evaluation.client import Client
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.statement import Statement, read_statement
 from aura_dist.models.fingerprints import SERVED
+
+logger = logging.getLogger(__name__)
 
 # where programs state their version, beside `/v1`: page → key of its JSON object (vLLM; SGLang; TGI; llama.cpp)
 _VERSIONS = {"version": "version", "server_info": "version", "info": "version", "props": "build_info"}
@@ -41,7 +44,10 @@ class Served:
 
 
 def find_served(client: Client, model: str, name: str | None) -> Served:
-    """The served model that `name` calls, or else the one that is `model`; ServerError if there is none."""
+    """The served model that `name` calls, or else the one that is `model`; ServerError if there is none.
+
+    A model that only has the name of `model`, and another checkpoint as its root, is taken where `name` says so.
+    """
     listed = client.get("models").get("data")
     entries = [one for one in listed if isinstance(one, dict) and one.get("id")] if isinstance(listed, list) else []
     wanted = model if name is None else name
@@ -53,7 +59,18 @@ def find_served(client: Client, model: str, name: str | None) -> Served:
             f"--server {client.url}: expected a server of {flag} {wanted!r}, got one of {has}; start it with that "
             "model, or name by --server-model what it serves of it"
         )
-    entry = found[0]
+    entry = next((one for one in found if not _is_of_another(model, one)), found[0])
+    if _is_of_another(model, entry):
+        if name is None:
+            raise ServerError(
+                f"--server {client.url}: expected a server of --model {model!r}, got one that gives this name to the "
+                f"checkpoint {brief(str(entry['root']))!r}; start it with that model, or, if both are the same, give "
+                f"--server-model {entry['id']}"
+            )
+        logger.warning(
+            "--server-model %r is the checkpoint %r: whether it is the same as --model %r is not checked",
+            name, str(entry["root"]), model,
+        )  # fmt: skip
     longest = entry.get("max_model_len")
     return Served(
         str(entry["id"]),
@@ -70,6 +87,12 @@ def _same(model: str, other: str) -> bool:
     return model == other or (bool(other) and Path(model).exists() and Path(model).resolve() == Path(other).resolve())
 
 
+def _is_of_another(model: str, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry says that its checkpoint is another one; an adapter's root is where the adapter is."""
+    root = str(entry.get("root") or entry["id"])
+    return not (entry.get("parent") or root == str(entry["id"]) or _same(model, root))
+
+
 def _version(client: Client) -> str | None:
     for page, key in _VERSIONS.items():
         try:
@@ -83,16 +106,22 @@ def _version(client: Client) -> str | None:
 
 def check_statement(
     stated: Statement | None, intervention: Intervention | None, strength: float, directory: str | None, url: str
-) -> None:
-    """ServerError unless the server states just the intervention that was asked for, at its strength, or none."""
+) -> float | None:
+    """The strength that each request must ask for; None if the server has it, or states no intervention.
+
+    ServerError unless the server states just the intervention that was asked for, at its strength or one that requests
+    set, or none. The plain model is that of strength 0.
+    """
     if intervention is None:
-        if stated is not None:
-            raise ServerError(
-                f"--server {url}: expected a server of the plain model, because no --intervention was given, got one "
-                f"that has laid an intervention (digest {stated.digest[:12]}, strength {stated.strength:g}) over it; "
-                "give --intervention, or start the server without AURA_INTERVENTION"
-            )
-        return
+        if stated is None:
+            return None
+        if stated.of_requests:
+            return 0.0
+        raise ServerError(
+            f"--server {url}: expected a server of the plain model, because no --intervention was given, got one "
+            f"that has laid an intervention (digest {stated.digest[:12]}, strength {stated.strength:g}) over it; "
+            "give --intervention, or start the server without AURA_INTERVENTION"
+        )
     start = f"start vLLM with AURA_INTERVENTION={directory}@{strength:g} where aura_dist is installed"
     asked = f"--intervention {directory!r} (digest {intervention.digest[:12]}) at strength {strength:g}"
     if stated is None:
@@ -100,8 +129,9 @@ def check_statement(
             f"--server {url}: expected a server that states {asked}, got one that states none; {start}, or serve what "
             "`export` writes and leave --intervention out"
         )
-    if (stated.digest, stated.strength) != (intervention.digest, strength):
+    if stated.digest != intervention.digest or not (stated.strength == strength or stated.of_requests):
         raise ServerError(
             f"--server {url}: expected a server that states {asked}, got one of digest {stated.digest[:12]} at "
             f"strength {stated.strength:g}; {start}"
         )
+    return None if stated.strength == strength else strength

@@ -135,7 +135,7 @@ def make_served_harness(server: "Server", preprompt: str | None, chat: Chat | No
             top_p, top_k = float(kwargs.get("top_p") or 1.0), int(kwargs.get("top_k") or 0)
             how = Decoding(1, longest, temperature, top_p if temperature else 1.0, 0, top_k if temperature else 0)
             ids = self.tok_encode(context)[-(self.max_length - longest) :]
-            text = server.continuation(ids, [], how, seed)["text"]
+            text = server.continuation(ids, [], how, seed, until)["text"]
             return str(postprocess_generated_text(text, until, None))
 
     return ServedHarness()

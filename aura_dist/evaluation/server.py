@@ -26,6 +26,7 @@ from aura_dist.evaluation.prompts import Pair
 from aura_dist.evaluation.sampling import Decoding, sample_key
 from aura_dist.evaluation.served import Served, check_statement, find_served
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.interventions.statement import ASKED
 from aura_dist.interventions.use import load_intervention
 from aura_dist.models.load import ModelSource, generation_of
 from aura_dist.models.on_disk import OnDisk
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 PROBE = "The best thing about the new library is"
 _PROBE_TOKENS = 8
 _SEED_BITS = 31  # llama.cpp's seeds have 32, signed in some clients
+_MOST_STOPS = 4  # that OpenAI's own server takes
 _NOT_TAKEN = (400, 404, 405, 422, 501)  # the server takes no such request, whatever is in it
 # turns off what servers add to the softmax by themselves, such as values of generation_config.json
 _NOTHING_ELSE = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -74,6 +76,19 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """The model that a server is to serve: all but its weights, and the intervention at `directory`."""
+
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+    stop_ids: frozenset[int]
+    intervention: Intervention | None
+    directory: str | None
+    strength: float
+
+
+@dataclass(frozen=True)
 class Server:
     """A served model, and the checkpoint's tokenizer and configuration; `received` returns a signal that has come."""
 
@@ -87,6 +102,7 @@ class Server:
     chat: bool = False  # whether prompts are chats
     received: Callable[[], int | None] = lambda: None
     command: str | None = None  # that started it, if it was started for this run
+    asks: float | None = None  # the strength that requests ask for, where it is not the server's
     _found: dict[str, str] = field(default_factory=dict)
 
     def acting(self) -> AbstractContextManager[Any]:
@@ -122,7 +138,7 @@ class Server:
         for dialect in DIALECTS:
             body = self._prompted(dialect, ids, [{"role": "user", "content": PROBE}])
             try:
-                answer = self.client.post(self._path(dialect), body | self._sampling(dialect, how, 0))
+                answer = self._post(self._path(dialect), body | self._sampling(dialect, how, 0))
             except RefusedError as error:
                 if error.status not in _NOT_TAKEN:
                     raise
@@ -141,6 +157,10 @@ class Server:
     @property
     def dialect(self) -> Dialect:
         return self._tried[0]
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        own = {} if self.asks is None else {"vllm_xargs": {ASKED: self.asks}}
+        return self.client.post(path, body | own)
 
     def _path(self, dialect: Dialect) -> str:
         return "chat/completions" if self.chat and not dialect.ids else "completions"
@@ -172,8 +192,11 @@ class Server:
         more = {"top_k": how.top_k or -1, "stop_token_ids": sorted(self.stop_ids), "return_token_ids": True}
         return {**plain, **_NOTHING_ELSE, **more, "skip_special_tokens": True}
 
-    def _record(self, answer: Mapping[str, Any]) -> dict[str, Any]:
-        """`text`, `num_tokens` and, where the server tells them, `ids` of a continuation, without what ends it."""
+    def _record(self, answer: Mapping[str, Any], stop: Sequence[str] = ()) -> dict[str, Any]:
+        """`text`, `num_tokens` and, where the server tells them, `ids` of a continuation, without its stop token.
+
+        `stop` are texts that may have ended it in place of that token.
+        """
         choice = self._choice(answer)
         ids = choice.get("token_ids")
         if isinstance(ids, list):
@@ -183,7 +206,10 @@ class Server:
         text = choice.get("text", (choice.get("message") or {}).get("content"))
         if not isinstance(text, str):
             raise ServerError(f"--server {self.client.url}: expected a text in its answer, got {sorted(choice)}")
-        return {"text": text, "num_tokens": (answer.get("usage") or {}).get("completion_tokens")}
+        number = (answer.get("usage") or {}).get("completion_tokens")
+        if number and choice.get("finish_reason") == "stop" and not stop:
+            number -= 1  # servers count the stop token
+        return {"text": text, "num_tokens": number}
 
     def _choice(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
         choices = answer.get("choices")
@@ -199,10 +225,17 @@ class Server:
         """A request's seed for a key of `prompt_keys`."""
         return sample_key(key, sample) & ((1 << _SEED_BITS) - 1)
 
-    def continuation(self, ids: Sequence[int], turns: list[dict[str, str]], how: Decoding, seed: int) -> dict[str, Any]:
-        """One continuation of a prompt: `text`, `num_tokens`, and maybe `ids`."""
+    def continuation(
+        self, ids: Sequence[int], turns: list[dict[str, str]], how: Decoding, seed: int, stop: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """One continuation of a prompt: `text`, `num_tokens`, and maybe `ids`.
+
+        It may end at a text of `stop`, and may hold it or have more after it: the caller cuts it.
+        """
         body = self._prompted(self.dialect, ids, turns) | self._sampling(self.dialect, how, seed)
-        return self._record(self.client.post(self._path(self.dialect), body))
+        if stop:
+            body["stop"] = list(stop[:_MOST_STOPS])
+        return self._record(self._post(self._path(self.dialect), body), stop)
 
     def continue_pairs(self, asked: Asked, pairs: Sequence[Pair], how: Decoding, write: Write) -> None:
         def ask(pair: Pair) -> dict[str, Any]:
@@ -232,7 +265,7 @@ class Server:
         for way in [self._found["likelihoods"]] if self._found else LIKELIHOODS:
             body = {"model": self.served.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
             try:
-                choice = self._choice(self.client.post("completions", body | LIKELIHOODS[way]))
+                choice = self._choice(self._post("completions", body | LIKELIHOODS[way]))
             except RefusedError as error:
                 if self._found or error.status not in _NOT_TAKEN:
                     raise
@@ -310,6 +343,44 @@ def check_one_process(team: Team) -> None:
         )
 
 
+def read_expected(source: ModelSource, intervention_dir: str | None, strength: float) -> Expected:
+    """Tokenizer and configuration of `source`, and the intervention, checked before a server is asked for them.
+
+    Errors as of `load_intervention`.
+    """
+    subject = OnDisk(source)
+    intervention = None
+    if intervention_dir is not None:
+        intervention = load_intervention(intervention_dir, source, subject.config, subject.sites())
+        _say_made_for(intervention, intervention_dir, source.name)
+    ends = generation_of(source, subject.config).eos_token_id
+    ids = ends if isinstance(ends, list) else [subject.tokenizer.eos_token_id if ends is None else ends]
+    stop_ids = frozenset(int(i) for i in ids if i is not None)
+    return Expected(source, subject.tokenizer, subject.config, stop_ids, intervention, intervention_dir, strength)
+
+
+def find_server(
+    client: Client,
+    expected: Expected,
+    name: str | None,
+    *,
+    chat: bool,
+    received: Callable[[], int | None],
+    command: str | None = None,
+) -> Server:
+    """The server at `client`, once all that it says of itself agrees with what is expected.
+
+    `name` is what it calls the model, if that is another name, and `command` what started it for this run. ServerError
+    if the server cannot be reached, or serves another model or intervention.
+    """
+    served = find_served(client, expected.source.name, name)
+    asks = check_statement(served.statement, expected.intervention, expected.strength, expected.directory, client.url)
+    return Server(
+        client, served, expected.tokenizer, expected.config, expected.stop_ids, expected.intervention,
+        expected.strength, chat, received, command, asks,
+    )  # fmt: skip
+
+
 def open_server(
     client: Client,
     source: ModelSource,
@@ -319,27 +390,10 @@ def open_server(
     *,
     chat: bool,
     received: Callable[[], int | None],
-    command: str | None = None,
 ) -> Server:
-    """The server at `client`, once all that it says of itself agrees with what was asked for.
-
-    `name` is what it calls the model, if that is another name, and `command` what started it for this run. Only
-    tokenizer and configuration of `source` are loaded. ServerError if the server cannot be reached, or serves another
-    model or intervention; otherwise as `load_intervention`.
-    """
-    served = find_served(client, source.name, name)
-    subject = OnDisk(source)
-    intervention = None
-    if intervention_dir is not None:
-        intervention = load_intervention(intervention_dir, source, subject.config, subject.sites())
-        _say_made_for(intervention, intervention_dir, source.name)
-    check_statement(served.statement, intervention, strength, intervention_dir, client.url)
-    ends = generation_of(source, subject.config).eos_token_id
-    ids = ends if isinstance(ends, list) else [subject.tokenizer.eos_token_id if ends is None else ends]
-    stop_ids = frozenset(int(i) for i in ids if i is not None)
-    return Server(
-        client, served, subject.tokenizer, subject.config, stop_ids, intervention, strength, chat, received, command
-    )
+    """`read_expected` and `find_server` at once, for a server that is there."""
+    expected = read_expected(source, intervention_dir, strength)
+    return find_server(client, expected, name, chat=chat, received=received)
 
 
 def _say_made_for(intervention: Intervention, directory: str, model: str) -> None:

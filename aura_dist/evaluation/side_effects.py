@@ -1,7 +1,7 @@
 """What an intervention changes where it should change nothing: the section `side_effects` of the results.
 
 - divergence: KL(plain ‖ intervened) of the next token, in nats, at every predicted token of the texts of perplexity
-- gates: the share of those texts in which a gate of tokens passes ½ at some token
+- gates: the share of those tokens at which some gate of tokens passes ½, and of the texts that have one
 - continuations: perplexity of the plain model's non-toxic continuations of toxic prompts, without and with the
   intervention; they are those of the baseline
 
@@ -82,7 +82,13 @@ def measure(
 ) -> dict[str, Any]:
     """The section, on all ranks alike; they share the texts. The intervention must not act when this is called."""
     by_text, opened = divergences(loaded, strength, tokens, num_context, tokens_per_batch, team, received)
-    gates = None if opened is None else {"open_texts": float(opened.mean()), "num_texts": len(opened)}
+    gates = None
+    if opened is not None:
+        num_tokens = sum(map(len, by_text))
+        gates = {
+            "open_tokens": float(opened.sum() / max(1, num_tokens)), "open_texts": float((opened > 0).mean()),
+            "num_tokens": num_tokens, "num_texts": len(opened),
+        }  # fmt: skip
     section: dict[str, Any] = {
         "divergence": divergence_figures(by_text),
         "gates": gates,
@@ -110,8 +116,8 @@ def divergences(
     tokens_per_batch: int,
     team: Team,
     received: Received,
-) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_] | None]:
-    """Per text, in order: KL(plain ‖ intervened) at each predicted token; and [N] whether a gate of tokens passes ½.
+) -> tuple[list[NDArray[np.float64]], NDArray[np.int64] | None]:
+    """Per text, in order: KL(plain ‖ intervened) of each predicted token; [N] at how many of these a gate passes ½.
 
     The second is None if the intervention has no such gate. Texts are read whole, whatever their length.
     """
@@ -122,15 +128,15 @@ def divergences(
     for turn in team.claimed("divergence", reader.batches(), received):
         batch = None if turn is None else reader.texts.batch(turn[0])
         plain = reader.read_nothing() if batch is None else reader.logits(batch)
-        opened = _Opened(batch)
+        opened = _Opened(batch, max(1, num_context))
         with loaded.intervened(strength, opened.watch):
             changed = reader.read_nothing() if batch is None else reader.logits(batch)
         if batch is not None and team.world.column_rank == 0:
-            found.append((batch.rows, _by_row(plain, changed, batch, max(1, num_context)), opened.rows))
+            found.append((batch.rows, _by_row(plain, changed, batch, max(1, num_context)), opened.counts))
     by_text: list[NDArray[np.float64]] = [np.empty(0)] * len(order)
-    passed = np.zeros(len(order), np.bool_)
-    for rows, of_rows, opened_rows in (one for part in team.gather("divergence", found, received) for one in part):
-        passed[order[rows]] = opened_rows
+    passed = np.zeros(len(order), np.int64)
+    for rows, of_rows, counts in (one for part in team.gather("divergence", found, received) for one in part):
+        passed[order[rows]] = counts
         for place, values in zip(order[rows], of_rows, strict=True):
             by_text[place] = values
     gates = loaded.intervention.gate.values() if loaded.intervention else ()
@@ -159,16 +165,21 @@ def divergence_figures(by_text: list[NDArray[np.float64]]) -> dict[str, float | 
 
 
 class _Opened:
-    """Notes in which rows of a batch a gate of tokens passes ½ at a token that is not padding."""
+    """Counts at how many tokens of each text of a batch some gate of tokens passes ½, from its token `first` on."""
 
-    def __init__(self, batch: Batch | None) -> None:
-        self._mask = None if batch is None else torch.from_numpy(batch.attention_mask)
-        self.rows = np.zeros(0 if batch is None else len(batch.attention_mask), np.bool_)
+    def __init__(self, batch: Batch | None, first: int) -> None:
+        mask = np.zeros((0, 0), np.bool_) if batch is None else batch.attention_mask.astype(np.bool_)
+        self._counted = torch.from_numpy(mask) & (torch.arange(mask.shape[1]) >= first)
+        self._passed = torch.zeros_like(self._counted)
 
     def watch(self, site: str, passing: Tensor) -> None:
-        if self._mask is not None and passing.shape[-1] == 1 and passing.numel() == self._mask.numel():
-            passes_BT = passing.reshape(self._mask.shape) > 0.5
-            self.rows |= (passes_BT.cpu() & self._mask).any(dim=1).numpy()
+        if len(self._counted) and passing.shape[-1] == 1 and passing.numel() == self._counted.numel():
+            self._passed |= (passing.reshape(self._counted.shape) > 0.5).cpu()
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        counts: NDArray[np.int64] = (self._passed & self._counted).sum(dim=1).numpy()
+        return counts
 
 
 def _by_row(plain: Any, changed: Any, batch: Batch, first: int) -> list[NDArray[np.float64]]:

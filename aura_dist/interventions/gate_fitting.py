@@ -179,6 +179,7 @@ def _control(path: str, of: Texts, sites: Sequence[Site]) -> Texts:
         raise InputError(f"--control {path!r}: expected another store than --store, got the same; collect other texts")
     for what, ours, theirs in (
         ("the model", of.spec.model["fingerprint"][:12], spec.model["fingerprint"][:12]),
+        ("--dtype", of.spec.dtype, spec.dtype),
         ("the intervention", _under(of.spec), _under(spec)),
         ("--chat and --system", _chat(of.spec), _chat(spec)),
         ("--skip-special-tokens", of.spec.skip_special_tokens, spec.skip_special_tokens),

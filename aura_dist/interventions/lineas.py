@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from aura_dist.errors import ConfigError, InputError, ModelError
+from aura_dist.errors import ConfigError, InputError, ModelError, brief
 from aura_dist.files import replacing
 from aura_dist.interventions.methods import Scales, Shifts
 from aura_dist.interventions.training import Training
@@ -376,11 +376,12 @@ class _State:
             return 0
         try:
             kept = load_file(self.path)
+            key = bytes(kept["key"].tolist()).decode()
         except Exception as error:
             raise ConfigError(
-                f"{str(self.path)!r} cannot be read ({error}); remove it to train from the beginning"
+                f"{str(self.path)!r} cannot be read ({brief(error)}); remove it to train from the beginning"
             ) from error
-        if bytes(kept["key"].tolist()).decode() != self.key:
+        if key != self.key:
             logger.warning("%s is of other settings: training starts from the beginning", self.path)
             return 0
         with torch.no_grad():

@@ -5,23 +5,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 METRIC = "aura_dist_intervention"
-LABELS = ("digest", "strength", "num_sites")
+ASKED = "aura_strength"  # a request's own strength, among its `vllm_xargs`
+LABELS = ("digest", "strength", "num_sites", "of_requests")
 _LINE = re.compile(rf"^{METRIC}\{{(.*)\}} [0-9.e+]+", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 @dataclass(frozen=True)
 class Statement:
-    """Which maps are laid over a model, at which strength, at how many sites."""
+    """Which maps are laid over a model, at which strength, at how many sites.
+
+    `of_requests` says whether requests may have another strength, each its own.
+    """
 
     digest: str
     strength: float
     num_sites: int
+    of_requests: bool = False
 
     @property
     def labels(self) -> Mapping[str, str]:
         """Values of `LABELS`."""
-        return {"digest": self.digest, "strength": repr(self.strength), "num_sites": str(self.num_sites)}
+        return {
+            "digest": self.digest,
+            "strength": repr(self.strength),
+            "num_sites": str(self.num_sites),
+            "of_requests": "yes" if self.of_requests else "no",
+        }
 
 
 def read_statement(metrics: str) -> Statement | None:
@@ -29,5 +39,6 @@ def read_statement(metrics: str) -> Statement | None:
     for line in _LINE.findall(metrics):
         found = dict(_LABEL.findall(line))
         if found.keys() >= set(LABELS):
-            return Statement(found["digest"], float(found["strength"]), int(found["num_sites"]))
+            of_requests = found["of_requests"] == "yes"
+            return Statement(found["digest"], float(found["strength"]), int(found["num_sites"]), of_requests)
     return None

@@ -23,6 +23,7 @@ from aura_dist.interventions.gates import Gate
 from aura_dist.interventions.methods import with_strength
 from aura_dist.serving.maps import CALLED, SiteGate, SiteMap, attach, attach_residual
 from aura_dist.serving.places import ELSEWHERE, Load, Place, generic, neurons_dim, plain_name, probe
+from aura_dist.serving.strengths import Strengths
 from aura_dist.sites.site import INPUT
 
 _DOWN = re.compile(r"(?:(?P<expert>\d+)\.)?(?:down_proj|w2)(?:\.weight)?")
@@ -43,7 +44,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class _Site:
-    """One site that changes."""
+    """One site that changes; its map at strength 1."""
 
     name: str
     scale: NDArray[np.float32]
@@ -53,6 +54,11 @@ class _Site:
     @property
     def at_input(self) -> bool:
         return self.name.endswith(INPUT)
+
+    @property
+    def less(self) -> NDArray[np.float32]:
+        """[D] ω − 1."""
+        return (self.scale.astype(np.float64) - 1).astype(np.float32)
 
     @property
     def key(self) -> str:
@@ -83,7 +89,7 @@ class Laying:
 
     model: nn.Module
     intervention: Intervention
-    strength: float
+    strengths: Strengths
     ranks: Ranks
     done: bool = field(default=False, init=False)
     _sites: dict[str, list[_Site]] = field(init=False)  # plain name of the module → its sites
@@ -98,7 +104,8 @@ class Laying:
 
     def __post_init__(self) -> None:
         self._sites, self._experts = defaultdict(list), defaultdict(dict)
-        for site in _changing(self.intervention, self.strength):
+        acts = self.strengths.default or self.strengths.of_requests
+        for site in _changing(self.intervention) if acts else ():
             self._sites[site.key].append(site)
         for name, module in self.model.named_modules():
             here = next(module.parameters(), None) is not None
@@ -138,7 +145,7 @@ class Laying:
     def _with_experts(self, load: Load, name: str, tensor: Tensor) -> Tensor:
         """A tensor of down projections with its neurons scaled; others as they are."""
         parent, _, last = plain_name(name).rpartition(".experts.")
-        sites = self._sites.get(f"{parent}.experts") if parent else None
+        sites = self._of_mixture(parent)
         down = _DOWN.fullmatch(last)
         if not sites or down is None or self._held(sites[0].key) is False:
             return tensor
@@ -157,7 +164,18 @@ class Laying:
         else:
             along = self._of_expert(site, int(down["expert"]), tensor)
         self._folded.add(site.name)
-        return (tensor.float() * torch.from_numpy(along).to(tensor.device)).to(tensor.dtype)
+        at_strength, _ = with_strength(along, None, self.strengths.default)
+        return (tensor.float() * torch.from_numpy(at_strength).to(tensor.device)).to(tensor.dtype)
+
+    def _of_mixture(self, parent: str) -> list[_Site] | None:
+        """The sites of the experts in the mixture of that plain name, which may be of its layer's only one.
+
+        Checkpoints of Mixtral call `block_sparse_moe` what transformers calls `mlp`.
+        """
+        exact = self._sites.get(f"{parent}.experts")
+        layer = parent.rpartition(".")[0]
+        others = [sites for key, sites in self._sites.items() if layer and _layer_of_mixture(key) == layer]
+        return exact or (others[0] if len(others) == 1 else None)
 
     def _of_expert(self, site: _Site, expert: int, tensor: Tensor) -> NDArray[np.float32]:
         """[I] the scales of one expert, whose down projection has its neurons as columns, as a linear layer."""
@@ -285,16 +303,16 @@ class Laying:
         partial: bool,
     ) -> SiteMap:
         """The map of `width` units, of which each site has those whose numbers are not `ELSEWHERE`."""
-        scale, shift, gates = np.ones(width, np.float32), np.zeros(width, np.float32), []
+        less, shift, gates = np.zeros(width, np.float32), np.zeros(width, np.float32), []
         for site, numbers in sites:
             share = self._share(site, numbers, device)
             here, own_shift = share.here, site.shift[share.columns] * (not partial or self.ranks.rank == 0)
             if site.gate is None:
-                scale[here], shift[here] = site.scale[share.columns], own_shift
+                less[here], shift[here] = site.less[share.columns], own_shift
             else:
                 gates.append(self._site_gate(share, site.gate, own_shift, device, partial=partial))
-        constants = _tensors({"scale": scale, "shift": shift}, device)
-        made = SiteMap(name, constants["scale"], constants["shift"], self.ranks.reduce if partial else None)
+        constants, whole = _tensors({"less": less, "shift": shift}, device), self.ranks.reduce if partial else None
+        made = SiteMap(name, constants["less"], constants["shift"], self.strengths.of_tokens, whole)
         made.gates.extend(gates)
         self._maps.append(name)
         return made
@@ -307,7 +325,7 @@ class Laying:
         if kind.of_token and shared and not partial:  # several ranks may hold a unit, and a sum counts it once
             own = {n: values / share.holders[share.columns] if kind.parts[n] else values for n, values in own.items()}
         parts = {n: share.spread(values) if kind.parts[n] else values for n, values in own.items()}
-        moved = {"less": share.spread(share.site.scale[share.columns] - 1), "shift": share.spread(shift)}
+        moved = {"less": share.spread(share.site.less[share.columns]), "shift": share.spread(shift)}
         add_up = _summing(self.ranks.reduce) if shared else _as_it_is
         return SiteGate(kind, _tensors(moved, device), _tensors(parts, device), add_up)
 
@@ -349,12 +367,18 @@ class Laying:
             )
 
 
-def _changing(intervention: Intervention, strength: float) -> Iterator[_Site]:
-    """The sites whose maps change something at this strength."""
+def _changing(intervention: Intervention) -> Iterator[_Site]:
+    """The sites whose maps change something."""
     for name in intervention.sites:
-        scale, shift = with_strength(*intervention.map_of(name), strength)
+        scale, shift = intervention.map_of(name)
         if (scale != 1).any() or (shift is not None and shift.any()):
             yield _Site(name, scale, np.zeros_like(scale) if shift is None else shift, intervention.gate.get(name))
+
+
+def _layer_of_mixture(key: str) -> str | None:
+    """`layers.0` of `layers.0.mlp.experts`; None if these are no experts."""
+    mixture, dot, last = key.rpartition(".")
+    return mixture.rpartition(".")[0] if dot and last == "experts" else None
 
 
 def _summing(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,8 @@
-"""Maps on the modules of a served model: z ← z + g ((ω − 1) ⊙ z + b), in float32, rounded once.
+"""Maps on the modules of a served model: z ← z + s g ((ω − 1) ⊙ z + b), in float32, rounded once.
 
 A module gets a subclass of its own class, whose forward maps what goes in or comes out. So `torch.compile` traces the
-map with the module, and CUDA graphs record it. Vectors are buffers, as weights are.
+map with the module, and CUDA graphs record it. Vectors are buffers, as weights are. The strength s is one, or one
+of each token.
 
 T tokens, D units of the module on this rank.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from aura_dist.errors import ModelError
 from aura_dist.interventions.gates import GateKind
+from aura_dist.serving.strengths import along
 
 CALLED: set[str] = set()  # names of the maps that a forward, or the trace of one, has called
 
@@ -62,31 +64,35 @@ def _along_units(vector_D: Tensor) -> Tensor:
 class SiteMap(nn.Module):
     """The maps of all sites of one side of a module."""
 
-    scale: Tensor
+    less: Tensor
     shift: Tensor | None
+    strength: Tensor
 
-    def __init__(self, name: str, scale: Tensor, shift: Tensor, whole: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(
+        self, name: str, less: Tensor, shift: Tensor, strength: Tensor, whole: Callable[[Tensor], Tensor] | None
+    ) -> None:
         super().__init__()
         self.name = name
-        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("less", less, persistent=False)  # ω − 1
         self.register_buffer("shift", shift if bool(shift.any()) else None, persistent=False)
+        self.register_buffer("strength", strength, persistent=False)
         self.gates = nn.ModuleList()
         self._whole = whole  # where values are one rank's part of a sum: sums them
 
     def forward(self, values: Tensor) -> Tensor:
         _note(self.name)
-        if values.shape[-1] != self.scale.shape[0]:
-            raise ModelError(f"{self.name}: expected {self.scale.shape[0]} units on this rank, got {values.shape[-1]}")
+        if values.shape[-1] != self.less.shape[0]:
+            raise ModelError(f"{self.name}: expected {self.less.shape[0]} units on this rank, got {values.shape[-1]}")
         z_TD = values.float()
-        out_TD = z_TD * self.scale
+        moved_TD = z_TD * self.less
         if self.shift is not None:
-            out_TD = out_TD + self.shift
+            moved_TD = moved_TD + self.shift
         seen_TD = z_TD
         if self._whole is not None and any(not gate.of_token for gate in self.gates):
             seen_TD = self._whole(z_TD.clone())  # on CPUs vLLM writes a sum into its argument
         for gate in self.gates:
-            out_TD = out_TD + gate(z_TD, z_TD if gate.of_token else seen_TD)
-        return out_TD.to(values.dtype)
+            moved_TD = moved_TD + gate(z_TD, z_TD if gate.of_token else seen_TD)
+        return (z_TD + along(self.strength, values) * moved_TD).to(values.dtype)
 
 
 def attach(module: nn.Module, site_map: SiteMap, *, at_input: bool, adds_bias: bool) -> None:

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 
 from aura_dist.errors import ConfigError, ServerError, brief
@@ -94,7 +95,8 @@ def _wait(process: "subprocess.Popen[bytes]", port: int, command: str, log: Path
 def _is_healthy(port: int) -> bool:
     """Whether the server has loaded its model: vLLM, SGLang, TGI and llama.cpp say so at one page."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with suppress(OSError, ValueError), direct.open(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+    page = f"http://127.0.0.1:{port}/health"
+    with suppress(OSError, ValueError, HTTPException), direct.open(page, timeout=10) as answer:
         return bool(answer.status == 200)
     return False
 

@@ -5,11 +5,11 @@ of vLLM that are not its interface are used here alone. Seen with vLLM 0.32.
 """
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable
-from functools import wraps
+from contextlib import suppress
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from aura_dist.interventions.artifact import Intervention
+    from aura_dist.serving.strengths import Strengths
 
 VARIABLE = "AURA_INTERVENTION"
 _CACHE_KEY = "aura_dist_intervention"
@@ -42,41 +43,27 @@ def register() -> None:
     except AuraError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    _state(intervention, strength)
     _patch(intervention, strength)
+    _patch_requests(intervention, strength)
     _registered = True
 
 
 def chosen(given: str) -> "tuple[Intervention, float]":
     """What `DIR[@STRENGTH]` names; ConfigError for a strength that is none, StoreError without an intervention."""
     from aura_dist.interventions.artifact import Intervention
+    from aura_dist.serving.strengths import checked_strength
 
     directory, strength = given, 1.0
     before, at, after = given.rpartition("@")
     if at and not Path(given).is_dir():
         directory = before
-        try:
-            strength = float(after)
-        except ValueError:
-            strength = math.nan
-        if not 0 <= strength <= 1000:
-            raise ConfigError(
-                f"{VARIABLE}={given}: expected DIR@STRENGTH with one strength from 0 to 1000, got {after!r}"
-            )
+        strength = checked_strength(after, f"{VARIABLE}={given}: expected DIR@STRENGTH with one strength")
     if not Path(directory).is_dir():
+        before, at, after = directory.rpartition("@")
+        if at and Path(before).is_dir():
+            raise ConfigError(f"{VARIABLE}={given}: expected DIR@STRENGTH with one strength, got {after!r} too")
         raise StoreError(f"{VARIABLE}={given}: expected a directory that `fit` wrote, found none at {directory!r}")
     return Intervention.load(directory), strength
-
-
-def _state(intervention: "Intervention", strength: float) -> None:
-    """Among the metrics of the server, so that its clients can check what they were promised."""
-    from prometheus_client import Gauge
-
-    from aura_dist.interventions.statement import LABELS, METRIC, Statement
-
-    statement = Statement(intervention.digest, strength, len(intervention.sites))
-    gauge = Gauge(METRIC, "The intervention that is laid over the model", LABELS, multiprocess_mode="mostrecent")
-    gauge.labels(**statement.labels).set(1)
 
 
 def _patch(intervention: "Intervention", strength: float) -> None:
@@ -84,7 +71,10 @@ def _patch(intervention: "Intervention", strength: float) -> None:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.worker.gpu_worker import Worker
 
+    from aura_dist.serving.strengths import Strengths
+
     laid: list[Any] = []
+    strengths = Strengths(strength)
     create, load = BaseModelLoader.create_model, Worker.load_model
     warm_up, execute = Worker.compile_or_warm_up_model, Worker.execute_model
 
@@ -94,7 +84,10 @@ def _patch(intervention: "Intervention", strength: float) -> None:
         if model_config is vllm_config.model_config:  # not the draft of a speculative one
             _check_not_folded(model_config, intervention)
             _keep_compiled_apart(vllm_config, intervention, strength)
-            laid.append(_loading(model, vllm_config, intervention, strength))
+            if one_strength_because(vllm_config, intervention) is None:
+                device = next(model.parameters()).device
+                strengths.make_room(vllm_config.scheduler_config.max_num_batched_tokens, device)
+            laid.append(_loading(model, vllm_config, intervention, strengths))
         return model
 
     @wraps(load)
@@ -118,19 +111,119 @@ def _patch(intervention: "Intervention", strength: float) -> None:
             check(self)
         return result
 
+    unchecked = True
+
     @wraps(execute)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal unchecked
+        strengths.follow(scheduler_output)
         result = execute(self, scheduler_output, *args, **kwargs)
-        if scheduler_output.total_num_scheduled_tokens:
+        strengths.check_written()
+        if unchecked and scheduler_output.total_num_scheduled_tokens:
             check(self)
-            Worker.execute_model = execute
+            unchecked = False
         return result
 
     BaseModelLoader.create_model, Worker.load_model = create_model, load_model
     Worker.compile_or_warm_up_model, Worker.execute_model = compile_or_warm_up_model, execute_model
+    _patch_runners(strengths)
 
 
-def _loading(model: "nn.Module", vllm_config: Any, intervention: "Intervention", strength: float) -> Any:
+def one_strength_because(vllm_config: Any, intervention: "Intervention") -> str | None:
+    """Why requests cannot have strengths of their own; None if they can."""
+    parallel, passes = vllm_config.parallel_config, vllm_config.compilation_config.pass_config
+    reasons = {
+        "maps of experts are in the weights": any(name.endswith(".experts") for name in intervention.sites),
+        "drafts are decoded speculatively": vllm_config.speculative_config is not None,
+        "forwards are cut into parts": any(
+            getattr(config, name, False)
+            for config, name in (
+                (parallel, "use_ubatching"), (parallel, "use_sequence_parallel_moe"), (passes, "enable_sp"),
+            )
+        ) or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "the model is one of transformers": vllm_config.model_config.using_transformers_backend(),
+    }  # fmt: skip
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _patch_requests(intervention: "Intervention", strength: float) -> None:
+    """Have the server state what is laid, check the strengths that requests ask for, and keep their prefixes apart."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from aura_dist.interventions.statement import ASKED
+    from aura_dist.serving.strengths import checked_strength
+
+    begin, process = InputProcessor.__init__, InputProcessor.process_inputs
+
+    @wraps(begin)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, vllm_config, *args, **kwargs)
+        _state(intervention, strength, of_requests=one_strength_because(vllm_config, intervention) is None)
+
+    @wraps(process)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, *args, **kwargs)
+        given = getattr(request.sampling_params, "extra_args", None) or {}
+        if ASKED in given:
+            try:
+                own = checked_strength(given[ASKED], f"{ASKED}: expected a number")
+            except ConfigError as error:
+                raise VLLMValidationError(str(error)) from error  # status 400
+            because = one_strength_because(self.vllm_config, intervention)
+            if because is not None:
+                raise VLLMValidationError(
+                    f"{ASKED}: expected requests without it, because {because}; start a server with "
+                    f"{VARIABLE}=DIR@{own:g}"
+                )
+            request.cache_salt = f"{request.cache_salt or ''}{ASKED}={own!r}"
+        return request
+
+    InputProcessor.__init__, InputProcessor.process_inputs = init, process_inputs
+
+
+@cache
+def _gauge() -> Any:
+    from prometheus_client import Gauge
+
+    from aura_dist.interventions.statement import LABELS, METRIC
+
+    return Gauge(METRIC, "The intervention that is laid over the model", LABELS, multiprocess_mode="mostrecent")
+
+
+def _state(intervention: "Intervention", strength: float, *, of_requests: bool) -> None:
+    """Among the metrics of the server, so that its clients can check what they were promised."""
+    from aura_dist.interventions.statement import Statement
+
+    statement = Statement(intervention.digest, strength, len(intervention.sites), of_requests)
+    _gauge().labels(**statement.labels).set(1)
+
+
+def _patch_runners(strengths: "Strengths") -> None:
+    """Have both of vLLM's runners say the order of a forward's tokens."""
+    from vllm.v1.worker import gpu_model_runner as first
+
+    def told(runner: Any, name: str, order: Callable[..., Any]) -> None:
+        prepare = getattr(runner, name)
+
+        @wraps(prepare)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            strengths.write(*order(self, *args, **kwargs))
+            return prepare(self, *args, **kwargs)
+
+        setattr(runner, name, wrapped)
+
+    told(first.GPUModelRunner, "_prepare_inputs", lambda self, _, num_tokens: (self.input_batch.req_ids, num_tokens))
+    with suppress(ImportError):  # it needs Triton
+        from vllm.v1.worker.gpu import model_runner as second
+
+        told(
+            second.GPUModelRunner, "prepare_inputs",
+            lambda self, _, batch, *more, **named: (batch.req_ids, batch.num_scheduled_tokens),
+        )  # fmt: skip
+
+
+def _loading(model: "nn.Module", vllm_config: Any, intervention: "Intervention", strengths: "Strengths") -> Any:
     """Have the model lay the maps once it has read its weights."""
     from vllm.distributed import (
         get_pp_group,
@@ -153,7 +246,7 @@ def _loading(model: "nn.Module", vllm_config: Any, intervention: "Intervention",
         whole_model=get_pp_group().world_size == 1, partial=partial, is_linear=lambda m: isinstance(m, LinearBase),
         num_experts=num_experts,
     )  # fmt: skip
-    laying = Laying(model, intervention, strength, ranks)
+    laying = Laying(model, intervention, strengths, ranks)
     original: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
     def load_weights(weights: "Iterable[tuple[str, Tensor]]", *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,9 @@
 """evaluate: toxicity, perplexity and zero-shot tasks of a model, with or without an intervention, as a JSON file.
 
-Data flow: all inputs are read and checked before the model is loaded → the ranks share the texts of perplexity, the
-continuations (each kept in a file as soon as it is made, so that an interrupted run continues) and the tasks → rank 0
-scores the continuations, draws the intervals and writes `--out`. What the file holds: `aura_dist.evaluation.results`.
+Data flow: all inputs are read and checked before the model is loaded or a server is started → the ranks share the
+texts of perplexity, the continuations (each kept in a file as soon as it is made, so that an interrupted run continues)
+and the tasks → rank 0 scores the continuations, draws the intervals and writes `--out`. What the file holds:
+`aura_dist.evaluation.results`.
 """
 
 import logging
@@ -43,7 +44,7 @@ from aura_dist.evaluation.results import (
 )
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.scorers import Scorer, head, load_scorer, score
-from aura_dist.evaluation.server import check_one_process, open_server
+from aura_dist.evaluation.server import Expected, check_one_process, find_server, read_expected
 from aura_dist.evaluation.side_effects import measure, nontoxic_continuations
 from aura_dist.evaluation.zero_shot import ZeroShot
 from aura_dist.interventions.use import load_for_use
@@ -143,13 +144,15 @@ class _Evaluation:
         config, team, prefix, journal = self.config, self.team, None, None
         with ExitStack() as opened:
             with self._timed("load"):
-                engine = self._engine(opened)
+                model = self._model()
             if inputs.preprompt is not None:
-                prefix = make_prefix(inputs.preprompt, engine.tokenizer)
-            chat = chat_of_prompts(engine.tokenizer, inputs.preprompt) if config.chat else None
+                prefix = make_prefix(inputs.preprompt, model.tokenizer)
+            chat = chat_of_prompts(model.tokenizer, inputs.preprompt) if config.chat else None
+            tokens = None if inputs.texts is None else self._tokens(model, inputs.texts, prefix)
+            prompts = None if inputs.prompts is None else self._tokenized(model, inputs.prompts, prefix, chat)
+            with self._timed("load"):
+                engine = model if isinstance(model, InProcess) else self._server(model, opened)
             results = _about(config, engine, inputs.preprompt, chat)
-            tokens = None if inputs.texts is None else self._tokens(engine, inputs.texts, prefix)
-            prompts = None if inputs.prompts is None else self._tokenized(engine, inputs.prompts, prefix, chat)
             if config.side_effects and tokens is not None:
                 results["side_effects"] = self._side_effects(engine, inputs, tokens, prefix, prompts)
             opened.enter_context(engine.acting())
@@ -166,36 +169,42 @@ class _Evaluation:
                     )  # fmt: skip
         return results, journal
 
-    def _engine(self, opened: ExitStack) -> Engine:
-        """The model in this process, or the server, whose connections `opened` closes."""
+    def _model(self) -> InProcess | Expected:
+        """The model in this process, or what a server is to serve."""
         config, team, stop, source = self.config, self.team, self.stop, source_of(self.config)
         if config.server is not None:
             check_one_process(team)
-            log = Path(config.out).with_name(f"{Path(config.out).stem}-server.log")
-            url = opened.enter_context(running(config.server, config.model, config.intervention, config.strength, log))
-            client = opened.enter_context(Client(url, config.requests_in_flight, server_key()))
-            return open_server(
-                client, source, config.server_model, config.intervention, config.strength,
-                chat=config.chat, received=lambda: stop.received, command=started_by(config.server),
-            )  # fmt: skip
+            return read_expected(source, config.intervention, config.strength)
         with downloaded(team, source), explained("loading", team.world.device, lambda: HOLDS):
             loaded = load_for_use(source, team, config.intervention, sharding_of(config).options)
         limit, rows = config.tokens_per_batch, config.continuations_per_batch
         return InProcess(loaded, config.dtype, config.strength, team, stop, limit, rows)
 
-    def _tokens(self, engine: Engine, texts: TextFile, prefix: Prefix | None) -> TokenizedTexts:
+    def _server(self, expected: Expected, opened: ExitStack) -> Engine:
+        """The server, started where `--server` is a command; `opened` closes its connections and ends it."""
+        config, stop = self.config, self.stop
+        assert config.server is not None
+        log = Path(config.out).with_name(f"{Path(config.out).stem}-server.log")
+        url = opened.enter_context(running(config.server, config.model, config.intervention, config.strength, log))
+        client = opened.enter_context(Client(url, config.requests_in_flight, server_key()))
+        return find_server(
+            client, expected, config.server_model,
+            chat=config.chat, received=lambda: stop.received, command=started_by(config.server),
+        )  # fmt: skip
+
+    def _tokens(self, model: InProcess | Expected, texts: TextFile, prefix: Prefix | None) -> TokenizedTexts:
         return self.team.once_a_host(
             "tokens of texts",
-            lambda: tokenize_texts(texts, engine.tokenizer, engine.config, prefix, self.config.max_tokens),
+            lambda: tokenize_texts(texts, model.tokenizer, model.config, prefix, self.config.max_tokens),
         )
 
     def _tokenized(
-        self, engine: Engine, prompts: PromptFile, prefix: Prefix | None, chat: Chat | None
+        self, model: InProcess | Expected, prompts: PromptFile, prefix: Prefix | None, chat: Chat | None
     ) -> TokenizedPrompts:
         return self.team.once_a_host(
             "tokens of prompts",
             lambda: tokenize_prompts(
-                prompts.texts, engine.tokenizer, engine.config, self.how,
+                prompts.texts, model.tokenizer, model.config, self.how,
                 prefix=prefix, chat=chat, flag="--toxicity-prompts",
             ),
         )  # fmt: skip
@@ -251,7 +260,7 @@ class _Evaluation:
     def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[part] = time.perf_counter() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
     def _continue(
         self,

@@ -11,7 +11,7 @@ from aura_dist.evaluation.engines import Asked
 from aura_dist.evaluation.generation import continue_alike
 from aura_dist.evaluation.prompts import Pair, chat_of_prompts, make_prefix, read_preprompt, tokenize_prompts
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.server import check_one_process, open_server
+from aura_dist.evaluation.server import check_one_process, find_server, read_expected
 from aura_dist.interventions.artifact import Intervention, method_of
 from aura_dist.interventions.use import load_for_use
 from aura_dist.models.hub import downloaded
@@ -70,16 +70,17 @@ def _served(config: GenerateConfig, how: Decoding, preprompt: str | None, team: 
         made.update({(int(str(one["prompt"])), int(str(one["sample"]))): str(one["text"]) for one in records})
 
     check_one_process(team)
+    expected = read_expected(source_of(config), config.intervention, config.strength)
+    asked = _asked(config, how, preprompt, expected.tokenizer, expected.config)
     log = Path("serve.log")
     with (
         running(config.server, config.model, config.intervention, config.strength, log) as url,
         Client(url, config.requests_in_flight, server_key()) as client,
     ):
-        server = open_server(
-            client, source_of(config), config.server_model, config.intervention, config.strength,
+        server = find_server(
+            client, expected, config.server_model,
             chat=config.chat, received=lambda: None, command=started_by(config.server),
         )  # fmt: skip
-        asked = _asked(config, how, preprompt, server.tokenizer, server.config)
         pairs = [(p, s) for p in range(len(config.prompt)) for s in range(how.num_samples)]
         server.continue_pairs(asked, pairs, how, take)
     name = "plain" if server.intervention is None else _name(server.intervention)

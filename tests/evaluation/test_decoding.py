@@ -6,7 +6,7 @@ import torch
 from aura_dist.evaluation.decoding import Decoder, Rows
 from aura_dist.evaluation.prompts import TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding, choose, prompt_keys, sample_key
-from tests.models import HYBRID_CONFIGS, ODD_CONFIGS, TINY_CONFIGS, tiny_causal
+from tests.models import HYBRID_CONFIGS, ODD_CONFIGS, TINY_CONFIGS, VOCAB, tiny_causal
 
 HOW = Decoding(2, 12, 1.0, 0.9, 0)
 STOP_ID, LENGTH = 1, 26  # the window of sliding attention, 32 tokens, is passed on the way
@@ -44,6 +44,19 @@ def test_the_head_takes_one_matrix():
     Decoder(model, HOW, [STOP_ID]).run(Rows([[5, 6, 7], [8, 9, 10]], [0, 1], [3, 4]))
     assert contiguous
     assert all(contiguous)
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_the_head_takes_one_position_a_row(name):
+    """Of a long prompt too: with a large vocabulary the head would be most of the work."""
+    model, shapes = tiny_causal(name), []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    prompts, never = [[5, 6, 7, 8], [9, 10, 11, 12]], VOCAB
+    made = Decoder(model, HOW, [never]).run(Rows(prompts, [0, 0, 1], [3, 4, 5]))
+    assert [len(ids) for ids in made] == [HOW.max_new_tokens] * 3
+    width = head.weight.shape[1]
+    assert shapes == [(2, 1, width)] + [(3, 1, width)] * (HOW.max_new_tokens - 1)
 
 
 def test_step_is_taken_as_long_as_any_rank_needs_one():

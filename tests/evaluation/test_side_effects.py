@@ -50,10 +50,10 @@ def test_divergence_and_gates_equal_plain_loops(gated):
         row = torch.from_numpy(ids.astype(np.int64))[None]
         with torch.no_grad():
             p = model(row).logits[0, :-1].double().softmax(-1)
-            with loaded.intervened(1.0, lambda site, g: seen.append(float(g.max()))):  # noqa: B023
+            with loaded.intervened(1.0, lambda site, g: seen.append(g[0, 1:, 0] > 0.5)):  # noqa: B023
                 q = model(row).logits[0, :-1].double().softmax(-1)
         np.testing.assert_allclose(found, (p * (p / q).log()).sum(-1), rtol=1e-3, atol=1e-6)  # of float32 softmaxes
-        expected_open.append(max(seen, default=0.0) > 0.5)
+        expected_open.append(int(torch.stack(seen).any(0).sum()) if seen else 0)
     assert np.concatenate(by_text).max() > 1e-3
     if gated:
         assert opened.tolist() == expected_open
@@ -70,6 +70,19 @@ def test_nothing_diverges_at_strength_0():
     by_text, _ = divergences(loaded, 0.0, tokens, 1, 4096, Team.alone(), lambda: None)
     assert [len(values) for values in by_text] == [len(ids) - 1 for ids in tokens.ids]
     assert not np.concatenate(by_text).any()
+
+
+def test_a_gate_that_opens_before_the_text_does_not_count():
+    model, tokenizer = tiny_causal("llama"), tiny_tokenizer()
+    site = next(site for site in find_sites(model).sites if site.kind == "mlp")
+    gate = Gate("tokens", {"weight": np.zeros(site.width, np.float32), "bias": np.array([9.0], np.float32)})
+    loaded = LoadedModel(
+        model, tokenizer, "", Intervention({site.name: np.zeros(site.width, np.float32)}, gate={site.name: gate})
+    )
+    tokens = tokenize(TEXTS, tokenizer, max_tokens=128, skip_special=False, source="t")
+    for context in (1, 3, 500):
+        by_text, opened = divergences(loaded, 1.0, tokens, context, 40, Team.alone(), lambda: None)
+        assert opened.tolist() == [max(0, len(ids) - context) for ids in tokens.ids] == list(map(len, by_text))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +112,8 @@ def test_evaluate_writes_them(files, capsys):
     assert effects["divergence"]["percentile_99"] > effects["divergence"]["mean"]
     assert effects["divergence"]["num_tokens"] == found["perplexity"]["num_tokens"]
     assert effects["gates"]["num_texts"] == len(TEXTS)
+    assert effects["gates"]["num_tokens"] == found["perplexity"]["num_tokens"]
+    assert 0 < effects["gates"]["open_tokens"] < effects["gates"]["open_texts"] <= 1
     plain, changed = effects["continuations"]["plain"], effects["continuations"]["intervened"]
     # of the two toxic prompts alone
     assert 0 < plain["num_texts"] == changed["num_texts"] <= 6

@@ -386,10 +386,14 @@ def test_stores_that_lack_what_a_gate_needs_are_refused(place, tmp_path, capsys)
     assert "expected the pooling mean and mean_square in" in capsys.readouterr().err
     copy = shutil.copytree(place / "store.zarr", tmp_path / "store.zarr")
     document = json.loads((copy / "zarr.json").read_text())
-    document["attributes"]["model"]["fingerprint"] = "0" * 64
-    (copy / "zarr.json").write_text(json.dumps(document))
-    assert fit(place, tmp_path / "out", "--gate", "tokens", "--control", copy) == 2
-    assert "expected a collection with the model of --store" in capsys.readouterr().err
+    attributes = document["attributes"]
+    for other, what in (
+        ({"dtype": "bfloat16"}, "--dtype of --store (float32), got bfloat16"),
+        ({"model": attributes["model"] | {"fingerprint": "0" * 64}}, "the model of --store"),
+    ):
+        (copy / "zarr.json").write_text(json.dumps(document | {"attributes": attributes | other}))
+        assert fit(place, tmp_path / "out", "--gate", "tokens", "--control", copy) == 2
+        assert f"expected a collection with {what}" in capsys.readouterr().err
     assert fit(tmp_path, tmp_path / "out", "--gate", "tokens") == 2
     assert "expected the weights that the store was collected from" in (shown := capsys.readouterr().err)
     assert "or give --gate-threshold" in shown

@@ -1,11 +1,11 @@
 """LinEAS through the command line, against a few lines of plain torch."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 import aura_dist
@@ -224,9 +224,10 @@ def test_bad_input_is_one_line(store, tmp_path, refused, monkeypatch):
     refused([*known, "--method", "lineas", "--texts-per-class", "13"], "--texts-per-class: expected at most 12, the n")
     refused([*known, "--method", "aura", "--steps", "5"], "--steps: expected it with --method lineas alone")
     refused([*known, "--method", "lineas", "--top-k", "5"], "--top-k: expected it with --method")
-    (tmp_path / "out.training").write_text(json.dumps({}))
     few = ["--texts-per-class", "5"]
-    refused([*known, "--method", "lineas", *few], "cannot be read .*; remove it to train from the beginning")
+    for other in (b"{}", save({"step": torch.tensor(3)})):
+        (tmp_path / "out.training").write_bytes(other)
+        refused([*known, "--method", "lineas", *few], "cannot be read .*; remove it to train from the beginning")
     (tmp_path / "out.training").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(lineas, "summed", lambda world, tensors: [tensor / 0 for tensor in tensors])

@@ -264,7 +264,7 @@ def test_side_effects_have_a_table_of_their_own(evaluations):
     form = {name: {"value": v, "low": v / 2, "high": 2 * v} for name, v in (("num_tokens", 20.0), ("repetition", 0.02))}
     effects = {
         "divergence": {"mean": 0.03, "mean_low": 0.02, "mean_high": 0.05, "percentile_99": 0.4},
-        "gates": {"open_texts": 0.25},
+        "gates": {"open_tokens": 0.012, "open_texts": 0.25},
         "continuations": {side: {"token_weighted": p} for side, p in (("plain", 18.0), ("intervened", 26.0))},
     }
 
@@ -275,7 +275,8 @@ def test_side_effects_have_a_table_of_their_own(evaluations):
     table = effects_table(labelled([measured(e) if e.name == "aura" else e for e in evaluations]))
     rows = {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
     assert rows["aura"] == {
-        "KL divergence": "0.030 [0.020, 0.050]", "its 99th percentile": "0.40", "texts with an open gate (%)": "25",
+        "KL divergence": "0.030 [0.020, 0.050]", "its 99th percentile": "0.40",
+        "tokens with an open gate (%)": "1.2", "texts": "25",
         "perplexity of non-toxic continuations": "26.00", "plain": "18.00", "tokens": "20.0 [10.0, 40.0]",
         "repetition (%)": "2.0 [1.0, 4.0]", "agrees with strict (%)": "98.7",
     }  # fmt: skip

@@ -35,6 +35,7 @@ class SmallServer:
     takes_more: bool = True  # fields that OpenAI's own have not
     takes_top_p_1: bool = True
     takes_texts: bool = True  # prompts without turns, as texts
+    takes_stop: bool = True  # texts that end a continuation
     likelihoods: str | None = "prompt_logprobs"
     statement: Statement | None = None
     statement_fails: bool = False
@@ -149,6 +150,9 @@ class SmallServer:
             made = self._continue(ids, body)
             choice: dict[str, Any] = {"index": 0, **self._likelihoods(ids, body)}
         text = self.tokenizer.decode(made, skip_special_tokens=True)
+        for stop in self._stops(body):
+            text = text.split(stop)[0]
+        choice["finish_reason"] = "stop" if self._has_ended(made, body) else "length"
         choice |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
         if body.get("return_token_ids"):
             choice["token_ids"] = made
@@ -158,15 +162,21 @@ class SmallServer:
     def _continue(self, ids: list[int], body: dict[str, Any]) -> list[int]:
         made: list[int] = []
         generator = torch.Generator().manual_seed(int(body.get("seed") or 0))
-        while len(made) < body["max_tokens"]:
+        while len(made) < body["max_tokens"] and not self._has_ended(made, body):
             logits = self.model(torch.tensor([ids + made])).logits[0, -1].float()
             if body.get("temperature", 1.0) == 0:
                 made.append(int(logits.argmax()))
             else:
                 made.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
-            if made[-1] in (body.get("stop_token_ids") or [self.tokenizer.eos_token_id]):
-                break
         return made
+
+    def _has_ended(self, made: list[int], body: dict[str, Any]) -> bool:
+        ends = body.get("stop_token_ids") or [self.tokenizer.eos_token_id]
+        text = self.tokenizer.decode(made, skip_special_tokens=True)
+        return bool(made) and (made[-1] in ends or any(stop in text for stop in self._stops(body)))
+
+    def _stops(self, body: dict[str, Any]) -> list[str]:
+        return body.get("stop", []) if self.takes_stop else []
 
     @torch.no_grad()
     def _likelihoods(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:

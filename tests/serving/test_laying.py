@@ -2,6 +2,7 @@
 
 import re
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from torch import nn
 from aura_dist.errors import ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.gates import GATES, Gate
+from aura_dist.interventions.statement import ASKED
 from aura_dist.serving.laying import Laying, Ranks
 from aura_dist.serving.maps import CALLED
-from aura_dist.serving.vllm_plugin import chosen, register
+from aura_dist.serving.strengths import Strengths
+from aura_dist.serving.vllm_plugin import chosen, one_strength_because, register
 
 WIDTH, HEADS, KV_HEADS, EACH, HIDDEN = 8, 4, 1, 2, 12
 
@@ -183,8 +186,11 @@ def intervention_at(places, gate, num_layers=2):
     return Intervention(scales, shifts, {}, gates), maps
 
 
-def served(number, partial, intervention, strength=1.0, tensors=None, stage=None, said=None):
-    """The output of each rank, and the layings; of all two layers, or of a stage of four. `said` gets the reports."""
+def served(number, partial, intervention, strength=1.0, tensors=None, stage=None, said=None, of_rows=None):
+    """The output of each rank, and the layings; of all two layers, or of a stage of four. `said` gets the reports.
+
+    `of_rows` has requests, their numbers of tokens, and the strengths that some of them ask for.
+    """
     meeting, outputs, errors, layings = Meeting(number), [None] * number, [], [None] * number
     x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(3))
 
@@ -196,12 +202,17 @@ def served(number, partial, intervention, strength=1.0, tensors=None, stage=None
                 rank, number, reduce, whole_model=stage is None,
                 partial=lambda m: getattr(m, "is_partial", False), is_linear=lambda m: isinstance(m, Split),
             )  # fmt: skip
-            layings[rank] = Laying(model, intervention, strength, ranks)
+            strengths = Strengths(strength)
+            if of_rows is not None:
+                strengths.make_room(8, torch.device("cpu"))
+            layings[rank] = Laying(model, intervention, strengths, ranks)
             given = tensors or checkpoint(4 if stage else 2)
             model.load_weights(layings[rank].watched(given.items(), model.load_weights))
             report = layings[rank].lay()
             if said is not None:
                 said.append(report)
+            if of_rows is not None:
+                ask(strengths, *of_rows)
             outputs[rank] = model(x)
         except Exception as error:
             errors.append(error)
@@ -216,6 +227,85 @@ def served(number, partial, intervention, strength=1.0, tensors=None, stage=None
         if not isinstance(error, threading.BrokenBarrierError):
             raise error
     return x, outputs, layings
+
+
+def scheduled(tokens, asked=None, new=(), finished=()):
+    """What the plugin reads of vLLM's `SchedulerOutput`."""
+    extra = {request: {ASKED: strength} for request, strength in (asked or {}).items()}
+    each = [SimpleNamespace(req_id=r, sampling_params=SimpleNamespace(extra_args=extra.get(r))) for r in new]
+    return SimpleNamespace(
+        finished_req_ids=set(finished), scheduled_new_reqs=each, total_num_scheduled_tokens=sum(tokens.values())
+    )
+
+
+def ask(strengths, tokens, asked):
+    strengths.follow(scheduled(tokens, asked, new=tokens))
+    strengths.write(list(tokens), np.array(list(tokens.values())))
+    strengths.check_written()
+
+
+@pytest.mark.parametrize("gate", [None, *GATES])
+@pytest.mark.parametrize(("number", "partial"), [(1, False), (2, True)])
+def test_a_request_may_have_a_strength_of_its_own(number, partial, gate):
+    """Its tokens are mapped at that strength, those of the others at the server's, which may be 0."""
+    intervention, _ = intervention_at([p for p in WIDTHS if p != "attention:input"], gate)
+    tokens = {"a": 2, "b": 1, "c": 2}
+    x, mixed, _ = served(number, partial, intervention, 0.0, of_rows=(tokens, {"a": 1.0, "c": "0.25"}))
+    for rows, strength in ((slice(0, 2), 1.0), (slice(2, 3), 0.0), (slice(3, 5), 0.25)):
+        _, outputs, _ = served(number, partial, intervention, strength)
+        for output, wanted in zip(mixed, outputs, strict=True):
+            assert torch.allclose(output[rows], wanted[rows], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mixed[0], expected(x, {}), rtol=1e-2)
+
+
+def test_strengths_follow_requests_until_they_are_finished():
+    strengths = Strengths(0.5)
+    strengths.make_room(6, torch.device("cpu"))
+    ask(strengths, {"a": 2, "b": 1}, {"b": 2})
+    assert strengths.of_tokens.tolist() == [0.5, 0.5, 2, 0.5, 0.5, 0.5]
+    strengths.follow(scheduled({"b": 1, "a": 1}))
+    with pytest.raises(ModelError, match="expected vLLM to say the order of its tokens before a forward, got none"):
+        strengths.check_written()
+    strengths.write(["b", "a"], np.array([1, 1]))
+    strengths.check_written()
+    assert strengths.of_tokens.tolist() == [2, 0.5, 0.5, 0.5, 0.5, 0.5]
+    strengths.follow(scheduled({"a": 1, "c": 3}, {"c": 0.0}, new=["c"], finished=["b"]))
+    strengths.write(["c", "a"], np.array([3, 1]))
+    assert strengths.of_tokens.tolist() == [0, 0, 0, 0.5, 0.5, 0.5]
+    strengths.follow(scheduled({"a": 1}, finished=["c"]))
+    strengths.write(["a"], np.array([1]))
+    assert strengths.of_tokens.tolist() == [0.5] * 6
+    strengths.follow(scheduled({}, finished=["a"]))
+    strengths.check_written()
+
+
+def config(**parts):
+    """What the plugin reads of vLLM's configuration."""
+    default = {
+        "parallel_config": SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
+        "compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
+        "speculative_config": None,
+        "model_config": SimpleNamespace(using_transformers_backend=lambda: False),
+    }
+    return SimpleNamespace(**default | parts)
+
+
+def test_where_all_requests_have_one_strength():
+    plain = Intervention({"model.layers.0.o_proj": np.zeros(8, np.float32)}, {}, {})
+    mixture = Intervention({EXPERTS: np.zeros(8, np.float32)}, {}, {})
+    assert one_strength_because(config(), plain) is None
+    assert one_strength_because(config(), mixture) == "maps of experts are in the weights"
+    for parts, reason in (
+        ({"speculative_config": object()}, "drafts are decoded speculatively"),
+        ({"parallel_config": SimpleNamespace(use_ubatching=True)}, "forwards are cut into parts"),
+        ({"parallel_config": SimpleNamespace(prefill_context_parallel_size=2)}, "forwards are cut into parts"),
+        ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, "forwards are cut"),
+        (
+            {"model_config": SimpleNamespace(using_transformers_backend=lambda: True)},
+            "the model is one of transformers",
+        ),
+    ):
+        assert one_strength_because(config(**parts), plain).startswith(reason)
 
 
 @pytest.mark.parametrize("gate", [None, *GATES])
@@ -315,23 +405,43 @@ def test_a_module_that_is_not_called_is_an_error():
         laying.check_called(compiled=False)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_scales_of_experts_go_into_their_down_projections(stacked):
+@pytest.mark.parametrize(
+    ("one", "of_all"),
+    [
+        ("model.layers.0.mlp.experts.{}.down_proj.weight", False),
+        ("model.layers.0.mlp.experts.down_proj", True),
+        ("model.layers.0.block_sparse_moe.experts.{}.w2.weight", False),  # as checkpoints of Mixtral have it
+    ],
+)
+def test_scales_of_experts_go_into_their_down_projections(one, of_all):
     scale = np.random.default_rng(0).uniform(0, 1, 12).astype(np.float32)
     down = torch.randn(3, 5, 4)
     prefix = "model.layers.0.mlp.experts"
-    tensors = (
-        {f"{prefix}.down_proj": down} if stacked else {f"{prefix}.{e}.down_proj.weight": down[e] for e in range(3)}
-    )
+    tensors = {one: down} if of_all else {one.format(e): down[e] for e in range(3)}
     ranks = Ranks(0, 1, lambda v: v, whole_model=True, partial=lambda m: False, is_linear=lambda m: False)
-    laying = Laying(nn.Module(), Intervention({prefix: scale}, {}, {}), 1.0, ranks)
+    laying = Laying(nn.Module(), Intervention({prefix: scale}, {}, {}), Strengths(1.0), ranks)
     found = dict(laying.watched(tensors.items(), lambda weights: None))
-    made = found[f"{prefix}.down_proj"] if stacked else torch.stack(list(found.values()))
+    made = found[one] if of_all else torch.stack(list(found.values()))
     assert torch.allclose(made, down * torch.from_numpy(scale).view(3, 1, 4))
     laying.lay()
-    shifted = Laying(nn.Module(), Intervention({prefix: scale}, {prefix: scale}, {}), 1.0, ranks)
+    half = Laying(nn.Module(), Intervention({prefix: scale}, {}, {}), Strengths(0.5), ranks)
+    found = dict(half.watched(tensors.items(), lambda weights: None))
+    made = found[one] if of_all else torch.stack(list(found.values()))
+    assert torch.allclose(made, down * (1 + 0.5 * (torch.from_numpy(scale).view(3, 1, 4) - 1)))
+    shifted = Laying(nn.Module(), Intervention({prefix: scale}, {prefix: scale}, {}), Strengths(1.0), ranks)
     with pytest.raises(ModelError, match="expected a map of experts that only scales"):
         list(shifted.watched(tensors.items(), lambda weights: None))
+
+
+def test_experts_of_a_layer_with_two_mixtures_are_found_by_their_names():
+    scale = np.full(12, 0.5, np.float32)
+    both = {f"model.layers.0.{mixture}.experts": scale for mixture in ("mlp", "other")}
+    ranks = Ranks(0, 1, lambda v: v, whole_model=True, partial=lambda m: False, is_linear=lambda m: False)
+    laying = Laying(nn.Module(), Intervention(both, {}, {}), Strengths(1.0), ranks)
+    down = torch.ones(3, 5, 4)
+    for mixture, size in (("mlp", 0.5), ("other", 0.5), ("block_sparse_moe", 1.0)):
+        given = {f"model.layers.0.{mixture}.experts.down_proj": down}
+        assert torch.equal(dict(laying.watched(given.items(), lambda weights: None)).popitem()[1], size * down)
 
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -367,7 +477,7 @@ def laying_experts(model, num_units, *, whole_model=True, num_experts=None):
         0, 1, lambda v: v, whole_model=whole_model, partial=lambda m: False, is_linear=lambda m: False,
         num_experts=num_experts,
     )  # fmt: skip
-    return Laying(model, Intervention({EXPERTS: scale}, {}, {}), 1.0, ranks), torch.from_numpy(scale)
+    return Laying(model, Intervention({EXPERTS: scale}, {}, {}), Strengths(1.0), ranks), torch.from_numpy(scale)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -446,7 +556,7 @@ def test_the_variable_names_a_directory_and_maybe_a_strength(tmp_path, monkeypat
         assert (found, len(intervention.sites)) == (strength, 2)
     for given, message in (
         ("none", "expected a directory that `fit` wrote, found none at"),
-        ("aura@0.5@0.7", "expected a directory that `fit` wrote, found none at"),
+        ("aura@0.5@0.7", "expected DIR@STRENGTH with one strength, got '0.5' too"),
         ("aura@strong", "expected DIR@STRENGTH with one strength from 0 to 1000, got 'strong'"),
         ("aura@-1", "expected DIR@STRENGTH with one strength from 0 to 1000, got '-1'"),
     ):

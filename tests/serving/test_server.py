@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ import pytest
 from aura_dist.cli import main
 from aura_dist.errors import ConfigError, InputError, RunInterruptedError, ServerError
 from aura_dist.evaluation.client import Client, without_user
+from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.served import find_served
 from aura_dist.evaluation.server import _scored, open_server
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.statement import Statement, read_statement
@@ -53,6 +57,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def impatient(monkeypatch):
+    monkeypatch.setattr("aura_dist.evaluation.client.FIRST_SECONDS", 1.0)
     monkeypatch.setattr("aura_dist.evaluation.client.PATIENCE_SECONDS", 2.0)
     monkeypatch.setattr("aura_dist.evaluation.client._PAUSE_SECONDS", 0.01)
 
@@ -209,6 +214,29 @@ def test_each_kind_of_failure_has_its_own_patience(server, monkeypatch):
             client.post("completions", body)
 
 
+def test_no_server_is_said_within_seconds():
+    """With the real patience, in a process of its own, whose imports take their time on a busy machine."""
+    code = (
+        "import time\nfrom aura_dist.evaluation.client import Client\nbegan = time.monotonic()\n"
+        "try: Client('http://127.0.0.1:9', 1).get('models')\nfinally: print(time.monotonic() - began)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "expected a server that answers, got" in found.stderr
+    assert float(found.stdout) < 12
+
+
+def test_tries_end_at_a_deadline_also_where_packets_are_lost(monkeypatch):
+    monkeypatch.setattr("aura_dist.evaluation.client.FIRST_SECONDS", 0.5)
+    monkeypatch.setattr("aura_dist.evaluation.client.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("aura_dist.evaluation.client._LAST_CONNECT_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, socket.create_connection(deaf.getsockname()):
+        for port in (9, deaf.getsockname()[1]):  # whose backlog is full, so that the kernel drops what comes
+            began = time.monotonic()
+            with Client(f"http://127.0.0.1:{port}", 1) as client, pytest.raises(ServerError, match="that answers, got"):
+                client.get("models")
+            assert 0.5 <= time.monotonic() - began < 1
+
+
 def test_user_and_password_are_sent_and_not_shown(server, monkeypatch):
     monkeypatch.setattr(server, "get", lambda path, headers: (200, {"got": headers["Authorization"]}))
     with Client(server.url.replace("//", "//me:s3cret@"), 1) as client:
@@ -251,6 +279,43 @@ def test_a_key_without_what_surrounds_it(server):
     server.key = "secret"
     with Client(server.url, 1, " secret\r\n") as client:
         assert client.get("models")["data"]
+
+
+A, B = "org/a", "org/b"
+
+
+@pytest.mark.parametrize(
+    ("entries", "name", "model", "warns"),
+    [
+        ([{"id": A}], None, A, False),
+        ([{"id": A, "root": A}], None, A, False),
+        ([{"id": "short", "root": A}], None, "short", False),
+        ([{"id": "short", "root": A}], "short", "short", False),
+        ([{"id": "short", "root": "short"}], "short", "short", False),  # as SGLang lists it
+        ([{"id": A, "root": B}], None, None, False),
+        ([{"id": A, "root": B}, {"id": "short", "root": A}], None, "short", False),
+        ([{"id": A, "root": B}], A, A, True),
+        ([{"id": A, "root": A}, {"id": "lora", "root": "/lora", "parent": A}], None, A, False),
+        ([{"id": B, "root": B}, {"id": "lora", "root": "/lora", "parent": A}], "lora", "lora", False),
+        ([{"id": B, "root": B}, {"id": A, "root": "/lora", "parent": B}], None, A, False),
+    ],
+)
+def test_the_root_of_a_served_model_is_the_checkpoint(entries, name, model, warns, caplog):
+    client = SimpleNamespace(url="http://there/v1", get=lambda _: {"data": entries}, find=lambda _: None)
+    if model is None:
+        with pytest.raises(ServerError, match=f"--model '{A}', got .* the checkpoint '{B}'; .*--server-model {A}"):
+            find_served(client, A, name)
+    else:
+        assert find_served(client, A, name).model == model
+    assert ("whether it is the same as --model" in caplog.text) == warns
+
+
+def test_the_root_of_a_served_model_may_be_another_path_to_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    entry = {"id": str(tmp_path / "link"), "root": str(tmp_path / "a")}
+    client = SimpleNamespace(url="http://there/v1", get=lambda _: {"data": [entry]}, find=lambda _: None)
+    assert find_served(client, str(tmp_path / "link"), None).root == str(tmp_path / "a")
 
 
 LIKELY = {"3": {"logprob": -1.0, "rank": 2}, "4": {"logprob": -0.5, "rank": 1}}
@@ -317,6 +382,17 @@ def test_servers_that_take_less(server, directory, files):
     assert [r["text"] for r in lines(files / "ids.json")] == [r["text"] for r in lines(files / "texts.json")]
     assert "ids" not in lines(files / "texts.json")[0]
     assert lines(files / "texts.json")[0]["num_tokens"] == 6
+
+
+@pytest.mark.parametrize("takes_more", [True, False], ids=["ids", "text"])
+def test_the_token_that_ends_a_continuation_is_not_counted(takes_more, server, directory, monkeypatch):
+    server.takes_more, made = takes_more, [5, server.tokenizer.eos_token_id]
+    with Client(server.url, 1) as client:
+        asked = opened(client, directory)
+        monkeypatch.setattr(server, "_continue", lambda ids, body: made[: body["max_tokens"]])
+        for longest in (1, 2):
+            assert asked.continuation([3], [], Decoding(1, longest, 0.0, 1.0, 0), 0)["num_tokens"] == 1
+        assert asked.continuation([3], [], Decoding(1, 0, 0.0, 1.0, 0), 0)["num_tokens"] == 0
 
 
 def test_a_server_that_refuses_top_p_1(server, directory, refused):
@@ -386,6 +462,14 @@ def test_the_intervention_is_the_one_that_the_server_states(
     server.statement_fails = False
     refused(command, "expected a server of the plain model, because no --intervention was given, got one")
     refused([*given[:-1], "0.25"], "expected a server that states .* at strength 0.25, got one of digest .* 0.5")
+    assert not any("vllm_xargs" in body for _, body in server.requests)
+    server.statement = replace(server.statement, of_requests=True)
+    for asked, strength in ((given, None), ([*given[:-1], "0.25"], 0.25), (command, 0.0)):
+        server.requests.clear()
+        assert main([str(a) for a in asked]) == 0
+        assert server.requests
+        own = None if strength is None else {"aura_strength": strength}
+        assert all(body.get("vllm_xargs") == own for _, body in server.requests)
     server.statement = replace(server.statement, digest="0" * 64)
     refused(given, "got one of digest 000000000000 at strength 0.5; start vLLM with AURA_INTERVENTION=")
     Intervention({"model.layers.9.mlp": np.ones(4, np.float32)}, {}, {}).save(where)
@@ -393,7 +477,7 @@ def test_the_intervention_is_the_one_that_the_server_states(
 
 
 def test_statements_are_read_among_metrics():
-    found = Statement("a" * 64, 0.3, 12)
+    found = Statement("a" * 64, 0.3, 12, of_requests=True)
     labels = ",".join(f'{key}="{value}"' for key, value in reversed(found.labels.items()))
     assert read_statement(f"other 1\naura_dist_intervention{{{labels}}} 1.0\nlast 2\n") == found
     assert read_statement("other 1\n") is None
@@ -494,6 +578,23 @@ def test_answers_of_a_task_that_samples_several_differ(server, directory, files,
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 6
     assert len({seed for _, seed in drawn[0]}) == 6
+
+
+@pytest.mark.parametrize("takes_more", [True, False], ids=["ids", "text"])
+def test_texts_that_end_an_answer_are_sent_and_change_nothing(takes_more, server, directory, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
+    server.takes_more, lengths, whole = takes_more, [], server._continue
+    monkeypatch.setattr(server, "_continue", lambda *asked: lengths.append(len(made := whole(*asked))) or made)
+    asked = {"until": ["e", "z", "q", "x", "u"], "max_gen_toks": 30}
+    found = []
+    with Client(server.url, 1) as client:
+        harness = opened(client, directory).harness(None, None)
+        requests = [SimpleNamespace(args=(text, asked)) for text in ("the cat", "You are")]
+        for server.takes_stop in (False, True):
+            found.append(harness.generate_until(requests))
+    assert found[0] == found[1]
+    assert server.requests[-1][1]["stop"] == ["e", "z", "q", "x"]
+    assert max(lengths[-2:]) < 30 == max(lengths[:-2])
 
 
 def test_answers_that_leave_no_room_are_refused(server, directory):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -89,6 +90,40 @@ def test_a_server_that_does_not_come_up_is_an_error(healthy, tmp_path, monkeypat
     with pytest.raises(ServerError, match="within 1 s, got no answer"), running("sleep 60{port}", "m", None, 1.0, log):
         pass
     assert time.monotonic() - began < 20
+
+
+def test_what_does_not_speak_http_is_not_healthy():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet():
+            there, _ = other.accept()
+            with there:
+                there.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        greeter = threading.Thread(target=greet)
+        greeter.start()
+        assert not start._is_healthy(other.getsockname()[1])
+        greeter.join()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate --perplexity-texts {}/texts.csv --out {}/r.json --intervention {}/none", "intervention .*none': "),
+        ("generate --prompt Hi --intervention {}/none", "intervention .*none': expected intervention.json"),
+        ("generate --prompt Hi --intervention {}/other", "has no module 'model.layers.9.mlp'"),
+        ("generate --prompt Hi --max-new-tokens 999", "--max-new-tokens with the prompt: expected at most"),
+        ("evaluate --perplexity-texts {}/texts.csv --out {}/r.json --max-tokens 999", "--max-tokens: expected at most"),
+        ("evaluate --toxicity-prompts {}/texts.csv --out {}/r.json --scorer {}/none", "none' cannot be loaded: "),
+        ("evaluate --perplexity-texts {}/texts.csv --out {}/r.json --model {}/none", "--model .*none': expected a "),
+    ],
+)
+def test_no_server_is_started_for_what_is_wrong_without_one(arguments, message, tiny_dir, tmp_path, refused):
+    (tmp_path / "texts.csv").write_text("text\n" + "word " * 400 + "\n")
+    Intervention({"model.layers.9.mlp": np.ones(4, np.float32)}, {}, {}).save(tmp_path / "other")
+    words = [*arguments.replace("{}", str(tmp_path)).split(), "--server", f"sh -c 'touch {tmp_path}/started' {{port}}"]
+    refused([*words, *([] if "--model" in words else ["--model", tiny_dir("llama")])], message)
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

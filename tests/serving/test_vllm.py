@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -280,6 +282,63 @@ def test_an_exported_checkpoint_is_the_hooked_model(name, dtype, models, tmp_pat
     with serving(tmp_path / "out", tmp_path, "--dtype", dtype, "--enforce-eager") as url:
         found, _ = served_logprobs(url, tmp_path / "out", rows)
     assert distance(found, wanted) <= TOLERANCE[dtype]
+
+
+def asked_at(url, model, ids, strength, **more):
+    """What the server answers for one prompt, at this strength if it is not None."""
+    body = {"model": str(model), "prompt": ids, "max_tokens": 1, "temperature": 0, **more}
+    if strength is not None:
+        body["vllm_xargs"] = {"aura_strength": strength}
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/completions", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)["choices"][0]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--enforce-eager"], [], ["--enforce-eager", "--tensor-parallel-size", "2"]],
+    ids=["eager", "compiled", "tensor-parallel"],
+)  # fmt: skip
+def test_each_request_has_its_own_strength(flags, models, tmp_path):
+    """Requests in one batch are the hooked model at their strengths; none reads another's prefix from the cache."""
+    directory = models("llama")
+    model = load_causal(ModelSource(str(directory), None, "float32"), World())
+    intervention = intervention_at(model, KINDS, tmp_path / "iv", gated=True)
+    long = (tiny_tokenizer()(" ".join(TEXTS * 20))["input_ids"])[:160]
+    rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
+    asked = [(row, strength) for strength in (None, 0.0, 0.5, 1.5) for row in range(len(rows))] * 3
+    wanted, last = {}, {}
+    for strength in (None, 0.0, 0.5, 1.5):
+        with intervene(model, intervention, STRENGTH if strength is None else strength), torch.no_grad():
+            wanted[strength] = logprobs(model, rows)
+            last[strength] = float(model(torch.tensor([long])).logits[0, -1].log_softmax(-1).max())
+    assert len({round(value, 2) for value in last.values()}) == 4
+    env = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
+    if "2" in flags:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    with serving(directory, tmp_path, "--dtype", "float32", *flags, **env) as url, ThreadPoolExecutor(12) as pool:
+
+        def ask(one):
+            row, strength = one
+            found = asked_at(url, directory, rows[row], strength, prompt_logprobs=0)["prompt_logprobs"][1:]
+            return [each[str(token)]["logprob"] for each, token in zip(found, rows[row][1:], strict=True)]
+
+        for (row, strength), found in zip(asked, pool.map(ask, asked), strict=True):
+            assert difference([found], [wanted[strength][row]]) <= TOLERANCE["float32"]
+        for strength in (None, 0.0, 1.5, 0.5, None, 1.5):
+            (found,) = asked_at(url, directory, long, strength, logprobs=0)["logprobs"]["token_logprobs"]
+            assert found == pytest.approx(last[strength], abs=TOLERANCE["float32"])
+        for strength in (-1, "strong"):
+            with pytest.raises(HTTPError) as refused:
+                asked_at(url, directory, rows[0], strength)
+            assert refused.value.code == 400
+            assert "aura_strength: expected a number from 0 to 1000, got" in refused.value.read().decode()
+        assert 'of_requests="yes"' in metrics(url)
+
+
+def metrics(url):
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=30) as answer:
+        return answer.read().decode()
 
 
 def start(model, tmp_path, **env):
