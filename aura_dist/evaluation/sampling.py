@@ -100,14 +100,14 @@ def _probable(scaled_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
     largest_B1 = scaled_BV.amax(-1, keepdim=True)
     weights_BV = (scaled_BV - largest_B1).exp_()
     total_B1 = weights_BV.sum(-1, keepdim=True)
-    for level in _LEVELS:
+    for level in (levels := _levels(weights_BV, total_B1, top_p)):
         row, token = _at_least(weights_BV, total_B1 * level)
         held_B = torch.zeros(len(scaled_BV), dtype=torch.float64, device=row.device)
         held_B.index_add_(0, row, weights_BV[row, token].double())
         counts_B = torch.zeros_like(held_B, dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
         enough = (held_B >= min(1.0, top_p + _MARGIN) * total_B1[:, 0]).all()
         is_enough, num_most = torch.stack([enough, counts_B.max()]).tolist()  # both at once: it waits for a GPU
-        if is_enough or not level:
+        if is_enough or level is levels[-1]:
             break
     column = torch.arange(len(row), device=row.device) - (counts_B.cumsum(0) - counts_B)[row]
     shape = (len(scaled_BV), num_most)
@@ -116,6 +116,21 @@ def _probable(scaled_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
     ids_BK[row, column] = token
     scaled_BK[row, column] = scaled_BV[row, token].double()
     return ids_BK, scaled_BK, (total_B1.log() + largest_B1).double()
+
+
+def _levels(weights_BV: Tensor, total_B1: Tensor, top_p: float) -> Sequence[float | Tensor]:
+    """Levels to try in turn; on a GPU one, [B, 1], because it waits for each that is tried."""
+    return _LEVELS if weights_BV.device.type == "cpu" else [_first_level(weights_BV, total_B1, top_p)]
+
+
+def _first_level(weights_BV: Tensor, total_B1: Tensor, top_p: float) -> Tensor:
+    """[B, 1] the first level at which a row's tokens hold the nucleus."""
+    needed_B1 = min(1.0, top_p + _MARGIN) * total_B1
+    found_B1 = torch.zeros_like(total_B1)  # the last level, at which all tokens hold it
+    for level in reversed(_LEVELS[:-1]):
+        held_B1 = torch.where(weights_BV >= total_B1 * level, weights_BV, 0).sum(-1, keepdim=True, dtype=torch.float64)
+        found_B1 = torch.where(held_B1 >= needed_B1, level, found_B1)
+    return found_B1
 
 
 def _at_least(values_BV: Tensor, least_B1: Tensor) -> tuple[Tensor, Tensor]:

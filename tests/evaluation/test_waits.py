@@ -1,7 +1,6 @@
-"""How often a step of decoding waits for a GPU, however many rows there are: counted on a CPU, on the GPU's path.
+"""How often a step of decoding waits for a GPU, whatever rows there are: counted on a CPU, on the GPU's path.
 
-Where the tokens of probability 1e-3 and more hold the nucleus of every row; each lower level that is looked at waits
-twice more. Transformers' own attention masks, which wait too, are not counted.
+Transformers' own attention masks, which wait too, are not counted.
 """
 
 import sys
@@ -70,22 +69,23 @@ class Calls(TorchFunctionMode):
 def path_of_a_gpu(monkeypatch):
     monkeypatch.setattr(sampling, "_at_least", lambda values, least: (values >= least).nonzero(as_tuple=True))
     monkeypatch.setattr(sampling, "_CACHED_VALUES", sampling._DEVICE_VALUES)
+    monkeypatch.setattr(sampling, "_levels", lambda *of: [sampling._first_level(*of)])
 
 
-def waits(model, num_rows, num_tokens):
+def waits(model, num_rows, num_tokens, temperature=1.0):
     """How often a run reads values, and copies Python's numbers to the device, by place."""
     prompts = [[5 + p] * (3 + p) for p in range(8)]
     rows = Rows(prompts, [row % 8 for row in range(num_rows)], list(range(num_rows)))
-    # at temperature 2 nearly all of 384 tokens have 1e-3; the stop id is never chosen
-    decoder, reads, copies = Decoder(model, Decoding(8, num_tokens, 2.0, 0.9, 0), [VOCAB]), Counter(), Counter()
+    how = Decoding(8, num_tokens, temperature, 0.9, 0)
+    decoder, reads, copies = Decoder(model, how, [VOCAB]), Counter(), Counter()  # the stop id is never chosen
     with Operations(reads), Calls(reads, copies):
         made = decoder.run(rows)
     assert {len(ids) for ids in made} == {num_tokens}
     return reads, copies
 
 
-def waits_of_a_step(model, num_rows):
-    both = zip(waits(model, num_rows, SHORT), waits(model, num_rows, LONG), strict=True)
+def waits_of_a_step(model, num_rows, temperature=1.0):
+    both = zip(waits(model, num_rows, SHORT, temperature), waits(model, num_rows, LONG, temperature), strict=True)
     return [{place: n / (LONG - SHORT) for place, n in (long - short).items()} for short, long in both]
 
 
@@ -94,8 +94,19 @@ def test_a_step_reads_four_times_whatever_the_number_of_rows(name):
     model = tiny_causal(name)
     reads, copies = waits_of_a_step(model, 64)
     assert sum(reads.values()) <= 4, reads
-    assert copies.keys() <= {"tensor in _choose"}, "only the stop ids may be copied to the device in each step"
-    assert waits_of_a_step(model, 16) == [reads, copies]
+    assert not copies
+    assert waits_of_a_step(model, 16) == waits_of_a_step(model, 64, 3.0) == [reads, copies]
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("size", [0.1, 1.0, 3.0, 20.0])  # from flat to peaked: other levels
+def test_levels_of_rows_choose_what_levels_in_turn_choose(size, top_p, monkeypatch):
+    logits = size * torch.randn(40, 20_000, generator=torch.Generator().manual_seed(0))
+    logits[20:] *= 0.1
+    how, keys = Decoding(1, 1, 1.0, top_p, 0), torch.arange(40)
+    here = sampling.choose(logits, how, keys, 0)
+    monkeypatch.undo()
+    assert torch.equal(sampling.choose(logits, how, keys, 0), here)
 
 
 def test_each_way_to_read_is_counted():

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,8 @@ import transformers as hf
 
 from aura_dist.cli import main
 from aura_dist.evaluation.client import Client
-from aura_dist.evaluation.server import open_server
+from aura_dist.evaluation.sampling import Decoding
+from aura_dist.evaluation.server import DIALECTS, open_server
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.gates import GATES, Gate
 from aura_dist.interventions.hooks import intervene
@@ -55,6 +57,7 @@ CONFIGS = {
         **COMMON, hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_kv_heads=2,
         new_decoder_architecture=True, alibi=False, bias=False,
     ),
+    "mixtral": lambda: hf.MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2),
     "qwen3-moe": lambda: hf.Qwen3MoeConfig(**WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     "gpt2": lambda: hf.GPT2Config(**COMMON, n_embd=128, n_layer=2, n_head=4, n_positions=256),
 }  # fmt: skip
@@ -106,7 +109,7 @@ def metadata(place):
 
 
 @contextmanager
-def serving(model, place, *flags, **env):
+def serving(model, place, *flags, ended_by=signal.SIGTERM, **env):
     """The address of a server of vLLM."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,7 +134,7 @@ def serving(model, place, *flags, **env):
             time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        process.terminate()
+        process.send_signal(ended_by)
         with suppress(subprocess.TimeoutExpired):
             process.wait(60)
         with suppress(ProcessLookupError):  # what the server leaves behind would keep a core busy
@@ -214,10 +217,10 @@ def logprobs(model, rows):
     return found
 
 
-def served_logprobs(url, model, rows, intervention=None):
+def served_logprobs(url, model, rows, intervention=None, strength=STRENGTH):
     source = ModelSource(str(model), None, "float32")
     with Client(url, 8) as client:
-        server = open_server(client, source, None, intervention, STRENGTH, chat=False, received=lambda: None)
+        server = open_server(client, source, None, intervention, strength, chat=False, received=lambda: None)
         found = dict(server.score_all(rows))
         return [found[row].logprobs for row in range(len(rows))], server.about()["server"]
 
@@ -239,9 +242,11 @@ def difference(a, b):
         ("falcon-40b-style", "float32", "gated", ["--enforce-eager"]),
         ("qwen3-moe", "float32", "none", ["--enforce-eager"]),
         ("qwen3-moe", "float32", "gated", ["--enforce-eager"]),
+        ("mixtral", "float32", "none", ["--enforce-eager"]),
         ("gpt2", "float32", "none", ["--enforce-eager"]),
         ("llama", "float32", "none", ["--enforce-eager", "--tensor-parallel-size", "2"]),
         ("llama", "float32", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("llama", "bfloat16", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
         ("falcon-40b-style", "float32", "gated", ["--enforce-eager", "--tensor-parallel-size", "2"]),
         ("qwen3-moe", "float32", "none", ["--enforce-eager", "--tensor-parallel-size", "2"]),
         ("llama", "float32", "gated", ["--pipeline-parallel-size", "2"]),
@@ -333,12 +338,56 @@ def test_each_request_has_its_own_strength(flags, models, tmp_path):
                 asked_at(url, directory, rows[0], strength)
             assert refused.value.code == 400
             assert "aura_strength: expected a number from 0 to 1000, got" in refused.value.read().decode()
-        assert 'of_requests="yes"' in metrics(url)
+        for strength, stated in ((1.5, str(tmp_path / "iv")), (0.0, None)):  # as `evaluate` asks for it
+            found, _ = served_logprobs(url, directory, rows, stated, strength)
+            assert difference(found, wanted[strength]) <= TOLERANCE["float32"]
 
 
-def metrics(url):
-    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=30) as answer:
-        return answer.read().decode()
+def test_a_compiled_model_from_the_cache_has_the_maps_of_its_own_start(models, tmp_path):
+    """Plain, with a map, at another strength, and plain again, all with one cache."""
+    directory = models("llama")
+    model = load_causal(ModelSource(str(directory), None, "float32"), World())
+    intervention = intervention_at(model, KINDS, tmp_path / "iv")
+    rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
+    for strength in (None, STRENGTH, 0.2, None):
+        with intervene(model, intervention, strength or 0.0):
+            wanted = logprobs(model, rows)
+        env = {} if strength is None else {"AURA_INTERVENTION": f"{tmp_path}/iv@{strength}"}
+        stated = None if strength is None else str(tmp_path / "iv")
+        with serving(directory, tmp_path, "--dtype", "float32", **env) as url:
+            found, _ = served_logprobs(url, directory, rows, stated, strength or STRENGTH)
+        assert difference(found, wanted) <= TOLERANCE["float32"], strength
+    kept = [one.name for one in (tmp_path / "cache" / "torch_compile_cache" / "torch_aot_compile").iterdir()]
+    assert len(kept) == 3, "the plain model has one entry, each strength another"
+
+
+TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}{{ 'assistant:' }}"
+
+
+def test_draws_are_repeated_and_chats_are_the_same_by_ids_and_by_turns(models, tmp_path, monkeypatch):
+    directory, tokenizer = tmp_path / "model", tiny_tokenizer()
+    shutil.copytree(models("llama"), directory)
+    tokenizer.chat_template = TURNS
+    tokenizer.save_pretrained(directory)
+    chats = [[{"role": "user", "content": text}] for text in TEXTS]
+    ids = [tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) for turns in chats]
+    source, drawn, greedy = ModelSource(str(directory), None, "float32"), Decoding(1, 20, 1.0, 0.9, 0), []
+    with serving(directory, tmp_path, "--dtype", "float32", "--enforce-eager") as url, Client(url, 16) as client:
+
+        def made(by_ids, how, number):
+            monkeypatch.setattr("aura_dist.evaluation.server.DIALECTS", [one for one in DIALECTS if one.ids == by_ids])
+            server = open_server(client, source, None, None, 1.0, chat=True, received=lambda: None)
+            found = client.each(
+                lambda n: server.continuation(ids[n % 3], chats[n % 3], how, server.seed(b"key", n))["text"],
+                range(number), lambda: None,
+            )  # fmt: skip
+            return dict(pair for some in found for pair in some)
+
+        greedy = [made(by_ids, Decoding(1, 20, 0.0, 1.0, 0), 3) for by_ids in (True, False)]
+        assert greedy[0] == greedy[1]
+        first, second = (made(True, drawn, 120) for _ in range(2))
+    assert len(set(first.values())) > 100
+    assert sum(first[n] == second[n] for n in first) >= 118  # batches differ, and so may a near tie
 
 
 def start(model, tmp_path, **env):
@@ -404,7 +453,7 @@ def test_a_server_that_was_killed_and_started_again(models, tmp_path):
     asked = ["evaluate", "--model", directory, "--toxicity-prompts", tmp_path / "prompts.csv", "--scorer"]
     asked += ["profanity-check", "--num-samples", "200", "--max-new-tokens", "40", "--out", out]
     flags = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "4"]
-    with serving(directory, tmp_path, *flags) as url:
+    with serving(directory, tmp_path, *flags, ended_by=signal.SIGKILL) as url:
         client = subprocess.Popen(
             [sys.executable, "-m", "aura_dist", *map(str, asked), "--server", url, "--requests-in-flight", "4"],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True,
@@ -431,6 +480,27 @@ def num_lines(directory):
 
 
 GEMMA = Path.home() / ".cache" / "aura_dist" / "gemma-3-270m"
+
+
+@pytest.mark.realmodel
+@pytest.mark.skipif(not GEMMA.is_dir(), reason="Gemma 3 270M is not in the cache")
+@pytest.mark.parametrize("flags", [[], ["--tensor-parallel-size", "2"]], ids=["one-rank", "tensor-parallel"])
+def test_gemma_under_the_plugin_at_every_kind_of_site(flags, tmp_path):
+    model = load_causal(ModelSource(str(GEMMA), None, "float32"), World())
+    tokenizer = hf.AutoTokenizer.from_pretrained(GEMMA)
+    intervention, strength = intervention_at(model, KINDS, tmp_path / "iv", gated=True), 0.1
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    plain = logprobs(model, rows)
+    with intervene(model, intervention, strength):
+        wanted = logprobs(model, rows)
+    assert difference(plain, wanted) > 0.5
+    env = {"AURA_INTERVENTION": f"{tmp_path}/iv@{strength}"}
+    if flags:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    with serving(GEMMA, tmp_path, "--dtype", "float32", "--enforce-eager", *flags, **env) as url:
+        found, _ = served_logprobs(url, GEMMA, rows, str(tmp_path / "iv"), strength)
+    print("apart:", difference(found, wanted))
+    assert difference(found, wanted) <= TOLERANCE["float32"]
 
 
 @pytest.mark.realmodel
