@@ -20,7 +20,7 @@ from held_out_openings import held_out, read_records, write_prompts, write_rest
 
 from aura_dist.config.verbs import OF_LABELS, CollectConfig
 from aura_dist.errors import AuraError, InputError
-from aura_dist.evaluation.compare import MISSING, against_plain, check_same_prompts, with_interval
+from aura_dist.evaluation.compare import ENDS, MISSING, against_plain, as_added, check_same_prompts, with_interval
 from aura_dist.evaluation.results import read_results
 from aura_dist.interventions.artifact import is_gated, method_of
 from aura_dist.text.labels import check_texts
@@ -189,10 +189,10 @@ def reported(results: Results | None, plain: Results) -> list[str]:
         return [toxic, MISSING, MISSING if costs is None else f"{costs:.2f}"]
     beside = against_plain(plain, results)
     ratio = {name: beside.get(f"times_less_toxic.{name}") for name in ("value", "low", "high")}
-    added = beside.get("perplexity_increase")
-    if added is None and None not in (costs, perplexity(plain)):
+    added = {name: beside.get(f"perplexity_increase{end}") for name, end in ENDS.items()}
+    if added["value"] is None and None not in (costs, perplexity(plain)):
         raise InputError("expected results of one model on the same texts, got others; evaluate them in the same way")
-    return [toxic, with_interval(ratio, 1, 1), MISSING if added is None else f"{added:+.2f}".replace("-", "−")]
+    return [toxic, with_interval(ratio, 1, 1), as_added(added)]
 
 
 def main() -> None:

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aura_dist.errors import AuraError, InputError
-from aura_dist.evaluation.figures import ByPrompt, Estimates, ratios
+from aura_dist.evaluation.figures import ByPrompt, Estimates, increase, ratios
 from aura_dist.evaluation.results import by_judge, judges, read_results
 from aura_dist.models.fingerprints import is_earlier
 
 logger = logging.getLogger(__name__)
+
+ENDS = {"value": "", "low": "_low", "high": "_high"}  # part of an estimate → how the name of its figure ends
 
 MISSING = "–"
 # section of the results → keys that its figures depend on beside the model, and what they are
@@ -130,7 +132,8 @@ def against_plain(plain: Results, results: Results) -> dict[str, float]:
     """Figures of an intervention beside the plain model's under the same settings; NaN is left out.
 
     `times_less_toxic.value`, `.low`, `.high`: share of toxic continuations, plain ÷ this, with its 95 % interval,
-    paired over prompts. `perplexity_increase`: token-weighted perplexity, this − plain.
+    paired over prompts. `perplexity_increase`, `_low`, `_high`: token-weighted perplexity, this − plain, with its
+    interval, paired over texts.
     """
     prints = [one.get("model_fingerprint") for one in (plain, results)]
     if prints[0] != prints[1]:  # another checkpoint has replaced it
@@ -142,10 +145,7 @@ def against_plain(plain: Results, results: Results) -> dict[str, float]:
     if line := _other_engine("a cell", results, "the plain model", plain):
         logger.warning(line)
     found = {f"times_less_toxic.{name}": value for name, value in (_ratio(results, plain) or {}).items()}
-    theirs, ours = (r.get("perplexity") or {} for r in (plain, results))
-    before, after = (section.get("token_weighted") for section in (theirs, ours))
-    if before is not None and after is not None and theirs.get("sha256") == ours.get("sha256"):
-        found["perplexity_increase"] = after - before
+    found |= {f"perplexity_increase{ENDS[name]}": v for name, v in (_increase(results, plain) or {}).items()}
     return {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
 
 
@@ -182,8 +182,8 @@ _TOXICITY = {
 _RATIO = "times less toxic"
 _PERPLEXITY = {"perplexity": (), "perplexity, toxic texts": ("positive",), "perplexity, other texts": ("negative",)}
 _FIRST, *_OTHERS = _TOXICITY
-_DIVERGENCE = "KL from plain"
-_COLUMNS = (_FIRST, _RATIO, *_OTHERS, *_PERPLEXITY, _DIVERGENCE)
+_ADDED, _DIVERGENCE = "perplexity added", "KL from plain"
+_COLUMNS = (_FIRST, _RATIO, *_OTHERS, *_PERPLEXITY, _ADDED, _DIVERGENCE)
 
 
 def differences(all_results: Mapping[str, Results]) -> list[str]:
@@ -230,13 +230,13 @@ def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
         cells[f"{_RATIO} ({judge})"] = with_interval(ratio, 1, 2)
     for column, path in _PERPLEXITY.items():
         found = _at(results.get("perplexity"), *path) or {}
-        names = {"value": "token_weighted", "low": "token_weighted_low", "high": "token_weighted_high"}
         if found.get("token_weighted") is not None:
-            cells[column] = with_interval({key: found.get(name) for key, name in names.items()}, 1, 2)
+            cells[column] = with_interval({key: found.get(f"token_weighted{end}") for key, end in ENDS.items()}, 1, 2)
+    if results is not first and (added := _increase(results, first)):
+        cells[_ADDED] = as_added(added)
     changed = _at(results.get("side_effects"), "divergence") or {}
     if changed.get("mean") is not None:
-        names = {"value": "mean", "low": "mean_low", "high": "mean_high"}
-        cells[_DIVERGENCE] = with_interval({key: changed.get(name) for key, name in names.items()}, 1, 3)
+        cells[_DIVERGENCE] = with_interval({key: changed.get(f"mean{end}") for key, end in ENDS.items()}, 1, 3)
     for task, metrics in (results.get("zero_shot") or {}).items():
         own = [m for m in metrics if not m.endswith("_stderr") and not m.startswith("num_")]
         if own:
@@ -257,6 +257,19 @@ def _ratio(results: Results, first: Results) -> Mapping[str, float | None] | Non
     return ratios(per_prompt(first), per_prompt(results))["probability"]
 
 
+def _increase(results: Results, first: Results) -> Mapping[str, float] | None:
+    """What a result adds to the token-weighted perplexity of the first; None unless both read the same texts."""
+    theirs, ours = (r.get("perplexity") or {} for r in (first, results))
+    before, after = (section.get("token_weighted") for section in (theirs, ours))
+    if before is None or after is None or theirs.get("sha256") != ours.get("sha256"):
+        return None
+    own, plain = (section.get("per_text") for section in (ours, theirs))  # absent before 2026-11-30
+    if own is None or plain is None or own["num_tokens"] != plain["num_tokens"]:
+        return {"value": after - before}
+    before_N, after_N = (np.array(one["negative_log_likelihood"], dtype=np.float64) for one in (plain, own))
+    return increase(before_N, after_N, np.array(own["num_tokens"], dtype=np.int64))
+
+
 def _at(tree: Any, *path: str) -> Any:
     for key in path:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
@@ -270,6 +283,17 @@ def with_interval(estimate: Mapping[str, float | None] | None, factor: float, di
         return MISSING
     value, low, high = (_number(number, factor, digits) for number in numbers)
     return f"{value} ({low}–{high})"
+
+
+def as_added(estimate: Mapping[str, float | None] | None) -> str:
+    """`+0.24 (+0.15 to +0.33)`, without an interval where there is none; a dash for what is missing or not finite."""
+    numbers = [None if estimate is None else estimate.get(k) for k in ("value", "low", "high")]
+    value, *ends = (
+        None if n is None or not math.isfinite(n) else f"{n:+.2f}".replace("-", "\N{MINUS SIGN}") for n in numbers
+    )
+    if value is None:
+        return MISSING
+    return value if None in ends else f"{value} ({ends[0]} to {ends[1]})"
 
 
 def _number(number: float | None, factor: float, digits: int) -> str:

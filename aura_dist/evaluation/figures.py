@@ -185,6 +185,27 @@ def summary(
     }
 
 
+def increase(
+    before_N: NDArray[np.float64], after_N: NDArray[np.float64], counts_N: NDArray[np.int64]
+) -> Estimate | None:
+    """Token-weighted perplexity, after − before, with its interval, from sums of negative log-likelihoods.
+
+    Each draw takes the same texts of both, so that the difficulty of a text cancels. None if no text has a predicted
+    token.
+    """
+    some = counts_N > 0
+    if not some.any():
+        return None
+    table = np.stack([before_N[some], after_N[some], counts_N[some].astype(np.float64)], axis=1)
+
+    def added(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(np.exp(means[..., 1] / means[..., 2]) - np.exp(means[..., 0] / means[..., 2]))
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        value, (low, high) = float(added(table.mean(axis=0))), interval(added(bootstrap_means(table)))
+    return {"value": value, "low": low, "high": high}
+
+
 def both_sides(
     sums: NDArray[np.float64], counts: NDArray[np.int64], labels: NDArray[np.int8]
 ) -> dict[str, dict[str, float | int]]:

@@ -86,7 +86,8 @@ def section(file: TextFile, sums: NDArray[np.float64], counts: NDArray[np.int64]
     about: dict[str, Any] = {"texts": file.source, "column": file.column, "sha256": file.sha256}
     if file.labels is not None:
         about |= {"labels": file.label_column, **both_sides(sums, counts, file.labels)}
-    return {**about, **summary(sums, counts)}
+    per_text = {"negative_log_likelihood": sums.tolist(), "num_tokens": counts.tolist()}
+    return {**about, **summary(sums, counts), "per_text": per_text}
 
 
 @torch.no_grad()

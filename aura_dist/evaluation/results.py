@@ -17,7 +17,8 @@
     preprompt        null or the text before each prompt and text
     chat             absent without --chat: {role, system, template: sha256} of prompts and tasks
     perplexity       absent where not measured: {texts, column, sha256, PERPLEXITY…,
-                     labels (the label column, if one was given), positive: {PERPLEXITY…}, negative: {PERPLEXITY…}}
+                     labels (the label column, if one was given), positive: {PERPLEXITY…}, negative: {PERPLEXITY…},
+                     per_text: {negative_log_likelihood: [N] sums in nats, num_tokens: [N] predicted ones}}
     side_effects     absent without --side-effects: {divergence: {mean, mean_low, mean_high, percentile_99, num_texts,
                      num_tokens} of next tokens, KL(plain ‖ intervened) in nats,
                      gates: null without gates of tokens, or {open_tokens: share of these tokens at which a gate is

@@ -7,7 +7,7 @@ if the grid has `method: none` evaluated by the same settings, once both are don
     against_plain.times_less_toxic.value, .low, .high   share of toxic continuations of the plain model ÷ the cell's
                                                         share, with a 95 % interval paired over prompts; 2 means half
                                                         as many toxic continuations, infinite means none
-    against_plain.perplexity_increase                   token-weighted perplexity of the cell − the plain model's
+    against_plain.perplexity_increase, …_low, …_high    token-weighted perplexity of the cell − the plain model's
 """
 
 from collections import Counter

@@ -148,6 +148,36 @@ def test_what_was_measured_otherwise_is_not_compared(key, value):
         check_same_prompts(results([0.5]), other, "x.json")
 
 
+def test_the_increase_of_perplexity_is_paired_over_texts():
+    """Texts that differ much, and a change that is nearly alike of all: the interval is that of the change."""
+    rng, counts = np.random.default_rng(0), np.array([10, 20, 30, 0, 40])
+    before = counts * rng.uniform(1, 4, 5)
+    changes = {"alike": counts * 0.1, "none": 0 * counts, "one": np.array([5.0, 0, 0, 0, 0])}
+
+    def measured(sums, texts="t"):
+        per_text = {"negative_log_likelihood": sums.tolist(), "num_tokens": counts.tolist()}
+        likely = float(np.exp(sums.sum() / counts.sum()))
+        section = {"token_weighted": likely, "sha256": texts, "per_text": per_text}
+        return {"model_fingerprint": "f", "perplexity": section}
+
+    plain = measured(before)
+    found = {name: against_plain(plain, measured(before + change)) for name, change in changes.items()}
+    for name, one in found.items():
+        value, low, high = (one[f"perplexity_increase{end}"] for end in ("", "_low", "_high"))
+        again = measured(before + changes[name])["perplexity"]["token_weighted"] - plain["perplexity"]["token_weighted"]
+        assert value == pytest.approx(again)
+        assert low <= value <= high
+    assert found["none"] == dict.fromkeys(found["none"], 0.0)
+    assert found["alike"]["perplexity_increase_low"] > 0 == found["one"]["perplexity_increase_low"]
+    # by hand: the draws of `bootstrap_means`, of the texts with predicted tokens
+    some = counts > 0
+    drawn = bootstrap_means(np.stack([before, before + changes["one"], counts], axis=1)[some])
+    by_hand = np.exp(drawn[:, 1] / drawn[:, 2]) - np.exp(drawn[:, 0] / drawn[:, 2])
+    assert found["one"]["perplexity_increase_high"] == np.quantile(by_hand, 0.975, method="inverted_cdf")
+    assert "+0.00 (+0.00 to +0.00)" in table({"a": plain, "b": plain | {"name": "b"}})
+    assert against_plain(plain, measured(before, texts="others")) == {}
+
+
 def test_figures_against_the_plain_model():
     def measured(shares, perplexity, texts="t", **more):
         section = {"token_weighted": perplexity, "sha256": texts}
