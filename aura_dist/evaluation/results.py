@@ -8,7 +8,8 @@
                      quantization: null or NAME:OPTION, fingerprint}
     model_fingerprint  the same fingerprint
     server           absent without --server: {url, command: absent unless it started the server, model, root (the
-                     checkpoint, as the server names it), engine, version, dialect: {token_ids, extended},
+                     checkpoint, as the server names it), engine, version, asked_strength: of each request, where a
+                     server with an intervention takes one, 0 for the plain model, dialect: {token_ids, extended},
                      probe: {prompt, text, num_tokens, ids: maybe absent}};
                      `dtype` is null then, and the fingerprint, of the model's name alone, starts with `served-`.
                      Another engine, or none (a model in process), draws other continuations at the same seed

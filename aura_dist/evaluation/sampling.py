@@ -100,14 +100,15 @@ def _probable(scaled_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
     largest_B1 = scaled_BV.amax(-1, keepdim=True)
     weights_BV = (scaled_BV - largest_B1).exp_()
     total_B1 = weights_BV.sum(-1, keepdim=True)
-    for level in (levels := _levels(weights_BV, total_B1, top_p)):
+    levels = _levels(weights_BV, total_B1, top_p)
+    for level in levels:
         row, token = _at_least(weights_BV, total_B1 * level)
         held_B = torch.zeros(len(scaled_BV), dtype=torch.float64, device=row.device)
         held_B.index_add_(0, row, weights_BV[row, token].double())
         counts_B = torch.zeros_like(held_B, dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
         enough = (held_B >= min(1.0, top_p + _MARGIN) * total_B1[:, 0]).all()
         is_enough, num_most = torch.stack([enough, counts_B.max()]).tolist()  # both at once: it waits for a GPU
-        if is_enough or level is levels[-1]:
+        if is_enough:
             break
     column = torch.arange(len(row), device=row.device) - (counts_B.cumsum(0) - counts_B)[row]
     shape = (len(scaled_BV), num_most)

@@ -107,7 +107,7 @@ def _version(client: Client) -> str | None:
 def check_statement(
     stated: Statement | None, intervention: Intervention | None, strength: float, directory: str | None, url: str
 ) -> float | None:
-    """The strength that each request must ask for; None if the server has it, or states no intervention.
+    """The strength that each request must ask for; None if the server has one for all, or states no intervention.
 
     ServerError unless the server states just the intervention that was asked for, at its strength or one that requests
     set, or none. The plain model is that of strength 0.
@@ -134,4 +134,4 @@ def check_statement(
             f"--server {url}: expected a server that states {asked}, got one of digest {stated.digest[:12]} at "
             f"strength {stated.strength:g}; {start}"
         )
-    return None if stated.strength == strength else strength
+    return strength if stated.of_requests else None  # asked for although it is the server's, which may start anew

@@ -102,7 +102,7 @@ class Server:
     chat: bool = False  # whether prompts are chats
     received: Callable[[], int | None] = lambda: None
     command: str | None = None  # that started it, if it was started for this run
-    asks: float | None = None  # the strength that requests ask for, where it is not the server's
+    asks: float | None = None  # the strength that requests ask for, where they can
     _found: dict[str, str] = field(default_factory=dict)
 
     def acting(self) -> AbstractContextManager[Any]:
@@ -112,7 +112,8 @@ class Server:
         model = {"dtype": None, "adapter": None, "own_code": None, "quantization": None}
         found = self.served.fingerprint
         dialect, probe = self._tried
-        server = {"url": self.client.url, **self._identity, "dialect": dialect.identity, "probe": probe}
+        asked = {} if self.asks is None else {"asked_strength": self.asks}
+        server = {"url": self.client.url, **self._identity, **asked, "dialect": dialect.identity, "probe": probe}
         return {"model": {**model, "fingerprint": found}, "model_fingerprint": found, "server": server}
 
     def fixing(self) -> dict[str, Any]:

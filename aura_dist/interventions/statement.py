@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aura_dist.errors import ServerError
+
 METRIC = "aura_dist_intervention"
 ASKED = "aura_strength"  # a request's own strength, among its `vllm_xargs`
 LABELS = ("digest", "strength", "num_sites", "of_requests")
@@ -35,10 +37,18 @@ class Statement:
 
 
 def read_statement(metrics: str) -> Statement | None:
-    """What a server's metrics state; None where they state nothing."""
+    """What a server's metrics state; None where they state nothing.
+
+    ServerError if they state something that cannot be read, because it must not pass for the plain model.
+    """
     for line in _LINE.findall(metrics):
         found = dict(_LABEL.findall(line))
-        if found.keys() >= set(LABELS):
-            of_requests = found["of_requests"] == "yes"
+        try:  # the plugin of before 2026-11-30 knows nothing of requests
+            of_requests = found.get("of_requests") == "yes"
             return Statement(found["digest"], float(found["strength"]), int(found["num_sites"]), of_requests)
+        except (KeyError, ValueError) as error:
+            raise ServerError(
+                f"{METRIC}: expected digest, strength and num_sites among the server's metrics, got {line!r}; install "
+                "one version of aura_dist here and in the server's environment"
+            ) from error
     return None

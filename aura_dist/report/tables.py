@@ -22,7 +22,7 @@ _EFFECTS = {
     "KL divergence": (("side_effects", "divergence", "mean"), 1, 3),
     "its 99th percentile": (("side_effects", "divergence", "percentile_99"), 1, 2),
     "tokens with an open gate (%)": (("side_effects", "gates", "open_tokens"), 100, 1),
-    "texts": (("side_effects", "gates", "open_texts"), 100, 0),
+    "texts with an open gate (%)": (("side_effects", "gates", "open_texts"), 100, 0),
     "perplexity of non-toxic continuations": (("side_effects", "continuations", "intervened", "token_weighted"), 1, 2),
     "plain": (("side_effects", "continuations", "plain", "token_weighted"), 1, 2),
     "tokens": (("toxicity", "form", "num_tokens"), 1, 1),

@@ -39,6 +39,7 @@ class Ranks:
     whole_model: bool  # whether this rank has all layers
     partial: Callable[[nn.Module], bool]  # whether a module's outputs on the ranks are parts of a sum
     is_linear: Callable[[nn.Module], bool]
+    takes_weights: Callable[[nn.Module], bool] = lambda module: False  # whether a kernel computes with its weights
     num_experts: int | None = None  # of the model, where this rank reads a share of them
 
 
@@ -104,9 +105,9 @@ class Laying:
 
     def __post_init__(self) -> None:
         self._sites, self._experts = defaultdict(list), defaultdict(dict)
-        acts = self.strengths.default or self.strengths.of_requests
-        for site in _changing(self.intervention) if acts else ():
-            self._sites[site.key].append(site)
+        if self.strengths.default > 0 or self.strengths.of_requests:
+            for site in _changing(self.intervention):
+                self._sites[site.key].append(site)
         for name, module in self.model.named_modules():
             here = next(module.parameters(), None) is not None
             self._with_weights[plain_name(name)] = here or self._with_weights.get(plain_name(name), False)
@@ -276,6 +277,11 @@ class Laying:
             if self._held(plain_name(name)):
                 raise self._missing(here[0][0]) from None
             return 0
+        if self.ranks.takes_weights(module):
+            raise ModelError(
+                f"{here[0][0].name!r}: expected a module that vLLM calls for every token, got one whose weights its "
+                "attention takes; leave it out, or serve what `export` writes"
+            )
         numbers = []
         for one, at in here:
             index = at.inputs if at_input else at.outputs
@@ -353,17 +359,17 @@ class Laying:
         """Whether a forward has called any map."""
         return bool(CALLED & set(self._maps))
 
-    def check_called(self, *, compiled: bool) -> None:
+    def check_called(self, *, checked_before: bool) -> None:
         """ModelError if a forward has left out a map, because nothing would be changed there.
 
-        A forward that is `compiled` and comes from vLLM's cache calls none; it was checked when it was made.
+        A compiled forward that comes from vLLM's cache calls none; then a start must have checked it before.
         """
         left = [name for name in self._maps if name not in CALLED]
-        if left and not (compiled and not self.called):
+        if left and not (checked_before and not self.called):
             raise ModelError(
                 f"module {left[0]!r} was not called in the forward pass, so that nothing can be changed there: vLLM "
                 "computes without it, or in a kernel that takes its weights; leave it out, or serve what `export` "
-                "writes"
+                "writes. If an earlier start was cut off while it compiled, remove vLLM's cache"
             )
 
 

@@ -111,9 +111,10 @@ def attach(module: nn.Module, site_map: SiteMap, *, at_input: bool, adds_bias: b
 
 def attach_residual(layer: nn.Module, site_map: SiteMap) -> None:
     """Have a decoder layer map the residual stream after it."""
-    layer.register_module(_OUT, site_map)
     kind: Any = type(layer)
-    layer.__class__ = _mapped_layer(kind)
+    if _OUT not in layer._modules:  # weights that are loaded again find it mapped
+        layer.__class__ = _mapped_layer(kind)
+    layer.register_module(_OUT, site_map)
 
 
 @cache

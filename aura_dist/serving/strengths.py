@@ -3,7 +3,6 @@
 T tokens of a forward, at most N.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +19,9 @@ MOST = 1000.0  # a strength beyond this is a slip
 
 def checked_strength(given: object, expected: str) -> float:
     """ConfigError, which begins with `expected`, unless it is a number from 0 to `MOST`."""
-    try:
-        strength = math.nan if isinstance(given, bool) else float(str(given))
-    except ValueError:
-        strength = math.nan
-    if not 0 <= strength <= MOST:
+    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 <= given <= MOST:
         raise ConfigError(f"{expected} from 0 to {MOST:.0f}, got {given!r}")
-    return strength
+    return float(given)
 
 
 class Strengths:
@@ -34,46 +29,48 @@ class Strengths:
 
     Attributes
     ----------
+    default
+        The server's strength, of requests that ask for none.
     of_tokens
-        [N] float32, or [1] where all requests have the same strength.
+        [N] float32, or [1] where all requests have the same strength; beside the model's weights.
     """
 
-    def __init__(self, default: float) -> None:
+    def __init__(self, default: float, num_tokens: int = 1, device: torch.device | None = None) -> None:
         self.default = default
-        self.of_tokens = torch.full((1,), default, dtype=torch.float32)
+        self.of_tokens = torch.full((num_tokens,), default, dtype=torch.float32, device=device)
         self._asked: dict[str, float] = {}  # of the requests that are not finished, where they ask for one
         self._due = False  # whether the next forward needs strengths that are not written yet
-        self._mixed = False  # whether `of_tokens` has others than the default
+        self._written: tuple[list[str], list[int]] = [], []  # the requests of the last forward, and their tokens
 
     @property
     def of_requests(self) -> bool:
         """Whether requests may have strengths of their own."""
         return len(self.of_tokens) > 1
 
-    def make_room(self, num_tokens: int, device: torch.device) -> None:
-        """Let requests have strengths of their own, in forwards of `num_tokens` at most; before maps are made."""
-        self.of_tokens = torch.full((num_tokens,), self.default, dtype=torch.float32, device=device)
-
     def follow(self, scheduled: Any) -> None:
         """Read what a forward is about to run: vLLM's `SchedulerOutput`."""
         for request in scheduled.finished_req_ids:
             self._asked.pop(request, None)
         for request in scheduled.scheduled_new_reqs:
+            self._asked.pop(request.req_id, None)
             of_request = getattr(request.sampling_params, "extra_args", None) or {}
             if ASKED in of_request:
-                self._asked[request.req_id] = float(of_request[ASKED])
+                self._asked[request.req_id] = checked_strength(of_request[ASKED], f"{ASKED}: expected a number")
+        if self._asked and not self.of_requests:
+            raise ModelError(f"{ASKED}: expected no request with it where all have one strength, got one")
         self._due = bool(self._asked) and scheduled.total_num_scheduled_tokens > 0
 
     def write(self, requests: Sequence[str], num_tokens: NDArray[Any]) -> None:
         """Write the strengths of a forward, whose tokens are those of `requests` in order, `num_tokens` of each."""
         self._due = False
-        if not self._asked and not self._mixed:
+        now = (list(requests), num_tokens.tolist()) if self._asked else ([], [])
+        if now == self._written:
             return
-        each = np.array([self._asked.get(request, self.default) for request in requests], dtype=np.float32)
-        strength_T = torch.from_numpy(np.repeat(each, num_tokens))
+        each = np.array([self._asked.get(request, self.default) for request in now[0]], dtype=np.float32)
+        strength_T = torch.from_numpy(np.repeat(each, np.array(now[1], dtype=np.int64)))
         self.of_tokens.fill_(self.default)  # what is padded, and what no request has
         self.of_tokens[: len(strength_T)].copy_(strength_T)
-        self._mixed = bool(self._asked)
+        self._written = now
 
     def check_written(self) -> None:
         """ModelError if a forward ran without the strengths that its requests asked for."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aura_dist.serving.strengths import Strengths
 
 VARIABLE = "AURA_INTERVENTION"
-_CACHE_KEY = "aura_dist_intervention"
+_CACHE_KEY = "aura_dist_maps"
 logger = logging.getLogger("vllm.aura_dist")  # below vLLM's own, so that its log shows it
 
 _registered = False
@@ -57,7 +57,10 @@ def chosen(given: str) -> "tuple[Intervention, float]":
     before, at, after = given.rpartition("@")
     if at and not Path(given).is_dir():
         directory = before
-        strength = checked_strength(after, f"{VARIABLE}={given}: expected DIR@STRENGTH with one strength")
+        number: object = after
+        with suppress(ValueError):
+            number = float(after)
+        strength = checked_strength(number, f"{VARIABLE}={given}: expected DIR@STRENGTH with one strength")
     if not Path(directory).is_dir():
         before, at, after = directory.rpartition("@")
         if at and Path(before).is_dir():
@@ -67,27 +70,27 @@ def chosen(given: str) -> "tuple[Intervention, float]":
 
 
 def _patch(intervention: "Intervention", strength: float) -> None:
-    """Have vLLM's loader and worker call us."""
+    """Have vLLM's loader, worker and runners call us."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.worker.gpu_worker import Worker
 
     from aura_dist.serving.strengths import Strengths
 
     laid: list[Any] = []
-    strengths = Strengths(strength)
-    create, load = BaseModelLoader.create_model, Worker.load_model
-    warm_up, execute = Worker.compile_or_warm_up_model, Worker.execute_model
+    strengths: list[Strengths] = []  # of the model, once it is made
+    create, load, warm_up = BaseModelLoader.create_model, Worker.load_model, Worker.compile_or_warm_up_model
 
     @wraps(create)
     def create_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
         model = create(self, vllm_config, model_config, prefix)
         if model_config is vllm_config.model_config:  # not the draft of a speculative one
             _check_not_folded(model_config, intervention)
-            _keep_compiled_apart(vllm_config, intervention, strength)
-            if one_strength_because(vllm_config, intervention) is None:
-                device = next(model.parameters()).device
-                strengths.make_room(vllm_config.scheduler_config.max_num_batched_tokens, device)
-            laid.append(_loading(model, vllm_config, intervention, strengths))
+            of_requests = one_strength_because(vllm_config, intervention) is None
+            _keep_compiled_apart(vllm_config, intervention, "requests" if of_requests else strength)
+            # vLLM has the model's device as default here
+            num_tokens = vllm_config.scheduler_config.max_num_batched_tokens if of_requests else 1
+            strengths[:] = [Strengths(strength, num_tokens)]
+            laid.append(_loading(model, vllm_config, intervention, strengths[0]))
         return model
 
     @wraps(load)
@@ -100,49 +103,53 @@ def _patch(intervention: "Intervention", strength: float) -> None:
             )
         return result
 
-    def check(worker: Any) -> None:
+    def check(vllm_config: Any) -> None:
+        compiled = bool(vllm_config.compilation_config.mode)
+        checked = _checked(vllm_config)
         for one in laid:
-            one.check_called(compiled=bool(worker.vllm_config.compilation_config.mode))
+            one.check_called(checked_before=compiled and checked.exists())
+        if compiled:
+            with suppress(OSError):  # then nothing else is kept there either
+                checked.parent.mkdir(parents=True, exist_ok=True)
+                checked.touch()
 
     @wraps(warm_up)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = warm_up(self, *args, **kwargs)
         if any(one.called for one in laid):
-            check(self)
-        return result
-
-    unchecked = True
-
-    @wraps(execute)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal unchecked
-        strengths.follow(scheduler_output)
-        result = execute(self, scheduler_output, *args, **kwargs)
-        strengths.check_written()
-        if unchecked and scheduler_output.total_num_scheduled_tokens:
-            check(self)
-            unchecked = False
+            check(self.vllm_config)
         return result
 
     BaseModelLoader.create_model, Worker.load_model = create_model, load_model
-    Worker.compile_or_warm_up_model, Worker.execute_model = compile_or_warm_up_model, execute_model
-    _patch_runners(strengths)
+    Worker.compile_or_warm_up_model = compile_or_warm_up_model
+    _patch_runners(strengths, check)
+
+
+def _checked(vllm_config: Any) -> Path:
+    """The file that says that a start has called all maps of what this configuration compiles, on this rank."""
+    from vllm import envs
+
+    name = f"{vllm_config.compute_hash()}-{vllm_config.parallel_config.rank}"
+    return Path(envs.VLLM_CACHE_ROOT) / "aura_dist" / name
 
 
 def one_strength_because(vllm_config: Any, intervention: "Intervention") -> str | None:
     """Why requests cannot have strengths of their own; None if they can."""
-    parallel, passes = vllm_config.parallel_config, vllm_config.compilation_config.pass_config
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cut = [parallel.use_ubatching, parallel.use_sequence_parallel_moe, parallel.prefill_context_parallel_size > 1]
     reasons = {
         "maps of experts are in the weights": any(name.endswith(".experts") for name in intervention.sites),
         "drafts are decoded speculatively": vllm_config.speculative_config is not None,
-        "forwards are cut into parts": any(
-            getattr(config, name, False)
-            for config, name in (
-                (parallel, "use_ubatching"), (parallel, "use_sequence_parallel_moe"), (passes, "enable_sp"),
-            )
-        ) or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "the model is one of transformers": vllm_config.model_config.using_transformers_backend(),
-    }  # fmt: skip
+        "forwards are cut into parts": any(cut),
+        "modules see tokens in other orders": (
+            model.has_inner_state or model.use_mla or vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+        "keys and values of other servers are read": (
+            vllm_config.kv_transfer_config is not None or vllm_config.ec_transfer_config is not None
+        ),
+        "the model runs on vLLM's transformers backend": model.using_transformers_backend(),
+        "requests do not come through Python": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+    }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
@@ -156,30 +163,59 @@ def _patch_requests(intervention: "Intervention", strength: float) -> None:
 
     begin, process = InputProcessor.__init__, InputProcessor.process_inputs
 
+    def own_strength(given: Any, because: str | None) -> float:
+        """The strength of a request with these `vllm_xargs`; ConfigError, for status 400, if it cannot have it."""
+        if others := [key for key in given or {} if key.startswith("aura_") and key != ASKED]:
+            raise ConfigError(f"vllm_xargs: expected {ASKED}, got {others[0]!r}")
+        if ASKED not in (given or {}):
+            return strength
+        own = checked_strength(given[ASKED], f"{ASKED}: expected a number")
+        if because is not None:
+            raise ConfigError(
+                f"{ASKED}: expected requests without it, because {because}; start a server with {VARIABLE}=DIR@{own:g}"
+            )
+        return own
+
     @wraps(begin)
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, vllm_config, *args, **kwargs)
         _state(intervention, strength, of_requests=one_strength_because(vllm_config, intervention) is None)
+        _patch_beams()
 
     @wraps(process)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        given = getattr(request.sampling_params, "extra_args", None) or {}
-        if ASKED in given:
-            try:
-                own = checked_strength(given[ASKED], f"{ASKED}: expected a number")
-            except ConfigError as error:
-                raise VLLMValidationError(str(error)) from error  # status 400
-            because = one_strength_because(self.vllm_config, intervention)
-            if because is not None:
-                raise VLLMValidationError(
-                    f"{ASKED}: expected requests without it, because {because}; start a server with "
-                    f"{VARIABLE}=DIR@{own:g}"
-                )
+        because = one_strength_because(self.vllm_config, intervention)
+        try:
+            own = own_strength(getattr(request.sampling_params, "extra_args", None), because)
+        except ConfigError as error:
+            raise VLLMValidationError(str(error)) from error
+        if because is None:  # of all requests, so that no salt of a client's is another's strength
             request.cache_salt = f"{request.cache_salt or ''}{ASKED}={own!r}"
         return request
 
     InputProcessor.__init__, InputProcessor.process_inputs = init, process_inputs
+
+
+@cache
+def _patch_beams() -> None:
+    """Refuse strengths of requests for beam search, which vLLM makes without their `vllm_xargs`."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.exceptions import VLLMValidationError
+
+    from aura_dist.interventions.statement import ASKED
+
+    for kind in (ChatCompletionRequest, CompletionRequest):
+        make = kind.to_beam_search_params
+
+        @wraps(make)
+        def made(self: Any, *args: Any, make: Any = make, **kwargs: Any) -> Any:
+            if ASKED in (self.vllm_xargs or {}):
+                raise VLLMValidationError(f"{ASKED}: expected it without beam search; leave one of the two out")
+            return make(self, *args, **kwargs)
+
+        kind.to_beam_search_params = made
 
 
 @cache
@@ -199,19 +235,36 @@ def _state(intervention: "Intervention", strength: float, *, of_requests: bool) 
     _gauge().labels(**statement.labels).set(1)
 
 
-def _patch_runners(strengths: "Strengths") -> None:
-    """Have both of vLLM's runners say the order of a forward's tokens."""
+def _patch_runners(strengths: "list[Strengths]", check: Callable[[Any], None]) -> None:
+    """Have both of vLLM's runners say what they run, and in which order a forward has its tokens."""
     from vllm.v1.worker import gpu_model_runner as first
 
-    def told(runner: Any, name: str, order: Callable[..., Any]) -> None:
-        prepare = getattr(runner, name)
+    unchecked = True
+
+    def told(runner: Any, prepares: str, order: Callable[..., Any]) -> None:
+        execute, prepare = runner.execute_model, getattr(runner, prepares)
+
+        @wraps(execute)
+        def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal unchecked
+            if kwargs.get("dummy_run") or not strengths:
+                return execute(self, scheduler_output, *args, **kwargs)
+            strengths[0].follow(scheduler_output)
+            result = execute(self, scheduler_output, *args, **kwargs)
+            strengths[0].check_written()
+            if unchecked and scheduler_output.total_num_scheduled_tokens:
+                check(self.vllm_config)
+                unchecked = False
+            return result
 
         @wraps(prepare)
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            strengths.write(*order(self, *args, **kwargs))
+        def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if strengths:
+                strengths[0].write(*order(self, *args, **kwargs))
             return prepare(self, *args, **kwargs)
 
-        setattr(runner, name, wrapped)
+        runner.execute_model = execute_model
+        setattr(runner, prepares, prepared)
 
     told(first.GPUModelRunner, "_prepare_inputs", lambda self, _, num_tokens: (self.input_batch.req_ids, num_tokens))
     with suppress(ImportError):  # it needs Triton
@@ -231,6 +284,7 @@ def _loading(model: "nn.Module", vllm_config: Any, intervention: "Intervention",
         get_tensor_model_parallel_world_size,
         tensor_model_parallel_all_reduce,
     )
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
     from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
     from aura_dist.serving.laying import Laying, Ranks
@@ -238,13 +292,16 @@ def _loading(model: "nn.Module", vllm_config: Any, intervention: "Intervention",
     def partial(module: "nn.Module") -> bool:
         return isinstance(module, RowParallelLinear) and not module.reduce_results
 
+    def takes_weights(module: "nn.Module") -> bool:
+        return any(isinstance(one, MLAAttention) and one.kv_b_proj is module for one in model.modules())
+
     parallel = vllm_config.parallel_config
     reads_share = parallel.enable_expert_parallel and getattr(parallel, "enable_ep_weight_filter", False)
     num_experts = (vllm_config.model_config.get_num_experts() or None) if reads_share else None
     ranks = Ranks(
         get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce,
         whole_model=get_pp_group().world_size == 1, partial=partial, is_linear=lambda m: isinstance(m, LinearBase),
-        num_experts=num_experts,
+        takes_weights=takes_weights, num_experts=num_experts,
     )  # fmt: skip
     laying = Laying(model, intervention, strengths, ranks)
     original: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
@@ -270,7 +327,7 @@ def _check_not_folded(model_config: Any, intervention: "Intervention") -> None:
             )
 
 
-def _keep_compiled_apart(vllm_config: Any, intervention: "Intervention", strength: float) -> None:
+def _keep_compiled_apart(vllm_config: Any, intervention: "Intervention", strength: object) -> None:
     """Make the maps a part of the key of vLLM's cache, which might else return what was compiled of the plain model."""
     own = {_CACHE_KEY: f"{intervention.digest}@{strength}"}
     if not isinstance(vllm_config.additional_config, dict):

@@ -62,7 +62,7 @@ def _in_process(config: GenerateConfig, how: Decoding, preprompt: str | None, te
 
 
 def _served(config: GenerateConfig, how: Decoding, preprompt: str | None, team: Team) -> dict[str, list[list[str]]]:
-    """The same of a server, which has one of the two."""
+    """The same of a server, with the intervention if there is one: only some servers have the plain model too."""
     assert config.server is not None
     made: dict[Pair, str] = {}
 

@@ -276,7 +276,7 @@ def test_side_effects_have_a_table_of_their_own(evaluations):
     rows = {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
     assert rows["aura"] == {
         "KL divergence": "0.030 [0.020, 0.050]", "its 99th percentile": "0.40",
-        "tokens with an open gate (%)": "1.2", "texts": "25",
+        "tokens with an open gate (%)": "1.2", "texts with an open gate (%)": "25",
         "perplexity of non-toxic continuations": "26.00", "plain": "18.00", "tokens": "20.0 [10.0, 40.0]",
         "repetition (%)": "2.0 [1.0, 4.0]", "agrees with strict (%)": "98.7",
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """Maps on a model that merges, reorders and splits its linear layers, as vLLM does, by ranks that are threads."""
 
+import math
 import re
 import threading
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from aura_dist.errors import ModelError
+from aura_dist.errors import ConfigError, ModelError
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.gates import GATES, Gate
 from aura_dist.interventions.statement import ASKED
@@ -202,9 +203,7 @@ def served(number, partial, intervention, strength=1.0, tensors=None, stage=None
                 rank, number, reduce, whole_model=stage is None,
                 partial=lambda m: getattr(m, "is_partial", False), is_linear=lambda m: isinstance(m, Split),
             )  # fmt: skip
-            strengths = Strengths(strength)
-            if of_rows is not None:
-                strengths.make_room(8, torch.device("cpu"))
+            strengths = Strengths(strength, 1 if of_rows is None else 8)
             layings[rank] = Laying(model, intervention, strengths, ranks)
             given = tensors or checkpoint(4 if stage else 2)
             model.load_weights(layings[rank].watched(given.items(), model.load_weights))
@@ -250,7 +249,7 @@ def test_a_request_may_have_a_strength_of_its_own(number, partial, gate):
     """Its tokens are mapped at that strength, those of the others at the server's, which may be 0."""
     intervention, _ = intervention_at([p for p in WIDTHS if p != "attention:input"], gate)
     tokens = {"a": 2, "b": 1, "c": 2}
-    x, mixed, _ = served(number, partial, intervention, 0.0, of_rows=(tokens, {"a": 1.0, "c": "0.25"}))
+    x, mixed, _ = served(number, partial, intervention, 0.0, of_rows=(tokens, {"a": 1, "c": 0.25}))
     for rows, strength in ((slice(0, 2), 1.0), (slice(2, 3), 0.0), (slice(3, 5), 0.25)):
         _, outputs, _ = served(number, partial, intervention, strength)
         for output, wanted in zip(mixed, outputs, strict=True):
@@ -259,8 +258,7 @@ def test_a_request_may_have_a_strength_of_its_own(number, partial, gate):
 
 
 def test_strengths_follow_requests_until_they_are_finished():
-    strengths = Strengths(0.5)
-    strengths.make_room(6, torch.device("cpu"))
+    strengths = Strengths(0.5, 6)
     ask(strengths, {"a": 2, "b": 1}, {"b": 2})
     assert strengths.of_tokens.tolist() == [0.5, 0.5, 2, 0.5, 0.5, 0.5]
     strengths.follow(scheduled({"b": 1, "a": 1}))
@@ -277,35 +275,82 @@ def test_strengths_follow_requests_until_they_are_finished():
     assert strengths.of_tokens.tolist() == [0.5] * 6
     strengths.follow(scheduled({}, finished=["a"]))
     strengths.check_written()
+    ask(strengths, {"a": 3}, {"a": 1})
+    ask(strengths, {"a": 2}, {})  # the next part of a session, which asks for none
+    assert strengths.of_tokens.tolist() == [0.5] * 6
+    for odd in (True, "0.5", -1, math.nan, math.inf, 1e9, None, []):
+        with pytest.raises(ConfigError, match="aura_strength: expected a number from 0 to 1000, got"):
+            strengths.follow(scheduled({"b": 1}, {"b": odd}, new=["b"]))
+    with pytest.raises(ModelError, match="expected no request with it where all have one strength"):
+        Strengths(0.5).follow(scheduled({"b": 1}, {"b": 0.1}, new=["b"]))
 
 
 def config(**parts):
-    """What the plugin reads of vLLM's configuration."""
+    """What the plugin reads of vLLM's configuration, by vLLM's names."""
     default = {
-        "parallel_config": SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
-        "compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
-        "speculative_config": None,
-        "model_config": SimpleNamespace(using_transformers_backend=lambda: False),
-    }
-    return SimpleNamespace(**default | parts)
+        "model_config": {"has_inner_state": False, "use_mla": False, "using_transformers_backend": lambda: False},
+        "parallel_config": {
+            "use_ubatching": False, "use_sequence_parallel_moe": False, "prefill_context_parallel_size": 1,
+        },
+        "cache_config": {"kv_sharing_fast_prefill": False},
+    }  # fmt: skip
+    of = {name: SimpleNamespace(**values | parts.pop(name, {})) for name, values in default.items()}
+    none = dict.fromkeys(("speculative_config", "kv_transfer_config", "ec_transfer_config"))
+    return SimpleNamespace(**of, **none | parts)
 
 
-def test_where_all_requests_have_one_strength():
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"speculative_config": object()}, "drafts are decoded speculatively"),
+        ({"parallel_config": {"use_ubatching": True}}, "forwards are cut into parts"),
+        ({"parallel_config": {"use_sequence_parallel_moe": True}}, "forwards are cut into parts"),
+        ({"parallel_config": {"prefill_context_parallel_size": 2}}, "forwards are cut into parts"),
+        ({"model_config": {"has_inner_state": True}}, "modules see tokens in other orders"),
+        ({"model_config": {"use_mla": True}}, "modules see tokens in other orders"),
+        ({"cache_config": {"kv_sharing_fast_prefill": True}}, "modules see tokens in other orders"),
+        ({"kv_transfer_config": object()}, "keys and values of other servers are read"),
+        ({"ec_transfer_config": object()}, "keys and values of other servers are read"),
+        ({"model_config": {"using_transformers_backend": lambda: True}}, "the model runs on vLLM's transformers back"),
+    ],
+)
+def test_where_all_requests_have_one_strength(parts, reason):
     plain = Intervention({"model.layers.0.o_proj": np.zeros(8, np.float32)}, {}, {})
     mixture = Intervention({EXPERTS: np.zeros(8, np.float32)}, {}, {})
     assert one_strength_because(config(), plain) is None
     assert one_strength_because(config(), mixture) == "maps of experts are in the weights"
-    for parts, reason in (
-        ({"speculative_config": object()}, "drafts are decoded speculatively"),
-        ({"parallel_config": SimpleNamespace(use_ubatching=True)}, "forwards are cut into parts"),
-        ({"parallel_config": SimpleNamespace(prefill_context_parallel_size=2)}, "forwards are cut into parts"),
-        ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, "forwards are cut"),
-        (
-            {"model_config": SimpleNamespace(using_transformers_backend=lambda: True)},
-            "the model is one of transformers",
-        ),
-    ):
-        assert one_strength_because(config(**parts), plain).startswith(reason)
+    assert one_strength_because(config(**parts), plain).startswith(reason)
+
+
+def test_requests_of_another_front_end_have_one_strength(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    plain = Intervention({"model.layers.0.o_proj": np.zeros(8, np.float32)}, {}, {})
+    assert one_strength_because(config(), plain) == "requests do not come through Python"
+
+
+def test_a_residual_stream_is_mapped_once_although_weights_are_loaded_twice():
+    intervention, maps = intervention_at([""], None)
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(3))
+    model = Served(0, 1, lambda v: v, False)
+    ranks = Ranks(0, 1, lambda v: v, whole_model=True, partial=lambda m: False, is_linear=lambda m: False)
+    laying = Laying(model, intervention, Strengths(1.0), ranks)
+    for _ in range(2):
+        model.load_weights(laying.watched(checkpoint(2).items(), model.load_weights))
+        laying.lay()
+    assert torch.allclose(model(x), expected(x, maps), rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_whose_weights_a_kernel_takes_is_an_error():
+    intervention, _ = intervention_at(["o_proj"], None)
+    model = Served(0, 1, lambda v: v, False)
+    ranks = Ranks(
+        0, 1, lambda v: v, whole_model=True, partial=lambda m: False, is_linear=lambda m: False,
+        takes_weights=lambda m: True,
+    )  # fmt: skip
+    laying = Laying(model, intervention, Strengths(1.0), ranks)
+    model.load_weights(laying.watched(checkpoint(2).items(), model.load_weights))
+    with pytest.raises(ModelError, match="expected a module that vLLM calls for every token, got one whose weights"):
+        laying.lay()
 
 
 @pytest.mark.parametrize("gate", [None, *GATES])
@@ -319,7 +364,7 @@ def test_maps_are_those_of_the_whole_model(places, number, partial, gate):
     assert not torch.allclose(wanted, expected(x, {}), rtol=1e-2), "the maps act"
     for output, laying in zip(outputs, layings, strict=True):
         assert torch.allclose(output, wanted, rtol=1e-4, atol=1e-4)
-        laying.check_called(compiled=False)
+        laying.check_called(checked_before=False)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -339,7 +384,7 @@ def test_each_stage_of_a_pipeline_maps_its_own_layers(places, number, partial, s
     for output, laying, report in zip(outputs, layings, said, strict=True):
         assert torch.allclose(output, wanted, rtol=1e-4, atol=1e-4)
         assert report.startswith(f"laid maps of {2 * len(places)} sites on ")
-        laying.check_called(compiled=False)
+        laying.check_called(checked_before=False)
 
 
 @pytest.mark.parametrize("stage", [range(2), range(2, 4)])
@@ -398,11 +443,11 @@ def test_a_module_that_is_not_called_is_an_error():
     _, _, (laying,) = served(1, False, intervention_at(["norm", "o_proj"], None)[0])
     CALLED.discard("model.layers.1.norm")
     with pytest.raises(ModelError, match=r"'model.layers.1.norm' was not called in the forward pass"):
-        laying.check_called(compiled=True)
+        laying.check_called(checked_before=True)
     CALLED.clear()
-    laying.check_called(compiled=True)
+    laying.check_called(checked_before=True)
     with pytest.raises(ModelError, match="was not called"):
-        laying.check_called(compiled=False)
+        laying.check_called(checked_before=False)
 
 
 @pytest.mark.parametrize(
@@ -558,7 +603,7 @@ def test_the_variable_names_a_directory_and_maybe_a_strength(tmp_path, monkeypat
         ("none", "expected a directory that `fit` wrote, found none at"),
         ("aura@0.5@0.7", "expected DIR@STRENGTH with one strength, got '0.5' too"),
         ("aura@strong", "expected DIR@STRENGTH with one strength from 0 to 1000, got 'strong'"),
-        ("aura@-1", "expected DIR@STRENGTH with one strength from 0 to 1000, got '-1'"),
+        ("aura@-1", "expected DIR@STRENGTH with one strength from 0 to 1000, got -1.0"),
     ):
         monkeypatch.setenv("AURA_INTERVENTION", f"{tmp_path}/{given}")
         with pytest.raises(SystemExit) as ended:

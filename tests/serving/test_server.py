@@ -231,10 +231,11 @@ def test_tries_end_at_a_deadline_also_where_packets_are_lost(monkeypatch):
     monkeypatch.setattr("aura_dist.evaluation.client._LAST_CONNECT_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, socket.create_connection(deaf.getsockname()):
         for port in (9, deaf.getsockname()[1]):  # whose backlog is full, so that the kernel drops what comes
-            began = time.monotonic()
-            with Client(f"http://127.0.0.1:{port}", 1) as client, pytest.raises(ServerError, match="that answers, got"):
-                client.get("models")
-            assert 0.5 <= time.monotonic() - began < 1
+            with Client(f"http://127.0.0.1:{port}", 1) as client:
+                began = time.monotonic()
+                with pytest.raises(ServerError, match="that answers, got"):
+                    client.get("models")
+                assert 0.5 <= time.monotonic() - began < 3  # a connection alone may take 5
 
 
 def test_user_and_password_are_sent_and_not_shown(server, monkeypatch):
@@ -464,12 +465,11 @@ def test_the_intervention_is_the_one_that_the_server_states(
     refused([*given[:-1], "0.25"], "expected a server that states .* at strength 0.25, got one of digest .* 0.5")
     assert not any("vllm_xargs" in body for _, body in server.requests)
     server.statement = replace(server.statement, of_requests=True)
-    for asked, strength in ((given, None), ([*given[:-1], "0.25"], 0.25), (command, 0.0)):
+    for asked, strength in ((given, 0.5), ([*given[:-1], "0.25"], 0.25), (command, 0.0)):
         server.requests.clear()
         assert main([str(a) for a in asked]) == 0
         assert server.requests
-        own = None if strength is None else {"aura_strength": strength}
-        assert all(body.get("vllm_xargs") == own for _, body in server.requests)
+        assert all(body.get("vllm_xargs") == {"aura_strength": strength} for _, body in server.requests)
     server.statement = replace(server.statement, digest="0" * 64)
     refused(given, "got one of digest 000000000000 at strength 0.5; start vLLM with AURA_INTERVENTION=")
     Intervention({"model.layers.9.mlp": np.ones(4, np.float32)}, {}, {}).save(where)
@@ -481,6 +481,11 @@ def test_statements_are_read_among_metrics():
     labels = ",".join(f'{key}="{value}"' for key, value in reversed(found.labels.items()))
     assert read_statement(f"other 1\naura_dist_intervention{{{labels}}} 1.0\nlast 2\n") == found
     assert read_statement("other 1\n") is None
+    earlier = f'digest="{"b" * 64}",strength="0.3",num_sites="12"'  # of a plugin that knows nothing of requests
+    found = read_statement(f"aura_dist_intervention{{{earlier}}} 1.0\n")
+    assert found == Statement("b" * 64, 0.3, 12, of_requests=False)
+    with pytest.raises(ServerError, match="expected digest, strength and num_sites among the server's metrics"):
+        read_statement('aura_dist_intervention{digest="b"} 1.0\n')
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,13 @@ def asked_at(url, model, ids, strength, **more):
         return json.load(answer)["choices"][0]
 
 
+def greedy(model, ids, number):
+    every = list(ids)
+    while len(every) < len(ids) + number:
+        every.append(int(model(torch.tensor([every])).logits[0, -1].argmax()))
+    return every[len(ids) :]
+
+
 @pytest.mark.parametrize(
     "flags", [["--enforce-eager"], [], ["--enforce-eager", "--tensor-parallel-size", "2"]],
     ids=["eager", "compiled", "tensor-parallel"],
@@ -312,16 +319,20 @@ def test_each_request_has_its_own_strength(flags, models, tmp_path):
     long = (tiny_tokenizer()(" ".join(TEXTS * 20))["input_ids"])[:160]
     rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
     asked = [(row, strength) for strength in (None, 0.0, 0.5, 1.5) for row in range(len(rows))] * 3
-    wanted, last = {}, {}
+    wanted, last, made = {}, {}, {}
     for strength in (None, 0.0, 0.5, 1.5):
         with intervene(model, intervention, STRENGTH if strength is None else strength), torch.no_grad():
             wanted[strength] = logprobs(model, rows)
+            for row, ids in enumerate(rows):
+                made[strength, row] = greedy(model, ids, 12)
             last[strength] = float(model(torch.tensor([long])).logits[0, -1].log_softmax(-1).max())
     assert len({round(value, 2) for value in last.values()}) == 4
     env = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
     if "2" in flags:
         env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    with serving(directory, tmp_path, "--dtype", "float32", *flags, **env) as url, ThreadPoolExecutor(12) as pool:
+    # a prompt is read in several parts
+    flags = [*flags, "--dtype", "float32", "--max-num-batched-tokens", "64", "--max-num-seqs", "8"]
+    with serving(directory, tmp_path, *flags, **env) as url, ThreadPoolExecutor(12) as pool:
 
         def ask(one):
             row, strength = one
@@ -330,26 +341,40 @@ def test_each_request_has_its_own_strength(flags, models, tmp_path):
 
         for (row, strength), found in zip(asked, pool.map(ask, asked), strict=True):
             assert difference([found], [wanted[strength][row]]) <= TOLERANCE["float32"]
+
+        def continued(one):
+            row, strength = one
+            more = {"max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
+            return asked_at(url, directory, rows[row], strength, **more)["token_ids"]
+
+        # of lengths that differ, so that they leave and join the batch at other steps
+        for one, found in zip(asked, pool.map(continued, asked), strict=True):
+            assert found == made[one[1], one[0]]
         for strength in (None, 0.0, 1.5, 0.5, None, 1.5):
             (found,) = asked_at(url, directory, long, strength, logprobs=0)["logprobs"]["token_logprobs"]
             assert found == pytest.approx(last[strength], abs=TOLERANCE["float32"])
-        for strength in (-1, "strong"):
+        for strength, more, message in (
+            (-1, {}, "aura_strength: expected a number from 0 to 1000, got"),
+            ("strong", {}, "aura_strength: expected a number from 0 to 1000, got"),
+            (0.5, {"use_beam_search": True, "n": 2}, "aura_strength: expected it without beam search"),
+            (None, {"vllm_xargs": {"aura_strenght": 0.5}}, "vllm_xargs: expected aura_strength, got 'aura_strenght'"),
+        ):
             with pytest.raises(HTTPError) as refused:
-                asked_at(url, directory, rows[0], strength)
+                asked_at(url, directory, rows[0], strength, **more)
             assert refused.value.code == 400
-            assert "aura_strength: expected a number from 0 to 1000, got" in refused.value.read().decode()
+            assert message in refused.value.read().decode()
         for strength, stated in ((1.5, str(tmp_path / "iv")), (0.0, None)):  # as `evaluate` asks for it
             found, _ = served_logprobs(url, directory, rows, stated, strength)
             assert difference(found, wanted[strength]) <= TOLERANCE["float32"]
 
 
 def test_a_compiled_model_from_the_cache_has_the_maps_of_its_own_start(models, tmp_path):
-    """Plain, with a map, at another strength, and plain again, all with one cache."""
+    """Plain, with a map, at another strength, again at the first, and plain again, all with one cache."""
     directory = models("llama")
     model = load_causal(ModelSource(str(directory), None, "float32"), World())
     intervention = intervention_at(model, KINDS, tmp_path / "iv")
     rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
-    for strength in (None, STRENGTH, 0.2, None):
+    for strength in (None, STRENGTH, 0.2, STRENGTH, None):
         with intervene(model, intervention, strength or 0.0):
             wanted = logprobs(model, rows)
         env = {} if strength is None else {"AURA_INTERVENTION": f"{tmp_path}/iv@{strength}"}
@@ -358,7 +383,7 @@ def test_a_compiled_model_from_the_cache_has_the_maps_of_its_own_start(models, t
             found, _ = served_logprobs(url, directory, rows, stated, strength or STRENGTH)
         assert difference(found, wanted) <= TOLERANCE["float32"], strength
     kept = [one.name for one in (tmp_path / "cache" / "torch_compile_cache" / "torch_aot_compile").iterdir()]
-    assert len(kept) == 3, "the plain model has one entry, each strength another"
+    assert len(kept) == 2, "the plain model has one entry, the map of all strengths another"
 
 
 TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}{{ 'assistant:' }}"
@@ -537,6 +562,6 @@ def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
         rounding = difference(wanted, exactly)
         assert max(difference(one, exactly) for one in found) <= rounding
         between = difference(served(GEMMA), plain)
-        if max(apart) > TOLERANCE[dtype] < between:
+        if max(apart) > TOLERANCE[dtype] and between > TOLERANCE[dtype]:
             pytest.xfail(f"{apart} apart under the intervention, {between} without; bfloat16 rounds by {rounding}")
     assert max(apart) <= TOLERANCE[dtype]
