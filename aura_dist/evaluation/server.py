@@ -382,21 +382,6 @@ def find_server(
     )  # fmt: skip
 
 
-def open_server(
-    client: Client,
-    source: ModelSource,
-    name: str | None,
-    intervention_dir: str | None,
-    strength: float,
-    *,
-    chat: bool,
-    received: Callable[[], int | None],
-) -> Server:
-    """`read_expected` and `find_server` at once, for a server that is there."""
-    expected = read_expected(source, intervention_dir, strength)
-    return find_server(client, expected, name, chat=chat, received=received)
-
-
 def _say_made_for(intervention: Intervention, directory: str, model: str) -> None:
     made_for = (intervention.meta.get("model") or {}).get("name")
     if made_for and Path(made_for).name != Path(model).name:

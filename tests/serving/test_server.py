@@ -18,7 +18,7 @@ from aura_dist.errors import ConfigError, InputError, RunInterruptedError, Serve
 from aura_dist.evaluation.client import Client, without_user
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.evaluation.served import find_served
-from aura_dist.evaluation.server import _scored, open_server
+from aura_dist.evaluation.server import _scored, find_server, read_expected
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.statement import Statement, read_statement
 from aura_dist.models.load import ModelSource, load_causal, tokenizer_of
@@ -188,7 +188,7 @@ def test_a_signal_ends_between_requests(server, directory, files, monkeypatch):
 
 def opened(client, directory, received=lambda: None):
     source = ModelSource(str(directory), None, "float32")
-    return open_server(client, source, None, None, 1.0, chat=False, received=received)
+    return find_server(client, read_expected(source, None, 1.0), None, chat=False, received=received)
 
 
 def test_a_signal_ends_the_first_request_for_likelihoods(server, directory, monkeypatch):

@@ -28,7 +28,7 @@ import transformers as hf
 from aura_dist.cli import main
 from aura_dist.evaluation.client import Client
 from aura_dist.evaluation.sampling import Decoding
-from aura_dist.evaluation.server import DIALECTS, open_server
+from aura_dist.evaluation.server import DIALECTS, find_server, read_expected
 from aura_dist.interventions.artifact import Intervention
 from aura_dist.interventions.gates import GATES, Gate
 from aura_dist.interventions.hooks import intervene
@@ -220,7 +220,8 @@ def logprobs(model, rows):
 def served_logprobs(url, model, rows, intervention=None, strength=STRENGTH):
     source = ModelSource(str(model), None, "float32")
     with Client(url, 8) as client:
-        server = open_server(client, source, None, intervention, strength, chat=False, received=lambda: None)
+        expected = read_expected(source, intervention, strength)
+        server = find_server(client, expected, None, chat=False, received=lambda: None)
         found = dict(server.score_all(rows))
         return [found[row].logprobs for row in range(len(rows))], server.about()["server"]
 
@@ -401,7 +402,7 @@ def test_draws_are_repeated_and_chats_are_the_same_by_ids_and_by_turns(models, t
 
         def made(by_ids, how, number):
             monkeypatch.setattr("aura_dist.evaluation.server.DIALECTS", [one for one in DIALECTS if one.ids == by_ids])
-            server = open_server(client, source, None, None, 1.0, chat=True, received=lambda: None)
+            server = find_server(client, read_expected(source, None, 1.0), None, chat=True, received=lambda: None)
             found = client.each(
                 lambda n: server.continuation(ids[n % 3], chats[n % 3], how, server.seed(b"key", n))["text"],
                 range(number), lambda: None,
