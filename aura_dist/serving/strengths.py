@@ -40,7 +40,7 @@ class Strengths:
         self.of_tokens = torch.full((num_tokens,), default, dtype=torch.float32, device=device)
         self._asked: dict[str, float] = {}  # of the requests that are not finished, where they ask for one
         self._due = False  # whether the next forward needs strengths that are not written yet
-        self._written: tuple[list[str], list[int]] = [], []  # the requests of the last forward, and their tokens
+        self._written: tuple[list[float], list[int]] = [], []  # of each request of the last forward, and its tokens
 
     @property
     def of_requests(self) -> bool:
@@ -63,11 +63,11 @@ class Strengths:
     def write(self, requests: Sequence[str], num_tokens: NDArray[Any]) -> None:
         """Write the strengths of a forward, whose tokens are those of `requests` in order, `num_tokens` of each."""
         self._due = False
-        now = (list(requests), num_tokens.tolist()) if self._asked else ([], [])
+        each = [self._asked.get(request, self.default) for request in requests] if self._asked else []
+        now = each, num_tokens.tolist() if each else []
         if now == self._written:
             return
-        each = np.array([self._asked.get(request, self.default) for request in now[0]], dtype=np.float32)
-        strength_T = torch.from_numpy(np.repeat(each, np.array(now[1], dtype=np.int64)))
+        strength_T = torch.from_numpy(np.repeat(np.array(each, np.float32), np.array(now[1], np.int64)))
         self.of_tokens.fill_(self.default)  # what is padded, and what no request has
         self.of_tokens[: len(strength_T)].copy_(strength_T)
         self._written = now

@@ -278,6 +278,10 @@ def test_strengths_follow_requests_until_they_are_finished():
     ask(strengths, {"a": 3}, {"a": 1})
     ask(strengths, {"a": 2}, {})  # the next part of a session, which asks for none
     assert strengths.of_tokens.tolist() == [0.5] * 6
+    for strength in (1, 2):  # the same request and number of tokens, and another strength
+        ask(strengths, {"a": 2, "b": 1}, {"a": strength, "b": 3})
+        assert strengths.of_tokens.tolist() == [strength, strength, 3, 0.5, 0.5, 0.5]
+    strengths.follow(scheduled({}, finished=["a", "b"]))
     for odd in (True, "0.5", -1, math.nan, math.inf, 1e9, None, []):
         with pytest.raises(ConfigError, match="aura_strength: expected a number from 0 to 1000, got"):
             strengths.follow(scheduled({"b": 1}, {"b": odd}, new=["b"]))
