@@ -94,8 +94,11 @@ def test_ranks_measure_what_one_process_does(num_ranks, sharding, name, evaluate
     one, other = found["perplexity"], expected["perplexity"]
     if sharding == "replicate":
         assert one == other, "each batch is the same computation, whoever runs it"
-    for side in ("positive", "negative"):
-        assert one.pop(side) == pytest.approx(other.pop(side), rel=1e-6)
+    for part in ("positive", "negative"):
+        assert one.pop(part) == pytest.approx(other.pop(part), rel=1e-6)
+    texts, others = one.pop("per_text"), other.pop("per_text")
+    assert texts["num_tokens"] == others["num_tokens"]
+    assert texts["negative_log_likelihood"] == pytest.approx(others["negative_log_likelihood"], rel=1e-6)
     assert one.keys() == other.keys()
     for key, value in other.items():
         assert one[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
