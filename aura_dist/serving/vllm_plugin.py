@@ -179,13 +179,14 @@ def _patch_requests(intervention: "Intervention", strength: float) -> None:
     @wraps(begin)
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, vllm_config, *args, **kwargs)
-        _state(intervention, strength, of_requests=one_strength_because(vllm_config, intervention) is None)
+        self.aura_dist_because = one_strength_because(vllm_config, intervention)
+        _state(intervention, strength, of_requests=self.aura_dist_because is None)
         _patch_beams()
 
     @wraps(process)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        because = one_strength_because(self.vllm_config, intervention)
+        because = self.aura_dist_because
         try:
             own = own_strength(getattr(request.sampling_params, "extra_args", None), because)
         except ConfigError as error:

@@ -262,7 +262,7 @@ def test_the_plugin_is_the_hooked_model(name, dtype, gates, flags, models, tmp_p
     rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
     plain = logprobs(model, rows)
     with intervene(model, intervention, STRENGTH):
-        wanted = [of_each_choice(model, ids) for ids in rows]
+        own, wanted = logprobs(model, rows), [of_each_choice(model, ids) for ids in rows]
     assert distance(plain, wanted) > 0.5
     env = {"AURA_INTERVENTION": f"{tmp_path}/iv@{STRENGTH}"}
     if "2" in flags:
@@ -270,8 +270,9 @@ def test_the_plugin_is_the_hooked_model(name, dtype, gates, flags, models, tmp_p
     with serving(directory, tmp_path, "--dtype", dtype, *flags, **env) as url:
         found, about = served_logprobs(url, directory, rows, str(tmp_path / "iv"))
     assert "aura_dist: laid maps of" in (tmp_path / "server.log").read_text()
-    assert distance(found, wanted) <= TOLERANCE[dtype]
     assert (about["engine"], about["dialect"]) == ("vllm", {"token_ids": True, "extended": True})
+    assert distance(found, wanted) <= TOLERANCE[dtype], "under no choice of experts"
+    assert difference(found, own) <= TOLERANCE[dtype], "another choice of experts, at a near tie of the router"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -282,12 +283,13 @@ def test_an_exported_checkpoint_is_the_hooked_model(name, dtype, models, tmp_pat
     intervention = intervention_at(model, FOLDED, tmp_path / "iv", only_scales=True)
     rows = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
     with intervene(model, intervention, STRENGTH):
-        wanted = [of_each_choice(model, ids) for ids in rows]
+        own, wanted = logprobs(model, rows), [of_each_choice(model, ids) for ids in rows]
     command = ["export", "--model", directory, "--intervention", tmp_path / "iv", "--strength", STRENGTH]
     assert main([str(a) for a in (*command, "--out", tmp_path / "out")]) == 0
     with serving(tmp_path / "out", tmp_path, "--dtype", dtype, "--enforce-eager") as url:
         found, _ = served_logprobs(url, tmp_path / "out", rows)
-    assert distance(found, wanted) <= TOLERANCE[dtype]
+    assert distance(found, wanted) <= TOLERANCE[dtype], "under no choice of experts"
+    assert difference(found, own) <= TOLERANCE[dtype], "another choice of experts, at a near tie of the router"
 
 
 def asked_at(url, model, ids, strength, **more):
@@ -533,9 +535,9 @@ def test_gemma_under_the_plugin_at_every_kind_of_site(flags, tmp_path):
 @pytest.mark.skipif(not GEMMA.is_dir(), reason="Gemma 3 270M is not in the cache")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
-    """In bfloat16 the plain models of both engines are further apart than the bound: then it is an expected failure.
+    """It fails in bfloat16, because the plain models of both engines are further apart than the bound; it says how far.
 
-    There, what vLLM serves must be at least as near to our hooked float32 model as our hooked bfloat16 model is.
+    What vLLM serves in bfloat16 must be at least as near to our hooked float32 model as our hooked bfloat16 model is.
     """
     model, exact = (load_causal(ModelSource(str(GEMMA), None, kind), World()) for kind in (dtype, "float32"))
     tokenizer = hf.AutoTokenizer.from_pretrained(GEMMA)
@@ -562,7 +564,5 @@ def test_gemma_exported_and_under_the_plugin(dtype, tmp_path):
         print("from float32:", *(difference(one, exactly) for one in (wanted, *found)))
         rounding = difference(wanted, exactly)
         assert max(difference(one, exactly) for one in found) <= rounding
-        between = difference(served(GEMMA), plain)
-        if max(apart) > TOLERANCE[dtype] and between > TOLERANCE[dtype]:
-            pytest.xfail(f"{apart} apart under the intervention, {between} without; bfloat16 rounds by {rounding}")
+        print("the plain models are", difference(served(GEMMA), plain), "apart; bfloat16 rounds by", rounding)
     assert max(apart) <= TOLERANCE[dtype]
