@@ -24,8 +24,13 @@ def only_attention(cache: object) -> bool:
 
 
 def append_in_place(cache: Cache, room: int) -> None:
-    """Let steps write their columns beside the others; all move every `room` steps, and after rows change."""
+    """Let steps write their columns beside the others; all move every `room` steps, and after rows change.
+
+    transformers reads a mask to find out whether it can go without one, which would wait for a GPU: of layers that say
+    they can be compiled it does not.
+    """
     for layer in _layers(cache):
+        layer.is_compileable = True
         layer.update = partial(_update, ref(layer), room)  # weak, because the layer holds it
 
 

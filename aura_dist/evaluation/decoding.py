@@ -4,6 +4,10 @@ Where the model class is one of `LEFT_PADDED`, prompts of any lengths share a fo
 left, the attention mask leaves the padding out, and positions count from each row's first token. Prompts of other
 classes must have equal numbers of tokens, so that nothing is padded and the model computes for each prompt what it
 computes for that prompt alone.
+
+**A step does not wait for a GPU.** What the host has to know, which rows go on and whether logits are finite, is copied
+beside the work and looked at while the next step is under way. A row that met a stop id makes one token more, which is
+cut off.
 """
 
 import inspect
@@ -12,14 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
+from aura_dist.errors import ModelError
 from aura_dist.evaluation.cached import append_in_place, drop_columns, join, only_attention
 from aura_dist.evaluation.products import exact_products
-from aura_dist.evaluation.sampling import Decoding, choose
+from aura_dist.evaluation.sampling import Decoding, are_finite, choose, reading_waits
 from aura_dist.models.load import input_device
 
 # `model_type`s of transformers' classes whose logits of a row that is padded on the left are those of the row alone,
@@ -54,21 +61,47 @@ class Rows:
 class _Flight:
     """B rows in flight, of C columns: padding, prompt and what is made so far."""
 
-    number_B: Tensor  # in the order in which rows were given
+    # on the host
+    number_B: npt.NDArray[np.int64]  # in the order in which rows were given
+    first_B: npt.NDArray[np.int64]  # as `start_B`
+    count_B: npt.NDArray[np.int64]  # as `made_B`
+    known_B: npt.NDArray[np.bool_]  # as `alive_B` was at the last step that was looked at
+    # on the device
     keys_B: Tensor
     start_B: Tensor  # column of the first token
     made_B: Tensor  # how many tokens were chosen; they are in the last columns
-    alive_B: Tensor
+    alive_B: Tensor  # no stop id so far
     seen_BC: Tensor
+    finite: Tensor  # [] whether all logits so far were
     cache: Cache | None
+    told: list[Callable[[], list[bool]]] = field(default_factory=list)  # `alive_B` and `finite` of steps not looked at
 
-    def keep(self, index_K: Tensor) -> None:
+    def tell(self) -> None:
+        """Let the host know, as soon as the device has got here."""
+        self.told.append(_on_its_way(torch.cat([self.alive_B, self.finite[None]])))
+
+    def look(self, *, even_if_it_waits: bool = False) -> None:
+        """See what the host was told, of a last step only where that is free; ModelError if logits are no numbers."""
+        num_late = int(reading_waits(self.alive_B) and not even_if_it_waits)
+        while len(self.told) > num_late:
+            *alive, finite = self.told.pop(0)()
+            if not finite:
+                raise ModelError(
+                    "the model's logits are NaN or infinite; check its weights, another --dtype, or a smaller "
+                    "--strength"
+                )
+            self.known_B &= np.array(alive)
+
+    def keep(self, index_K: npt.NDArray[np.int64]) -> None:
         """Keep some of the rows, and no column that all of them pad; the cache must be one of attention alone."""
+        self.told.clear()  # of other rows
+        on_device = torch.from_numpy(index_K).to(self.keys_B.device)
         for name in _OF_ROWS:
-            setattr(self, name, getattr(self, name)[index_K])
+            held = getattr(self, name)
+            setattr(self, name, held[on_device if isinstance(held, Tensor) else index_K])
         assert self.cache is not None
-        self.cache.batch_select_indices(index_K)
-        number = int(self.start_B.min())
+        self.cache.batch_select_indices(on_device)
+        number = int(self.first_B.min())
         self._widen(-number)
         drop_columns(self.cache, number)
 
@@ -77,17 +110,38 @@ class _Flight:
         assert self.cache is not None
         assert other.cache is not None
         join(self.cache, other.cache)
+        other.look()
         by = self.seen_BC.shape[1] - other.seen_BC.shape[1]
         (other if by > 0 else self)._widen(abs(by))
         for name in _OF_ROWS:
-            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+            both: list[Any] = [getattr(self, name), getattr(other, name)]
+            setattr(self, name, torch.cat(both) if isinstance(both[0], Tensor) else np.concatenate(both))
+        self.finite = self.finite & other.finite
+        self.told.clear()
 
     def _widen(self, by: int) -> None:
         self.start_B = self.start_B + by
+        self.first_B = self.first_B + by
         self.seen_BC = pad(self.seen_BC, (by, 0))
 
 
-_OF_ROWS = ("number_B", "keys_B", "start_B", "made_B", "alive_B", "seen_BC")
+_OF_ROWS = ("number_B", "first_B", "count_B", "known_B", "keys_B", "start_B", "made_B", "alive_B", "seen_BC")
+
+
+def _on_its_way(state: Tensor) -> Callable[[], list[bool]]:
+    """Start to copy `state` to the host; what is returned waits for that copy alone."""
+    if state.device.type == "cpu":
+        return state.tolist
+    host = torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state, non_blocking=True)
+    done = torch.Event(state.device)
+    done.record()
+
+    def read() -> list[bool]:
+        done.synchronize()
+        values: list[bool] = host.tolist()
+        return values
+
+    return read
 
 
 @dataclass
@@ -140,8 +194,8 @@ class Decoder:
         """
         made: dict[int, list[int]] = {}
 
-        def land(flight: _Flight, gone_B: Tensor) -> None:
-            ids = self._made(flight, gone_B)
+        def land(flight: _Flight, gone_B: npt.NDArray[np.bool_]) -> None:
+            ids = self._made(flight, gone_B.nonzero()[0])
             made.update(ids)
             put(ids)
 
@@ -149,33 +203,42 @@ class Decoder:
             flight = self._begin(rows, 0)
             num_given, num_left, most = len(rows.keys), self.how.max_new_tokens - 1, max(most, len(rows.keys))
             while True:
-                num_alive = int(flight.alive_B.sum())
+                alive_B = self._alive(flight)
+                num_alive = int(alive_B.sum())
                 room = most - num_alive
                 new = more(room) if room and room >= _FREE_SHARE * most else None
-                if num_alive and num_alive <= (1 - _FREE_SHARE) * len(flight.alive_B) and self._selects:
-                    land(flight, ~flight.alive_B)
-                    flight.keep(flight.alive_B.nonzero()[:, 0])
+                if num_alive and num_alive <= (1 - _FREE_SHARE) * len(alive_B) and self._selects:
+                    land(flight, ~alive_B)
+                    flight.keep(alive_B.nonzero()[0])
                 if new is not None:
                     joining = self._begin(new, num_given)
                     num_given, num_left = num_given + len(new.keys), self.how.max_new_tokens - 1
                     if num_alive:
                         flight.add(joining)
                     else:
-                        land(flight, ~flight.alive_B)
+                        land(flight, ~alive_B)
                         flight = joining
                     continue
                 if not num_left or not self.any_alive(counts and num_alive > 0):
                     break
                 self._step(flight)
                 num_left -= 1
-            land(flight, torch.ones_like(flight.alive_B))
+            flight.look(even_if_it_waits=True)
+            land(flight, np.ones_like(alive_B))
         return [made[number] for number in range(num_given)]
 
-    def _made(self, flight: _Flight, chosen_B: Tensor) -> dict[int, list[int]]:
+    def _alive(self, flight: _Flight) -> npt.NDArray[np.bool_]:
+        """[B] rows that go on; where reading waits, stop ids of the last step are not seen yet."""
+        flight.look()
+        alive_B: npt.NDArray[np.bool_] = flight.known_B & (flight.count_B < self.how.max_new_tokens)
+        return alive_B
+
+    def _made(self, flight: _Flight, chosen_K: npt.NDArray[np.int64]) -> dict[int, list[int]]:
         """Number of each chosen row → the ids before its stop id."""
-        numbers, counts = flight.number_B[chosen_B].tolist(), flight.made_B[chosen_B].tolist()
         made = {}
-        for number, count, ids in zip(numbers, counts, flight.seen_BC[chosen_B].tolist(), strict=True):
+        chosen = flight.seen_BC[torch.from_numpy(chosen_K).to(flight.seen_BC.device)].tolist()
+        numbers, counts = flight.number_B[chosen_K].tolist(), flight.count_B[chosen_K].tolist()
+        for number, count, ids in zip(numbers, counts, chosen, strict=True):
             ids = ids[len(ids) - count :][: self.how.max_new_tokens]
             made[number] = ids[: next((t for t, token in enumerate(ids) if token in self.stop_ids), len(ids))]
         return made
@@ -189,14 +252,19 @@ class Decoder:
         prompts_PT = torch.tensor([[ids[0]] * s + [*ids] for s, ids in zip(starts, rows.prompt_ids, strict=True)])
         start_P, of_B = torch.tensor(starts, device=device), torch.tensor(rows.prompt_of, device=device)
         prompts_PT = prompts_PT.to(device)
-        logits_BV, cache = self._prefill(prompts_PT, start_P, of_B)
+        logits_BV, cache = self._prefill(prompts_PT, start_P if any(starts) else None, of_B)
+        num_rows = len(rows.prompt_of)
         flight = _Flight(
-            torch.arange(first, first + len(of_B), device=device),
+            np.arange(first, first + num_rows),
+            np.array(starts)[rows.prompt_of],
+            np.zeros(num_rows, dtype=np.int64),
+            np.ones(num_rows, dtype=np.bool_),
             torch.tensor(rows.keys, dtype=torch.int64, device=device),
             start_P[of_B],
             torch.zeros_like(of_B),
             torch.ones_like(of_B, dtype=torch.bool),
             prompts_PT[of_B],
+            torch.ones((), dtype=torch.bool, device=device),
             cache,
         )
         self._choose(flight, logits_BV)
@@ -207,11 +275,14 @@ class Decoder:
         ids_B = self.agreed(choose(logits_BV, self.how, flight.keys_B, flight.made_B))
         flight.seen_BC = torch.cat([flight.seen_BC, ids_B[:, None]], dim=1)
         flight.made_B = flight.made_B + 1
+        flight.count_B = flight.count_B + 1
         if self._stop is None:  # once, because a GPU waits for what is copied to it
             self._stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=ids_B.device)
-        flight.alive_B = flight.alive_B & ~torch.isin(ids_B, self._stop) & (flight.made_B < self.how.max_new_tokens)
+        flight.alive_B = flight.alive_B & (ids_B[:, None] != self._stop).all(-1)
+        flight.finite = flight.finite & are_finite(logits_BV)
+        flight.tell()
 
-    def _prefill(self, prompts_PT: Tensor, start_P: Tensor, of_B: Tensor) -> tuple[Tensor, Cache | None]:
+    def _prefill(self, prompts_PT: Tensor, start_P: Tensor | None, of_B: Tensor) -> tuple[Tensor, Cache | None]:
         """[B, V] logits after the prompts, and the cache of B rows, None if its kind is unknown."""
         if self._selects:
             logits_PV, cache = self._forward(prompts_PT, start_P, prompts_PT.shape[1], None)
@@ -221,26 +292,29 @@ class Decoder:
                 return logits_PV[of_B], cache
             self._selects = False
         rows_BT = prompts_PT[of_B]
-        return self._forward(rows_BT, start_P[of_B], rows_BT.shape[1], None)
+        return self._forward(rows_BT, None if start_P is None else start_P[of_B], rows_BT.shape[1], None)
 
     def _step(self, flight: _Flight) -> None:
         new = flight.seen_BC if flight.cache is None else flight.seen_BC[:, -1:]
-        logits_BV, flight.cache = self._forward(new, flight.start_B, flight.seen_BC.shape[1], flight.cache)
+        start_B = flight.start_B if flight.first_B.any() else None
+        logits_BV, flight.cache = self._forward(new, start_B, flight.seen_BC.shape[1], flight.cache)
         self._choose(flight, logits_BV)
 
     def _forward(
-        self, ids_BT: Tensor, start_B: Tensor, num_columns: int, cache: Cache | None
+        self, ids_BT: Tensor, start_B: Tensor | None, num_columns: int, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
-        """[B, V] logits of the last of `num_columns` columns, and the cache after it."""
+        """[B, V] logits of the last of `num_columns` columns, and the cache after it; no `start_B` is no padding."""
         taken = inspect.signature(self.model.forward).parameters
         # the head on the last position alone: of a long prompt with a large vocabulary it would be most of the work
         more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         columns_C = torch.arange(num_columns, device=ids_BT.device)
-        mask_BC = (columns_C >= start_B[:, None]).long()
+        positions_BC = columns_C.expand(len(ids_BT), -1)
+        if start_B is not None:
+            more["attention_mask"] = (positions_BC >= start_B[:, None]).long()
+            positions_BC = (positions_BC - start_B[:, None]).clamp(min=0)
         if "position_ids" in taken:
-            positions_BC = (columns_C - start_B[:, None]).clamp(min=0)
             more["position_ids"] = positions_BC[:, num_columns - ids_BT.shape[1] :]
-        output = self.model(input_ids=ids_BT, attention_mask=mask_BC, past_key_values=cache, use_cache=True, **more)
+        output = self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, **more)
         cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1], cache if isinstance(cache, Cache) else None
 

@@ -1,12 +1,14 @@
 """The next token: temperature, top-k and nucleus (top-p), then Gumbel noise and the greedy choice.
 
 The largest of logits with standard Gumbel noise is a draw from their softmax (Gumbel, 1954; see Maddison, Tarlow and
-Minka, *A\\* Sampling*, 2014). Only tokens that can be chosen are sorted and given noise: of a vocabulary of 262,144,
-some hundreds.
+Minka, *A\\* Sampling*, 2014). On a CPU only tokens that can be chosen are sorted and given noise: of a vocabulary of
+262,144, some hundreds.
 
 The noise is a function of (seed, prompt, sample, step, token id) alone: it is the same on every device, in every batch
 and on every rank. A key is hashed with a counter, as in Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*
 (2011), by the finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+
+Nothing here waits for a GPU: there no tensor has a size that depends on values, so all tokens get noise.
 """
 
 import hashlib
@@ -18,15 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aura_dist.errors import ModelError
-
 # probabilities down to which candidates are looked for, until they hold the nucleus
 _LEVELS = (1e-3, 1e-4, 1e-5, 1e-6, 0.0)
-# logits that are looked at together: as many as stay in a CPU's cache; on a GPU more, because each block waits for it,
-# but fewer where all of them get noise, which takes some 50 bytes each
+# logits that are looked at together: as many as stay in a CPU's cache; on a GPU, where each takes some 50 bytes, more
 _CACHED_VALUES = 1 << 18
-_DEVICE_VALUES = 1 << 24
-_NOISY_VALUES = 1 << 22
+_DEVICE_VALUES = 1 << 23
 # float32 sums of probabilities are not exact: what is looked for is a little more than the nucleus
 _MARGIN = 1e-4
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number: torch's integers wrap around
@@ -52,25 +50,28 @@ def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int | Tensor)
     """[B] int64: the next token of each row, from logits [B, V] of any float dtype.
 
     `keys_B` are the int64 keys of the continuations (`sample_key`), `step` is the index of the token that is drawn, one
-    number or [B].
-    ModelError if logits are NaN or infinite: greedy decoding would take them for a choice.
+    number or [B]. Of logits that are NaN or infinite some id comes: `are_finite` tells.
     """
-    if not logits_BV.amax(-1).isfinite().all():
-        raise ModelError(
-            "the model's logits are NaN or infinite; check its weights, another --dtype, or a smaller --strength"
-        )
     if how.temperature == 0:
         return logits_BV.argmax(-1)
     chosen = []
     step_B = torch.zeros_like(keys_B) + step
-    on_device = _DEVICE_VALUES if how.top_k or how.top_p < 1 else _NOISY_VALUES
-    num_values = _CACHED_VALUES if logits_BV.device.type == "cpu" else on_device
-    num_rows = max(1, num_values // logits_BV.shape[1])
+    num_rows = max(1, (_DEVICE_VALUES if reading_waits(logits_BV) else _CACHED_VALUES) // logits_BV.shape[1])
     for row in range(0, len(logits_BV), num_rows):
         block = slice(row, row + num_rows)
         ids_BK, noisy_BK = noisy_candidates(logits_BV[block], how, keys_B[block], step_B[block])
         chosen.append(ids_BK.gather(1, noisy_BK.argmax(-1, keepdim=True))[:, 0])
     return torch.cat(chosen)
+
+
+def are_finite(logits_BV: Tensor) -> Tensor:
+    """[] bool: whether no logit is NaN or +inf, and each row has one above -inf."""
+    return logits_BV.amax(-1).isfinite().all()
+
+
+def reading_waits(tensor: Tensor) -> bool:
+    """Whether reading a value of `tensor` waits for all work that its device was given."""
+    return tensor.device.type != "cpu"
 
 
 def noisy_candidates(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -82,11 +83,14 @@ def noisy_candidates(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int
         ids_BK = scaled_BV.topk(min(how.top_k, scaled_BV.shape[1]), sorted=False).indices.sort(-1).values
         scaled_BK = scaled_BV.gather(1, ids_BK).double()
         log_total_B1 = scaled_BK.logsumexp(-1, keepdim=True)
-    elif how.top_p < 1:
+    elif how.top_p < 1 and not reading_waits(scaled_BV):
         ids_BK, scaled_BK, log_total_B1 = _probable(scaled_BV, how.top_p)
     else:
         ids_BK = torch.arange(scaled_BV.shape[1], device=scaled_BV.device).expand(scaled_BV.shape)
-        return ids_BK, scaled_BV.double() + gumbel(keys_B, step, ids_BK)
+        noisy_BK = scaled_BV.double() + gumbel(keys_B, step, ids_BK)
+        if how.top_p < 1:
+            noisy_BK.masked_fill_(~_nucleus_of_all(scaled_BV, how.top_p), -math.inf)
+        return ids_BK, noisy_BK
     noisy_BK = scaled_BK + gumbel(keys_B, step, ids_BK)
     return ids_BK, noisy_BK.masked_fill(~_nucleus(scaled_BK - log_total_B1, how.top_p), -math.inf)
 
@@ -100,45 +104,23 @@ def _probable(scaled_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
     largest_B1 = scaled_BV.amax(-1, keepdim=True)
     weights_BV = (scaled_BV - largest_B1).exp_()
     total_B1 = weights_BV.sum(-1, keepdim=True)
-    levels = _levels(weights_BV, total_B1, top_p)
-    for level in levels:
+    for level in _LEVELS:
         row, token = _at_least(weights_BV, total_B1 * level)
-        held_B = torch.zeros(len(scaled_BV), dtype=torch.float64, device=row.device)
-        held_B.index_add_(0, row, weights_BV[row, token].double())
-        counts_B = torch.zeros_like(held_B, dtype=torch.int64).index_add_(0, row, torch.ones_like(row))
-        enough = (held_B >= min(1.0, top_p + _MARGIN) * total_B1[:, 0]).all()
-        is_enough, num_most = torch.stack([enough, counts_B.max()]).tolist()  # both at once: it waits for a GPU
-        if is_enough:
+        held_B = torch.zeros(len(scaled_BV), dtype=torch.float64).index_add_(0, row, weights_BV[row, token].double())
+        if (held_B >= min(1.0, top_p + _MARGIN) * total_B1[:, 0]).all():
             break
-    column = torch.arange(len(row), device=row.device) - (counts_B.cumsum(0) - counts_B)[row]
-    shape = (len(scaled_BV), num_most)
-    ids_BK = torch.zeros(shape, dtype=torch.int64, device=row.device)
-    scaled_BK = torch.full(shape, -math.inf, dtype=torch.float64, device=row.device)
+    counts_B = row.bincount(minlength=len(scaled_BV))
+    column = torch.arange(len(row)) - (counts_B.cumsum(0) - counts_B)[row]
+    shape = (len(scaled_BV), max(1, int(counts_B.max())))  # a row of NaN has no candidate
+    ids_BK = torch.zeros(shape, dtype=torch.int64)
+    scaled_BK = torch.full(shape, -math.inf, dtype=torch.float64)
     ids_BK[row, column] = token
     scaled_BK[row, column] = scaled_BV[row, token].double()
     return ids_BK, scaled_BK, (total_B1.log() + largest_B1).double()
 
 
-def _levels(weights_BV: Tensor, total_B1: Tensor, top_p: float) -> Sequence[float | Tensor]:
-    """Levels to try in turn; on a GPU one, [B, 1], because it waits for each that is tried."""
-    return _LEVELS if weights_BV.device.type == "cpu" else [_first_level(weights_BV, total_B1, top_p)]
-
-
-def _first_level(weights_BV: Tensor, total_B1: Tensor, top_p: float) -> Tensor:
-    """[B, 1] the first level at which a row's tokens hold the nucleus."""
-    needed_B1 = min(1.0, top_p + _MARGIN) * total_B1
-    found_B1 = torch.zeros_like(total_B1)  # the last level, at which all tokens hold it
-    for level in reversed(_LEVELS[:-1]):
-        held_B1 = torch.where(weights_BV >= total_B1 * level, weights_BV, 0).sum(-1, keepdim=True, dtype=torch.float64)
-        found_B1 = torch.where(held_B1 >= needed_B1, level, found_B1)
-    return found_B1
-
-
 def _at_least(values_BV: Tensor, least_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of values from `least_B1` on, in order; on a CPU by NumPy, which takes a tenth of torch's time."""
-    if values_BV.device.type != "cpu":
-        row, token = (values_BV >= least_B1).nonzero(as_tuple=True)
-        return row, token
+    """Row and column of values from `least_B1` on, in order; by NumPy, which takes a tenth of torch's time."""
     flat = torch.from_numpy(np.flatnonzero(values_BV.detach().numpy() >= least_B1.detach().numpy()))
     return flat // values_BV.shape[1], flat % values_BV.shape[1]
 
@@ -151,6 +133,35 @@ def _nucleus(log_p_BK: Tensor, top_p: float) -> Tensor:
     kept_BK = (before_BK < top_p) & sorted_BK.isfinite()
     kept_BK[:, 0] = True
     return torch.zeros_like(kept_BK).scatter(1, order_BK, kept_BK)
+
+
+def _nucleus_of_all(scaled_BV: Tensor, top_p: float) -> Tensor:
+    """[B, V] bool: `_nucleus` of float32 logits, by a search for its least logit in the 32 bits of a float.
+
+    Nothing is sorted and nothing is read: a fixed number of passes, whatever the values are.
+    """
+    bits_BV = (scaled_BV + 0.0).view(torch.int32)  # of zeros one has a sign, and a sum with 0 takes it away
+    order_BV = bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)  # ascending as the logits are
+    weights_BV = (scaled_BV - scaled_BV.amax(-1, keepdim=True)).exp_()
+
+    def held(from_B1: Tensor) -> Tensor:
+        """[B, 1] float64: what tokens hold together whose order is at least this."""
+        return torch.where(order_BV >= from_B1, weights_BV, 0).sum(-1, keepdim=True, dtype=torch.float64)
+
+    # tokens from `least` on hold enough, those from `beyond` on do not
+    least_B1 = torch.full_like(order_BV[:, :1], -(2**31))
+    beyond_B1 = order_BV.amax(-1, keepdim=True) + 1
+    enough_B1 = top_p * held(least_B1)
+    for _ in range(32):
+        middle_B1 = (least_B1 >> 1) + (beyond_B1 >> 1) + (least_B1 & beyond_B1 & 1)
+        is_enough_B1 = held(middle_B1) >= enough_B1
+        least_B1 = torch.where(is_enough_B1, middle_B1, least_B1)
+        beyond_B1 = torch.where(is_enough_B1, beyond_B1, middle_B1)
+    tied_BV = order_BV == least_B1
+    above_B1 = held(beyond_B1)
+    weight_B1 = torch.where(tied_BV, weights_BV, 0).amax(-1, keepdim=True)
+    before_BV = above_B1 + (tied_BV.cumsum(-1, dtype=torch.int32) - 1) * weight_B1.double()
+    return (order_BV > least_B1) | (tied_BV & (before_BV < enough_B1))
 
 
 def prompt_keys(prompts: Sequence[str], seed: int) -> list[bytes]:

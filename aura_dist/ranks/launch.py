@@ -89,7 +89,7 @@ def _launch_store(place: Place) -> Store:
 
 
 def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
-    """Process groups for host tensors: of the replica, and of the row worker; None where it is one rank.
+    """Process groups: of the replica, for host tensors, and of the row worker, for any; None where it is one rank.
 
     torch's default group, in which the strategy's collectives run, is the replica.
     """
@@ -100,7 +100,7 @@ def _join_replica(world: World, store: Store) -> tuple[Any, Any]:
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     columns = None
     for first in range(0, layout.replica_size, layout.tensor):
-        group = dist.new_group(range(first, first + layout.tensor), backend="gloo", timeout=TIMEOUT)
+        group = dist.new_group(range(first, first + layout.tensor), timeout=TIMEOUT)
         if first == world.rank - world.column_rank:
             columns = group
     return control, columns

@@ -67,7 +67,7 @@ class Team:
         return cls(World(), HashStore())
 
     def join(self, control: Any, columns: Any) -> None:
-        """Take the process groups for host tensors of the replica and of the row worker, None where one rank is all."""
+        """Take the process groups: the replica's, of host tensors, and the row worker's; None where one rank is all."""
         self._control, self._columns = control, columns
 
     # what all ranks share through the store
@@ -242,15 +242,11 @@ class Team:
 
     def agreed(self, ids: Tensor) -> Tensor:
         """Return the `ids` of the row worker's first column rank; all of its ranks must call this together."""
-        ranks = self.world.layout.tensor
-        if ranks == 1:
+        if self.world.layout.tensor == 1:
             return ids
-        host = ids.cpu()
-        if self.world.column_rank == 0:
-            self.exchange(dict.fromkeys(range(1, ranks), host), {})
-        else:
-            self.exchange({}, {0: host})
-        return host.to(ids.device)
+        agreed = ids.clone()
+        dist.broadcast(agreed, self.world.rank - self.world.column_rank, group=self._columns)  # no GPU is waited for
+        return agreed
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
         """Send host tensors to other column ranks of the row worker, and fill `receives` with theirs."""

@@ -1,8 +1,14 @@
 """Batches with a cache give what one prompt alone gives without, on every architecture."""
 
+import itertools
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
+from aura_dist.errors import ModelError
+from aura_dist.evaluation import decoding, sampling
 from aura_dist.evaluation.decoding import Decoder, Rows
 from aura_dist.evaluation.prompts import TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding, choose, prompt_keys, sample_key
@@ -10,6 +16,19 @@ from tests.models import HYBRID_CONFIGS, ODD_CONFIGS, TINY_CONFIGS, VOCAB, tiny_
 
 HOW = Decoding(2, 12, 1.0, 0.9, 0)
 STOP_ID, LENGTH = 1, 26  # the window of sliding attention, 32 tokens, is passed on the way
+
+
+def late(monkeypatch):
+    """As on a GPU: no value is read where that would wait, and the host is told of a step during the next one."""
+    for module in (sampling, decoding):
+        monkeypatch.setattr(module, "reading_waits", lambda tensor: True)
+    monkeypatch.setattr(decoding, "_on_its_way", _copied)
+
+
+def _copied(state):
+    with torch._C.DisableTorchFunction():
+        values = state.tolist()
+    return lambda: values
 
 
 @torch.no_grad()
@@ -35,6 +54,28 @@ def test_batch_equals_one_prompt_alone(name):
     got = Decoder(model, HOW, [STOP_ID]).run(rows)
     assert got == [one_by_one(model, prompts[p], sample_key(keys[p], s)) for p, s in batch]
     assert len({tuple(ids) for ids in got}) > 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [0, 4, HOW.max_new_tokens - 1])
+@pytest.mark.parametrize("device", ["cpu", "as a gpu"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_give_no_continuation(value, step, device, temperature, monkeypatch):
+    """Greedy decoding would take them for a choice; rows that ended before have been put."""
+    model, put, steps = tiny_causal("llama"), [], itertools.count()
+    if device != "cpu":
+        late(monkeypatch)
+
+    def spoil(module, inputs, logits):
+        if next(steps) == step:
+            logits[1:] = value
+        return logits
+
+    model.lm_head.register_forward_hook(spoil)
+    decoder = Decoder(model, replace(HOW, temperature=temperature), [VOCAB])
+    with pytest.raises(ModelError, match="logits are NaN or infinite"):
+        decoder.run(Rows([[5, 6, 7], [8, 9, 10]], [0, 1], [3, 4]), put=put.append)
+    assert not put
 
 
 def test_the_head_takes_one_matrix():

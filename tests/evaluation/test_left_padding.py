@@ -1,5 +1,6 @@
 """Prompts of different lengths in one batch, and rows that come and go, against each prompt alone."""
 
+from dataclasses import replace
 from weakref import ref
 
 import pytest
@@ -10,7 +11,7 @@ from aura_dist.evaluation.cached import append_in_place, drop_columns, join
 from aura_dist.evaluation.decoding import LEFT_PADDED, Decoder, Rows, takes_padding
 from aura_dist.evaluation.prompts import TokenizedPrompts
 from aura_dist.evaluation.sampling import Decoding, prompt_keys, sample_key
-from tests.evaluation.test_decoding import HOW
+from tests.evaluation.test_decoding import HOW, late
 from tests.models import LLAMA_LIKE, MIXTURE_CONFIGS, TINY_CONFIGS, tiny_causal
 
 LENGTHS = (30, 3, 26, 11, 1)  # the window of sliding attention, 32 tokens, is passed by some rows before others
@@ -73,8 +74,9 @@ def test_logits_of_padded_rows_are_those_of_the_rows_alone(name):
         torch.testing.assert_close(got_TV, expected_TV, rtol=0, atol=2e-5 * float(expected_TV.abs().max()))
 
 
+@pytest.mark.parametrize("device", ["cpu", "as a gpu"])
 @pytest.mark.parametrize("name", ["gemma3", "falcon-alibi"])
-def test_rows_come_and_go(name):
+def test_rows_come_and_go(name, device, monkeypatch):
     """Stop ids that many draws hit empty the batch row by row; prompts, longer and shorter, take the room."""
     model = tiny_causal(name)
     stops = list(range(0, 384, 12))
@@ -85,12 +87,14 @@ def test_rows_come_and_go(name):
         asked.append(room)
         return waiting.pop(0) if waiting and len(waiting[0].keys) <= room else None
 
-    decoder = Decoder(model, HOW, stops)
-    made = decoder.run(parts[0], more=more, put=put.update)
+    expected = [ids for part in parts for ids in alone(model, part, stops)]
+    if device != "cpu":
+        late(monkeypatch)
+    made = Decoder(model, HOW, stops).run(parts[0], more=more, put=put.update)
     assert not waiting
     assert max(asked) <= len(parts[0].keys)
     assert made == [put[number] for number in range(sum(len(part.keys) for part in parts))]
-    assert made == [ids for part in parts for ids in alone(model, part, stops)]
+    assert made == expected
     assert len({len(ids) for ids in made}) > 3
 
 
@@ -102,6 +106,28 @@ def test_finished_rows_leave_the_batch():
     decoder.run(rows_of(prompts_of(LENGTHS), samples=range(4)))
     assert sizes[1] > sizes[-1]
     assert sizes[1:] == sorted(sizes[1:], reverse=True)
+
+
+def test_rows_that_end_as_they_join_leave_the_batch():
+    model, sizes = tiny_causal("llama"), []
+    stop, other = 1, 9
+    # two of four rows end at once, and both of those that take their room
+    chosen = iter([[stop, stop, other, other], [stop, stop]])
+    decoder = Decoder(model, HOW, [stop], agreed=lambda ids: torch.tensor(next(chosen, [other] * len(ids))))
+    model.register_forward_pre_hook(lambda module, inputs, more: sizes.append(len(more["input_ids"])), with_kwargs=True)
+    waiting = [rows_of(prompts_of([6, 6]), samples=(0,))]
+    made = decoder.run(rows_of(prompts_of([5] * 4), samples=(0,)), more=lambda room: waiting.pop() if waiting else None)
+    assert made == [[], [], [other] * 12, [other] * 12, [], []]
+    assert sizes == [4, 2] + [2] * 11
+
+
+def test_what_is_not_padded_has_no_mask():
+    """With one, attention would take a slower kernel."""
+    model, masked = tiny_causal("gemma3"), []
+    model.register_forward_pre_hook(lambda module, _, more: masked.append("attention_mask" in more), with_kwargs=True)
+    for lengths in ([5, 5], [5, 6]):
+        Decoder(model, replace(HOW, max_new_tokens=3), []).run(rows_of(prompts_of(lengths)))
+    assert masked == [False] * 3 + [True] * 3
 
 
 def test_rows_of_a_cache_join_at_their_last_column():

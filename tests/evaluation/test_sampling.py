@@ -9,8 +9,16 @@ import torch
 from scipy.stats import chisquare, kstest
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from aura_dist.errors import ModelError
-from aura_dist.evaluation.sampling import Decoding, choose, gumbel, noisy_candidates, prompt_keys, sample_key
+from aura_dist.evaluation import sampling
+from aura_dist.evaluation.sampling import (
+    Decoding,
+    are_finite,
+    choose,
+    gumbel,
+    noisy_candidates,
+    prompt_keys,
+    sample_key,
+)
 
 WORD = 2**64
 
@@ -103,10 +111,32 @@ def test_temperature_zero_is_greedy():
     )
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers(value, temperature):
+@pytest.mark.parametrize("top_p", [1e-9, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("size", [0.0, 0.1, 1.0, 3.0, 20.0])  # from all alike to one for certain
+def test_a_gpu_chooses_what_a_cpu_does(size, top_p, monkeypatch):
+    logits = size * torch.randn(40, 20_000, generator=torch.Generator().manual_seed(0))
+    logits[20:] *= 0.1
+    logits[::3, ::2] = -math.inf
+    logits[1::3] = logits[1::3].bfloat16().float()  # many are equal
+    logits[2] = torch.tensor([0.0, -0.0]).repeat(10_000)
+    for how in (decoding(top_p=top_p), decoding(top_p=top_p, temperature=0.7)):
+        monkeypatch.setattr(sampling, "reading_waits", lambda tensor: False)
+        here = choose(logits, how, torch.arange(40), 0)
+        monkeypatch.setattr(sampling, "reading_waits", lambda tensor: True)
+        assert torch.equal(choose(logits, how, torch.arange(40), 0), here)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+def test_of_equal_logits_the_smaller_ids_are_in_the_nucleus(top_p, monkeypatch):
+    monkeypatch.setattr(sampling, "reading_waits", lambda tensor: True)
+    _, noisy = noisy_candidates(torch.zeros(2, 1024), decoding(top_p=top_p), torch.arange(2), 0)
+    kept = torch.arange(1024) < math.ceil(top_p * 1024)
+    assert torch.equal(noisy.isfinite(), kept.expand(2, -1))
+
+
+@pytest.mark.parametrize(("value", "finite"), [(math.nan, False), (math.inf, False), (-math.inf, True), (0.0, True)])
+def test_logits_that_are_no_numbers(value, finite):
     logits = torch.zeros(2, 5)
     logits[1, 2] = value
-    with pytest.raises(ModelError, match="NaN or infinite"):
-        choose(logits, decoding(temperature=temperature), torch.zeros(2, dtype=torch.int64), 0)
+    assert bool(are_finite(logits)) == finite
+    assert not are_finite(torch.full((1, 5), -math.inf))

@@ -1,7 +1,4 @@
-"""How often a step of decoding waits for a GPU, whatever rows there are: counted on a CPU, on the GPU's path.
-
-Transformers' own attention masks, which wait too, are not counted.
-"""
+"""A step of decoding does not wait for a GPU: what reads values is counted on a CPU, on the GPU's path."""
 
 import sys
 from collections import Counter
@@ -9,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aura_dist
-from aura_dist.evaluation import sampling
 from aura_dist.evaluation.decoding import Decoder, Rows
 from aura_dist.evaluation.sampling import Decoding
+from tests.evaluation.test_decoding import late
+from tests.interventions.test_gates import gated
 from tests.models import VOCAB, tiny_causal
 
 # operations that read values, or whose result has a size that depends on them
@@ -25,17 +24,17 @@ READING_OPERATIONS = {
 }  # fmt: skip
 # what reads values of a GPU by a copy, which is no operation on a CPU
 READING_CALLS = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist}
-OURS = str(Path(aura_dist.__file__).parent)
-NOT_THE_CALLER = (str(Path(torch.__file__).parent), __file__)
+CALLERS = tuple(str(Path(package.__file__).parent) for package in (aura_dist, transformers))
+NOT_THE_CALLER = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 SHORT, LONG = 4, 14  # tokens; what the longer run does more often, steps do
 
 
 def count(found, what):
-    """Count `what` if the nearest function that is neither torch's nor this file's is one of aura_dist."""
+    """Count `what` if the nearest function that is neither torch's nor a test's is aura_dist's or transformers'."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename.startswith(NOT_THE_CALLER):
         frame = frame.f_back
-    if frame.f_code.co_filename.startswith(OURS):
+    if frame.f_code.co_filename.startswith(CALLERS):
         found[f"{what} in {frame.f_code.co_name}"] += 1
 
 
@@ -67,50 +66,53 @@ class Calls(TorchFunctionMode):
 
 @pytest.fixture(autouse=True)
 def path_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(sampling, "_at_least", lambda values, least: (values >= least).nonzero(as_tuple=True))
-    monkeypatch.setattr(sampling, "_CACHED_VALUES", sampling._DEVICE_VALUES)
-    monkeypatch.setattr(sampling, "_levels", lambda *of: [sampling._first_level(*of)])
+    late(monkeypatch)
 
 
-def waits(model, num_rows, num_tokens, temperature=1.0):
+def waits(model, lengths, num_tokens, how):
     """How often a run reads values, and copies Python's numbers to the device, by place."""
-    prompts = [[5 + p] * (3 + p) for p in range(8)]
-    rows = Rows(prompts, [row % 8 for row in range(num_rows)], list(range(num_rows)))
-    how = Decoding(8, num_tokens, temperature, 0.9, 0)
-    decoder, reads, copies = Decoder(model, how, [VOCAB]), Counter(), Counter()  # the stop id is never chosen
+    prompts = [[5 + p] * length for p, length in enumerate(lengths)]
+    rows = Rows(prompts, [row % 8 for row in range(16)], list(range(16)))
+    decoder = Decoder(model, Decoding(2, num_tokens, **how), [VOCAB])  # the stop id is never chosen
+    reads, copies = Counter(), Counter()
     with Operations(reads), Calls(reads, copies):
         made = decoder.run(rows)
     assert {len(ids) for ids in made} == {num_tokens}
     return reads, copies
 
 
-def waits_of_a_step(model, num_rows, temperature=1.0):
-    both = zip(waits(model, num_rows, SHORT, temperature), waits(model, num_rows, LONG, temperature), strict=True)
-    return [{place: n / (LONG - SHORT) for place, n in (long - short).items()} for short, long in both]
+def waits_of_steps(model, lengths, **how):
+    """What a run of `LONG` steps does more than one of `SHORT`."""
+    how = {"temperature": 1.0, "top_p": 0.9, "seed": 0, **how}
+    both = zip(waits(model, lengths, SHORT, how), waits(model, lengths, LONG, how), strict=True)
+    return [long - short for short, long in both]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_step_reads_four_times_whatever_the_number_of_rows(name):
-    model = tiny_causal(name)
-    reads, copies = waits_of_a_step(model, 64)
-    assert sum(reads.values()) <= 4, reads
-    assert not copies
-    assert waits_of_a_step(model, 16) == waits_of_a_step(model, 64, 3.0) == [reads, copies]
+EVEN, UNEVEN = [5] * 8, range(3, 11)
 
 
-@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.99, 0.999])
-@pytest.mark.parametrize("size", [0.1, 1.0, 3.0, 20.0])  # from flat to peaked: other levels
-def test_levels_of_rows_choose_what_levels_in_turn_choose(size, top_p, monkeypatch):
-    logits = size * torch.randn(40, 20_000, generator=torch.Generator().manual_seed(0))
-    logits[20:] *= 0.1
-    how, keys = Decoding(1, 1, 1.0, top_p, 0), torch.arange(40)
-    here = sampling.choose(logits, how, keys, 0)
-    monkeypatch.undo()
-    assert torch.equal(sampling.choose(logits, how, keys, 0), here)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon-alibi"])
+@pytest.mark.parametrize("lengths", [EVEN, UNEVEN])
+def test_a_step_waits_for_nothing(name, lengths):
+    assert not any(waits_of_steps(tiny_causal(name), lengths))
 
 
-def test_each_way_to_read_is_counted():
-    reads, copies = waits(tiny_causal("llama"), 16, SHORT)
-    assert reads.keys() >= {"nonzero in _probable", "tolist in _probable", "index.Tensor in _made", "tolist in _made"}
-    assert reads["_local_scalar_dense in choose"] == reads["_local_scalar_dense in run"] == SHORT
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_p": 1.0}, {"top_k": 9}, {"temperature": 3.0}])
+def test_however_tokens_are_chosen(how):
+    assert not any(waits_of_steps(tiny_causal("llama"), UNEVEN, **how))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "units"])
+def test_under_an_intervention_with_gates(kind):
+    model = tiny_causal("gemma3")
+    with aura_dist.intervene(model, gated("gemma3", kind), 1.0):
+        assert not any(waits_of_steps(model, UNEVEN))
+
+
+def test_each_way_to_read_is_counted(monkeypatch):
+    reads, copies = waits(tiny_causal("llama"), UNEVEN, SHORT, {"temperature": 1.0, "top_p": 0.9, "seed": 0})
+    assert reads.keys() >= {"_local_scalar_dense in _ignore_causal_mask_sdpa", "tolist in _made"}
     assert copies["tensor in _begin"] > 0
+    monkeypatch.undo()  # a CPU may read
+    reads, _ = waits_of_steps(tiny_causal("llama"), UNEVEN)
+    assert reads.keys() >= {"bincount in _probable", "_local_scalar_dense in _probable", "tolist in look"}

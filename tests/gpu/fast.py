@@ -5,9 +5,10 @@ import os
 import shutil
 import statistics
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -218,9 +219,31 @@ def continuing(place: Place) -> Iterator[Row]:
                 max_new_tokens=new, do_sample=True, top_p=0.9, top_k=0, num_return_sequences=samples, pad_token_id=2,
             )  # fmt: skip
 
+    yield _waits_of_a_step(place, lambda tokens: continue_alike(loaded, prompts, replace(how, max_new_tokens=tokens)))
     ratio = median_ratio(place, lambda: continue_alike(loaded, prompts, how), theirs, 1 if place.tiny else 2)
     name = f"{num_prompts * samples} continuations of {new} tokens, full batches / transformers' generate"
     yield place.fast(name, f"{ratio:.2f}×", "≤ 1×", ratio <= 1)
+
+
+def _waits_of_a_step(place: Place, run: Callable[[int], object]) -> Row:
+    """What torch's own check of waiting says more often of a run of more steps."""
+    import torch
+
+    what, aim = "waits of a step of decoding", "0"
+    if not place.device.startswith("cuda"):
+        return place.needs_gpu(what, aim)
+    said = []
+    for num_tokens in (4, 4, 14):  # the first to warm up
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                run(num_tokens)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        said.append(sum("synchronizing" in str(warning.message) for warning in caught))
+    each = (said[2] - said[1]) / 10
+    return place.holds(what, f"{each:g}", aim, each <= 0)
 
 
 def alike(found: list[str], tokenizer: Any, number: int, num_lengths: int) -> list[str]:
