@@ -1,15 +1,16 @@
-"""From stores to the gates of an intervention: a site at a time in each of a few threads.
+"""From stores to the gates of an intervention: a Dask task a site.
 
-Threads, not Dask workers as in `score`: a site takes seconds, NumPy and scikit-learn compute most of them without
+Dask's threads, not workers as in `score`: a site takes seconds, NumPy and scikit-learn compute most of them without
 holding Python's lock, and a process would read the store's description again.
 """
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -236,7 +237,8 @@ def _token_gates(
         return separate(np.concatenate([store.responses(site.name, MEAN) for store in stores]), is_positive)
 
     bytes_of = [_KINDS[fit.kind].num_bytes(len(is_positive), site.width) for site in sites]
-    found = {site.name: one for site, one in _each(of, sites, bytes_of) if one is not None}
+    each = zip(sites, _each(of, sites, bytes_of), strict=True)
+    found = {site.name: one for site, one in each if one is not None}
     if len(found) < len(sites):
         logger.warning(
             "%d of %d modules have NaN, infinite or only equal responses, so no gate: they are left as they are",
@@ -324,19 +326,29 @@ def _from_tokens(
         raise type(error)(f"{error}; or give --gate-threshold, such as 0, which needs no model and no texts") from error
 
 
-def _each(work: Callable[[Site], Any], sites: Sequence[Site], bytes_of: Sequence[int]) -> Iterator[tuple[Site, Any]]:
+def _each(work: Callable[[Site], Any], sites: Sequence[Site], bytes_of: Sequence[int]) -> list[Any]:
     """What `work` makes of each site, in as many threads as there are cores, and room for."""
+    import dask
     from threadpoolctl import threadpool_limits
 
     room = free_memory() // 2 // max(bytes_of, default=1)
     num_threads = max(1, min(available_cores(), len(sites), room))
     progress = Progress("gates", len(sites), sum(bytes_of), unit="modules", cost_unit="bytes")
-    # one thread for each product, so that the number of workers changes no sum
-    with threadpool_limits(1), ThreadPoolExecutor(num_threads) as pool:
-        for site, num_bytes, made in zip(sites, bytes_of, pool.map(work, sites), strict=True):
+
+    one_at_a_time = threading.Lock()
+
+    def one(site: Site, num_bytes: int) -> Any:
+        made = work(site)
+        with one_at_a_time:
             progress.advance(1, num_bytes)
-            yield site, made
+        return made
+
+    tasks = [dask.delayed(partial(one, *site))() for site in zip(sites, bytes_of, strict=True)]
+    # one thread for each product, so that the number of workers changes no sum
+    with threadpool_limits(1):
+        made = dask.compute(*tasks, scheduler="threads", num_workers=num_threads)
     progress.finish()
+    return list(made)
 
 
 # gates of units
@@ -362,9 +374,8 @@ def _unit_gates(
 
     num_texts = sum(len(store.rows) for store in stores)
     bytes_of = [_KINDS[fit.kind].num_bytes(num_texts, site.width) for site in sites]
-    found = {
-        site.name: gate.moved(fit.threshold or 0.0, fit.settled_sharpness) for site, gate in _each(of, sites, bytes_of)
-    }
+    each = zip(sites, _each(of, sites, bytes_of), strict=True)
+    found = {site.name: gate.moved(fit.threshold or 0.0, fit.settled_sharpness) for site, gate in each}
     about = {
         "kind": fit.kind, "threshold": fit.threshold or 0.0, "sharpness": fit.settled_sharpness, "prior_odds": 1.0,
         "sites": {name: {} for name in found},
