@@ -19,6 +19,7 @@ from aura_dist.ranks.world import World
 from aura_dist.stages import collect
 from aura_dist.store.access import open_group, read_array
 from aura_dist.store.record import response_names
+from tests.distributed.intervened import random_gates
 from tests.layerwise import LAYERS
 from tests.models import save_tiny
 
@@ -135,6 +136,15 @@ def test_a_subset_of_layers_with_an_intervention(make, tiny_dir, tmp_path):
     settings = {"modules": ["model.layers.1.mlp.*"], "intervention": str(tmp_path / "map"), "strength": 0.5}
     expected = make(tiny_dir("llama"), tmp_path / "plain", **settings)
     assert_equal(make(tiny_dir("llama"), tmp_path / "ours", sharding="layers", **settings), expected)
+
+
+def test_an_intervention_with_gates_at_every_site(make, tiny_dir, plain, tmp_path):
+    random_gates(str(tiny_dir("llama"))).save(tmp_path / "map")
+    settings = {"modules": ["all", "norm", "residual"], "intervention": str(tmp_path / "map")}
+    expected = make(tiny_dir("llama"), tmp_path / "plain", **settings)
+    assert_equal(make(tiny_dir("llama"), tmp_path / "ours", sharding="layers", **settings), expected)
+    name = response_names(open_group(str(plain)))[-1]
+    assert (read_array(open_group(str(expected)), name) != read_array(open_group(str(plain)), name)).any()
 
 
 @pytest.mark.parametrize("form", ["bin", "sharded", "float16"])

@@ -12,7 +12,7 @@ from aura_dist.cli import main
 from aura_dist.evaluation.sampling import Decoding
 from aura_dist.interventions.hooks import intervene
 from tests.distributed.continued import agree, assert_same_but_for_ties, gap, parting, read
-from tests.distributed.intervened import random_map
+from tests.distributed.intervened import random_gates, random_map
 from tests.distributed.launch import Launch, launched, run_ranks
 from tests.models import tiny_causal, tiny_tokenizer
 
@@ -32,6 +32,11 @@ def prompts_csv(tmp_path_factory):
     return str(path)
 
 
+def intervention_of(name, tiny_dir):
+    """One with gates, of Llama."""
+    return (random_gates if name == "llama" else random_map)(str(tiny_dir(name)))
+
+
 @pytest.fixture(scope="module")
 def evaluate(tiny_dir, prompts_csv, tmp_path_factory):
     """`evaluate(name, out)`: the arguments of an evaluation under an intervention."""
@@ -40,7 +45,7 @@ def evaluate(tiny_dir, prompts_csv, tmp_path_factory):
     def arguments(name, out, *more):
         if name not in maps:
             maps[name] = tmp_path_factory.mktemp("maps") / name
-            random_map(str(tiny_dir(name))).save(maps[name])
+            intervention_of(name, tiny_dir).save(maps[name])
         model = ["--model", str(tiny_dir(name)), "--intervention", str(maps[name])]
         return ["evaluate", *model, "--toxicity-prompts", prompts_csv, *DECODING, "--out", str(out), *more]
 
@@ -64,7 +69,7 @@ def figures(results):
 def compare(got, alone, name, tiny_dir):
     tokenizer = tiny_tokenizer()
     prompts = [tokenizer(text).input_ids for text in TEXTS]
-    with intervene(tiny_causal(name), random_map(str(tiny_dir(name)))) as model:
+    with intervene(tiny_causal(name), intervention_of(name, tiny_dir)) as model:
         mine, theirs = read(got), read(alone / f"{name}.json")
         assert_same_but_for_ties(mine, theirs, model, prompts, TEXTS, HOW, STOP_ID)
 

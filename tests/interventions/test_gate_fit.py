@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForCausalLM
 
 import aura_dist
 from aura_dist.cli import main
@@ -439,6 +440,20 @@ def test_a_sweep_over_gates_drops_what_a_cells_gate_does_not_read():
     assert "gate_threshold" not in left
     assert "gate_min_accuracy" in left
     assert settle({"fit": {"gate": "none", "gate_threshold": 1}, "collect": {}}, {"top_k"}) == set(), "refused as usual"
+
+
+def test_pid_act_folds_into_biases(place, tiny_dir, tmp_path):
+    assert fit(place, tmp_path / "pid", "--ki", 0.2, "--kd", 0.1, "--modules", "*.up_proj", method="pid-act") == 0
+    model = str(tiny_dir("llama"))
+    words = ["--model", model, "--intervention", str(tmp_path / "pid"), "--strength", "0.7"]
+    assert main(["export", *words, "--out", str(tmp_path / "exported")]) == 0
+    ids = torch.arange(5, 29).reshape(2, 12)
+    hooked, exported, plain = (AutoModelForCausalLM.from_pretrained(m) for m in (model, tmp_path / "exported", model))
+    with torch.no_grad(), aura_dist.intervene(hooked, Intervention.load(tmp_path / "pid"), 0.7):
+        expected = hooked(input_ids=ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(exported(input_ids=ids).logits, expected, rtol=0, atol=1e-5 * float(expected.max()))
+        assert (plain(input_ids=ids).logits - expected).abs().max() > 1e-2
 
 
 def test_pid_act_sums_over_the_layers_before(place, tmp_path):
