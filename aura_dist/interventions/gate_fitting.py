@@ -308,10 +308,14 @@ def _rule(stores: Sequence[Texts]) -> str:
     return f"{PASSING_SHARE:.0%} of tokens {'of the control texts' if len(stores) > 1 else 'without the concept'}"
 
 
+def _whose(stores: Sequence[Texts]) -> str:
+    return "the control texts" if len(stores) > 1 else "the texts"
+
+
 def _from_tokens(
     stores: Sequence[Texts], sites: Sequence[Site], gates: Mapping[str, Gate], earlier: Intervention | None
 ) -> dict[str, float]:
-    """Site → threshold, from a forward over the control texts, or over the negatives where there are none.
+    """Site → threshold, from single tokens of the control texts, or of the negatives where there are none.
 
     Not over both, because negatives such as rude but not toxic comments have single tokens like those of the positives:
     a gate that 1 % of these pass hardly opens.
@@ -323,7 +327,10 @@ def _from_tokens(
         kept = (last.group, last.spec, last.rows[~last.is_positive])
         return token_thresholds(*kept, sites, gates, earlier, PASSING_SHARE)
     except AuraError as error:
-        raise type(error)(f"{error}; or give --gate-threshold, such as 0, which needs no model and no texts") from error
+        raise type(error)(
+            f"{error}; or collect {_whose(stores)} with `--pooling {' '.join(last.spec.poolings)} tokens`, so that the "
+            "store has their tokens, or give --gate-threshold, such as 0, which needs no tokens"
+        ) from error
 
 
 def _each(work: Callable[[Site], Any], sites: Sequence[Site], bytes_of: Sequence[int]) -> list[Any]:

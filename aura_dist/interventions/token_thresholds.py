@@ -1,4 +1,8 @@
-"""The threshold of each gate of tokens, from single tokens of texts that must stay as they are. Runs the model."""
+"""The threshold of each gate of tokens, from single tokens of texts that must stay as they are.
+
+They are the store's, where it keeps those of all sites, so a model of any size needs to run but once, under any
+strategy. Otherwise the model runs here.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,6 +26,7 @@ from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.store.access import read_array
 from aura_dist.store.grid import make_batches
 from aura_dist.store.schema import StoreSpec
+from aura_dist.store.tokens import StoredTokens
 from aura_dist.text.tokens import Batch, TokenizedTexts
 
 logger = logging.getLogger(__name__)
@@ -43,15 +48,15 @@ def token_thresholds(
 
     `rows` are the texts of the store that count. Where they have many times `ENOUGH_TOKENS`, every second or third text
     and so on is read. Tokens that pooling leaves out do not count. Only the largest logits are kept, so memory grows
-    with the texts by `share` of their tokens at most. Errors are those of `as_collected` and `stored_tokens`.
+    with the texts by `share` of their tokens at most. StoreError if a shard of kept tokens is missing or damaged; where
+    none are kept, the errors of `as_collected` and `stored_tokens`. ModelError if a value is NaN or infinite.
     """
+    if {site.name for site in sites} <= set(spec.tokens):
+        return _of_kept_tokens(group, spec, rows, sites, gates, share)
     with as_collected(group, spec, earlier) as (loaded, _), torch.no_grad():
         texts = stored_tokens(group, spec, read_array(group, "samples/row"), loaded.tokenizer).take(rows)
-        step = max(1, int(texts.num_tokens.sum()) // ENOUGH_TOKENS)
-        texts = texts.take(np.arange(0, len(texts.ids), step))  # they are in the order of their lengths
-        num_tokens = sum(int(batch.pool_mask.sum()) for batch in _batches(texts, spec))
-        kept = int(share * num_tokens) + 1
-        listener = _Largest(kept)
+        texts = texts.take(_enough(texts.num_tokens))
+        listener = _Largest(share, sum(int(batch.pool_mask.sum()) for batch in _batches(texts, spec)))
         taps = [tap_of(loaded.model, site) for site in sites]
         device = input_device(loaded.model)
         with attached(loaded.model, [(tap, listener.callback(tap, gates[tap.site])) for tap in taps]):
@@ -62,8 +67,36 @@ def token_thresholds(
                     attention_mask=torch.from_numpy(batch.attention_mask).to(device, torch.int64),
                     use_cache=False,
                 )
-    logger.info("thresholds of %d gates from %d tokens", len(sites), num_tokens)
-    return {site.name: listener.threshold(site.name) for site in sites}
+    return listener.thresholds(sites)
+
+
+def _of_kept_tokens(
+    group: zarr.Group,
+    spec: StoreSpec,
+    rows: NDArray[np.int64],
+    sites: Sequence[Site],
+    gates: Mapping[str, Gate],
+    share: float,
+) -> dict[str, float]:
+    tokens = StoredTokens.of(group)
+    rows = rows[_enough(np.diff(tokens.offset)[rows])]
+    places = [slice(*tokens.offset[row : row + 2].tolist()) for row in rows]
+    counted = [tokens.field("counted")[place] != 0 for place in places]
+    listener = _Largest(share, sum(int(each.sum()) for each in counted))
+    for site in sites:
+        values, parts = tokens.values(site.name), _tensors(gates[site.name])
+        for place, each in zip(places, counted, strict=True):
+            listener.take(site.name, torch.from_numpy(values.read(place)[each]), parts)
+    return listener.thresholds(sites)
+
+
+def _enough(num_tokens_N: NDArray[Any]) -> NDArray[np.int64]:
+    """Which of the texts are read; they are in the order of their lengths."""
+    return np.arange(0, len(num_tokens_N), max(1, int(num_tokens_N.sum()) // ENOUGH_TOKENS))
+
+
+def _tensors(gate: Gate) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(values) for name, values in gate.parts.items()}
 
 
 def _batches(texts: TokenizedTexts, spec: StoreSpec) -> list[Batch]:
@@ -72,30 +105,37 @@ def _batches(texts: TokenizedTexts, spec: StoreSpec) -> list[Batch]:
 
 
 class _Largest:
-    """The largest logits of every site's gate so far, `kept` of them at most."""
+    """The largest logits of every site's gate so far: `share` of `num_tokens`, and one more."""
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, share: float, num_tokens: int) -> None:
         self.batch: Batch | None = None
-        self._kept = kept
+        self._num_tokens, self._kept = num_tokens, int(share * num_tokens) + 1
         self._largest: dict[str, Tensor] = {}
 
+    def take(self, site: str, values_TD: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Values of tokens that count."""
+        logits_T = token_logits(parts, values_TD.float(), lambda vector: vector, lambda sums: sums)[..., 0].cpu()
+        every = torch.cat([self._largest.get(site, logits_T[:0]), logits_T])
+        self._largest[site] = every.topk(min(self._kept, len(every))).values
+
     def callback(self, tap: Tap, gate: Gate) -> Callback:
-        parts = {name: torch.from_numpy(values) for name, values in gate.parts.items()}
+        parts = _tensors(gate)
 
         def listen(raw: Any, alone: bool) -> None:
             assert self.batch is not None
             acts_BTD = tap.read(raw, tap.width, self.batch.input_ids.shape)
             assert isinstance(acts_BTD, Tensor), tap.site
             here = {name: values.to(acts_BTD.device) for name, values in parts.items()}
-            logits_BT = token_logits(here, acts_BTD.float(), lambda vector: vector, lambda sums: sums)[..., 0]
-            counted = logits_BT[torch.from_numpy(self.batch.pool_mask).to(logits_BT.device)].cpu()
-            every = torch.cat([self._largest.get(tap.site, counted[:0]), counted])
-            self._largest[tap.site] = every.topk(min(self._kept, len(every))).values
+            self.take(tap.site, acts_BTD[torch.from_numpy(self.batch.pool_mask).to(acts_BTD.device)], here)
 
         return listen
 
-    def threshold(self, site: str) -> float:
-        """The least of them; ModelError if it is NaN or infinite, or the site was never called."""
+    def thresholds(self, sites: Sequence[Site]) -> dict[str, float]:
+        """Site → the least of them; ModelError if one is NaN or infinite, or the site was never called."""
+        logger.info("thresholds of %d gates from %d tokens", len(sites), self._num_tokens)
+        return {site.name: self._threshold(site.name) for site in sites}
+
+    def _threshold(self, site: str) -> float:
         largest = self._largest.get(site, torch.empty(0))
         if not len(largest) or not bool(largest.isfinite().all()):
             raise ModelError(

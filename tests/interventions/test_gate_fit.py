@@ -187,6 +187,48 @@ def test_one_token_in_a_hundred_passes(controlled, place, by_tokens, tiny_dir, s
     assert allowed - 1 <= (logits > 1e-5).sum() <= allowed, "the largest that may not pass is at the threshold"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kept_tokens_give_the_threshold_and_no_model_runs(dtype, tiny_dir, sentences_csv, tmp_path, monkeypatch):
+    """Of many tokens of each store, some texts are read; special tokens and first ones do not count."""
+    from aura_dist.interventions import token_thresholds
+
+    monkeypatch.setattr(token_thresholds, "ENOUGH_TOKENS", 500)
+    words = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
+    words += ["--dtype", dtype, "--modules", *MODULES, "--num-positive", "40", "--num-negative", "60"]
+    words += ["--skip-first-tokens", "1", "--tokens-per-batch", "512", "--pooling", "max", "mean"]
+    made = {}
+    for name in ("means", "tokens"):
+        assert main([*words, *(["tokens"] if name == "tokens" else []), "--store", str(tmp_path / name)]) == 0
+        assert main(["score", "--store", str(tmp_path / name)]) == 0
+        if name == "tokens":
+            monkeypatch.setattr(token_thresholds, "as_collected", None)
+        assert fit(tmp_path, tmp_path / f"{name}-out", "--gate", "tokens", store=name) == 0
+        made[name] = Intervention.load(tmp_path / f"{name}-out").meta["gate"]
+    plain, kept = (gate.pop("sites") for gate in (made["means"], made["tokens"]))
+    assert made["tokens"] == made["means"]
+    assert kept.keys() == plain.keys()
+    thresholds = [about["threshold"] for about in kept.values()]
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    assert thresholds == pytest.approx([about["threshold"] for about in plain.values()], abs=tolerance)
+    assert len(set(thresholds)) == len(thresholds)
+
+
+def test_damaged_tokens_are_no_threshold(tiny_dir, sentences_csv, tmp_path, capsys):
+    words = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
+    words += ["--modules", SITE, "--num-positive", "20", "--num-negative", "20", "--pooling", "max", "mean", "tokens"]
+    assert main([*words, "--store", str(tmp_path / "store")]) == 0
+    assert main(["score", "--store", str(tmp_path / "store")]) == 0
+    shards = [path for path in (tmp_path / "store" / "activations" / SITE / "tokens").rglob("c/*/*") if path.is_file()]
+    for shard in shards:
+        shard.unlink()
+    capsys.readouterr()
+    assert fit(tmp_path, tmp_path / "out", "--gate", "tokens", store="store") == 2
+    shown = capsys.readouterr().err
+    assert shards
+    assert "missing" in shown
+    assert "or give --gate-threshold" in shown
+
+
 def test_control_texts_are_further_negatives(place, by_tokens):
     made = Intervention.load(by_tokens)
     ours, is_positive = responses(place, SITE, "mean")
