@@ -26,7 +26,10 @@ cd "$4/${models[1]}"
 mapfile -t started <started.txt
 how=(--model "${started[0]}" ${started[1]:+--dtype "${started[1]}"} --chat --toxicity-prompts parts/report.jsonl)
 how+=(--num-samples 2 --scorer "${judges[0]}" ${judges[1]:+--more-scorers "${judges[@]:1}"})
-laid=("plain" "$(grep -m 1 gated chosen.tsv)" "$(grep -m 1 -v gated chosen.tsv)")
+laid=(plain)
+for best in "$(grep -m 1 gated chosen.tsv)" "$(grep -m 1 -v gated chosen.tsv)"; do
+    laid+=(${best:+"$best"})
+done
 mkdir -p preprompts
 found=()
 for ask in none friendly hateful; do

@@ -24,14 +24,20 @@ def only_attention(cache: object) -> bool:
 
 
 def append_in_place(cache: Cache, room: int) -> None:
-    """Let steps write their columns beside the others; all move every `room` steps, and after rows change.
-
-    transformers reads a mask to find out whether it can go without one, which would wait for a GPU: of layers that say
-    they can be compiled it does not.
-    """
+    """Let steps write their columns beside the others; all move every `room` steps, and after rows change."""
     for layer in _layers(cache):
-        layer.is_compileable = True
         layer.update = partial(_update, ref(layer), room)  # weak, because the layer holds it
+
+
+def mask_unread(cache: Cache, is_padded: bool) -> None:
+    """Let transformers make the mask of a step from one of padding without reading it, which would wait for a GPU.
+
+    It reads a mask to find out whether a kernel can go without; it does not where all layers say that they can be
+    compiled. A step without a mask of padding then needs none, and nothing is read.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer):
+            layer.is_compileable = is_padded
 
 
 def _update(

@@ -6,8 +6,8 @@ classes must have equal numbers of tokens, so that nothing is padded and the mod
 computes for that prompt alone.
 
 **A step does not wait for a GPU.** What the host has to know, which rows go on and whether logits are finite, is copied
-beside the work and looked at while the next step is under way. A row that met a stop id makes one token more, which is
-cut off.
+beside the work and read while the next step runs. So a row that met a stop id makes another token or two, which are cut
+off. Rows leave only after their last logits were checked.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from aura_dist.errors import ModelError
-from aura_dist.evaluation.cached import append_in_place, drop_columns, join, only_attention
+from aura_dist.evaluation.cached import append_in_place, drop_columns, join, mask_unread, only_attention
 from aura_dist.evaluation.products import exact_products
 from aura_dist.evaluation.sampling import Decoding, are_finite, choose, reading_waits
 from aura_dist.models.load import input_device
@@ -65,7 +65,7 @@ class _Flight:
     number_B: npt.NDArray[np.int64]  # in the order in which rows were given
     first_B: npt.NDArray[np.int64]  # as `start_B`
     count_B: npt.NDArray[np.int64]  # as `made_B`
-    known_B: npt.NDArray[np.bool_]  # as `alive_B` was at the last step that was looked at
+    known_B: npt.NDArray[np.bool_]  # `alive_B` after the last step whose copy was read
     # on the device
     keys_B: Tensor
     start_B: Tensor  # column of the first token
@@ -74,17 +74,17 @@ class _Flight:
     seen_BC: Tensor
     finite: Tensor  # [] whether all logits so far were
     cache: Cache | None
-    told: list[Callable[[], list[bool]]] = field(default_factory=list)  # `alive_B` and `finite` of steps not looked at
+    pending: list[Callable[[], list[bool]]] = field(default_factory=list)  # copies of `alive_B` and `finite`, by step
 
-    def tell(self) -> None:
-        """Let the host know, as soon as the device has got here."""
-        self.told.append(_on_its_way(torch.cat([self.alive_B, self.finite[None]])))
+    def send(self) -> None:
+        """Start to copy to the host which rows go on."""
+        self.pending.append(_copied(torch.cat([self.alive_B, self.finite[None]])))
 
-    def look(self, *, even_if_it_waits: bool = False) -> None:
-        """See what the host was told, of a last step only where that is free; ModelError if logits are no numbers."""
-        num_late = int(reading_waits(self.alive_B) and not even_if_it_waits)
-        while len(self.told) > num_late:
-            *alive, finite = self.told.pop(0)()
+    def read(self, *, may_wait: bool = False) -> None:
+        """Update `known_B`; unless it may wait, not by the last step. ModelError if logits are NaN or infinite."""
+        num_left = int(reading_waits(self.alive_B) and not may_wait)
+        while len(self.pending) > num_left:
+            *alive, finite = self.pending.pop(0)()
             if not finite:
                 raise ModelError(
                     "the model's logits are NaN or infinite; check its weights, another --dtype, or a smaller "
@@ -94,7 +94,7 @@ class _Flight:
 
     def keep(self, index_K: npt.NDArray[np.int64]) -> None:
         """Keep some of the rows, and no column that all of them pad; the cache must be one of attention alone."""
-        self.told.clear()  # of other rows
+        self.pending.clear()  # of other rows
         on_device = torch.from_numpy(index_K).to(self.keys_B.device)
         for name in _OF_ROWS:
             held = getattr(self, name)
@@ -110,14 +110,14 @@ class _Flight:
         assert self.cache is not None
         assert other.cache is not None
         join(self.cache, other.cache)
-        other.look()
+        other.read()
         by = self.seen_BC.shape[1] - other.seen_BC.shape[1]
         (other if by > 0 else self)._widen(abs(by))
         for name in _OF_ROWS:
             both: list[Any] = [getattr(self, name), getattr(other, name)]
             setattr(self, name, torch.cat(both) if isinstance(both[0], Tensor) else np.concatenate(both))
         self.finite = self.finite & other.finite
-        self.told.clear()
+        self.pending.clear()
 
     def _widen(self, by: int) -> None:
         self.start_B = self.start_B + by
@@ -128,13 +128,13 @@ class _Flight:
 _OF_ROWS = ("number_B", "first_B", "count_B", "known_B", "keys_B", "start_B", "made_B", "alive_B", "seen_BC")
 
 
-def _on_its_way(state: Tensor) -> Callable[[], list[bool]]:
+def _copied(state: Tensor) -> Callable[[], list[bool]]:
     """Start to copy `state` to the host; what is returned waits for that copy alone."""
     if state.device.type == "cpu":
         return state.tolist
     host = torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state, non_blocking=True)
     done = torch.Event(state.device)
-    done.record()
+    done.record(torch.accelerator.current_stream(state.device))
 
     def read() -> list[bool]:
         done.synchronize()
@@ -195,11 +195,12 @@ class Decoder:
         made: dict[int, list[int]] = {}
 
         def land(flight: _Flight, gone_B: npt.NDArray[np.bool_]) -> None:
+            flight.read(may_wait=True)  # so that no row lands whose logits were not checked
             ids = self._made(flight, gone_B.nonzero()[0])
             made.update(ids)
             put(ids)
 
-        with exact_products(self.model), _head_in_one_product(self.model):
+        with exact_products(self.model), _head_in_one_product(self.model), _no_look_for_padding(self.model):
             flight = self._begin(rows, 0)
             num_given, num_left, most = len(rows.keys), self.how.max_new_tokens - 1, max(most, len(rows.keys))
             while True:
@@ -223,13 +224,12 @@ class Decoder:
                     break
                 self._step(flight)
                 num_left -= 1
-            flight.look(even_if_it_waits=True)
-            land(flight, np.ones_like(alive_B))
+            land(flight, np.ones_like(flight.known_B))
         return [made[number] for number in range(num_given)]
 
     def _alive(self, flight: _Flight) -> npt.NDArray[np.bool_]:
         """[B] rows that go on; where reading waits, stop ids of the last step are not seen yet."""
-        flight.look()
+        flight.read()
         alive_B: npt.NDArray[np.bool_] = flight.known_B & (flight.count_B < self.how.max_new_tokens)
         return alive_B
 
@@ -256,7 +256,7 @@ class Decoder:
         num_rows = len(rows.prompt_of)
         flight = _Flight(
             np.arange(first, first + num_rows),
-            np.array(starts)[rows.prompt_of],
+            np.array(starts)[list(rows.prompt_of)],
             np.zeros(num_rows, dtype=np.int64),
             np.ones(num_rows, dtype=np.bool_),
             torch.tensor(rows.keys, dtype=torch.int64, device=device),
@@ -280,7 +280,7 @@ class Decoder:
             self._stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=ids_B.device)
         flight.alive_B = flight.alive_B & (ids_B[:, None] != self._stop).all(-1)
         flight.finite = flight.finite & are_finite(logits_BV)
-        flight.tell()
+        flight.send()
 
     def _prefill(self, prompts_PT: Tensor, start_P: Tensor | None, of_B: Tensor) -> tuple[Tensor, Cache | None]:
         """[B, V] logits after the prompts, and the cache of B rows, None if its kind is unknown."""
@@ -314,6 +314,8 @@ class Decoder:
             positions_BC = (positions_BC - start_B[:, None]).clamp(min=0)
         if "position_ids" in taken:
             more["position_ids"] = positions_BC[:, num_columns - ids_BT.shape[1] :]
+        if cache is not None:
+            mask_unread(cache, start_B is not None)
         output = self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, **more)
         cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1], cache if isinstance(cache, Cache) else None
@@ -335,3 +337,14 @@ def _head_in_one_product(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _no_look_for_padding(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, models without a mask do not look for padding, to warn of it: GPT-2 would read its ids."""
+    base: Any = model.base_model
+    base.warn_if_padding_and_no_attention_mask = lambda input_ids, attention_mask: None
+    try:
+        yield
+    finally:
+        del base.warn_if_padding_and_no_attention_mask

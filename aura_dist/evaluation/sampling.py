@@ -50,7 +50,7 @@ def choose(logits_BV: Tensor, how: Decoding, keys_B: Tensor, step: int | Tensor)
     """[B] int64: the next token of each row, from logits [B, V] of any float dtype.
 
     `keys_B` are the int64 keys of the continuations (`sample_key`), `step` is the index of the token that is drawn, one
-    number or [B]. Of logits that are NaN or infinite some id comes: `are_finite` tells.
+    number or [B]. Logits that are NaN or infinite give any id: see `are_finite`.
     """
     if how.temperature == 0:
         return logits_BV.argmax(-1)
@@ -140,7 +140,7 @@ def _nucleus_of_all(scaled_BV: Tensor, top_p: float) -> Tensor:
 
     Nothing is sorted and nothing is read: a fixed number of passes, whatever the values are.
     """
-    bits_BV = (scaled_BV + 0.0).view(torch.int32)  # of zeros one has a sign, and a sum with 0 takes it away
+    bits_BV = (scaled_BV + 0.0).view(torch.int32)  # -0.0 becomes 0.0, as the two are equal
     order_BV = bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)  # ascending as the logits are
     weights_BV = (scaled_BV - scaled_BV.amax(-1, keepdim=True)).exp_()
 

@@ -245,7 +245,9 @@ class Team:
         if self.world.layout.tensor == 1:
             return ids
         agreed = ids.clone()
-        dist.broadcast(agreed, self.world.rank - self.world.column_rank, group=self._columns)  # no GPU is waited for
+        dist.broadcast(
+            agreed, self.world.rank - self.world.column_rank, group=self._columns
+        )  # NCCL does not wait for the GPU
         return agreed
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:

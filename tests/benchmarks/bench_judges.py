@@ -1,4 +1,4 @@
-"""How well the packaged judges of toxicity tell comments, how they differ, and how fast they are.
+"""How well the packaged judges of toxicity tell toxic comments from others, how they differ, and how fast they are.
 
 python -m tests.benchmarks.bench_judges COMMENTS.csv [--comments 3000] [--seed 0]
 
@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from datetime import date
+from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,8 @@ def main() -> None:
     rows = np.random.default_rng(args.seed).permutation(len(columns["text"]))[: args.number]
     texts = [str(columns["text"][row]) for row in rows]
     labels_N = np.array([float(columns["toxic"][row]) >= 0.5 for row in rows])
-    print(f"{os.cpu_count()} cores, {date.today()}; Python {platform.python_version()}")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("alt-profanity-check", "scikit-learn", "tox-block"))
+    print(f"{os.cpu_count()} cores, {date.today()}; Python {platform.python_version()}, {versions}")
     print(f"{len(texts):,} comments, {labels_N.sum():,} toxic\n")
     print(
         "| judge | AUROC (95 %) | of the toxic, % | of the others, % | comments a second |\n|---|---:|---:|---:|---:|"

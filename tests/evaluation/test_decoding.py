@@ -19,13 +19,14 @@ STOP_ID, LENGTH = 1, 26  # the window of sliding attention, 32 tokens, is passed
 
 
 def late(monkeypatch):
-    """As on a GPU: no value is read where that would wait, and the host is told of a step during the next one."""
+    """As on a GPU: no value is read where that would wait, and which rows go on is read during the next step."""
     for module in (sampling, decoding):
         monkeypatch.setattr(module, "reading_waits", lambda tensor: True)
-    monkeypatch.setattr(decoding, "_on_its_way", _copied)
+    monkeypatch.setattr(decoding, "_copied", _uncounted)
 
 
-def _copied(state):
+def _uncounted(state):
+    """Its values; tests/evaluation/test_waits.py does not take this for a wait."""
     with torch._C.DisableTorchFunction():
         values = state.tolist()
     return lambda: values
@@ -56,15 +57,9 @@ def test_batch_equals_one_prompt_alone(name):
     assert len({tuple(ids) for ids in got}) > 1
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("step", [0, 4, HOW.max_new_tokens - 1])
-@pytest.mark.parametrize("device", ["cpu", "as a gpu"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_give_no_continuation(value, step, device, temperature, monkeypatch):
-    """Greedy decoding would take them for a choice; rows that ended before have been put."""
-    model, put, steps = tiny_causal("llama"), [], itertools.count()
-    if device != "cpu":
-        late(monkeypatch)
+def spoilt(model, value, step):
+    """`model`, whose logits of all rows but the first are `value` at one step."""
+    steps = itertools.count()
 
     def spoil(module, inputs, logits):
         if next(steps) == step:
@@ -72,10 +67,50 @@ def test_logits_that_are_no_numbers_give_no_continuation(value, step, device, te
         return logits
 
     model.lm_head.register_forward_hook(spoil)
-    decoder = Decoder(model, replace(HOW, temperature=temperature), [VOCAB])
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [0, 4, HOW.max_new_tokens - 1])
+@pytest.mark.parametrize("device", ["cpu", "as a gpu"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_give_no_continuation(value, step, device, temperature, monkeypatch):
+    """Greedy decoding would take them for a choice."""
+    if device != "cpu":
+        late(monkeypatch)
+    put = []
+    decoder = Decoder(spoilt(tiny_causal("llama"), value, step), replace(HOW, temperature=temperature), [VOCAB])
     with pytest.raises(ModelError, match="logits are NaN or infinite"):
         decoder.run(Rows([[5, 6, 7], [8, 9, 10]], [0, 1], [3, 4]), put=put.append)
     assert not put
+
+
+@pytest.mark.parametrize("others_come_after", [1, 3, HOW.max_new_tokens])  # turns, the last when the first rows end
+@pytest.mark.parametrize("device", ["cpu", "as a gpu"])
+def test_rows_that_leave_were_checked(others_come_after, device, monkeypatch):
+    """They end by their number of tokens, which is known before their last logits are."""
+    if device != "cpu":
+        late(monkeypatch)
+    put, turns = [], itertools.count(1)
+    last = HOW.max_new_tokens - 1 + (others_come_after < HOW.max_new_tokens)  # forward that ends them
+    decoder = Decoder(spoilt(tiny_causal("llama"), math.nan, last), HOW, [VOCAB])
+
+    def more(room):
+        return Rows([[5, 6, 7]] * 2, [0, 1], [7, 8]) if next(turns) == others_come_after else None
+
+    with pytest.raises(ModelError, match="logits are NaN or infinite"):
+        decoder.run(Rows([[5, 6, 7]] * 2, [0, 1], [3, 4]), most=4, more=more, put=put.append)
+    assert not put
+
+
+@pytest.mark.parametrize("device", ["cpu", "as a gpu"])
+def test_rows_whose_result_is_dropped_may_leave(device, monkeypatch):
+    if device != "cpu":
+        late(monkeypatch)
+    chosen = iter([[STOP_ID, 9, 9], [9] * 3])
+    decoder = Decoder(tiny_causal("llama"), HOW, [STOP_ID], agreed=lambda ids: torch.tensor(next(chosen)))
+    rows = Rows([[5, 6, 7]] * 3, [0, 1, 2], [3, 4, 5])
+    assert decoder.run(rows, counts=False)[0] == []
 
 
 def test_the_head_takes_one_matrix():

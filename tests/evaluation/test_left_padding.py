@@ -121,13 +121,29 @@ def test_rows_that_end_as_they_join_leave_the_batch():
     assert sizes == [4, 2] + [2] * 11
 
 
-def test_what_is_not_padded_has_no_mask():
-    """With one, attention would take a slower kernel."""
-    model, masked = tiny_causal("gemma3"), []
-    model.register_forward_pre_hook(lambda module, _, more: masked.append("attention_mask" in more), with_kwargs=True)
-    for lengths in ([5, 5], [5, 6]):
-        Decoder(model, replace(HOW, max_new_tokens=3), []).run(rows_of(prompts_of(lengths)))
-    assert masked == [False] * 3 + [True] * 3
+@pytest.mark.parametrize(("lengths", "masked"), [([5, 5], False), ([5, 6], True)])
+def test_what_is_not_padded_has_no_mask(lengths, masked, monkeypatch):
+    """With one, attention takes a slower kernel on a GPU."""
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(*args, attn_mask=None, **more):
+        seen.append(attn_mask is not None)
+        return attend(*args, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    Decoder(tiny_causal("llama"), replace(HOW, max_new_tokens=4), []).run(rows_of(prompts_of(lengths)))
+    assert set(seen) == {masked}
+
+
+def test_a_row_without_padding_left_has_no_mask_either(monkeypatch):
+    """A shorter prompt left, so no column is padded any more."""
+    seen, stop, other = [], 1, 9
+    chosen = iter([[stop, other]])
+    decoder = Decoder(tiny_causal("llama"), HOW, [stop], agreed=lambda ids: torch.tensor(next(chosen, [other])))
+    forward = decoder._forward
+    decoder._forward = lambda ids, start, *more: seen.append(start is not None) or forward(ids, start, *more)
+    assert decoder.run(rows_of(prompts_of([4, 6]), samples=(0,))) == [[], [other] * 12]
+    assert seen == [True] + [False] * 11
 
 
 def test_rows_of_a_cache_join_at_their_last_column():
