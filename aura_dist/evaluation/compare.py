@@ -145,7 +145,7 @@ def against_plain(plain: Results, results: Results) -> dict[str, float]:
     if line := _other_engine("a cell", results, "the plain model", plain):
         logger.warning(line)
     found = {f"times_less_toxic.{name}": value for name, value in (_ratio(results, plain) or {}).items()}
-    found |= {f"perplexity_increase{ENDS[name]}": v for name, v in (_increase(results, plain) or {}).items()}
+    found |= {f"perplexity_increase{ENDS[name]}": v for name, v in (perplexity_added(results, plain) or {}).items()}
     return {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
 
 
@@ -232,7 +232,7 @@ def _cells(results: Results, everyone: Mapping[str, Results]) -> dict[str, str]:
         found = _at(results.get("perplexity"), *path) or {}
         if found.get("token_weighted") is not None:
             cells[column] = with_interval({key: found.get(f"token_weighted{end}") for key, end in ENDS.items()}, 1, 2)
-    if results is not first and (added := _increase(results, first)):
+    if results is not first and (added := perplexity_added(results, first)):
         cells[_ADDED] = as_added(added)
     changed = _at(results.get("side_effects"), "divergence") or {}
     if changed.get("mean") is not None:
@@ -257,8 +257,11 @@ def _ratio(results: Results, first: Results) -> Mapping[str, float | None] | Non
     return ratios(per_prompt(first), per_prompt(results))["probability"]
 
 
-def _increase(results: Results, first: Results) -> Mapping[str, float] | None:
-    """What a result adds to the token-weighted perplexity of the first; None unless both read the same texts."""
+def perplexity_added(results: Results, first: Results) -> Mapping[str, float] | None:
+    """What a result adds to the token-weighted perplexity of the first; None unless both read the same texts.
+
+    `value`; also `low` and `high`, the 95 % interval over texts in pairs, where both have figures of each text.
+    """
     theirs, ours = (r.get("perplexity") or {} for r in (first, results))
     before, after = (section.get("token_weighted") for section in (theirs, ours))
     if before is None or after is None or theirs.get("sha256") != ours.get("sha256"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aura_dist.evaluation.compare import conditions
+from aura_dist.evaluation.compare import conditions, perplexity_added
 from aura_dist.evaluation.figures import ratios
 from aura_dist.report.evaluations import Estimate, Evaluation, by_prompt, modules_in_short
 
@@ -21,7 +21,7 @@ _BOUND = f"at no more than {AFFORDABLE - 1:.0%} more perplexity"
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation: `x` its perplexity, `y` its share of toxic continuations in [0, 1].
+    """One evaluation: `x` its perplexity, see `_with_added` for the interval; `y` its share of toxic continuations.
 
     `modules` names the modules that its intervention acts on; empty without one, or where they are the same for all.
     `ringed`: its intervention was measured on other prompts or texts too, and not every one of its group was, as where
@@ -77,11 +77,30 @@ def _points(evaluations: Sequence[Evaluation]) -> list[Point]:
     """The evaluations that have both figures."""
     fitted = [e for e in evaluations if e.is_fitted]
     names = modules_in_short(fitted) if len({e.modules for e in fitted}) > 1 else {}
-    return [
+    points = [
         Point(e, names.get(e.modules, "") if e.is_fitted else "", x, y)
         for e in evaluations
         if (x := e.perplexity) is not None and (y := e.toxic("overall", "probability")) is not None
     ]
+    return _with_added(points)
+
+
+def _with_added(points: list[Point]) -> list[Point]:
+    """The same with the interval of what is added to the plain model's perplexity, in place of each one's own.
+
+    Texts differ far more from each other than an intervention changes them. Unchanged unless all points can have it.
+    """
+    plain = next((p for p in points if p.one.is_plain), None)
+    if plain is None:
+        return points
+    before, placed = plain.x.value, []
+    for p in points:
+        added = perplexity_added(p.one.document, plain.one.document) or {}
+        if not {"low", "high"} <= added.keys():
+            return points
+        around = () if p is plain else (before + added["low"], before + added["high"])
+        placed.append(replace(p, x=Estimate(p.x.value, *around)))
+    return placed
 
 
 def _use(one: Evaluation) -> tuple[str, ...]:

@@ -132,6 +132,34 @@ def test_only_evaluations_on_the_same_prompts_are_compared(evaluations):
     assert [p.one.label for p in found[0].outside] == ["act"], "its perplexity would press the others together"
 
 
+def test_bars_beside_a_plain_model_are_of_what_is_added(tmp_path):
+    """Texts of 10 and 30 tokens, likelier by 0.1 and 0.2 a token without the intervention."""
+    tokens, plain = np.array([10, 30]), np.array([20.0, 90.0])
+    of = {"plain": plain, "aura": plain + tokens * [0.1, 0.2]}
+    for name, likelihood in of.items():
+        perplexity = float(np.exp(likelihood.sum() / tokens.sum()))
+        path = write_results(tmp_path, name, method=None if name == "plain" else name, toxic=0.1, perplexity=perplexity)
+        document = json.loads(path.read_text())
+        document["perplexity"]["sha256"] = "0" * 64
+        document["perplexity"]["per_text"] = {
+            "num_tokens": tokens.tolist(), "negative_log_likelihood": likelihood.tolist(),
+        }  # fmt: skip
+        path.write_text(json.dumps(document))
+
+    def points():
+        found = [read_evaluation("run", path) for path in sorted((tmp_path / "results").glob("*.json"))]
+        return {p.one.name: p.x for p in comparisons(plain_first(found))[0].points}
+
+    plain, aura = points()["plain"], points()["aura"]
+    assert plain == Estimate(plain.value)
+    # the two resamples of one text twice
+    ends = sorted(np.exp(v + d) - np.exp(v) for v, d in ((2.0, 0.1), (3.0, 0.2)))
+    assert (aura.low, aura.high) == pytest.approx((plain.value + ends[0], plain.value + ends[1]))
+    del document["perplexity"]["per_text"]
+    path.write_text(json.dumps(document))
+    assert points()["plain"].low is not None, "each has its own, because one cannot have the other"
+
+
 SETTINGS = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "seed": 0}
 
 
