@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The results in README.md: the front of both models, one table of the two, and the second one's answers to pre-prompts.
-# front.sh says what its steps, files and settings from the environment are, but for MODEL, which counts for nothing here.
+# front.sh says what its steps, files and settings from the environment are; MODEL is ignored here.
 #
 #   bash configs/fronts.sh COMMENTS.csv NEUTRAL.csv TEXTS.csv RUN_DIR [PROMPTS.jsonl]
 #
@@ -27,7 +27,8 @@ mapfile -t started <started.txt
 how=(--model "${started[0]}" ${started[1]:+--dtype "${started[1]}"} --chat --toxicity-prompts parts/report.jsonl)
 how+=(--num-samples 2 --scorer "${judges[0]}" ${judges[1]:+--more-scorers "${judges[@]:1}"})
 laid=(plain)
-for best in "$(grep -m 1 gated chosen.tsv)" "$(grep -m 1 -v gated chosen.tsv)"; do
+is_gated='^[^\t]*-gated\t' # the name; a path may say so too
+for best in "$(grep -m 1 -P "$is_gated" chosen.tsv)" "$(grep -m 1 -vP "$is_gated" chosen.tsv)"; do
     laid+=(${best:+"$best"})
 done
 mkdir -p preprompts

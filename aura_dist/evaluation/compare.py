@@ -266,11 +266,12 @@ def perplexity_added(results: Results, first: Results) -> Mapping[str, float] | 
     before, after = (section.get("token_weighted") for section in (theirs, ours))
     if before is None or after is None or theirs.get("sha256") != ours.get("sha256"):
         return None
-    own, plain = (section.get("per_text") for section in (ours, theirs))  # absent before 2026-11-30
-    if own is None or plain is None or own["num_tokens"] != plain["num_tokens"]:
+    own, plain = (section.get("per_text") or {} for section in (ours, theirs))  # absent before 2026-11-30
+    num_tokens, *each = own.get("num_tokens"), *(one.get("negative_log_likelihood") for one in (plain, own))
+    if not num_tokens or num_tokens != plain.get("num_tokens") or any(len(e or ()) != len(num_tokens) for e in each):
         return {"value": after - before}
-    before_N, after_N = (np.array(one["negative_log_likelihood"], dtype=np.float64) for one in (plain, own))
-    return increase(before_N, after_N, np.array(own["num_tokens"], dtype=np.int64))
+    before_N, after_N = (np.array(one, dtype=np.float64) for one in each)
+    return increase(before_N, after_N, np.array(num_tokens, dtype=np.int64))
 
 
 def _at(tree: Any, *path: str) -> Any:

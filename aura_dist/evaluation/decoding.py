@@ -347,4 +347,4 @@ def _no_look_for_padding(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        del base.warn_if_padding_and_no_attention_mask
+        vars(base).pop("warn_if_padding_and_no_attention_mask", None)

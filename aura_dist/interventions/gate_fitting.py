@@ -327,9 +327,11 @@ def _from_tokens(
         kept = (last.group, last.spec, last.rows[~last.is_positive])
         return token_thresholds(*kept, sites, gates, earlier, PASSING_SHARE)
     except AuraError as error:
+        poolings = " ".join(last.spec.poolings)
+        collect = f"collect {_whose(stores)} with `--pooling {poolings} tokens`, which needs no model here, or "
+        keeps = {site.name for site in sites} <= set(last.spec.tokens)
         raise type(error)(
-            f"{error}; or collect {_whose(stores)} with `--pooling {' '.join(last.spec.poolings)} tokens`, so that the "
-            "store has their tokens, or give --gate-threshold, such as 0, which needs no tokens"
+            f"{error}; or {'' if keeps else collect}give --gate-threshold, such as 0, which needs no tokens"
         ) from error
 
 

@@ -49,7 +49,8 @@ def token_thresholds(
     `rows` are the texts of the store that count. Where they have many times `ENOUGH_TOKENS`, every second or third text
     and so on is read. Tokens that pooling leaves out do not count. Only the largest logits are kept, so memory grows
     with the texts by `share` of their tokens at most. StoreError if a shard of kept tokens is missing or damaged; where
-    none are kept, the errors of `as_collected` and `stored_tokens`. ModelError if a value is NaN or infinite.
+    none are kept, the errors of `as_collected` and `stored_tokens`. ModelError if one of the largest logits is NaN or
+    infinite.
     """
     if {site.name for site in sites} <= set(spec.tokens):
         return _of_kept_tokens(group, spec, rows, sites, gates, share)

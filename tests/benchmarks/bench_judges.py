@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.bench_judges COMMENTS.csv [--comments 3000] [--seed 0]
 
-COMMENTS.csv has the columns text and toxic; as many comments of it are drawn, and each is judged whole. Prints a
+COMMENTS.csv has the columns text and toxic; `--comments` of them are drawn, and each is judged whole. Prints a
 judge's AUROC with a 95 % interval (percentiles of 1,000 resamples of comments), what share it calls toxic of the toxic
 and of the others, and comments a second; then how often the judges agree. `tox-block` was trained on Jigsaw's comments,
 maybe on these.

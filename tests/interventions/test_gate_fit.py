@@ -195,7 +195,8 @@ def test_kept_tokens_give_the_threshold_and_no_model_runs(dtype, tiny_dir, sente
     monkeypatch.setattr(token_thresholds, "ENOUGH_TOKENS", 500)
     words = ["collect", "--model", str(tiny_dir("llama")), "--data", sentences_csv, "--concepts", "toxic"]
     words += ["--dtype", dtype, "--modules", *MODULES, "--num-positive", "40", "--num-negative", "60"]
-    words += ["--skip-first-tokens", "1", "--tokens-per-batch", "512", "--pooling", "max", "mean"]
+    words += ["--skip-first-tokens", "1", "--skip-special-tokens"]
+    words += ["--tokens-per-batch", "512", "--pooling", "max", "mean"]
     made = {}
     for name in ("means", "tokens"):
         assert main([*words, *(["tokens"] if name == "tokens" else []), "--store", str(tmp_path / name)]) == 0

@@ -155,9 +155,10 @@ def test_bars_beside_a_plain_model_are_of_what_is_added(tmp_path):
     # the two resamples of one text twice
     ends = sorted(np.exp(v + d) - np.exp(v) for v, d in ((2.0, 0.1), (3.0, 0.2)))
     assert (aura.low, aura.high) == pytest.approx((plain.value + ends[0], plain.value + ends[1]))
-    del document["perplexity"]["per_text"]
-    path.write_text(json.dumps(document))
-    assert points()["plain"].low is not None, "each has its own, because one cannot have the other"
+    for broken in (None, {}, {"num_tokens": [10, 30]}, {"num_tokens": [10, 30], "negative_log_likelihood": [1.0]}):
+        document["perplexity"]["per_text"] = broken
+        path.write_text(json.dumps(document))
+        assert points()["plain"].low is not None, "each has its own, because one cannot have the other"
 
 
 SETTINGS = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "seed": 0}
