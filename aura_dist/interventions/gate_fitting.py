@@ -308,10 +308,6 @@ def _rule(stores: Sequence[Texts]) -> str:
     return f"{PASSING_SHARE:.0%} of tokens {'of the control texts' if len(stores) > 1 else 'without the concept'}"
 
 
-def _whose(stores: Sequence[Texts]) -> str:
-    return "the control texts" if len(stores) > 1 else "the texts"
-
-
 def _from_tokens(
     stores: Sequence[Texts], sites: Sequence[Site], gates: Mapping[str, Gate], earlier: Intervention | None
 ) -> dict[str, float]:
@@ -328,7 +324,7 @@ def _from_tokens(
         return token_thresholds(*kept, sites, gates, earlier, PASSING_SHARE)
     except AuraError as error:
         poolings = " ".join(last.spec.poolings)
-        collect = f"collect {_whose(stores)} with `--pooling {poolings} tokens`, which needs no model here, or "
+        collect = f"collect {last.path!r} with `--pooling {poolings} tokens`, which needs no model here, or "
         keeps = {site.name for site in sites} <= set(last.spec.tokens)
         raise type(error)(
             f"{error}; or {'' if keeps else collect}give --gate-threshold, such as 0, which needs no tokens"
