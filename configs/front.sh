@@ -9,8 +9,9 @@
 # COMMENTS.csv has the columns text and toxic; NEUTRAL.csv has text, 400 or more passages that an intervention must leave
 # as they are: 100 of them, or a quarter of fewer, measure perplexity while choosing, the others become the controls of the
 # gates. TEXTS.csv, other such passages, and PROMPTS.jsonl, RealToxicityPrompts' records, are used once, for the report,
-# which has side effects too, of the cell that is the best when the first report is made. Finished steps are skipped, so that the same command continues after an
-# interruption, and with further cells in the grid; what was started or reported with other settings or data is refused.
+# which has side effects too, of the cell that is the best when the first report is made. Finished steps are skipped, so
+# that the same command continues after an interruption, and with further cells in the grid; what was started or reported
+# with other settings or data is refused.
 # RUN_DIR/front.md has the table, RUN_DIR/report.html the picture. The grid's `model` and `dtype` count in every step. From
 # the environment: MODEL (instead of the grid's), BUDGET (0.5), SAMPLES (5 continuations a prompt), JUDGES
 # ("profanity-check tox-block": the first one chooses).

@@ -244,10 +244,8 @@ class Team:
         """Return the `ids` of the row worker's first column rank; all of its ranks must call this together."""
         if self.world.layout.tensor == 1:
             return ids
-        agreed = ids.clone()
-        dist.broadcast(
-            agreed, self.world.rank - self.world.column_rank, group=self._columns
-        )  # NCCL does not wait for the GPU
+        agreed, first = ids.clone(), self.world.rank - self.world.column_rank
+        dist.broadcast(agreed, first, group=self._columns)  # through NCCL the host does not wait
         return agreed
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
