@@ -139,7 +139,7 @@ def compare(mine: dict[str, list[int]], theirs: dict[str, list[int]], dtype: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--prompts", type=lambda path: str(Path(path).resolve()), required=True)
     parser.add_argument("--before", type=Path)
     parser.add_argument("--num-prompts", type=int, default=100)
     parser.add_argument("--samples", type=int, default=5)
