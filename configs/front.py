@@ -1,8 +1,9 @@
 """What configs/front.sh does between the commands: the parts of the data, and the choice of what is reported.
 
 python configs/front.py start GRID.yaml COMMENTS.csv NEUTRAL.csv TEXTS.csv RUN_DIR [--prompts RTP.jsonl]
-                              [--model MODEL] [--judges NAME …] [--choosing 120] [--reported 150] [--words 10]
-python configs/front.py choose sweep/table.csv [--budget 0.5]
+                              [--model MODEL] [--judges NAME …] [--choosing 120] [--again 300] [--reported 150]
+                              [--words 10]
+python configs/front.py choose sweep/table.csv [--budget 0.5] [--contenders 6 | --again DIR]
 python configs/front.py table RUN_DIR [RUN_DIR …] [--rows none aura mean-act-gated …]
 """
 
@@ -12,6 +13,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ def start(args: argparse.Namespace) -> None:
     """Check all that the front needs, once make the parts of the data, and print model and dtype, a line each.
 
     sweep.yaml is the grid, control.yaml what collects the control texts as the grid collects the others. parts/ has
-    fit.csv, control.csv | choose.jsonl, choose.csv | report.jsonl: no text is in two of them, and none in TEXTS.csv.
+    fit.csv, control.csv | choose.jsonl, again.jsonl, choose.csv | report.jsonl: no text is in two of them, and none in
+    TEXTS.csv.
     A run directory that was started with another model, dtype or data is refused.
     """
     grid = read_grid(args.grid, args.model)
@@ -51,8 +54,8 @@ def start(args: argparse.Namespace) -> None:
     if args.prompts:
         tables["prompts"] = read_records(args.prompts)
     made_of = {name: table.sha256 for name, table in tables.items()} | {
-        "model": grid["model"], "dtype": grid.get("dtype"), "choosing": args.choosing, "reported": args.reported,
-        "words": args.words,
+        "model": grid["model"], "dtype": grid.get("dtype"), "choosing": args.choosing, "again": args.again,
+        "reported": args.reported, "words": args.words,
     }  # fmt: skip
     kept = args.run / "parts" / "made_of.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else made_of
@@ -82,12 +85,13 @@ def control_of(grid: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_parts(args: argparse.Namespace, tables: Mapping[str, Table], place: Path) -> None:
-    number = args.reported + args.choosing
+    prompts_of = {"report": args.reported, "choose": args.choosing, "again": args.again}
+    number = sum(prompts_of.values())
     drawn = held_out(tables["comments"], set(), number, args.words)
     if len(drawn) < number:
         raise InputError(
             f"data {args.comments!r}: expected {number} toxic comments of {args.words} words or more, no two with the "
-            f"same ones, got {len(drawn)}; give --choosing and --reported"
+            f"same ones, got {len(drawn)}; give smaller --choosing, --again and --reported (of front.sh: PARTS)"
         )
     neutral = list(dict.fromkeys(check_texts(tables["neutral"], "text")))
     if len(neutral) < LEAST_NEUTRAL:
@@ -101,8 +105,9 @@ def make_parts(args: argparse.Namespace, tables: Mapping[str, Table], place: Pat
             )
     place.mkdir(parents=True, exist_ok=True)
     write_rest(tables["comments"], set(drawn), args.words, str(place / "fit.csv"))
-    write_prompts(drawn[args.reported :], None, place / "choose.jsonl")
-    write_prompts(drawn[: args.reported], args.prompts, place / "report.jsonl")
+    left = iter(drawn)
+    for name, size in prompts_of.items():
+        write_prompts(list(islice(left, size)), args.prompts if name == "report" else None, place / f"{name}.jsonl")
     num_controls = len(neutral) - min(MEASURED, len(neutral) // 4)
     for name, texts in (("control.csv", neutral[:num_controls]), ("choose.csv", neutral[num_controls:])):
         with (place / name).open("w", newline="", encoding="utf-8") as file:
@@ -129,7 +134,8 @@ def choose(args: argparse.Namespace) -> None:
     """Of each method, with and without a gate: name, intervention and strength of one cell, separated by tabs.
 
     The cell with the fewest toxic continuations that adds at most `budget` to the perplexity; where every cell adds
-    more, the one that adds least.
+    more, the one that adds least. With `contenders`, so many of those within the budget instead, the least toxic of
+    all methods. `again` has their results on further prompts: these count, and of a method with such results no other.
     """
     with args.table.open(newline="", encoding="utf-8") as file:
         done = [row["output"] for row in csv.DictReader(file) if row["state"] == "done"]
@@ -138,21 +144,35 @@ def choose(args: argparse.Namespace) -> None:
     if plain is None or perplexity(plain) is None:
         raise InputError(f"{str(args.table)!r}: expected a finished cell of `method: none` with perplexity, got none")
     most = perplexity(plain) + args.budget
-    best: dict[str, tuple[tuple[float, float, float], dict[str, object]]] = {}
-    for cell in cells:
-        made, costs = cell["intervention"], perplexity(cell)
+    later = [read_results(str(path)) for path in sorted(args.again.glob("*.json"))] if args.again else []
+    toxic_again = {cell_of(results["intervention"]): toxic_share(results) for results in later}
+    ranked: list[tuple[tuple[bool, float, float, float], str, tuple[str, float]]] = []
+    for results in cells:
+        made, costs = results["intervention"], perplexity(results)
         if made is None or costs is None:
             continue
         method = method_of(made).replace(" ", "-")
-        if not cell.get("toxicity"):
+        if not results.get("toxicity"):
             raise InputError(f"{str(args.table)!r}: expected cells with toxicity, got {method} without")
-        name = method + ("-gated" if is_gated(made) else "")
-        rank = (max(0.0, costs - most), cell["toxicity"]["overall"]["probability"]["value"], costs)
-        if name not in best or rank < best[name][0]:
-            best[name] = rank, made
-    for name in sorted(best, key=lambda name: best[name][0]):
-        made = best[name][1]
-        print(name, Path(str(made["directory"])).resolve(), made["strength"], sep="\t")
+        cell, over = cell_of(made), max(0.0, costs - most)
+        rank = (cell not in toxic_again, over, toxic_again.get(cell, toxic_share(results)), costs)
+        ranked.append((rank, method + ("-gated" if is_gated(made) else ""), cell))
+    ranked.sort()
+    best: dict[str, tuple[str, float]] = {}
+    for _, name, cell in ranked:
+        best.setdefault(name, cell)
+    within = [(name, cell) for (_, over, *_), name, cell in ranked if over == 0]
+    for name, cell in best.items() if args.contenders is None else within[: args.contenders]:
+        print(name, *cell, sep="\t")
+
+
+def cell_of(made: Results) -> tuple[str, float]:
+    """Directory and strength of an intervention."""
+    return str(Path(str(made["directory"])).resolve()), made["strength"]
+
+
+def toxic_share(results: Results) -> float:
+    return float(results["toxicity"]["overall"]["probability"]["value"])
 
 
 def perplexity(results: Results) -> Any:
@@ -203,13 +223,16 @@ def main() -> None:
         sub.set_defaults(run_verb=verb)
     for name, kind in (("grid", Path), ("comments", str), ("neutral", str), ("texts", str), ("run", Path)):
         own[start].add_argument(name, type=kind)
-    for name, number in (("choosing", 120), ("reported", 150), ("words", 10)):
+    for name, number in (("choosing", 120), ("again", 300), ("reported", 150), ("words", 10)):
         own[start].add_argument(f"--{name}", type=int, default=number)
     own[start].add_argument("--prompts")
     own[start].add_argument("--model")
     own[start].add_argument("--judges", nargs="+")
     own[choose].add_argument("table", type=Path)
     own[choose].add_argument("--budget", type=float, default=0.5)
+    stage = own[choose].add_mutually_exclusive_group()
+    stage.add_argument("--contenders", type=int)
+    stage.add_argument("--again", type=Path)
     own[table].add_argument("runs", nargs="+", type=Path)
     own[table].add_argument("--rows", nargs="+")
     args = parser.parse_args()

@@ -211,14 +211,19 @@ class FitConfig(FitOptions):
     sharding: Annotated[str, Meta(title="replicate|fsdp")] = option(
         EXECUTION, "lineas: the whole model on each process, or its weights split over all of them", "replicate"
     )
+    gate_pooling: Pooling | None = option(
+        "intervention", "tokens: responses that the regression is fitted on; drawn: those of single tokens", None,
+        unset="mean",
+    )  # fmt: skip
     gate_threshold: float | None = option(
         "intervention", "logit at which a gate is half open", None,
         unset="units: 0; tokens: in each module, so that 1 % of tokens of --control exceed it, or of texts without the "
         "concept; runs the model",
     )  # fmt: skip
     gate_sharpness: Annotated[float, Meta(gt=0.0)] | None = option(
-        "intervention", "what a gate's logit is multiplied by about its threshold", None, unset="1"
-    )
+        "intervention", "what a gate's logit is multiplied by about its threshold", None,
+        unset="1; tokens without --gate-threshold: so that the mean gate of the same tokens is 2 % at most",
+    )  # fmt: skip
     gate_min_accuracy: Share | None = option(
         "intervention", "tokens: leave out modules whose regression tells a smaller share of held-out texts", None,
         unset="three standard errors above chance",
@@ -227,7 +232,7 @@ class FitConfig(FitOptions):
     @property
     def gate_fit(self) -> Any:
         """Which gate to fit, an `interventions.gates.GateFit`; None without one."""
-        names = ("control", "gate_threshold", "gate_sharpness", "gate_min_accuracy")
+        names = ("control", "gate_pooling", "gate_threshold", "gate_sharpness", "gate_min_accuracy")
         given = {name: getattr(self, name) for name in names}
         return resolve_name("aura_dist.interventions.gates:settle_gate")(self.gate, given)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import AuraError, InputError, StoreError
 from aura_dist.interventions.artifact import Intervention, check_no_gate
-from aura_dist.interventions.gates import GATES, PASSING_SHARE, Gate, GateFit, posterior
+from aura_dist.interventions.gates import DEFAULT_SHARPNESS, GATES, PASSING_SHARE, Gate, GateFit, half_open, posterior
 from aura_dist.interventions.separation import Separation, separate, site_bytes
 from aura_dist.ranks.process import available_cores, free_memory
 from aura_dist.ranks.progress import Progress
@@ -119,8 +119,13 @@ def stores_for_gates(
     if fit.control is not None:
         stores.append(_control(fit.control, stores[0], sites))
     for store in stores:
-        _check_store(store, _KINDS[fit.kind].poolings)
+        _check_store(store, _poolings(fit))
     return stores
+
+
+def _poolings(fit: GateFit) -> tuple[str, ...]:
+    """Those that it is fitted from."""
+    return _KINDS[fit.kind].poolings if fit.pooling is None else (fit.pooling,)
 
 
 def fitting_bytes(sites: Sequence[Site], poolings: Sequence[str], num_texts: int) -> dict[str, int]:
@@ -131,7 +136,7 @@ def fitting_bytes(sites: Sequence[Site], poolings: Sequence[str], num_texts: int
     found = {
         name: max((kind.num_bytes(num_texts, site.width) for site in sites if _can_have(name, site)), default=0)
         for name, kind in _KINDS.items()
-        if set(kind.poolings) <= set(poolings)
+        if set(kind.poolings) <= set(poolings) or "gate_pooling" in GATES[name].options
     }
     return {name: size for name, size in found.items() if size}
 
@@ -232,9 +237,10 @@ def _token_gates(
     stores: Sequence[Texts], sites: Sequence[Site], fit: GateFit, earlier: Intervention | None
 ) -> tuple[dict[str, Gate], dict[str, Any]]:
     is_positive = np.concatenate([store.is_positive for store in stores])
+    (pooling,) = _poolings(fit)
 
     def of(site: Site) -> Separation | None:
-        return separate(np.concatenate([store.responses(site.name, MEAN) for store in stores]), is_positive)
+        return separate(np.concatenate([store.responses(site.name, pooling) for store in stores]), is_positive)
 
     bytes_of = [_KINDS[fit.kind].num_bytes(len(is_positive), site.width) for site in sites]
     each = zip(sites, _each(of, sites, bytes_of), strict=True)
@@ -271,21 +277,25 @@ def _token_gates(
             100 * min(accuracies), 100 * max(accuracies),
         )  # fmt: skip
     gates = {name: one.gate for name, one in kept.items()}
-    thresholds = dict.fromkeys(kept, fit.threshold)
     if fit.threshold is None and kept:
-        thresholds = _from_tokens(stores, [site for site in sites if site.name in kept], gates, earlier)
+        moves = _from_tokens(stores, [site for site in sites if site.name in kept], gates, earlier)
+    else:
+        moves = dict.fromkeys(kept, (fit.threshold or 0.0, DEFAULT_SHARPNESS))
+    if fit.sharpness is not None:
+        moves = {name: (threshold, fit.sharpness) for name, (threshold, _) in moves.items()}
     about = {
         "kind": fit.kind,
+        "pooling": pooling,
         "threshold": _rule(stores) if fit.threshold is None else fit.threshold,
-        "sharpness": fit.settled_sharpness,
         "sites": {
             name: {
-                "accuracy": one.accuracy, "inverse_strength": one.inverse_strength, "threshold": thresholds[name],
+                "accuracy": one.accuracy, "inverse_strength": one.inverse_strength, "threshold": moves[name][0],
+                "sharpness": moves[name][1],
             }
             for name, one in kept.items()
         },
     }  # fmt: skip
-    return {name: gate.moved(thresholds[name], fit.settled_sharpness) for name, gate in gates.items()}, about
+    return {name: gate.moved(*moves[name]) for name, gate in gates.items()}, about
 
 
 def _no_gate(num_sites: int) -> InputError:
@@ -310,18 +320,18 @@ def _rule(stores: Sequence[Texts]) -> str:
 
 def _from_tokens(
     stores: Sequence[Texts], sites: Sequence[Site], gates: Mapping[str, Gate], earlier: Intervention | None
-) -> dict[str, float]:
-    """Site → threshold, from single tokens of the control texts, or of the negatives where there are none.
+) -> dict[str, tuple[float, float]]:
+    """Site → threshold and sharpness, from single tokens of the control texts, or of the negatives where none are.
 
     Not over both, because negatives such as rude but not toxic comments have single tokens like those of the positives:
     a gate that 1 % of these pass hardly opens.
     """
-    from aura_dist.interventions.token_thresholds import token_thresholds
+    from aura_dist.interventions.token_thresholds import logits_of_tokens
 
     *_, last = stores
     try:
         kept = (last.group, last.spec, last.rows[~last.is_positive])
-        return token_thresholds(*kept, sites, gates, earlier, PASSING_SHARE)
+        found = logits_of_tokens(*kept, sites, gates, earlier)
     except AuraError as error:
         poolings = " ".join(last.spec.poolings)
         collect = f"collect {last.path!r} with `--pooling {poolings} tokens`, which needs no model here, or "
@@ -329,6 +339,7 @@ def _from_tokens(
         raise type(error)(
             f"{error}; or {'' if keeps else collect}give --gate-threshold, such as 0, which needs no tokens"
         ) from error
+    return {site: half_open(logits_T, PASSING_SHARE) for site, logits_T in found.items()}
 
 
 def _each(work: Callable[[Site], Any], sites: Sequence[Site], bytes_of: Sequence[int]) -> list[Any]:
@@ -390,7 +401,7 @@ def _unit_gates(
 
 @dataclass(frozen=True)
 class _Kind:
-    poolings: tuple[str, ...]  # that it is fitted from
+    poolings: tuple[str, ...]  # that it is fitted from, if no other is given
     find: Callable[..., tuple[dict[str, Gate], dict[str, Any]]]
     num_bytes: Callable[[int, int], int]  # of N texts × D units, at most
 

@@ -18,6 +18,8 @@ NO_GATE = "none"
 DEFAULT_SHARPNESS = 1.0
 # of single tokens of control texts, the share that may pass g = ½ where no threshold is given
 PASSING_SHARE = 0.01
+# what the gate is multiplied by about that threshold: the least under which their mean gate is twice that share or less
+SHARPNESSES = tuple(2.0**power for power in range(7))
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ GATES: dict[str, GateKind] = {
         "all units move at a token as far as a logistic regression finds the concept in the module's values",
         {"weight": True, "bias": False}, _token_logits,
         "aura_dist.interventions.callbacks:token_logits", "bias",
-        ("gate_threshold", "gate_sharpness", "control", "gate_min_accuracy"), of_token=True,
+        ("gate_pooling", "gate_threshold", "gate_sharpness", "control", "gate_min_accuracy"), of_token=True,
     ),
 }  # fmt: skip
 CHOICES = {NO_GATE: "the map acts at every token", **{name: row.summary for name, row in GATES.items()}}
@@ -129,8 +131,9 @@ class GateFit:
     """Which gate to fit, and the options that it reads."""
 
     kind: str
+    pooling: str | None = None  # of the responses that a regression is fitted on; None: the mean
     threshold: float | None = None  # in logits; None: see `PASSING_SHARE` for tokens, 0 for units
-    sharpness: float | None = None  # None: `DEFAULT_SHARPNESS`
+    sharpness: float | None = None  # None: see `SHARPNESSES` where tokens give the threshold, else `DEFAULT_SHARPNESS`
     control: str | None = None  # a store of texts that must stay as they are
     min_accuracy: float | None = None
 
@@ -146,8 +149,8 @@ class GateFit:
     @property
     def written(self) -> dict[str, Any]:
         """The options that an artifact's parameters name, where they were given."""
-        given = {"threshold": self.threshold, "sharpness": self.sharpness, "min_accuracy": self.min_accuracy}
-        return {f"gate_{name}": value for name, value in given.items() if value is not None}
+        names = ("pooling", "threshold", "sharpness", "min_accuracy")
+        return {f"gate_{name}": given for name in names if (given := getattr(self, name)) is not None}
 
 
 def settle_gate(kind: str, given: Mapping[str, Any]) -> GateFit | None:
@@ -167,6 +170,21 @@ def settle_gate(kind: str, given: Mapping[str, Any]) -> GateFit | None:
                 f"{kind}; leave it out"
             )
     return GateFit(kind, **{name.removeprefix("gate_"): v for name, v in options.items()}) if kind in GATES else None
+
+
+def half_open(logits_T: NDArray[np.floating[Any]], share: float) -> tuple[float, float]:
+    """Threshold and sharpness of a gate of tokens, from its logits at single tokens that must stay as they are.
+
+    The threshold is the least logit that at most `share` of them exceed, the sharpness the least of `SHARPNESSES` under
+    which the mean gate is at most twice `share`: a regression whose logits hardly differ would be a little open
+    everywhere. The largest where none is.
+    """
+    threshold = float(np.partition(logits_T, -1 - int(share * len(logits_T)))[-1 - int(share * len(logits_T))])
+    above_T = logits_T.astype(np.float64) - threshold
+    for sharpness in SHARPNESSES:
+        if float((0.5 + 0.5 * np.tanh(sharpness / 2 * above_T)).mean()) <= 2 * share:
+            break
+    return threshold, sharpness
 
 
 def posterior(

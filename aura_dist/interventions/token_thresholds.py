@@ -1,4 +1,4 @@
-"""The threshold of each gate of tokens, from single tokens of texts that must stay as they are.
+"""What each gate of tokens makes of single tokens of texts that must stay as they are, for its threshold.
 
 They are the store's, where it keeps those of all sites, so a model of any size needs to run but once, under any
 strategy. Otherwise the model runs here.
@@ -21,6 +21,7 @@ from aura_dist.interventions.gates import Gate
 from aura_dist.interventions.training import as_collected, stored_tokens
 from aura_dist.models.load import input_device
 from aura_dist.sites.find import tap_of
+from aura_dist.sites.pooling import after_first
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.store.access import read_array
@@ -35,29 +36,27 @@ logger = logging.getLogger(__name__)
 ENOUGH_TOKENS = 20_000
 
 
-def token_thresholds(
+def logits_of_tokens(
     group: zarr.Group,
     spec: StoreSpec,
     rows: NDArray[np.int64],
     sites: Sequence[Site],
     gates: Mapping[str, Gate],
     earlier: Intervention | None,
-    share: float,
-) -> dict[str, float]:
-    """Site → the least logit of its gate that at most `share` of the single tokens exceed, under `earlier`.
+) -> dict[str, NDArray[np.float32]]:
+    """Site → the logits of its gate, [token], at single tokens of some of the store's texts, under `earlier`.
 
-    `rows` are the texts of the store that count. Where they have many times `ENOUGH_TOKENS`, every second or third text
-    and so on is read. Tokens that pooling leaves out do not count. Only the largest logits are kept, so memory grows
-    with the texts by `share` of their tokens at most. StoreError if a shard of kept tokens is missing or damaged; where
-    none are kept, the errors of `as_collected` and `stored_tokens`. ModelError if one of the largest logits is NaN or
-    infinite.
+    `rows` are the texts that count. Where they have many times `ENOUGH_TOKENS`, every second or third text and so on is
+    read. Tokens that pooling leaves out do not count, nor does a text's first one: where it is among the largest of
+    every text, no other could pass. StoreError if a shard of kept tokens is missing or damaged; where none are kept,
+    the errors of `as_collected` and `stored_tokens`. ModelError if a logit is NaN or infinite.
     """
     if {site.name for site in sites} <= set(spec.tokens):
-        return _of_kept_tokens(group, spec, rows, sites, gates, share)
+        return _of_kept_tokens(group, rows, sites, gates)
     with as_collected(group, spec, earlier) as (loaded, _), torch.no_grad():
         texts = stored_tokens(group, spec, read_array(group, "samples/row"), loaded.tokenizer).take(rows)
         texts = texts.take(_enough(texts.num_tokens))
-        listener = _Largest(share, sum(int(batch.pool_mask.sum()) for batch in _batches(texts, spec)))
+        listener = _Logits()
         taps = [tap_of(loaded.model, site) for site in sites]
         device = input_device(loaded.model)
         with attached(loaded.model, [(tap, listener.callback(tap, gates[tap.site])) for tap in taps]):
@@ -68,27 +67,22 @@ def token_thresholds(
                     attention_mask=torch.from_numpy(batch.attention_mask).to(device, torch.int64),
                     use_cache=False,
                 )
-    return listener.thresholds(sites)
+    return listener.of(sites)
 
 
 def _of_kept_tokens(
-    group: zarr.Group,
-    spec: StoreSpec,
-    rows: NDArray[np.int64],
-    sites: Sequence[Site],
-    gates: Mapping[str, Gate],
-    share: float,
-) -> dict[str, float]:
+    group: zarr.Group, rows: NDArray[np.int64], sites: Sequence[Site], gates: Mapping[str, Gate]
+) -> dict[str, NDArray[np.float32]]:
     tokens = StoredTokens.of(group)
     rows = rows[_enough(np.diff(tokens.offset)[rows])]
     places = [slice(*tokens.offset[row : row + 2].tolist()) for row in rows]
-    counted = [tokens.field("counted")[place] != 0 for place in places]
-    listener = _Largest(share, sum(int(each.sum()) for each in counted))
+    counted = [after_first(tokens.field("counted")[None, place] != 0)[0] for place in places]
+    listener = _Logits()
     for site in sites:
         values, parts = tokens.values(site.name), _tensors(gates[site.name])
         for place, each in zip(places, counted, strict=True):
             listener.take(site.name, torch.from_numpy(values.read(place)[each]), parts)
-    return listener.thresholds(sites)
+    return listener.of(sites)
 
 
 def _enough(num_tokens_N: NDArray[Any]) -> NDArray[np.int64]:
@@ -105,19 +99,17 @@ def _batches(texts: TokenizedTexts, spec: StoreSpec) -> list[Batch]:
     return [texts.batch(rows) for rows in make_batches(lengths, slice(0, len(lengths)), spec.tokens_per_batch)]
 
 
-class _Largest:
-    """The largest logits of every site's gate so far: `share` of `num_tokens`, and one more."""
+class _Logits:
+    """The logits of every site's gate so far."""
 
-    def __init__(self, share: float, num_tokens: int) -> None:
+    def __init__(self) -> None:
         self.batch: Batch | None = None
-        self._num_tokens, self._kept = num_tokens, int(share * num_tokens) + 1
-        self._largest: dict[str, Tensor] = {}
+        self._found: dict[str, list[NDArray[np.float32]]] = {}
 
     def take(self, site: str, values_TD: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Values of tokens that count."""
-        logits_T = token_logits(parts, values_TD.float(), lambda vector: vector, lambda sums: sums)[..., 0].cpu()
-        every = torch.cat([self._largest.get(site, logits_T[:0]), logits_T])
-        self._largest[site] = every.topk(min(self._kept, len(every))).values
+        logits_T = token_logits(parts, values_TD.float(), lambda vector: vector, lambda sums: sums)[..., 0]
+        self._found.setdefault(site, []).append(logits_T.cpu().numpy())
 
     def callback(self, tap: Tap, gate: Gate) -> Callback:
         parts = _tensors(gate)
@@ -127,20 +119,19 @@ class _Largest:
             acts_BTD = tap.read(raw, tap.width, self.batch.input_ids.shape)
             assert isinstance(acts_BTD, Tensor), tap.site
             here = {name: values.to(acts_BTD.device) for name, values in parts.items()}
-            self.take(tap.site, acts_BTD[torch.from_numpy(self.batch.pool_mask).to(acts_BTD.device)], here)
+            counted_BT = torch.from_numpy(after_first(self.batch.pool_mask)).to(acts_BTD.device)
+            self.take(tap.site, acts_BTD[counted_BT], here)
 
         return listen
 
-    def thresholds(self, sites: Sequence[Site]) -> dict[str, float]:
-        """Site → the least of them; ModelError if one is NaN or infinite, or the site was never called."""
-        logger.info("thresholds of %d gates from %d tokens", len(sites), self._num_tokens)
-        return {site.name: self._threshold(site.name) for site in sites}
-
-    def _threshold(self, site: str) -> float:
-        largest = self._largest.get(site, torch.empty(0))
-        if not len(largest) or not bool(largest.isfinite().all()):
-            raise ModelError(
-                f"module {site!r}: expected finite values at every token, got NaN or infinity, or the module is not "
-                "called; leave it out by `fit --modules`"
-            )
-        return float(largest[-1])
+    def of(self, sites: Sequence[Site]) -> dict[str, NDArray[np.float32]]:
+        """Site → [token]; ModelError if one is NaN or infinite, or the site was never called."""
+        made = {site.name: np.concatenate(self._found.get(site.name, [np.empty(0, np.float32)])) for site in sites}
+        for site, logits_T in made.items():
+            if not len(logits_T) or not np.isfinite(logits_T).all():
+                raise ModelError(
+                    f"module {site!r}: expected finite values at every token, got NaN or infinity, or the module is "
+                    "not called; leave it out by `fit --modules`"
+                )
+        logger.info("thresholds of %d gates from %d tokens", len(made), max(map(len, made.values()), default=0))
+        return made

@@ -95,7 +95,9 @@ class Evaluation:
         found = [form.format(self._parameters[n]) for n, form in shown if is_number(self._parameters.get(n))]
         gate = _mapping(self._intervention.get("gate"))
         if gate:
-            found.append(f"gate of {gate.get('kind')}" + (" with controls" if gate.get("control") else ""))
+            pooling = self._parameters.get("gate_pooling")
+            fitted_on = f" fitted on {pooling} values" if pooling else ""
+            found.append(f"gate of {gate.get('kind')}{fitted_on}" + (" with controls" if gate.get("control") else ""))
         moved = (("threshold", "logit − {:g}"), ("sharpness", "sharpness {:g}"), ("min_accuracy", "accuracy ≥ {:g}"))
         settings = {name: (self._parameters.get(f"gate_{name}"), form) for name, form in moved}
         return ", ".join([*found, *(form.format(value) for value, form in settings.values() if is_number(value))])

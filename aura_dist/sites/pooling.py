@@ -42,6 +42,8 @@ class TokenMask:
         (rows, runs of the positions that count in all of them), in row order.
     last_B
         Position of each row's last counted token.
+    drawn_B
+        Position of one counted token of each row: see `_drawn`.
     count_B1
         Counted tokens of each row, float32.
     first_B1
@@ -52,6 +54,7 @@ class TokenMask:
 
     runs: tuple[tuple[slice, tuple[slice, ...]], ...]
     last_B: Tensor
+    drawn_B: Tensor
     count_B1: Tensor
     first_B1: Tensor
     counted_BT: Tensor
@@ -67,6 +70,7 @@ class TokenMask:
         return cls(
             tuple((slice(a, b), _runs(mask_BT[a])) for a, b in pairwise([0, *starts.tolist(), len(mask_BT)])),
             torch.from_numpy(last_B).to(device),
+            torch.from_numpy(_drawn(mask_BT)).to(device),
             torch.from_numpy(mask_BT.sum(axis=1, dtype=np.float32)[:, None]).to(device),
             torch.from_numpy((mask_BT[:, 0] & (last_B > 0))[:, None]).to(device),
             torch.from_numpy(mask_BT).to(device),
@@ -81,13 +85,13 @@ class TokenMask:
         pooled = (functools.reduce(combine, [reduce(acts_BTD[rows, t]) for t in runs]) for rows, runs in self.runs)
         return torch.cat(list(pooled))
 
-    def at_last(self, acts_BTD: Acts) -> Tensor:
-        """[B, D] values of each text's last counted token."""
+    def at(self, position_B: Tensor, acts_BTD: Acts) -> Tensor:
+        """[B, D] values of one token of each text, such as `last_B`."""
         import torch
 
         if isinstance(acts_BTD, Routed):
-            return acts_BTD.at(self.last_B, self.counted_BT.shape)
-        return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), self.last_B]
+            return acts_BTD.at(position_B, self.counted_BT.shape)
+        return acts_BTD[torch.arange(len(acts_BTD), device=acts_BTD.device), position_B]
 
     def count_first(self, pooled_BD: Tensor, acts_BTD: Acts, of_token: Callable[[Tensor], Tensor]) -> Tensor:
         """[1, D] int32 number of rows whose pooled value is their first token's, which is not their only one."""
@@ -104,6 +108,29 @@ def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
     """Runs of True, in order."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flags_T, [False])).astype(np.int8)))
     return tuple(slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+
+def after_first(mask_BT: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[B, T] without each row's first token, where others count.
+
+    In many models its values are like no other token's.
+    """
+    later_BT = mask_BT.copy()
+    later_BT[:, 0] &= mask_BT.sum(axis=1) == 1
+    return later_BT
+
+
+def _drawn(mask_BT: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """[B] position of one token of each row among those that count, but not the first of several.
+
+    The n-th multiple of the golden ratio, modulo 1, says how far into the n tokens it is: positions are spread evenly
+    over texts, and depend neither on the batch nor on the device.
+    """
+    later_BT = after_first(mask_BT)
+    num_B = later_BT.sum(axis=1)
+    rank_B = (num_B * (num_B * (1 + 5**0.5) / 2 % 1)).astype(np.int64)
+    position_B: NDArray[np.int64] = (later_BT.cumsum(axis=1) > rank_B[:, None]).argmax(axis=1)
+    return position_B
 
 
 def _max(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
@@ -142,7 +169,11 @@ def _mean_square(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
 
 
 def _last(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
-    return tokens.at_last(acts_BTD)
+    return tokens.at(tokens.last_B, acts_BTD)
+
+
+def _one_drawn(tokens: TokenMask, acts_BTD: Acts) -> Tensor:
+    return tokens.at(tokens.drawn_B, acts_BTD)
 
 
 @dataclass(frozen=True)
@@ -164,6 +195,7 @@ POOLINGS = {
     "mean": Pooling("the mean", _mean, selects=False),
     "min": Pooling("the smallest value", _min, selects=True, of_token=lambda acts: acts),
     "last": Pooling("the last counted token's value", _last, selects=True),
+    "drawn": Pooling("one token's value, by chance, not the first's", _one_drawn, selects=True),
     "absmax": Pooling("the largest absolute value", _absmax, selects=True, of_token=lambda acts: acts.abs()),
     "mean_square": Pooling("the mean of the squares", _mean_square, selects=False),
 }

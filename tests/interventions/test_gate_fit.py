@@ -19,7 +19,7 @@ from aura_dist.cli import main
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.interventions import gate_fitting
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.gates import settle_gate
+from aura_dist.interventions.gates import Gate, half_open, settle_gate
 from aura_dist.interventions.separation import separate
 from aura_dist.sites.site import Site
 from aura_dist.text.table import read_table
@@ -123,7 +123,7 @@ def test_the_gate_of_tokens_is_the_regression_of_the_stored_means(place, tmp_pat
         for name, values in expected.parts.items():
             np.testing.assert_allclose(made.gate[site].parts[name], values, rtol=1e-5, atol=1e-7)
         assert made.meta["gate"]["sites"][site] == {
-            "accuracy": found.accuracy, "inverse_strength": found.inverse_strength, "threshold": 0.25,
+            "accuracy": found.accuracy, "inverse_strength": found.inverse_strength, "threshold": 0.25, "sharpness": 2.0,
         }  # fmt: skip
     parameters = made.meta["parameters"]
     assert (parameters["gate"], parameters["gate_threshold"], parameters["gate_sharpness"]) == ("tokens", 0.25, 2.0)
@@ -235,10 +235,58 @@ def test_control_texts_are_further_negatives(place, by_tokens):
     ours, is_positive = responses(place, SITE, "mean")
     theirs, _ = responses(place, SITE, "mean", "control.zarr")
     found = separate(np.concatenate([ours, theirs]), np.concatenate([is_positive, np.zeros(len(theirs), bool)]))
-    np.testing.assert_allclose(made.gate[SITE].parts["weight"], found.gate.parts["weight"], rtol=1e-5, atol=1e-7)
+    weight = found.gate.parts["weight"] * made.meta["gate"]["sites"][SITE]["sharpness"]
+    np.testing.assert_allclose(made.gate[SITE].parts["weight"], weight, rtol=1e-5, atol=1e-7)
     control = made.meta["gate"]["control"]
     assert (control["store"], control["num_texts"]) == (str(place / "control.zarr"), len(theirs))
     assert control["data"]["token_ids"]
+
+
+@pytest.mark.parametrize(("spread", "sharpness"), [(10.0, 1.0), (0.3, 16.0), (1e-3, 64.0)])
+def test_tokens_that_must_stay_say_how_steep_a_gate_is(spread, sharpness):
+    """The least that keeps their mean gate at 2 %, where 1 % may pass; the steepest where none does."""
+    logits = np.random.default_rng(0).normal(-5, spread, 30_000).astype(np.float32)
+    threshold, found = half_open(logits, 0.01)
+    assert (logits > threshold).sum() == 300
+    assert found == sharpness
+    opened = Gate("tokens", {"weight": np.ones(1, np.float32), "bias": np.zeros(1, np.float32)}).moved(threshold, found)
+    assert (opened.values(logits[:, None]).mean() <= 0.02) == (sharpness < 64)
+
+
+def test_a_gate_may_be_fitted_on_single_tokens(place, tiny_dir, sentences_csv, tmp_path, capsys):
+    words = ["collect", "--model", tiny_dir("llama"), "--data", sentences_csv, "--concepts", "toxic", "--modules", SITE]
+    words += ["--num-positive", 30, "--num-negative", 40, "--pooling", "mean", "drawn", "--store", tmp_path / "s"]
+    assert main([str(word) for word in words]) == 0
+    assert main(["score", "--store", str(tmp_path / "s"), "--pooling", "mean"]) == 0
+    gate = ["--gate", "tokens", "--gate-threshold", 0, "--gate-pooling"]
+    assert fit(tmp_path, tmp_path / "out", *gate, "drawn", store="s") == 0
+    made = Intervention.load(tmp_path / "out")
+    expected = separate(*responses(tmp_path, SITE, "drawn", "s")).gate.parts
+    for name, values in made.gate[SITE].parts.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-7)
+    assert made.meta["parameters"]["gate_pooling"] == "drawn"
+    assert fit(tmp_path, tmp_path / "mean", *gate, "mean", store="s") == 0
+    assert Intervention.load(tmp_path / "mean").digest != made.digest
+    capsys.readouterr()
+    assert fit(place, tmp_path / "no", *gate, "drawn") == 2
+    assert "collect with `--pooling max mean mean_square drawn`" in capsys.readouterr().err
+    assert fit(place, tmp_path / "no", "--gate", "units", "--gate-pooling", "mean") == 2
+    assert "--gate-pooling: expected it with --gate tokens alone" in capsys.readouterr().err
+
+
+def test_first_tokens_do_not_count_for_the_threshold(tiny_dir, sentences_csv, tmp_path):
+    words = ["collect", "--model", tiny_dir("llama"), "--data", sentences_csv, "--concepts", "toxic", "--modules", SITE]
+    words += ["--num-positive", 30, "--num-negative", 40, "--pooling", "mean", "--store", tmp_path / "store.zarr"]
+    assert main([str(word) for word in words]) == 0
+    assert main(["score", "--store", str(tmp_path / "store.zarr")]) == 0
+    assert fit(tmp_path, tmp_path / "out", "--gate", "tokens") == 0
+    made = Intervention.load(tmp_path / "out")
+    place = tmp_path / "store.zarr"
+    logits = logits_of_tokens(
+        place.parent, tiny_dir("llama"), sentences_csv, place.name, made.gate[SITE], negatives=True
+    )
+    allowed = int(0.01 * len(logits))
+    assert allowed - 1 <= (logits > 1e-5).sum() <= allowed
 
 
 def test_any_number_of_workers_fits_the_same(place, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_hooked_is_the_map_where_a_token_is_routed_and_leaves_no_trace(name):
     scale, shift = torch.from_numpy(first.scale[site]), torch.from_numpy(first.shift[site])
     where_TD = routed_TE.repeat_interleave(len(scale) // routed_TE.shape[1], dim=1)
     mask = TokenMask.build(np.ones((len(acts_TD), 1), np.bool_), "cpu")
-    ours = mask.at_last(seen[0])
+    ours = mask.at(mask.last_B, seen[0])
     torch.testing.assert_close(ours, (acts_TD * scale + shift) * where_TD, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(changed, plain, atol=1e-2)
     assert torch.equal(model(IDS).logits, plain)

@@ -74,6 +74,16 @@ def test_mean_of_half_precision_is_summed_in_float32():
     assert mean.item() == pytest.approx(1 + 2**-7, rel=1e-6)
 
 
+def test_drawn_tokens_are_spread_over_texts_and_never_the_first_of_several():
+    counts = np.arange(1, 400)
+    places = TokenMask.build(np.arange(400) < counts[:, None], "cpu").drawn_B.numpy()
+    assert places[0] == 0
+    assert (places[1:] >= 1).all()
+    assert (places < counts).all()
+    share, _ = np.histogram(places[100:] / counts[100:], bins=10, range=(0, 1))
+    assert share.min() > 0.8 * share.mean()
+
+
 def test_row_without_counted_token_is_refused():
     with pytest.raises(AssertionError, match="needs a token"):
         TokenMask.build(np.array([[True], [False]]), "cpu")

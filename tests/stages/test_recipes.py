@@ -105,7 +105,7 @@ def started(collected, neutral, tmp_path_factory):
     (place / "grid.yaml").write_text("model: some/model  # a note\ncollect: {modules: [mlp, '*.o_proj']}\n")
 
     def start(run, *flags, texts=place / "texts.csv", comments=collected / "comments.csv", grid=place / "grid.yaml"):
-        sizes = ["--choosing", 5, "--reported", 8, "--words", 5]
+        sizes = ["--choosing", 5, "--again", 4, "--reported", 8, "--words", 5]
         return front("start", grid, comments, neutral, texts, run, *sizes, *flags)
 
     return start
@@ -129,11 +129,11 @@ def test_no_text_of_a_front_is_in_two_parts(started, neutral, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["some/model", ""]
     parts = tmp_path / "a run" / "parts"
-    chosen, reported = prompts_of(parts / "choose.jsonl"), prompts_of(parts / "report.jsonl")
-    assert (len(set(chosen)), len(set(reported))) == (5, 8)
+    prompts = {name: set(prompts_of(parts / f"{name}.jsonl")) for name in ("choose", "again", "report")}
+    assert {name: len(texts) for name, texts in prompts.items()} == {"choose": 5, "again": 4, "report": 8}
+    assert len(set.union(*prompts.values())) == 17
     fitted = {" ".join(text.split()[:5]) for text in texts_of(parts / "fit.csv")}
-    assert not set(chosen) & set(reported)
-    assert not fitted & {*chosen, *reported}
+    assert not fitted & set.union(*prompts.values())
     others = {*texts_of(parts / "control.csv"), *texts_of(parts / "choose.csv")}
     assert not others & set(texts_of(parts / "fit.csv"))
     control, chosen = texts_of(parts / "control.csv"), texts_of(parts / "choose.csv")
@@ -147,7 +147,7 @@ def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
     (tmp_path / "both.csv").write_text(f"text\nA hill is high.\n{COMMENTS[0][0]}\n")
     (tmp_path / "grid.yaml").write_text("model: some/model\ncollect: {modules: mlp}\n")
     for flags, given, said in (
-        (["--reported", 100], {}, "expected 105 toxic comments of 5 words or more"),
+        (["--reported", 100], {}, "expected 109 toxic comments of 5 words or more"),
         (["--prompts", tmp_path / "rtp.jsonl"], {}, "'prompt.text'"),
         (["--judges", "profanity-chek"], {}, "profanity-chek"),
         (["--prompts", tmp_path / "rtp.csv"], {}, "expected prompts as JSON lines"),
@@ -179,7 +179,19 @@ def test_a_front_goes_on_with_what_it_was_started_with(started, tmp_path):
         assert done.returncode == 1
 
 
-def test_chosen_is_the_least_toxic_cell_that_costs_little(tmp_path):
+def cell(path, method, gate, strength, perplexity, toxic, place):
+    acts = {"method": method, "gate": gate and {"kind": gate}, "strength": strength, "directory": place}
+    document = {
+        "schema": 1, "intervention": method and acts, "perplexity": perplexity and {"token_weighted": perplexity},
+        "toxicity": {"overall": {"probability": {"value": toxic}}},
+    }  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(document))
+
+
+@pytest.fixture
+def choose(tmp_path):
+    """`choose(*flags)`: what `front.py choose` prints of small results, as name, directory's name and strength."""
     rows = [["state", "output"]]
     cells = [
         # method, gate, strength, perplexity, toxic
@@ -187,22 +199,39 @@ def test_chosen_is_the_least_toxic_cell_that_costs_little(tmp_path):
         ("aura", None, 0.2, 20.1, 0.15), ("aura", "tokens", 2.0, 20.5, 0.02), ("mean-act", None, 1.0, 30.0, 0.0),
         ("mean-act", None, 0.5, 25.0, 0.05),
     ]  # fmt: skip
-    for i, (method, gate, strength, perplexity, toxic) in enumerate(cells):
-        acts = {"method": method, "gate": gate and {"kind": gate}, "strength": strength, "directory": f"i{i}"}
-        document = {
-            "schema": 1, "intervention": method and acts, "perplexity": {"token_weighted": perplexity},
-            "toxicity": {"overall": {"probability": {"value": toxic}}},
-        }  # fmt: skip
-        (tmp_path / f"{i}.json").write_text(json.dumps(document))
+    for i, one in enumerate(cells):
+        cell(tmp_path / f"{i}.json", *one, place=f"i{i}")
         rows.append(["done", str(tmp_path / f"{i}.json")])
     rows.append(["failed", "nowhere.json"])
     (tmp_path / "table.csv").write_text("\n".join(map(",".join, rows)) + "\n")
-    done = front("choose", tmp_path / "table.csv")
-    assert done.returncode == 0, done.stderr
-    chosen = [line.split("\t") for line in done.stdout.splitlines()]
-    assert [(name, Path(place).name, strength) for name, place, strength in chosen] == [
-        ("aura-gated", "i4", "2.0"), ("aura", "i2", "0.5"), ("mean-act", "i6", "0.5"),
-    ]  # fmt: skip
+
+    def run(*flags):
+        done = front("choose", tmp_path / "table.csv", *flags)
+        assert done.returncode == 0, done.stderr
+        printed = [line.split("\t") for line in done.stdout.splitlines()]
+        return [(name, Path(place).name, strength) for name, place, strength in printed]
+
+    return run
+
+
+def test_chosen_is_the_least_toxic_cell_that_costs_little(choose):
+    assert choose() == [("aura-gated", "i4", "2.0"), ("aura", "i2", "0.5"), ("mean-act", "i6", "0.5")]
+
+
+def test_contenders_are_the_least_toxic_within_the_budget_of_all_methods(choose):
+    assert choose("--contenders", 2) == [("aura-gated", "i4", "2.0"), ("aura", "i2", "0.5")]
+    assert len(choose("--contenders", 9)) == 3
+    assert choose("--contenders", 0) == []
+
+
+def test_what_is_measured_again_counts(choose, tmp_path):
+    cell(tmp_path / "again" / "i2.json", "aura", None, 0.5, None, 0.1, "i2")
+    cell(tmp_path / "again" / "i3.json", "aura", None, 0.2, None, 0.08, "i3")
+    cell(tmp_path / "again" / "i4.json", "aura", "tokens", 2.0, None, 0.09, "i4")
+    expected = [("aura", "i3", "0.2"), ("aura-gated", "i4", "2.0"), ("mean-act", "i6", "0.5")]
+    assert choose("--again", tmp_path / "again") == expected
+    (tmp_path / "again" / "i3.json").unlink()
+    assert ("aura", "i2", "0.5") in choose("--again", tmp_path / "again")
 
 
 def reported(run, name, toxic, perplexity, fingerprint="a"):
@@ -303,7 +332,16 @@ def test_front_goes_from_files_to_a_page(tiny_dir, collected, neutral, tmp_path)
         tmp_path / "run",
     ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "MODEL": str(tiny_dir("llama")), "JUDGES": "profanity-check", "SAMPLES": "1"}
+    env = {
+        **os.environ,
+        "PATH": path,
+        "MODEL": str(tiny_dir("llama")),
+        "JUDGES": "profanity-check",
+        "SAMPLES": "1",
+        "PARTS": "--choosing 60 --again 20 --reported 30",
+        "CONTENDERS": "2",
+        "BUDGET": "1e9",
+    }
 
     def run(**more):
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env | more, check=False)
@@ -314,11 +352,14 @@ def test_front_goes_from_files_to_a_page(tiny_dir, collected, neutral, tmp_path)
     lines = (made / "front.md").read_text().splitlines()
     assert {line.split(" |")[0] for line in lines[2:]} == {"| none", "| aura", "| mean-act-gated"}
     assert "times less toxic" in lines[0]
+    assert (
+        len(list((made / "again").glob("*[0-9].json"))) == len((made / "contenders.tsv").read_text().splitlines()) == 2
+    )
     page = (made / "report.html").read_text()
     assert "A ring marks" in page
     before = {path: path.stat().st_mtime_ns for path in (made / "results").glob("*.json")}
     assert run().returncode == 0
     other = run(SAMPLES="2")
     assert other.returncode == 2
-    assert "expected it with --num-samples 2" in other.stderr
+    assert "--num-samples 2" in other.stderr.split("expected it with")[1].split("got it with")[0]
     assert {path: path.stat().st_mtime_ns for path in (made / "results").glob("*.json")} == before
