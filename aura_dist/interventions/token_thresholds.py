@@ -21,7 +21,6 @@ from aura_dist.interventions.gates import Gate
 from aura_dist.interventions.training import as_collected, stored_tokens
 from aura_dist.models.load import input_device
 from aura_dist.sites.find import tap_of
-from aura_dist.sites.pooling import after_first
 from aura_dist.sites.site import Site
 from aura_dist.sites.tap import Callback, Tap, attached
 from aura_dist.store.access import read_array
@@ -76,13 +75,20 @@ def _of_kept_tokens(
     tokens = StoredTokens.of(group)
     rows = rows[_enough(np.diff(tokens.offset)[rows])]
     places = [slice(*tokens.offset[row : row + 2].tolist()) for row in rows]
-    counted = [after_first(tokens.field("counted")[None, place] != 0)[0] for place in places]
+    counted = [_later(tokens.field("counted")[None, place] != 0)[0] for place in places]
     listener = _Logits()
     for site in sites:
         values, parts = tokens.values(site.name), _tensors(gates[site.name])
         for place, each in zip(places, counted, strict=True):
             listener.take(site.name, torch.from_numpy(values.read(place)[each]), parts)
     return listener.of(sites)
+
+
+def _later(counted_BT: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[B, T] without each row's first token, where others count."""
+    later_BT = counted_BT.copy()
+    later_BT[:, 0] &= counted_BT.sum(axis=1) == 1
+    return later_BT
 
 
 def _enough(num_tokens_N: NDArray[Any]) -> NDArray[np.int64]:
@@ -119,7 +125,7 @@ class _Logits:
             acts_BTD = tap.read(raw, tap.width, self.batch.input_ids.shape)
             assert isinstance(acts_BTD, Tensor), tap.site
             here = {name: values.to(acts_BTD.device) for name, values in parts.items()}
-            counted_BT = torch.from_numpy(after_first(self.batch.pool_mask)).to(acts_BTD.device)
+            counted_BT = torch.from_numpy(_later(self.batch.pool_mask)).to(acts_BTD.device)
             self.take(tap.site, acts_BTD[counted_BT], here)
 
         return listen

@@ -110,26 +110,16 @@ def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
     return tuple(slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
-def after_first(mask_BT: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[B, T] without each row's first token, where others count.
-
-    In many models its values are like no other token's.
-    """
-    later_BT = mask_BT.copy()
-    later_BT[:, 0] &= mask_BT.sum(axis=1) == 1
-    return later_BT
-
-
 def _drawn(mask_BT: NDArray[np.bool_]) -> NDArray[np.int64]:
     """[B] position of one token of each row among those that count, but not the first of several.
 
-    The n-th multiple of the golden ratio, modulo 1, says how far into the n tokens it is: positions are spread evenly
-    over texts, and depend neither on the batch nor on the device.
+    The n-th multiple of the golden ratio, modulo 1, says how far into n tokens it is: positions are spread evenly over
+    texts, and depend neither on the batch nor on the device. In many models the first token's values are like no
+    other's.
     """
-    later_BT = after_first(mask_BT)
-    num_B = later_BT.sum(axis=1)
-    rank_B = (num_B * (num_B * (1 + 5**0.5) / 2 % 1)).astype(np.int64)
-    position_B: NDArray[np.int64] = (later_BT.cumsum(axis=1) > rank_B[:, None]).argmax(axis=1)
+    later_B = np.maximum(mask_BT.sum(axis=1) - 1, 0)
+    rank_B = np.where(later_B > 0, 1 + np.floor(later_B * (later_B * (1 + 5**0.5) / 2 % 1)), 0)
+    position_B: NDArray[np.int64] = (mask_BT.cumsum(axis=1) > rank_B[:, None]).argmax(axis=1)
     return position_B
 
 

@@ -75,7 +75,7 @@ def test_sections_of_other_verbs_are_checked_and_not_taken():
         ({"match_length": "perhaps"}, "--match-length: expected true or false, got 'perhaps'"),
         ({"concepts": []}, "--concepts: expected at least one value"),
         ({"concepts": ["a", "a"]}, "--concepts: expected each value once, got a a"),
-        ({"pooling": ["median"]}, "--pooling: expected a list, each one of max, mean, min, last, absmax"),
+        ({"pooling": ["median"]}, "--pooling: expected a list, each one of max, mean, min, last, drawn, absmax"),
         ({"model": 3}, "--model: expected a text, got 3"),
         ({"seed": "-1"}, "--seed: expected an integer of at least 0"),
         ({"seed": 2**63}, "--seed: expected .* of at most 9223372036854775807, got 9223372036854775808"),
