@@ -79,7 +79,7 @@ def control_of(grid: Mapping[str, Any]) -> dict[str, Any]:
     known = {one.name for one in fields(CollectConfig)} - {"strength"}  # at the top of a grid, that of evaluations
     given = {name: value for name, value in grid.items() if name in known} | grid["collect"]
     kept = {name: value for name, value in given.items() if name not in NOT_OF_CONTROLS}
-    pooling = ["mean", *(["mean_square"] if "mean_square" in (given.get("pooling") or []) else [])]
+    pooling = ["mean", *(name for name in ("drawn", "mean_square") if name in (given.get("pooling") or []))]
     own = {"data": "parts/control.csv", "unlabelled": True, "pooling": pooling, "store": "control.zarr"}
     return {"collect": {**kept, **own}}
 

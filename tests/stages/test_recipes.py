@@ -297,7 +297,7 @@ GRID = """
 model: unused
 retries: 0
 collect: {data: parts/fit.csv, concepts: [toxic], num_positive: 12, num_negative: 12, modules: [mlp],
-  pooling: [max, mean, mean_square], skip_first_tokens: 1}
+  pooling: [max, mean, drawn, mean_square], skip_first_tokens: 1}
 evaluate: &how {toxicity_prompts: parts/choose.jsonl, num_samples: 2, max_new_tokens: 4, scorer: profanity-check,
   perplexity_texts: parts/choose.csv}
 grid:
@@ -307,6 +307,7 @@ grid:
   - method: [mean-act]
     gate: [tokens]
     control: [control.zarr]
+    gate_pooling: [mean, drawn]
     gate_min_accuracy: [0]
   - method: [mean-act]
     gate: [units]
