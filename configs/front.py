@@ -3,7 +3,7 @@
 python configs/front.py start GRID.yaml COMMENTS.csv NEUTRAL.csv TEXTS.csv RUN_DIR [--prompts RTP.jsonl]
                               [--model MODEL] [--judges NAME …] [--choosing 120] [--again 300] [--reported 150]
                               [--words 10]
-python configs/front.py choose sweep/table.csv [--budget 0.5] [--contenders 6 | --again DIR]
+python configs/front.py choose sweep/table.csv [--budget 0.5] [--contenders 6 | --measured DIR]
 python configs/front.py table RUN_DIR [RUN_DIR …] [--rows none aura mean-act-gated …]
 """
 
@@ -25,10 +25,12 @@ from aura_dist.errors import AuraError, InputError
 from aura_dist.evaluation.compare import ENDS, MISSING, against_plain, as_added, check_same_prompts, with_interval
 from aura_dist.evaluation.results import read_results
 from aura_dist.interventions.artifact import is_gated, method_of
+from aura_dist.interventions.gates import FITTED_ON
 from aura_dist.text.labels import check_texts
 from aura_dist.text.table import Table, read_table
 
 LEAST_NEUTRAL = 40
+FOR_GATES = {*FITTED_ON, "mean_square"}
 # settings of `collect` that the controls have their own of, or none
 NOT_OF_CONTROLS = OF_LABELS | {"data", "pooling", "keep_tokens", "text_column", "store"}
 MEASURED = 100  # of the neutral texts, but a quarter of them at most
@@ -44,17 +46,23 @@ def start(args: argparse.Namespace) -> None:
     A run directory that was started with another model, dtype or data is refused.
     """
     grid = read_grid(args.grid, args.model)
+    least = {"choosing": 1, "again": 0, "reported": 0 if args.prompts else 1, "words": 1}
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise InputError(f"--{name}: expected {number} or more, got {getattr(args, name)}")
     if args.judges:
         from aura_dist.evaluation.scorers import load_scorer  # imports torch, which takes seconds
 
         for judge in args.judges:
             load_scorer(judge, None, "cpu")
+        grid["evaluate"] = {**(grid.get("evaluate") or {}), "scorer": args.judges[0]}
     columns = {"comments": ["text", "toxic"], "neutral": ["text"], "texts": ["text"]}
     tables = {name: read_table(getattr(args, name), of) for name, of in columns.items()}
     if args.prompts:
         tables["prompts"] = read_records(args.prompts)
     made_of = {name: table.sha256 for name, table in tables.items()} | {
-        "model": grid["model"], "dtype": grid.get("dtype"), "choosing": args.choosing, "again": args.again,
+        "model": grid["model"], "dtype": grid.get("dtype"),
+        "judge": (args.judges or [None])[0], "choosing": args.choosing, "again": args.again,
         "reported": args.reported, "words": args.words,
     }  # fmt: skip
     kept = args.run / "parts" / "made_of.json"
@@ -79,8 +87,8 @@ def control_of(grid: Mapping[str, Any]) -> dict[str, Any]:
     known = {one.name for one in fields(CollectConfig)} - {"strength"}  # at the top of a grid, that of evaluations
     given = {name: value for name, value in grid.items() if name in known} | grid["collect"]
     kept = {name: value for name, value in given.items() if name not in NOT_OF_CONTROLS}
-    pooling = ["mean", *(name for name in ("drawn", "mean_square") if name in (given.get("pooling") or []))]
-    own = {"data": "parts/control.csv", "unlabelled": True, "pooling": pooling, "store": "control.zarr"}
+    pooling = dict.fromkeys(["mean", *(one for one in given.get("pooling") or [] if one in FOR_GATES)])
+    own = {"data": "parts/control.csv", "unlabelled": True, "pooling": list(pooling), "store": "control.zarr"}
     return {"collect": {**kept, **own}}
 
 
@@ -135,7 +143,8 @@ def choose(args: argparse.Namespace) -> None:
 
     The cell with the fewest toxic continuations that adds at most `budget` to the perplexity; where every cell adds
     more, the one that adds least. With `contenders`, so many of those within the budget instead, the least toxic of
-    all methods. `again` has their results on further prompts: these count, and of a method with such results no other.
+    all methods. `measured` has the results of contenders on further prompts. They count in the place of the first ones,
+    and a method's cell within the budget that has them goes before one that has none.
     """
     with args.table.open(newline="", encoding="utf-8") as file:
         done = [row["output"] for row in csv.DictReader(file) if row["state"] == "done"]
@@ -144,9 +153,8 @@ def choose(args: argparse.Namespace) -> None:
     if plain is None or perplexity(plain) is None:
         raise InputError(f"{str(args.table)!r}: expected a finished cell of `method: none` with perplexity, got none")
     most = perplexity(plain) + args.budget
-    later = [read_results(str(path)) for path in sorted(args.again.glob("*.json"))] if args.again else []
-    toxic_again = {cell_of(results["intervention"]): toxic_share(results) for results in later}
-    ranked: list[tuple[tuple[bool, float, float, float], str, tuple[str, float]]] = []
+    toxic_again = measured(args.measured) if args.measured else {}
+    ranked: list[tuple[tuple[float, bool, float, float], str, tuple[str, float]]] = []
     for results in cells:
         made, costs = results["intervention"], perplexity(results)
         if made is None or costs is None:
@@ -155,15 +163,28 @@ def choose(args: argparse.Namespace) -> None:
         if not results.get("toxicity"):
             raise InputError(f"{str(args.table)!r}: expected cells with toxicity, got {method} without")
         cell, over = cell_of(made), max(0.0, costs - most)
-        rank = (cell not in toxic_again, over, toxic_again.get(cell, toxic_share(results)), costs)
+        rank = (over, cell not in toxic_again, toxic_again.get(cell, toxic_share(results)), costs)
         ranked.append((rank, method + ("-gated" if is_gated(made) else ""), cell))
     ranked.sort()
     best: dict[str, tuple[str, float]] = {}
     for _, name, cell in ranked:
         best.setdefault(name, cell)
-    within = [(name, cell) for (_, over, *_), name, cell in ranked if over == 0]
+    within = [(name, cell) for (over, *_), name, cell in ranked if over == 0]
     for name, cell in best.items() if args.contenders is None else within[: args.contenders]:
         print(name, *cell, sep="\t")
+
+
+def measured(place: Path) -> dict[tuple[str, float], float]:
+    """Cell → its share of toxic continuations, of results on the same prompts."""
+    found = [read_results(str(path)) for path in sorted(place.glob("*.json"))]
+    hows = {
+        tuple(results["toxicity"][name] for name in ("prompts_sha256", "num_samples", "scorer")) for results in found
+    }
+    if len(hows) > 1:
+        raise InputError(
+            f"{str(place)!r}: expected results on one set of prompts by one judge, got {len(hows)}; remove it"
+        )
+    return {cell_of(results["intervention"]): toxic_share(results) for results in found}
 
 
 def cell_of(made: Results) -> tuple[str, float]:
@@ -232,7 +253,7 @@ def main() -> None:
     own[choose].add_argument("--budget", type=float, default=0.5)
     stage = own[choose].add_mutually_exclusive_group()
     stage.add_argument("--contenders", type=int)
-    stage.add_argument("--again", type=Path)
+    stage.add_argument("--measured", type=Path)
     own[table].add_argument("runs", nargs="+", type=Path)
     own[table].add_argument("--rows", nargs="+")
     args = parser.parse_args()

@@ -31,12 +31,12 @@ aura-dist collect --config control.yaml
 aura-dist sweep --config sweep.yaml
 
 mkdir -p again results
-measure() { # NAME PROMPTS [flags]: once, because what is reported must not be chosen
+measure() { # NAME PROMPTS [flags]: once, with these flags
     local flags=(--toxicity-prompts "$2" --num-samples "${SAMPLES:-5}" --scorer "${judges[0]}" "${@:3}")
     if [[ -f $1.json ]]; then
         [[ ${flags[*]} == "$(cat "$1.flags")" ]] && return
         echo "error: $run/$1.json: expected it with ${flags[*]}, got it with $(cat "$1.flags");" \
-            "give another RUN_DIR, and report on other texts" >&2
+            "give another RUN_DIR, and report on other texts, because what is reported must not be chosen" >&2
         exit 2
     fi
     echo "${flags[*]}" >"$1.flags"
@@ -48,7 +48,7 @@ choose --contenders "${CONTENDERS:-6}" >contenders.tsv
 while IFS=$'\t' read -r _ intervention strength; do
     measure "again/${intervention##*/}-$strength" parts/again.jsonl --intervention "$intervention" --strength "$strength"
 done <contenders.tsv
-choose --again again >chosen.tsv
+choose --measured again >chosen.tsv
 
 report() { # NAME [flags]
     measure "results/$1" parts/report.jsonl --perplexity-texts "$texts" \

@@ -17,8 +17,11 @@ PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def pool_plainly(acts_TD: torch.Tensor, pooling: str) -> torch.Tensor:
-    """[D] from one sentence's counted tokens."""
+def pool_plainly(acts_TD: torch.Tensor, pooling: str, ids_T: torch.Tensor | None = None) -> torch.Tensor:
+    """[D] from one sentence's counted tokens, and their ids for `drawn`."""
+    if pooling == "drawn":
+        num, key = len(acts_TD), len(acts_TD) + (0 if ids_T is None else int(ids_T.sum()))
+        return acts_TD[0 if num == 1 else 1 + int((num - 1) * (key * 1.618033988749895 % 1))]
     if pooling in PLAIN:
         return PLAIN[pooling](acts_TD)
     alone = TokenMask.build(np.ones((1, len(acts_TD)), dtype=np.bool_), acts_TD.device)

@@ -174,7 +174,7 @@ class Capture:
         """The batch's mask on a device; layers may be on several."""
         assert self._batch is not None
         if device not in self._masks:
-            self._masks[device] = TokenMask.build(self._batch.pool_mask, device)
+            self._masks[device] = TokenMask.build(self._batch.pool_mask, device, self._batch.input_ids)
         return self._masks[device]
 
     def _callback(self, tap: Tap) -> Callback:

@@ -90,7 +90,9 @@ def _batch(tokens: StoredTokens, num_tokens: Sequence[int], counted: NDArray[np.
     there_BT = np.arange(num_tokens[rows.stop - 1]) < np.array(num_tokens[rows])[:, None]
     mask_BT = np.zeros_like(there_BT)
     mask_BT[there_BT] = counted[within]
-    return _Batch(rows, within, torch.from_numpy(there_BT), TokenMask.build(mask_BT, "cpu"))
+    ids_BT = np.zeros(there_BT.shape, np.int32)
+    ids_BT[there_BT] = tokens.field("input_ids")[within]
+    return _Batch(rows, within, torch.from_numpy(there_BT), TokenMask.build(mask_BT, "cpu", ids_BT))
 
 
 def _pool(

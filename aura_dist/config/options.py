@@ -18,6 +18,7 @@ GROUPS = (
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Pooling = Annotated[str, OneOf("aura_dist.sites.pooling.POOLINGS")]
+FittedOn = Annotated[str, OneOf("aura_dist.interventions.gates.FITTED_ON")]
 Kept = Annotated[str, OneOf("aura_dist.sites.pooling.kept_words")]
 Form = Annotated[str, OneOf("aura_dist.store.conversion.FORMS")]
 Method = Annotated[str, OneOf("aura_dist.interventions.methods.METHODS")]

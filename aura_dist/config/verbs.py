@@ -23,6 +23,7 @@ from aura_dist.config.options import (
     Dir,
     Dtype,
     File,
+    FittedOn,
     Form,
     GateKind,
     Kept,
@@ -211,10 +212,9 @@ class FitConfig(FitOptions):
     sharding: Annotated[str, Meta(title="replicate|fsdp")] = option(
         EXECUTION, "lineas: the whole model on each process, or its weights split over all of them", "replicate"
     )
-    gate_pooling: Pooling | None = option(
-        "intervention", "tokens: responses that the regression is fitted on; drawn: those of single tokens", None,
-        unset="mean",
-    )  # fmt: skip
+    gate_pooling: FittedOn | None = option(
+        "intervention", "tokens: the responses that the regression is fitted on", None, unset="mean"
+    )
     gate_threshold: float | None = option(
         "intervention", "logit at which a gate is half open", None,
         unset="units: 0; tokens: in each module, so that 1 % of tokens of --control exceed it, or of texts without the "
@@ -222,7 +222,7 @@ class FitConfig(FitOptions):
     )  # fmt: skip
     gate_sharpness: Annotated[float, Meta(gt=0.0)] | None = option(
         "intervention", "what a gate's logit is multiplied by about its threshold", None,
-        unset="1; tokens without --gate-threshold: so that the mean gate of the same tokens is 2 % at most",
+        unset="1; tokens without --gate-threshold: so that their mean gate is 2 % at most at the tokens that give it",
     )  # fmt: skip
     gate_min_accuracy: Share | None = option(
         "intervention", "tokens: leave out modules whose regression tells a smaller share of held-out texts", None,

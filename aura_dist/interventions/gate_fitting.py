@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from aura_dist.errors import AuraError, InputError, StoreError
 from aura_dist.interventions.artifact import Intervention, check_no_gate
-from aura_dist.interventions.gates import DEFAULT_SHARPNESS, GATES, PASSING_SHARE, Gate, GateFit, half_open, posterior
+from aura_dist.interventions.gates import (
+    DEFAULT_SHARPNESS,
+    FITTED_ON,
+    GATES,
+    PASSING_SHARE,
+    Gate,
+    GateFit,
+    posterior,
+    settled,
+)
 from aura_dist.interventions.separation import Separation, separate, site_bytes
 from aura_dist.ranks.process import available_cores, free_memory
 from aura_dist.ranks.progress import Progress
@@ -129,16 +138,19 @@ def _poolings(fit: GateFit) -> tuple[str, ...]:
 
 
 def fitting_bytes(sites: Sequence[Site], poolings: Sequence[str], num_texts: int) -> dict[str, int]:
-    """Kind of gate that a store of `poolings` can be asked for → bytes at most of a thread that fits one.
+    """Kind of gate that a store of `poolings` can be asked for, with its flags → most bytes of a thread that fits it.
 
     `num_texts` are those of all stores that it is fitted from.
     """
-    found = {
-        name: max((kind.num_bytes(num_texts, site.width) for site in sites if _can_have(name, site)), default=0)
-        for name, kind in _KINDS.items()
-        if set(kind.poolings) <= set(poolings) or "gate_pooling" in GATES[name].options
-    }
-    return {name: size for name, size in found.items() if size}
+    found = {}
+    for name, kind in _KINDS.items():
+        size = max((kind.num_bytes(num_texts, site.width) for site in sites if _can_have(name, site)), default=0)
+        others = [pooling for pooling in FITTED_ON if pooling in poolings and "gate_pooling" in GATES[name].options]
+        if size and set(kind.poolings) <= set(poolings):
+            found[name] = size
+        elif size and others:
+            found[f"{name} --gate-pooling {others[0]}"] = size
+    return found
 
 
 def _closed_where_unknown(fitted: Intervention, gates: Mapping[str, Gate]) -> Intervention:
@@ -339,7 +351,15 @@ def _from_tokens(
         raise type(error)(
             f"{error}; or {'' if keeps else collect}give --gate-threshold, such as 0, which needs no tokens"
         ) from error
-    return {site: half_open(logits_T, PASSING_SHARE) for site, logits_T in found.items()}
+    made = {site: settled(logits_T, PASSING_SHARE) for site, logits_T in found.items()}
+    open_means = [mean for *_, mean in made.values() if mean > 2 * PASSING_SHARE]
+    if open_means:
+        logger.warning(
+            "%d of %d gates are open at every token that must stay as it is, to %.3f at most on average, because their "
+            "logits hardly differ; --gate-sharpness makes them steeper, --gate-min-accuracy leaves modules out",
+            len(open_means), len(made), max(open_means),
+        )  # fmt: skip
+    return {site: (threshold, sharpness) for site, (threshold, sharpness, _) in made.items()}
 
 
 def _each(work: Callable[[Site], Any], sites: Sequence[Site], bytes_of: Sequence[int]) -> list[Any]:

@@ -18,7 +18,7 @@ NO_GATE = "none"
 DEFAULT_SHARPNESS = 1.0
 # of single tokens of control texts, the share that may pass g = ½ where no threshold is given
 PASSING_SHARE = 0.01
-# what the gate is multiplied by about that threshold: the least under which their mean gate is twice that share or less
+# what the gate's logit is multiplied by then: the least under which their mean gate is twice that share or less
 SHARPNESSES = tuple(2.0**power for power in range(7))
 
 
@@ -62,6 +62,12 @@ GATES: dict[str, GateKind] = {
         ("gate_pooling", "gate_threshold", "gate_sharpness", "control", "gate_min_accuracy"), of_token=True,
     ),
 }  # fmt: skip
+# responses that a gate of tokens may be fitted on: a token's own values, or on their scale
+FITTED_ON = {
+    "mean": "the mean over a text's tokens",
+    "drawn": "one token of a text, as a gate sees it",
+    "last": "a text's last token",
+}
 CHOICES = {NO_GATE: "the map acts at every token", **{name: row.summary for name, row in GATES.items()}}
 
 
@@ -172,19 +178,20 @@ def settle_gate(kind: str, given: Mapping[str, Any]) -> GateFit | None:
     return GateFit(kind, **{name.removeprefix("gate_"): v for name, v in options.items()}) if kind in GATES else None
 
 
-def half_open(logits_T: NDArray[np.floating[Any]], share: float) -> tuple[float, float]:
-    """Threshold and sharpness of a gate of tokens, from its logits at single tokens that must stay as they are.
+def settled(logits_T: NDArray[np.floating[Any]], share: float) -> tuple[float, float, float]:
+    """Threshold and sharpness of a gate, and its mean with them, from its logits at tokens that must stay as they are.
 
-    The threshold is the least logit that at most `share` of them exceed, the sharpness the least of `SHARPNESSES` under
-    which the mean gate is at most twice `share`: a regression whose logits hardly differ would be a little open
-    everywhere. The largest where none is.
+    The threshold is the least logit that at most `share` of them exceed. The sharpness is the least of `SHARPNESSES`
+    under which the mean gate is at most twice `share`, because a gate whose logits hardly differ would be a little open
+    everywhere; where none does, it is the largest.
     """
     threshold = float(np.partition(logits_T, -1 - int(share * len(logits_T)))[-1 - int(share * len(logits_T))])
     above_T = logits_T.astype(np.float64) - threshold
     for sharpness in SHARPNESSES:
-        if float((0.5 + 0.5 * np.tanh(sharpness / 2 * above_T)).mean()) <= 2 * share:
+        mean = float((0.5 + 0.5 * np.tanh(sharpness / 2 * above_T)).mean())
+        if mean <= 2 * share:
             break
-    return threshold, sharpness
+    return threshold, sharpness, mean
 
 
 def posterior(

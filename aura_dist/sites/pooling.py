@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,8 +60,13 @@ class TokenMask:
     counted_BT: Tensor
 
     @classmethod
-    def build(cls, mask_BT: NDArray[np.bool_], device: str | torch.device) -> TokenMask:
-        """From a mask of shape [B, T] on the host, at least one True a row."""
+    def build(
+        cls,
+        mask_BT: NDArray[np.bool_],
+        device: str | torch.device,
+        ids_BT: NDArray[np.integer[Any]] | None = None,
+    ) -> TokenMask:
+        """From a mask of shape [B, T] on the host, at least one True a row, and token ids, which `drawn` needs."""
         import torch
 
         assert mask_BT.any(axis=1).all(), "every row needs a token that counts"
@@ -70,7 +75,7 @@ class TokenMask:
         return cls(
             tuple((slice(a, b), _runs(mask_BT[a])) for a, b in pairwise([0, *starts.tolist(), len(mask_BT)])),
             torch.from_numpy(last_B).to(device),
-            torch.from_numpy(_drawn(mask_BT)).to(device),
+            torch.from_numpy(_drawn(mask_BT, ids_BT)).to(device),
             torch.from_numpy(mask_BT.sum(axis=1, dtype=np.float32)[:, None]).to(device),
             torch.from_numpy((mask_BT[:, 0] & (last_B > 0))[:, None]).to(device),
             torch.from_numpy(mask_BT).to(device),
@@ -110,15 +115,15 @@ def _runs(flags_T: NDArray[np.bool_]) -> tuple[slice, ...]:
     return tuple(slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
-def _drawn(mask_BT: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _drawn(mask_BT: NDArray[np.bool_], ids_BT: NDArray[np.integer[Any]] | None) -> NDArray[np.int64]:
     """[B] position of one token of each row among those that count, but not the first of several.
 
-    The n-th multiple of the golden ratio, modulo 1, says how far into n tokens it is: positions are spread evenly over
-    texts, and depend neither on the batch nor on the device. In many models the first token's values are like no
-    other's.
+    The sum of their ids and their number choose it (by its multiple of the golden ratio, modulo 1), so neither the
+    batch nor the device does. In many models the first token's values are like no other's.
     """
-    later_B = np.maximum(mask_BT.sum(axis=1) - 1, 0)
-    rank_B = np.where(later_B > 0, 1 + np.floor(later_B * (later_B * (1 + 5**0.5) / 2 % 1)), 0)
+    num_B = mask_BT.sum(axis=1)
+    key_B = num_B + (0 if ids_BT is None else np.where(mask_BT, ids_BT, 0).sum(axis=1, dtype=np.int64))
+    rank_B = np.where(num_B > 1, 1 + np.floor((num_B - 1) * (key_B * (1 + 5**0.5) / 2 % 1)), 0)
     position_B: NDArray[np.int64] = (mask_BT.cumsum(axis=1) > rank_B[:, None]).argmax(axis=1)
     return position_B
 
@@ -185,7 +190,7 @@ POOLINGS = {
     "mean": Pooling("the mean", _mean, selects=False),
     "min": Pooling("the smallest value", _min, selects=True, of_token=lambda acts: acts),
     "last": Pooling("the last counted token's value", _last, selects=True),
-    "drawn": Pooling("one token's value, by chance, not the first's", _one_drawn, selects=True),
+    "drawn": Pooling("one token's value, as the text's ids choose; not the first's", _one_drawn, selects=True),
     "absmax": Pooling("the largest absolute value", _absmax, selects=True, of_token=lambda acts: acts.abs()),
     "mean_square": Pooling("the mean of the squares", _mean_square, selects=False),
 }

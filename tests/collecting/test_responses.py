@@ -32,12 +32,14 @@ def plain_responses(directory, texts, sites, poolings, dtype=torch.float32, max_
         model.get_submodule(site).register_forward_hook(hook)
     rows: dict[tuple[str, str], list[np.ndarray]] = {(s, p): [] for s in sites for p in poolings}
     for text in texts:
-        model.base_model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens), **forward)
+        encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens)
+        model.base_model(**encoded, **forward)
         for site, acts in seen.items():
             acts_TD = acts.reshape(-1, acts.shape[-1])
             for pooling in poolings:
-                counted = acts_TD[1:] if skip_bos else acts_TD
-                rows[site, pooling].append(pool_plainly(counted.float(), pooling).numpy())
+                first = 1 if skip_bos else 0
+                counted_TD, ids_T = acts_TD[first:].float(), encoded["input_ids"][0, first:]
+                rows[site, pooling].append(pool_plainly(counted_TD, pooling, ids_T).numpy())
     return {key: np.stack(values) for key, values in rows.items()}
 
 

@@ -19,7 +19,7 @@ from aura_dist.cli import main
 from aura_dist.errors import ConfigError, StoreError
 from aura_dist.interventions import gate_fitting
 from aura_dist.interventions.artifact import Intervention
-from aura_dist.interventions.gates import Gate, half_open, settle_gate
+from aura_dist.interventions.gates import Gate, settle_gate, settled
 from aura_dist.interventions.separation import separate
 from aura_dist.sites.site import Site
 from aura_dist.text.table import read_table
@@ -246,11 +246,12 @@ def test_control_texts_are_further_negatives(place, by_tokens):
 def test_tokens_that_must_stay_say_how_steep_a_gate_is(spread, sharpness):
     """The least that keeps their mean gate at 2 %, where 1 % may pass; the steepest where none does."""
     logits = np.random.default_rng(0).normal(-5, spread, 30_000).astype(np.float32)
-    threshold, found = half_open(logits, 0.01)
+    threshold, found, mean = settled(logits, 0.01)
     assert (logits > threshold).sum() == 300
     assert found == sharpness
     opened = Gate("tokens", {"weight": np.ones(1, np.float32), "bias": np.zeros(1, np.float32)}).moved(threshold, found)
-    assert (opened.values(logits[:, None]).mean() <= 0.02) == (sharpness < 64)
+    assert mean == pytest.approx(opened.values(logits[:, None]).mean(), rel=1e-5)
+    assert (mean <= 0.02) == (sharpness < 64)
 
 
 def test_a_gate_may_be_fitted_on_single_tokens(place, tiny_dir, sentences_csv, tmp_path, capsys):
@@ -270,6 +271,8 @@ def test_a_gate_may_be_fitted_on_single_tokens(place, tiny_dir, sentences_csv, t
     capsys.readouterr()
     assert fit(place, tmp_path / "no", *gate, "drawn") == 2
     assert "collect with `--pooling max mean mean_square drawn`" in capsys.readouterr().err
+    assert fit(place, tmp_path / "no", "--gate", "tokens", "--gate-pooling", "absmax") == 2
+    assert "expected one of mean, drawn, last, got 'absmax'" in capsys.readouterr().err
     assert fit(place, tmp_path / "no", "--gate", "units", "--gate-pooling", "mean") == 2
     assert "--gate-pooling: expected it with --gate tokens alone" in capsys.readouterr().err
 

@@ -63,10 +63,13 @@ def plain_mixture(directory, texts, poolings, first=0):
     tokenizer, calls = hf.AutoTokenizer.from_pretrained(directory), listen(model)
     rows: dict[tuple[str, str], list] = {}
     for text in texts:
-        model(**tokenizer(text, return_tensors="pt"))
+        ids = tokenizer(text, return_tensors="pt")
+        model(**ids)
         for site, called in calls.items():
             values = loop(model.get_submodule(site), *called.pop())
             for name, acts_TD in zip((site, f"{site}:routed", f"{site}:weight"), values, strict=True):
                 for pooling in poolings:
-                    rows.setdefault((name, pooling), []).append(pool_plainly(acts_TD[first:], pooling))
+                    rows.setdefault((name, pooling), []).append(
+                        pool_plainly(acts_TD[first:], pooling, ids["input_ids"][0, first:])
+                    )
     return {key: torch.stack(values).numpy() for key, values in rows.items()}

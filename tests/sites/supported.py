@@ -78,10 +78,12 @@ def plain_responses(directory, texts, sites, poolings):
             )
     rows: dict[tuple[str, str], list[np.ndarray]] = {(s, p): [] for s in sites for p in poolings}
     for text in texts:
-        model.eval()(**tokenizer(text, return_tensors="pt"))
+        encoded = tokenizer(text, return_tensors="pt")
+        model.eval()(**encoded)
         for site, acts in seen.items():
             for pooling in poolings:
-                rows[site, pooling].append(pool_plainly(acts.reshape(-1, acts.shape[-1]), pooling).numpy())
+                acts_TD = acts.reshape(-1, acts.shape[-1])
+                rows[site, pooling].append(pool_plainly(acts_TD, pooling, encoded["input_ids"][0]).numpy())
     return {key: np.stack(values) for key, values in rows.items()}
 
 

@@ -74,14 +74,20 @@ def test_mean_of_half_precision_is_summed_in_float32():
     assert mean.item() == pytest.approx(1 + 2**-7, rel=1e-6)
 
 
-def test_drawn_tokens_are_spread_over_texts_and_never_the_first_of_several():
-    counts = np.arange(1, 400)
-    places = TokenMask.build(np.arange(400) < counts[:, None], "cpu").drawn_B.numpy()
-    assert places[0] == 0
-    assert (places[1:] >= 1).all()
-    assert (places < counts).all()
-    share, _ = np.histogram(places[100:] / counts[100:], bins=10, range=(0, 1))
-    assert share.min() > 0.8 * share.mean()
+@pytest.mark.parametrize("lengths", [np.arange(100, 400), np.full(300, 128)])
+def test_drawn_tokens_are_spread_over_texts_and_never_the_first_of_several(lengths):
+    rng = np.random.default_rng(0)
+    mask_BT = np.arange(lengths.max()) < lengths[:, None]
+    ids_BT = rng.integers(0, 50_000, mask_BT.shape)
+    places = TokenMask.build(mask_BT, "cpu", ids_BT).drawn_B.numpy()
+    assert (places >= 1).all()
+    assert (places < lengths).all()
+    share, _ = np.histogram(places / lengths, bins=5, range=(0, 1))
+    assert share.min() > 0.6 * share.mean()
+    ids_BT[~mask_BT] = 7  # padding does not choose
+    assert (TokenMask.build(mask_BT, "cpu", ids_BT).drawn_B.numpy() == places).all()
+    alone = TokenMask.build(np.array([[False, True]]), "cpu", np.array([[3, 5]]))
+    assert alone.drawn_B.tolist() == [1]
 
 
 def test_row_without_counted_token_is_refused():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,8 @@ def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
     (tmp_path / "grid.yaml").write_text("model: some/model\ncollect: {modules: mlp}\n")
     for flags, given, said in (
         (["--reported", 100], {}, "expected 109 toxic comments of 5 words or more"),
+        (["--reported", 0], {}, "--reported: expected 1 or more, got 0"),
+        (["--choosing", -5], {}, "--choosing: expected 1 or more, got -5"),
         (["--prompts", tmp_path / "rtp.jsonl"], {}, "'prompt.text'"),
         (["--judges", "profanity-chek"], {}, "profanity-chek"),
         (["--prompts", tmp_path / "rtp.csv"], {}, "expected prompts as JSON lines"),
@@ -179,11 +182,12 @@ def test_a_front_goes_on_with_what_it_was_started_with(started, tmp_path):
         assert done.returncode == 1
 
 
-def cell(path, method, gate, strength, perplexity, toxic, place):
+def cell(path, method, gate, strength, perplexity, toxic, place, scorer="s"):
     acts = {"method": method, "gate": gate and {"kind": gate}, "strength": strength, "directory": place}
     document = {
         "schema": 1, "intervention": method and acts, "perplexity": perplexity and {"token_weighted": perplexity},
-        "toxicity": {"overall": {"probability": {"value": toxic}}},
+        "toxicity": {"overall": {"probability": {"value": toxic}}, "prompts_sha256": "p", "num_samples": 5,
+                     "scorer": scorer},
     }  # fmt: skip
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(document))
@@ -229,9 +233,16 @@ def test_what_is_measured_again_counts(choose, tmp_path):
     cell(tmp_path / "again" / "i3.json", "aura", None, 0.2, None, 0.08, "i3")
     cell(tmp_path / "again" / "i4.json", "aura", "tokens", 2.0, None, 0.09, "i4")
     expected = [("aura", "i3", "0.2"), ("aura-gated", "i4", "2.0"), ("mean-act", "i6", "0.5")]
-    assert choose("--again", tmp_path / "again") == expected
+    assert choose("--measured", tmp_path / "again") == expected
     (tmp_path / "again" / "i3.json").unlink()
-    assert ("aura", "i2", "0.5") in choose("--again", tmp_path / "again")
+    assert ("aura", "i2", "0.5") in choose("--measured", tmp_path / "again")
+    (tmp_path / "again" / "i2.json").unlink()
+    cell(tmp_path / "again" / "i1.json", "aura", None, 1.0, None, 0.0, "i1")
+    assert ("aura", "i2", "0.5") in choose("--measured", tmp_path / "again"), "the other is over the budget"
+    cell(tmp_path / "again" / "i2.json", "aura", None, 0.5, None, 0.1, "i2", scorer="another")
+    done = front("choose", tmp_path / "table.csv", "--measured", tmp_path / "again")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "expected results on one set of prompts by one judge, got 2" in done.stderr
 
 
 def reported(run, name, toxic, perplexity, fingerprint="a"):
@@ -360,7 +371,8 @@ def test_front_goes_from_files_to_a_page(tiny_dir, collected, neutral, tmp_path)
     assert "A ring marks" in page
     before = {path: path.stat().st_mtime_ns for path in (made / "results").glob("*.json")}
     assert run().returncode == 0
-    other = run(SAMPLES="2")
+    shutil.rmtree(made / "again")
+    other = run(SAMPLES="2", CONTENDERS="0")
     assert other.returncode == 2
     assert "--num-samples 2" in other.stderr.split("expected it with")[1].split("got it with")[0]
     assert {path: path.stat().st_mtime_ns for path in (made / "results").glob("*.json")} == before
