@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from aura_dist.report.comparison import comparisons, headline, reduction, short_
 from aura_dist.report.continuations import choose, side_by_side
 from aura_dist.report.evaluations import (
     Estimate,
+    Evaluation,
     estimate,
     labelled,
     modules_in_short,
@@ -523,3 +525,12 @@ def test_drawing_takes_the_theme_of_the_page():
     assert 'id="one-m1"' in svg
     assert 'href="#one-m1"' in svg
     assert "url(#one-p1)" in svg
+
+
+def test_a_label_says_what_a_gate_was_fitted_on():
+    made = {"gate": {"kind": "tokens", "control": {}}, "parameters": {"gate_pooling": "drawn", "gate_sharpness": 4.0}}
+    one = Evaluation("run", "a", Path("a.json"), "a", {"intervention": made})
+    assert one.variant == "gate of tokens fitted on drawn values, sharpness 4"
+    del made["parameters"]["gate_pooling"]
+    made["gate"]["control"] = {"store": "c.zarr"}
+    assert one.variant == "gate of tokens with controls, sharpness 4"
