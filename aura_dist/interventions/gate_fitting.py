@@ -264,30 +264,7 @@ def _token_gates(
         )  # fmt: skip
     if sites and not found:
         raise _no_gate(len(sites))
-    least = _above_chance(is_positive) if fit.min_accuracy is None else fit.min_accuracy
-    kept = {name: one for name, one in found.items() if one.accuracy >= least}
-    if sites and not kept:
-        best = f"the best of {len(found)} tells {max(one.accuracy for one in found.values()):.3f}"
-        if fit.min_accuracy is None:
-            raise InputError(
-                f"--gate tokens: expected a module that tells {least:.3f} of held-out texts rightly, three standard "
-                f"errors above chance, {best}; collect more texts, or give --gate-min-accuracy"
-            )
-        raise InputError(
-            f"--gate-min-accuracy: expected a share of held-out texts that some module tells rightly, got {least}; "
-            f"{best}; give a smaller one"
-        )
-    if fit.min_accuracy is None and len(kept) < len(found):
-        logger.warning(
-            "%d of %d modules tell held-out texts apart hardly better than by chance (under %.3f), so no gate: they "
-            "are left as they are; --gate-min-accuracy sets another limit", len(found) - len(kept), len(sites), least,
-        )  # fmt: skip
-    if kept:
-        accuracies = [one.accuracy for one in kept.values()]
-        logger.info(
-            "gates of %d of %d modules: of held-out texts they tell %.1f %% to %.1f %% rightly", len(kept), len(sites),
-            100 * min(accuracies), 100 * max(accuracies),
-        )  # fmt: skip
+    kept = _that_separate(found, is_positive, fit)
     gates = {name: one.gate for name, one in kept.items()}
     if fit.threshold is None and kept:
         moves = _from_tokens(stores, [site for site in sites if site.name in kept], gates, earlier)
@@ -308,6 +285,37 @@ def _token_gates(
         },
     }  # fmt: skip
     return {name: gate.moved(*moves[name]) for name, gate in gates.items()}, about
+
+
+def _that_separate(
+    found: Mapping[str, Separation], is_positive: NDArray[np.bool_], fit: GateFit
+) -> dict[str, Separation]:
+    """The modules whose regression is right often enough; InputError if there are none."""
+    least = _above_chance(is_positive) if fit.min_accuracy is None else fit.min_accuracy
+    kept = {name: one for name, one in found.items() if one.accuracy >= least}
+    if found and not kept:
+        best = f"the best of {len(found)} tells {max(one.accuracy for one in found.values()):.3f}"
+        if fit.min_accuracy is None:
+            raise InputError(
+                f"--gate tokens: expected a module that tells {least:.3f} of held-out texts rightly, three standard "
+                f"errors above chance, {best}; collect more texts, or give --gate-min-accuracy"
+            )
+        raise InputError(
+            f"--gate-min-accuracy: expected a share of held-out texts that some module tells rightly, got {least}; "
+            f"{best}; give a smaller one"
+        )
+    if fit.min_accuracy is None and len(kept) < len(found):
+        logger.warning(
+            "%d of %d modules tell held-out texts apart hardly better than by chance (under %.3f), so no gate: they "
+            "are left as they are; --gate-min-accuracy sets another limit", len(found) - len(kept), len(found), least,
+        )  # fmt: skip
+    if kept:
+        accuracies = [one.accuracy for one in kept.values()]
+        logger.info(
+            "gates of %d of %d modules: of held-out texts they tell %.1f %% to %.1f %% rightly", len(kept), len(found),
+            100 * min(accuracies), 100 * max(accuracies),
+        )  # fmt: skip
+    return kept
 
 
 def _no_gate(num_sites: int) -> InputError:
