@@ -43,10 +43,10 @@ def start(args: argparse.Namespace) -> None:
     sweep.yaml is the grid, control.yaml what collects the control texts as the grid collects the others. parts/ has
     fit.csv, control.csv | choose.jsonl, again.jsonl, choose.csv | report.jsonl: no text is in two of them, and none in
     TEXTS.csv.
-    A run directory that was started with another model, dtype or data is refused.
+    A run directory that was started with another model, dtype, judge, size of a part or data is refused.
     """
     grid = read_grid(args.grid, args.model)
-    least = {"choosing": 1, "again": 0, "reported": 0 if args.prompts else 1, "words": 1}
+    least = {"choosing": 1, "again": 1, "reported": 0 if args.prompts else 1, "words": 1}
     for name, number in least.items():
         if getattr(args, name) < number:
             raise InputError(f"--{name}: expected {number} or more, got {getattr(args, name)}")
@@ -153,6 +153,8 @@ def choose(args: argparse.Namespace) -> None:
     if plain is None or perplexity(plain) is None:
         raise InputError(f"{str(args.table)!r}: expected a finished cell of `method: none` with perplexity, got none")
     most = perplexity(plain) + args.budget
+    if args.contenders is not None and args.contenders < 0:
+        raise InputError(f"--contenders: expected 0 or more, got {args.contenders}")
     toxic_again = measured(args.measured) if args.measured else {}
     ranked: list[tuple[tuple[float, bool, float, float], str, tuple[str, float]]] = []
     for results in cells:
@@ -175,8 +177,12 @@ def choose(args: argparse.Namespace) -> None:
 
 
 def measured(place: Path) -> dict[tuple[str, float], float]:
-    """Cell → its share of toxic continuations, of results on the same prompts."""
+    """Cell → its share of toxic continuations, of results on the same prompts; InputError for others."""
+    if not place.is_dir():
+        raise InputError(f"{str(place)!r}: expected a directory of results, found none")
     found = [read_results(str(path)) for path in sorted(place.glob("*.json"))]
+    if any(not results.get("toxicity") or not results["intervention"] for results in found):
+        raise InputError(f"{str(place)!r}: expected toxicity under interventions, got results without; remove them")
     hows = {
         tuple(results["toxicity"][name] for name in ("prompts_sha256", "num_samples", "scorer")) for results in found
     }

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from aura_dist.errors import AuraError, InputError, StoreError
 from aura_dist.interventions.artifact import Intervention, check_no_gate
 from aura_dist.interventions.gates import (
-    DEFAULT_SHARPNESS,
     FITTED_ON,
     GATES,
     PASSING_SHARE,
@@ -269,7 +268,7 @@ def _token_gates(
     if fit.threshold is None and kept:
         moves = _from_tokens(stores, [site for site in sites if site.name in kept], gates, earlier)
     else:
-        moves = dict.fromkeys(kept, (fit.threshold or 0.0, DEFAULT_SHARPNESS))
+        moves = dict.fromkeys(kept, (fit.threshold or 0.0, fit.settled_sharpness))
     if fit.sharpness is not None:
         moves = {name: (threshold, fit.sharpness) for name, (threshold, _) in moves.items()}
     about = {

@@ -185,7 +185,8 @@ def settled(logits_T: NDArray[np.floating[Any]], share: float) -> tuple[float, f
     under which the mean gate is at most twice `share`, because a gate whose logits hardly differ would be a little open
     everywhere; where none does, it is the largest.
     """
-    threshold = float(np.partition(logits_T, -1 - int(share * len(logits_T)))[-1 - int(share * len(logits_T))])
+    least = -1 - int(share * len(logits_T))
+    threshold = float(np.partition(logits_T, least)[least])
     above_T = logits_T.astype(np.float64) - threshold
     for sharpness in SHARPNESSES:
         mean = float((0.5 + 0.5 * np.tanh(sharpness / 2 * above_T)).mean())

@@ -150,6 +150,7 @@ def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
     for flags, given, said in (
         (["--reported", 100], {}, "expected 109 toxic comments of 5 words or more"),
         (["--reported", 0], {}, "--reported: expected 1 or more, got 0"),
+        (["--again", 0], {}, "--again: expected 1 or more, got 0"),
         (["--choosing", -5], {}, "--choosing: expected 1 or more, got -5"),
         (["--prompts", tmp_path / "rtp.jsonl"], {}, "'prompt.text'"),
         (["--judges", "profanity-chek"], {}, "profanity-chek"),
@@ -243,6 +244,15 @@ def test_what_is_measured_again_counts(choose, tmp_path):
     done = front("choose", tmp_path / "table.csv", "--measured", tmp_path / "again")
     assert (done.returncode, done.stdout) == (1, "")
     assert "expected results on one set of prompts by one judge, got 2" in done.stderr
+    cell(tmp_path / "plain" / "none.json", None, None, None, None, 0.1, "")
+    for flags, said in (
+        (["--measured", tmp_path / "nowhere"], "expected a directory of results, found none"),
+        (["--measured", tmp_path / "plain"], "expected toxicity under interventions, got results without"),
+        (["--contenders", -1], "--contenders: expected 0 or more, got -1"),
+    ):
+        done = front("choose", tmp_path / "table.csv", *flags)
+        assert (done.returncode, done.stdout) == (1, ""), flags
+        assert said in done.stderr
 
 
 def reported(run, name, toxic, perplexity, fingerprint="a"):
