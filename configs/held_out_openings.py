@@ -10,6 +10,7 @@ Further: [--number 150] [--words 10] [--beside RTP.jsonl]. COMMENTS.csv has the 
 import argparse
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 
 import aura_dist
 from aura_dist.errors import AuraError, InputError
+from aura_dist.evaluation.prompts import PromptFile, read_prompts
 from aura_dist.text.labels import check_texts, parse_labels
 from aura_dist.text.table import Table, read_table
 
@@ -53,24 +55,26 @@ def write_rest(table: Table, taken: set[str], words: int, path: str) -> None:
         writer.writerows(pair for pair in pairs if opening(pair[0], words) not in taken)
 
 
-def read_records(path: str) -> Table:
-    """The prompts of a file of JSON lines; InputError for another kind of file, or without texts."""
+def read_records(path: str) -> tuple[Table, PromptFile]:
+    """The prompts of a file of JSON lines; InputError for another kind of file, or if some lack what others have."""
     if Path(path).suffix.lower() not in (".jsonl", ".json", ".ndjson"):
         raise InputError(
             f"data {path!r}: expected prompts as JSON lines, such as RealToxicityPrompts' own, in a .jsonl"
         )
-    table = read_table(path, ["prompt.text"])
-    check_texts(table, "prompt.text")
-    return table
+    return read_table(path, ["prompt.text"]), read_prompts(path, "prompt.text", None)
 
 
 def write_prompts(texts: list[str], beside: str | None, out: Path) -> None:
-    """Write the openings as prompts, and those of the file `beside` after them; InputError if that lacks texts."""
-    lines = [json.dumps({"prompt": {"text": text, "toxicity": 1.0}}) for text in texts]
+    """Write the openings as prompts, and those of the file `beside` after them; raises as `read_records` does.
+
+    A prompt without a toxicity gets null, because `evaluate` wants the key in all lines of a file, or in none.
+    """
+    prompts: list[tuple[str, float | None]] = [(text, 1.0) for text in texts]
     if beside:
-        read_records(beside)
-        # not splitlines: JSON may hold other line breaks within a text
-        lines += [line for line in Path(beside).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        _, found = read_records(beside)
+        known = (None if math.isnan(value) else value for value in found.toxicity.tolist())
+        prompts += zip(found.texts, known, strict=True)
+    lines = [json.dumps({"prompt": {"text": text, "toxicity": toxicity}}) for text, toxicity in prompts]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

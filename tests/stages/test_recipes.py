@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aura_dist.cli import main
+from aura_dist.evaluation.prompts import read_prompts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OPENINGS = CONFIGS / "held_out_openings.py"
@@ -52,13 +54,15 @@ def test_comments_that_the_store_was_not_made_of_are_refused(collected, tmp_path
 def test_openings_are_of_toxic_comments_that_no_fit_saw(collected):
     import aura_dist
 
-    beside = '{"prompt": {"text": "one\u2028two\x85three"}}'
+    beside = '{"prompt": {"text": "one\u2028two\x85three"}, "continuation": {"text": "four"}}'
     (collected / "beside.jsonl").write_text(f"{beside}\n\n{beside}", encoding="utf-8")
     done = openings(collected, "--words", "5", "--beside", str(collected / "beside.jsonl"))
     assert done.returncode == 0, done.stderr
-    lines = (collected / "out.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    assert lines[-2:] == [beside, beside]
-    made = [json.loads(line)["prompt"]["text"] for line in lines[:-2]]
+    read = read_prompts(str(collected / "out.jsonl"), None, None)
+    assert read.texts[-2:] == ["one\u2028two\x85three"] * 2
+    assert np.isnan(read.toxicity[-2:]).all()
+    assert (read.toxicity[:-2] == 1).all()
+    made = read.texts[:-2]
     rows = aura_dist.open_store(collected / "s.zarr")["samples"]["row"].values
     seen = {COMMENTS[row % len(COMMENTS)][0] for row in rows}
     expected = {" ".join(text.split()[:5]) for text, toxic in COMMENTS if toxic and text not in seen}
@@ -145,6 +149,9 @@ def test_no_text_of_a_front_is_in_two_parts(started, neutral, tmp_path):
 def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
     (tmp_path / "rtp.jsonl").write_text('{"txt": "once"}\n')
     (tmp_path / "rtp.csv").write_text("prompt.text\nonce\n")
+    (tmp_path / "some.jsonl").write_text(
+        '{"prompt": {"text": "once", "toxicity": 0.5}}\n{"prompt": {"text": "twice"}}\n'
+    )
     (tmp_path / "both.csv").write_text(f"text\nA hill is high.\n{COMMENTS[0][0]}\n")
     (tmp_path / "grid.yaml").write_text("model: some/model\ncollect: {modules: mlp}\n")
     for flags, given, said in (
@@ -155,6 +162,7 @@ def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
         (["--prompts", tmp_path / "rtp.jsonl"], {}, "'prompt.text'"),
         (["--judges", "profanity-chek"], {}, "profanity-chek"),
         (["--prompts", tmp_path / "rtp.csv"], {}, "expected prompts as JSON lines"),
+        (["--prompts", tmp_path / "some.jsonl"], {}, "expected a column 'prompt.toxicity' in row 1"),
         ([], {"texts": tmp_path / "both.csv"}, "comments.csv' does not have, got 1 of them, such as"),
         ([], {"texts": neutral}, "got 60 of them, such as 'A river of number 0 is long and quiet.'"),
         ([], {"grid": tmp_path / "grid.yaml"}, "expected `model`, a name, and `collect: modules`, a list"),
