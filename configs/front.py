@@ -59,7 +59,8 @@ def start(args: argparse.Namespace) -> None:
     columns = {"comments": ["text", "toxic"], "neutral": ["text"], "texts": ["text"]}
     tables = {name: read_table(getattr(args, name), of) for name, of in columns.items()}
     if args.prompts:
-        tables["prompts"], _ = read_records(args.prompts)
+        read_records(args.prompts)
+        tables["prompts"] = read_table(args.prompts, ["prompt.text"])
     made_of = {name: table.sha256 for name, table in tables.items()} | {
         "model": grid["model"], "dtype": grid.get("dtype"),
         "judge": (args.judges or [None])[0], "choosing": args.choosing, "again": args.again,

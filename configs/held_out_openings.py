@@ -4,7 +4,8 @@ python configs/held_out_openings.py COMMENTS.csv OUT.jsonl --store STORE.zarr   
 python configs/held_out_openings.py COMMENTS.csv OUT.jsonl --rest REST.csv       # before any store: fit on REST.csv
 
 Further: [--number 150] [--words 10] [--beside RTP.jsonl]. COMMENTS.csv has the columns text and toxic. A line of OUT is
-`{"prompt": {"text": …, "toxicity": 1.0}}`, as RealToxicityPrompts' are; those of `--beside` come after them.
+`{"prompt": {"text": …, "toxicity": 1.0}}`, as RealToxicityPrompts' are. The prompts of `--beside` come after them, with
+their text and toxicity, null if that is not known.
 """
 
 import argparse
@@ -55,13 +56,13 @@ def write_rest(table: Table, taken: set[str], words: int, path: str) -> None:
         writer.writerows(pair for pair in pairs if opening(pair[0], words) not in taken)
 
 
-def read_records(path: str) -> tuple[Table, PromptFile]:
-    """The prompts of a file of JSON lines; InputError for another kind of file, or if some lack what others have."""
+def read_records(path: str) -> PromptFile:
+    """The prompts of a file of JSON lines; InputError for another kind of file, or as `read_prompts` raises it."""
     if Path(path).suffix.lower() not in (".jsonl", ".json", ".ndjson"):
         raise InputError(
             f"data {path!r}: expected prompts as JSON lines, such as RealToxicityPrompts' own, in a .jsonl"
         )
-    return read_table(path, ["prompt.text"]), read_prompts(path, "prompt.text", None)
+    return read_prompts(path, "prompt.text", None)
 
 
 def write_prompts(texts: list[str], beside: str | None, out: Path) -> None:
@@ -71,7 +72,7 @@ def write_prompts(texts: list[str], beside: str | None, out: Path) -> None:
     """
     prompts: list[tuple[str, float | None]] = [(text, 1.0) for text in texts]
     if beside:
-        _, found = read_records(beside)
+        found = read_records(beside)
         known = (None if math.isnan(value) else value for value in found.toxicity.tolist())
         prompts += zip(found.texts, known, strict=True)
     lines = [json.dumps({"prompt": {"text": text, "toxicity": toxicity}}) for text, toxicity in prompts]

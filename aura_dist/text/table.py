@@ -82,16 +82,17 @@ def _take(records: Iterable[tuple[int, dict[str, Any]]], columns: list[str], sou
     for row, record in records:
         for name, values in taken.items():
             if name not in record:
-                raise missing_column(source, name, list(record), row)
+                some_have_it = row > 0 or any(name in later for _, later in records)
+                raise missing_column(source, name, list(record), row if some_have_it else None)
             values.append(record[name])
     return taken
 
 
 def missing_column(source: str, name: str, found: list[str], row: int | None = None) -> MissingColumnError:
     """The error for a column that is missing; `row` is the first that lacks it if others have it."""
-    where = f" in row {row}" if row else ""
+    where = "" if row is None else f" in row {row}"
     message = f"data {source!r}: expected a column {name!r}{where}, found {', '.join(found) or 'none'}"
-    return MissingColumnError(message, row or None)
+    return MissingColumnError(message, row)
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

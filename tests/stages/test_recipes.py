@@ -54,13 +54,17 @@ def test_comments_that_the_store_was_not_made_of_are_refused(collected, tmp_path
 def test_openings_are_of_toxic_comments_that_no_fit_saw(collected):
     import aura_dist
 
-    beside = '{"prompt": {"text": "one\u2028two\x85three"}, "continuation": {"text": "four"}}'
-    (collected / "beside.jsonl").write_text(f"{beside}\n\n{beside}", encoding="utf-8")
+    further = [
+        {"prompt": {"text": "one\u2028two\x85three", "toxicity": 0.25}, "continuation": {"text": "four"}},
+        {"prompt.text": "five", "prompt.toxicity": None},
+    ]
+    lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in further)
+    (collected / "beside.jsonl").write_text(lines, encoding="utf-8")
     done = openings(collected, "--words", "5", "--beside", str(collected / "beside.jsonl"))
     assert done.returncode == 0, done.stderr
     read = read_prompts(str(collected / "out.jsonl"), None, None)
-    assert read.texts[-2:] == ["one\u2028two\x85three"] * 2
-    assert np.isnan(read.toxicity[-2:]).all()
+    assert read.texts[-2:] == ["one\u2028two\x85three", "five"]
+    np.testing.assert_array_equal(read.toxicity[-2:], [0.25, np.nan])
     assert (read.toxicity[:-2] == 1).all()
     made = read.texts[:-2]
     rows = aura_dist.open_store(collected / "s.zarr")["samples"]["row"].values
@@ -149,9 +153,9 @@ def test_no_text_of_a_front_is_in_two_parts(started, neutral, tmp_path):
 def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
     (tmp_path / "rtp.jsonl").write_text('{"txt": "once"}\n')
     (tmp_path / "rtp.csv").write_text("prompt.text\nonce\n")
-    (tmp_path / "some.jsonl").write_text(
-        '{"prompt": {"text": "once", "toxicity": 0.5}}\n{"prompt": {"text": "twice"}}\n'
-    )
+    known, unknown = '{"prompt": {"text": "once", "toxicity": 0.5}}\n', '{"prompt": {"text": "twice"}}\n'
+    (tmp_path / "second.jsonl").write_text(known + unknown)
+    (tmp_path / "first.jsonl").write_text(unknown + known)
     (tmp_path / "both.csv").write_text(f"text\nA hill is high.\n{COMMENTS[0][0]}\n")
     (tmp_path / "grid.yaml").write_text("model: some/model\ncollect: {modules: mlp}\n")
     for flags, given, said in (
@@ -162,7 +166,8 @@ def test_what_a_front_cannot_start_with_is_one_line(started, neutral, tmp_path):
         (["--prompts", tmp_path / "rtp.jsonl"], {}, "'prompt.text'"),
         (["--judges", "profanity-chek"], {}, "profanity-chek"),
         (["--prompts", tmp_path / "rtp.csv"], {}, "expected prompts as JSON lines"),
-        (["--prompts", tmp_path / "some.jsonl"], {}, "expected a column 'prompt.toxicity' in row 1"),
+        (["--prompts", tmp_path / "second.jsonl"], {}, "expected a column 'prompt.toxicity' in row 1"),
+        (["--prompts", tmp_path / "first.jsonl"], {}, "expected a column 'prompt.toxicity' in row 0"),
         ([], {"texts": tmp_path / "both.csv"}, "comments.csv' does not have, got 1 of them, such as"),
         ([], {"texts": neutral}, "got 60 of them, such as 'A river of number 0 is long and quiet.'"),
         ([], {"grid": tmp_path / "grid.yaml"}, "expected `model`, a name, and `collect: modules`, a list"),
