@@ -61,8 +61,10 @@ class SmallServer:
                 self._answer(*server.get(self.path, self.headers))
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                found = server.post(self.path, body)
+                size = int(self.headers["Content-Length"])
+                content = self.rfile.read(size)
+                has_left = len(content) < size  # a client that was stopped while it asked
+                found = None if has_left else server.post(self.path, json.loads(content))
                 if found is None:
                     self.close_connection = True
                 else:
