@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +49,7 @@ from aura_dist.sites.find import decoder_layers_name, tap_of
 from aura_dist.sites.pooling import POOLINGS, TokenMask
 from aura_dist.sites.routed import Routed
 from aura_dist.sites.tap import Callback, Tap, attached
-from aura_dist.store.grid import make_batches
+from aura_dist.store.grid import BATCH_OVERHEAD_TOKENS, make_batches
 from aura_dist.text.tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
@@ -264,7 +265,7 @@ def _chosen(training: Training) -> tuple[TokenizedTexts, TokenizedTexts]:
 
 
 class _Forwards:
-    """This rank's texts of a class, the shortest first, in batches of similar lengths; all ranks have as many."""
+    """This rank's texts of a class, the shortest first, in batches of similar lengths."""
 
     def __init__(
         self, training: Training, texts: TokenizedTexts, taps: Sequence[Tap], *, recompute: bool = False
@@ -273,9 +274,15 @@ class _Forwards:
         self._model, self._taps, self._recompute = training.model, taps, recompute
         self._is_split = training.team.world.layout.fsdp > 1
         self.ends: list[Tensor] = []  # what the latest forwards returned, where weights are split
-        self._rows = RowsOverRanks(training.team.world, len(texts.ids))
-        mine, lengths = texts.take(self._rows.mine_K), self._rows.longest(texts.num_tokens)
-        batches = [mine.batch(rows) for rows in make_batches(lengths, slice(0, len(lengths)), _BATCH_TOKENS)]
+        lengths = texts.num_tokens
+        cut = partial(make_batches, lengths.tolist(), tokens_per_batch=_BATCH_TOKENS)
+        self._rows = RowsOverRanks(training.team.world, _costs(lengths, cut(slice(0, len(lengths)))))
+        mine = cut(self._rows.mine)
+        self._num_batches = len(mine)
+        if self._is_split:  # forwards are collective: ranks with fewer ones run their last one again
+            most = max(len(cut(share)) for share in self._rows.shares)
+            mine += mine[-1:] * (most - len(mine))
+        batches = [texts.batch(rows) for rows in mine]
         self._inputs = [
             (torch.from_numpy(b.input_ids).to(device), torch.from_numpy(b.attention_mask).to(device).long())
             for b in batches
@@ -294,7 +301,8 @@ class _Forwards:
             again = _computed_again(self._model, callbacks) if self._recompute else nullcontext()
             with again, attached(self._model, callbacks):
                 self._run(ids_BT, mask_BT)
-        return self._rows.whole([torch.cat([of[tap.site] for of in pooled]) for tap in self._taps])
+        own = pooled[: self._num_batches]
+        return self._rows.whole([torch.cat([of[tap.site] for of in own]) for tap in self._taps])
 
     def _run(self, ids_BT: Tensor, mask_BT: Tensor) -> None:
         """One forward, without the model's head where that is possible.
@@ -308,6 +316,12 @@ class _Forwards:
         can_be_short = "logits_to_keep" in signature(self._model.forward).parameters
         short = {"logits_to_keep": 1} if can_be_short else {}
         self.ends.append(self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **short).logits)
+
+
+def _costs(num_tokens_N: NDArray[np.integer], batches: Sequence[slice]) -> NDArray[np.float64]:
+    """[N] what each text costs in its batch: tokens with padding, and a part of what a batch costs beyond them."""
+    each = [(b.stop - b.start, num_tokens_N[b.stop - 1]) for b in batches]
+    return np.concatenate([np.full(num, longest + BATCH_OVERHEAD_TOKENS / num) for num, longest in each])
 
 
 def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask, pooled: dict[str, Tensor]) -> Callback:

@@ -1,38 +1,42 @@
 """Rows of one matrix over all ranks of a launch, for work in which every rank needs all rows at each step: training.
 
-Each rank has one row of the first R, one of the next R and so on, where R is the number of ranks. Which one it has goes
-up with the rank and down in turn (0 1 2, 2 1 0, …), so that rows that ascend in length make shares of nearly equal
-cost. All ranks run the same number of rows, because forwards may be collective: where the rows do not suffice, a rank
-runs the last row once more, and nothing depends on that. The collectives run in torch's default group, which must
-hold all ranks (`launch.start_team(…, together=True)`). A launch of one process has no group and needs none.
+A rank has neighbouring rows, as many as make its share of the costs. Rows that ascend in length then share batches with
+their like, with little padding: one row of each length on every rank would cost two ranks a seventh more on comments.
+The collectives run in torch's default group, which must hold all ranks (`launch.start_team(…, together=True)`). A
+launch of one process has no group and needs none.
 """
 
 from collections.abc import Sequence
-from math import ceil
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from aura_dist.ranks.world import World
 
 
 class RowsOverRanks:
-    """N rows over the ranks of `world`, K = ⌈N / R⌉ on each."""
+    """N rows over the ranks of `world`, by what each row costs, in any unit.
 
-    def __init__(self, world: World, num_rows: int) -> None:
-        self._rank, self._num_ranks = world.global_rank, world.layout.world_size
-        rows_KR = np.arange(ceil(num_rows / self._num_ranks) * self._num_ranks).reshape(-1, self._num_ranks)
-        self._lasts_K = np.minimum(rows_KR[:, -1], num_rows - 1)
-        rows_KR[1::2] = rows_KR[1::2, ::-1].copy()
-        self.mine_K: NDArray[np.int64] = np.minimum(rows_KR[:, self._rank], num_rows - 1)  # rows that this rank runs
-        self._places_N = torch.from_numpy(rows_KR.flatten()[:num_rows])  # of each row, in the ranks' rows in turn
+    Attributes
+    ----------
+    shares
+        Of each rank, its rows; none where the rows before and after it cost more than a share.
+    mine
+        What this rank runs: its rows, or the last of all where it has none, so that it takes part in the gradient.
+    """
 
-    def longest(self, num_tokens_N: NDArray[np.integer]) -> list[int]:
-        """[K] the most tokens that any rank's row has, of rows that ascend in length: batches by it are alike."""
-        return [int(length) for length in num_tokens_N[self._lasts_K]]
+    def __init__(self, world: World, costs_N: NDArray[np.floating]) -> None:
+        num_ranks = world.layout.world_size
+        middles_N = costs_N.cumsum() - costs_N / 2
+        edges = np.searchsorted(middles_N, costs_N.sum() * np.arange(1, num_ranks) / num_ranks)
+        self.shares = [slice(int(a), int(b)) for a, b in pairwise([0, *edges, len(costs_N)])]
+        self._rank, self._counts = world.global_rank, [share.stop - share.start for share in self.shares]
+        self.mine = self.shares[self._rank] if self._counts[self._rank] else slice(len(costs_N) - 1, len(costs_N))
 
     def whole(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """From several matrices [K, D] of this rank's rows, the same [N, D] of all rows; all ranks call it together.
@@ -40,19 +44,18 @@ class RowsOverRanks:
         D may differ between the matrices, dtype and device may not. Gradients go through the rows of this rank alone:
         where the ranks compute one loss from all rows, the sum of their gradients is the whole gradient (`summed`).
         """
-        if self._num_ranks == 1:
+        if len(self.shares) == 1:
             return list(rows)
-        mine = torch.cat([rows_KD.detach() for rows_KD in rows], dim=1)
-        everyone = [torch.empty_like(mine) for _ in range(self._num_ranks)]
-        dist.all_gather(everyone, mine)
-        places_N = self._places_N.to(mine.device)
+        mine = [rows_KD[: self._counts[self._rank]] for rows_KD in rows]
+        sent = torch.cat([rows_KD.detach() for rows_KD in mine], dim=1)
+        sent = pad(sent, (0, 0, 0, max(self._counts) - len(sent)))
+        everyone = [torch.empty_like(sent) for _ in self.shares]
+        dist.all_gather(everyone, sent)
         widths = [rows_KD.shape[1] for rows_KD in rows]
-        by_matrix = zip(*(torch.split(part, widths, dim=1) for part in everyone), strict=True)
-        found = []
-        for rows_KD, parts in zip(rows, by_matrix, strict=True):
-            by_rank = [*parts[: self._rank], rows_KD, *parts[self._rank + 1 :]]
-            found.append(torch.stack(by_rank, dim=1).flatten(0, 1)[places_N])
-        return found
+        each = zip(everyone, self._counts, strict=True)
+        by_rank = [torch.split(part[:count], widths, dim=1) for part, count in each]
+        by_rank[self._rank] = tuple(mine)
+        return [torch.cat(parts) for parts in zip(*by_rank, strict=True)]
 
 
 def summed(world: World, tensors: Sequence[Tensor]) -> list[Tensor]:
