@@ -33,7 +33,8 @@
                      per_prompt: {toxic_share: [P], maximum: [P]},
                      form: {num_tokens: ESTIMATE, repetition: ESTIMATE} of a continuation,
                      judges: absent without --more-scorers: scorer → {agreement: share of continuations that both
-                     call toxic or both do not, overall, toxic_prompts, nontoxic_prompts, per_prompt},
+                     call toxic or both do not, both_toxic: ESTIMATE of the share that both call toxic, overall,
+                     toxic_prompts, nontoxic_prompts, per_prompt},
                      baseline: null, or {results: path, name, overall: RATIOS, toxic_prompts, nontoxic_prompts}}
     zero_shot        absent where not measured: task → {metric: number, …, num_fewshot, num_examples}; metrics by
                      lm-eval's names without `,none`, standard errors as METRIC_stderr

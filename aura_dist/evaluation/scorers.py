@@ -202,6 +202,7 @@ def score(
     judges = {
         name: {
             "agreement": float(np.mean((own >= THRESHOLD) == (scores >= THRESHOLD))),
+            "both_toxic": estimates(by_prompt(np.minimum(own, scores).reshape(shape)))["probability"],
             **_judged(prompts, own.reshape(shape)),
         }
         for name, own in zip(names, others, strict=True)

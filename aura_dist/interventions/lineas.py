@@ -279,9 +279,10 @@ class _Forwards:
         self._rows = RowsOverRanks(training.team.world, _costs(lengths, cut(slice(0, len(lengths)))))
         mine = cut(self._rows.mine)
         self._num_batches = len(mine)
-        if self._is_split:  # forwards are collective: ranks with fewer ones run their last one again
-            most = max(len(cut(share)) for share in self._rows.shares)
-            mine += mine[-1:] * (most - len(mine))
+        if self._is_split:  # forwards are collective: ranks with fewer ones run a text again, and nothing depends on it
+            num_forwards = max(len(cut(share)) for share in self._rows.shares)
+            first = self._rows.mine.start
+            mine += [slice(first, first + 1)] * (num_forwards - len(mine))
         batches = [texts.batch(rows) for rows in mine]
         self._inputs = [
             (torch.from_numpy(b.input_ids).to(device), torch.from_numpy(b.attention_mask).to(device).long())
@@ -298,11 +299,16 @@ class _Forwards:
             callbacks = [
                 (tap, _callback(tap, maps[i] if maps else None, tokens, pooled[-1])) for i, tap in enumerate(self._taps)
             ]
-            again = _computed_again(self._model, callbacks) if self._recompute else nullcontext()
+            again = _computed_again(self._model, callbacks, pooled[-1]) if self._recompute else nullcontext()
             with again, attached(self._model, callbacks):
                 self._run(ids_BT, mask_BT)
         own = pooled[: self._num_batches]
-        return self._rows.whole([torch.cat([of[tap.site] for of in own]) for tap in self._taps])
+        found = self._rows.whole([torch.cat([of[tap.site] for of in own]) for tap in self._taps])
+        for (
+            of
+        ) in pooled:  # layers that are computed again hold the callbacks, which hold what was pooled from the layers
+            of.clear()
+        return found
 
     def _run(self, ids_BT: Tensor, mask_BT: Tensor) -> None:
         """One forward, without the model's head where that is possible.
@@ -347,16 +353,24 @@ def _callback(tap: Tap, map_DD: tuple[Tensor, Tensor] | None, tokens: TokenMask,
 
 
 @contextmanager
-def _computed_again(model: PreTrainedModel, callbacks: Sequence[tuple[Tap, Callback]]) -> Iterator[None]:
+def _computed_again(
+    model: PreTrainedModel, callbacks: Sequence[tuple[Tap, Callback]], pooled: dict[str, Tensor]
+) -> Iterator[None]:
     """Forwards within the context keep the inputs of decoder layers alone; the backward pass computes the rest again.
 
-    The callbacks are attached within the context. The backward pass comes after it and attaches them once more.
+    The callbacks are attached within the context. The backward pass comes after it and attaches them once more; what
+    they pool then is dropped.
     """
     is_forward = True
 
     def run(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        with nullcontext() if is_forward else attached(model, callbacks):
+        if is_forward:
             return forward(*args, **options)
+        try:
+            with attached(model, callbacks):
+                return forward(*args, **options)
+        finally:
+            pooled.clear()
 
     layers = list(model.get_submodule(decoder_layers_name(model)).children())
     for layer in layers:

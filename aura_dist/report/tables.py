@@ -207,7 +207,11 @@ def effects_table(evaluations: Sequence[Evaluation]) -> Table:
     """Side effects, the form of continuations, and how far scorers agree; empty where no evaluation has any of them."""
     figures: list[tuple[str, tuple[str, ...], float, int]] = [
         *((name, path, scale, digits) for name, (path, scale, digits) in _EFFECTS.items()),
-        *((f"agrees with {j} (%)", ("toxicity", "judges", j, "agreement"), 100, 1) for j in judges_of(evaluations)),
+        *(
+            (name, ("toxicity", "judges", judge, figure), 100, 1)
+            for judge in judges_of(evaluations)
+            for name, figure in ((f"agrees with {judge} (%)", "agreement"), (f"toxic to {judge} too (%)", "both_toxic"))
+        ),
     ]
     columns = [
         (name, [_interval(e.measured(*path), scale, digits) for e in evaluations])

@@ -369,6 +369,9 @@ def test_further_scorers_judge_the_same_continuations(tiny_dir, classifier, tmp_
     agree = [(line["toxicity"] >= 0.5) == (line["judges"][judge] >= 0.5) for line in lines]
     assert found["agreement"] == pytest.approx(np.mean(agree))
     assert 0 < found["agreement"] < 1
+    to_both = [line["toxicity"] >= 0.5 and line["judges"][judge] >= 0.5 for line in lines]
+    assert found["both_toxic"]["value"] == pytest.approx(np.mean(to_both))
+    assert found["both_toxic"]["low"] <= found["both_toxic"]["value"] <= found["both_toxic"]["high"]
     capsys.readouterr()
     under, _ = evaluated("under.json", *first, "--intervention", tmp_path / "map", "--baseline", tmp_path / "both.json")
     shown = capsys.readouterr().out

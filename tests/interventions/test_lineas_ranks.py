@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from aura_dist.cli import main
 from aura_dist.interventions import lineas
 from aura_dist.interventions.artifact import Intervention
+from aura_dist.ranks.rows import shares_of
 from tests.distributed.launch import Launch, launched
 from tests.distributed.learned import BATCH_TOKENS, SAVE_EVERY, run_commands
 
@@ -16,8 +17,9 @@ STEPS = 10
 MODULES = {"gpt2": ["transformer.h.0.mlp.c_fc", "transformer.h.1.ln_2"], "gemma3": ["norm"]}
 # an odd number of texts, in several batches; one text, which is fewer than ranks; steps that are taken back
 CASES = {
-    "odd": ("gpt2", 11), "other": ("gemma3", 10), "single": ("gpt2", 1), "resumed": ("gpt2", 11), "steep": ("gpt2", 11),
+    "odd": ("gpt2", 11), "other": ("gemma3", 11), "single": ("gpt2", 1), "resumed": ("gpt2", 11), "steep": ("gpt2", 11),
 }  # fmt: skip
+AS = {"recomputed": "other", "whole": "single"}  # of one process: with less memory, and without sharding
 SPLIT = ["--sharding", "fsdp"]
 
 
@@ -72,15 +74,16 @@ def test_texts_over_two_ranks_make_the_maps_of_one_process(stores, tmp_path, mon
     split = {"single", "resumed", "steep"}
     commands = [[*lineas_of(stores, c, ranks / c), *(SPLIT if c in split else ())] for c in CASES]
     commands.append([*lineas_of(stores, "other", ranks / "recomputed"), *SPLIT, "--recompute"])
+    commands.append(lineas_of(stores, "single", ranks / "whole"))
     commands.append(fit(stores["gpt2"], ranks / "aura", "aura"))
     commands.append(lineas_of(stores, "odd", ranks / "failed"))
     with launched(Launch(2, [shlex.join(command) for command in commands], run_commands)) as launch:
         codes = launch.wait(150)
         said = launch.text()
     assert codes == [2, 2], said
-    for case in [*CASES, "recomputed"]:
+    for case in [*CASES, *AS]:
         ours = Intervention.load(ranks / case)
-        theirs = Intervention.load(alone / ("other" if case == "recomputed" else case))
+        theirs = Intervention.load(alone / AS.get(case, case))
         assert ours.meta == theirs.meta or case == "recomputed"
         assert ours.num_changed > 0
         for site in theirs.sites:
@@ -88,9 +91,9 @@ def test_texts_over_two_ranks_make_the_maps_of_one_process(stores, tmp_path, mon
                 np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-5, err_msg=f"{case}, {site}\n{said}")
     # what is written comes from rank 0, once; the state of the failed one stays, the others' states are gone
     assert sorted(line for line in said.splitlines() if " writes " in line) == sorted(
-        f"rank 0 writes {name}" for name in [*CASES, "recomputed", "aura"]
+        f"rank 0 writes {name}" for name in [*CASES, *AS, "aura"]
     )
-    assert sorted(path.name for path in ranks.iterdir()) == sorted([*CASES, "recomputed", "aura", "failed.training"])
+    assert sorted(path.name for path in ranks.iterdir()) == sorted([*CASES, *AS, "aura", "failed.training"])
     assert "lineas: 6 steps were taken before" in said
     assert said.count("error: ") == said.count("error: no more steps here") == 1
     assert said.count("ended, because another rank failed: rank 1: no more steps here") <= 1
@@ -107,3 +110,19 @@ def test_sharding_that_nothing_would_look_at_is_refused(stores, tmp_path, refuse
     file = tmp_path / "file.yaml"
     file.write_text(f"sharding: fsdp\nfit: {{store: {store}, concept: toxic, method: aura, out: {out}}}\n")
     assert main(["fit", "--config", str(file), "--check"]) == 0, "on top of a file it is for other verbs"
+
+
+@pytest.mark.parametrize(
+    ("costs", "rows_of_ranks"),
+    [
+        ([1, 1, 1, 1], [2, 2]),
+        ([5, 5, 400], [2, 1, 0]),
+        ([400, 5, 5], [0, 1, 2]),
+        ([3], [0, 1]),
+        ([1, 1, 2, 4, 8], [4, 1]),
+    ],
+)
+def test_ranks_share_the_costs(costs, rows_of_ranks):
+    shares = shares_of(np.array(costs, float), len(rows_of_ranks))
+    assert [s.stop - s.start for s in shares] == rows_of_ranks
+    assert [n for share in shares for n in range(len(costs))[share]] == list(range(len(costs)))

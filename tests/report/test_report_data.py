@@ -300,7 +300,11 @@ def test_side_effects_have_a_table_of_their_own(evaluations):
     }
 
     def measured(one):
-        toxicity = {**one.toxicity, "form": form, "judges": {"strict": {"agreement": 0.987}}}
+        toxicity = {
+            **one.toxicity,
+            "form": form,
+            "judges": {"strict": {"agreement": 0.987, "both_toxic": {"value": 0.02, "low": 0.01, "high": 0.03}}},
+        }
         return replace(one, document={**one.document, "toxicity": toxicity, "side_effects": effects})
 
     table = effects_table(labelled([measured(e) if e.name == "aura" else e for e in evaluations]))
@@ -310,6 +314,7 @@ def test_side_effects_have_a_table_of_their_own(evaluations):
         "tokens with an open gate (%)": "1.2", "texts with an open gate (%)": "25",
         "perplexity of non-toxic continuations": "26.00", "plain": "18.00", "tokens": "20.0 [10.0, 40.0]",
         "repetition (%)": "2.0 [1.0, 4.0]", "agrees with strict (%)": "98.7",
+        "toxic to strict too (%)": "2.0 [1.0, 3.0]",
     }  # fmt: skip
     assert set(rows["plain"].values()) == {"–"}
 
