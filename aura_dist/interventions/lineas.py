@@ -306,7 +306,7 @@ class _Forwards:
         found = self._rows.whole([torch.cat([of[tap.site] for of in own]) for tap in self._taps])
         for (
             of
-        ) in pooled:  # layers that are computed again hold the callbacks, which hold what was pooled from the layers
+        ) in pooled:  # a cycle otherwise: these hold the graph, which holds the callbacks of layers to compute again
             of.clear()
         return found
 

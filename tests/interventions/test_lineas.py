@@ -1,6 +1,8 @@
 """LinEAS through the command line, against a few lines of plain torch."""
 
+import gc
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -130,6 +132,27 @@ def test_a_step_that_raises_the_loss_is_taken_back(store, sentences_csv, tmp_pat
     assert len(set(losses)) + int(re.search(r"(\d+) of 40 steps raised the loss", said)[1]) == 41
     made = Intervention.load(tmp_path / "out")
     assert losses[-1] == pytest.approx(loss(store, sentences_csv, {n: made.map_of(n) for n in SITES}), rel=1e-4)
+
+
+def test_steps_that_are_taken_back_leave_no_memory_in_use(store, tmp_path, monkeypatch, capsys):
+    callback, seen = lineas._callback, []
+
+    def watched(tap, map_DD, tokens, pooled):
+        call = callback(tap, map_DD, tokens, pooled)
+
+        def run(raw, alone):
+            found = call(raw, alone)
+            seen.append(weakref.ref(pooled[tap.site]))
+            return found
+
+        return run
+
+    monkeypatch.setattr(lineas, "_callback", watched)
+    assert fit(store, tmp_path / "out", "--recompute", steps=20, rate=1e6) == 0
+    assert int(re.search(r"(\d+) of 20 steps raised the loss", capsys.readouterr().err)[1]) > 5
+    gc.collect()
+    assert len(seen) > 20 * len(SITES)
+    assert sum(responses() is not None for responses in seen) == 0
 
 
 def test_in_bfloat16_it_learns_on_although_the_least_loss_is_partly_luck(
