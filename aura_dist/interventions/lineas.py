@@ -304,9 +304,8 @@ class _Forwards:
                 self._run(ids_BT, mask_BT)
         own = pooled[: self._num_batches]
         found = self._rows.whole([torch.cat([of[tap.site] for of in own]) for tap in self._taps])
-        for (
-            of
-        ) in pooled:  # a cycle otherwise: these hold the graph, which holds the callbacks of layers to compute again
+        # a cycle otherwise: these hold the graph, which holds the callbacks of layers that are computed again
+        for of in pooled:
             of.clear()
         return found
 
